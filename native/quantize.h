@@ -1,0 +1,57 @@
+// Source patterns to bins of the grid, and bins to symbols: every weight's cell by look-up.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "bound.h"
+#include "grid.h"
+
+namespace moebound {
+
+constexpr size_t kMaxCells = 1u << 15;  // of one sign: bins are within ±32767
+constexpr int32_t kNoBin = INT32_MIN;
+
+// What the coder sees of a bin: bin = (symbol_low + symbol) << low_bits | low.
+struct Alphabet {
+  int32_t symbol_low = 0;
+  uint32_t n_symbols = 1;
+  uint32_t low_bits = 0;
+  uint8_t stand_in = 0;  // the symbol coded in place of a miss
+};
+
+struct Symbols {
+  std::vector<uint8_t> symbol;  // [n]
+  std::vector<uint8_t> low;     // [n], empty if low_bits is 0
+  std::vector<uint64_t> misses;
+};
+
+// Rows that stand for all: about `weights` weights, evenly spread, the first row among them.
+std::vector<size_t> sample_rows(const ArrayInfo& info, size_t weights);
+
+class Quantizer {
+ public:
+  // The grid that covers these values, as far as kMaxCells cells reach.
+  Quantizer(const ArrayInfo& info, const void* source);
+
+  // Counts of bins -m .. m in the sampled rows at index bin + m, where m = n_cells() - 1.
+  std::vector<uint32_t> histogram(const std::vector<size_t>& rows, uint64_t& n_counted) const;
+
+  // Every weight's symbol. Misses are non-finite values and those outside the alphabet.
+  Symbols symbols(const Alphabet& alphabet) const;
+
+  size_t n_cells() const { return grid_.values.size(); }
+
+ private:
+  int32_t bin_of_f32(uint32_t pattern) const;
+  template <class T>
+  int32_t bin_of(typename T::Bits pattern) const;
+
+  const ArrayInfo& info_;
+  const void* source_;
+  Grid grid_;
+  std::vector<int32_t> bins_;         // 16-bit sources: bin of every pattern
+  std::vector<uint32_t> first_cell_;  // 32-bit sources: by the pattern's high half, sign dropped
+};
+
+}  // namespace moebound

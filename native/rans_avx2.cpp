@@ -1,0 +1,232 @@
+// 32 lanes in four vectors of eight. Compiled for AVX2; called only where the CPU has it.
+//
+// Table look-ups are eight scalar loads, not vpgatherdd: as quick on Intel, and a third quicker on
+// AMD's Zen, where the gather is microcode. Values come from byte shuffles while there are at most
+// 128 symbols, else from one scalar look-up a weight.
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "bytes.h"
+#include "rans.h"
+
+namespace moebound {
+namespace {
+
+constexpr size_t kLanes = 32;
+
+// For each mask of lanes that read: which of the next words each lane gets.
+struct SpreadTable {
+  alignas(32) uint32_t index[256][8];
+  constexpr SpreadTable() : index() {
+    for (uint32_t mask = 0; mask < 256; ++mask) {
+      uint32_t next = 0;
+      for (uint32_t lane = 0; lane < 8; ++lane) index[mask][lane] = (mask >> lane & 1u) ? next++ : 0;
+    }
+  }
+};
+constexpr SpreadTable kSpread;
+
+// tables[index[lane]] of eight lanes.
+__attribute__((always_inline)) inline __m256i look_up(const uint32_t* tables, __m256i index) {
+  const uint64_t a = uint64_t(_mm256_extract_epi64(index, 0)), b = uint64_t(_mm256_extract_epi64(index, 1));
+  const uint64_t c = uint64_t(_mm256_extract_epi64(index, 2)), d = uint64_t(_mm256_extract_epi64(index, 3));
+  __m128i low = _mm_cvtsi32_si128(int(tables[uint32_t(a)]));
+  low = _mm_insert_epi32(low, int(tables[a >> 32]), 1);
+  low = _mm_insert_epi32(low, int(tables[uint32_t(b)]), 2);
+  low = _mm_insert_epi32(low, int(tables[b >> 32]), 3);
+  __m128i high = _mm_cvtsi32_si128(int(tables[uint32_t(c)]));
+  high = _mm_insert_epi32(high, int(tables[c >> 32]), 1);
+  high = _mm_insert_epi32(high, int(tables[uint32_t(d)]), 2);
+  high = _mm_insert_epi32(high, int(tables[d >> 32]), 3);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+// Eight lanes decode, those in `active` if kMasked, and read words as needed. A state is never
+// below 2^16 here, so lanes that stand still do not read.
+template <bool kMasked>
+__attribute__((always_inline)) inline void advance(__m256i& x, __m256i entry, __m256i active,
+                                                   __m128i table_log, const uint8_t*& word) {
+  const __m256i twelve_bits = _mm256_set1_epi32(0xFFF), one = _mm256_set1_epi32(1);
+  const __m256i frequency =
+      _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(entry, 8), twelve_bits), one);
+  __m256i next = _mm256_add_epi32(_mm256_mullo_epi32(frequency, _mm256_srl_epi32(x, table_log)),
+                                  _mm256_srli_epi32(entry, 20));
+  if constexpr (kMasked) next = _mm256_blendv_epi8(x, next, active);
+  const __m256i reads = _mm256_cmpeq_epi32(_mm256_srli_epi32(next, 16), _mm256_setzero_si256());
+  const uint32_t mask = uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(reads)));
+  const __m256i words = _mm256_permutevar8x32_epi32(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(word))),
+      _mm256_load_si256(reinterpret_cast<const __m256i*>(kSpread.index[mask])));
+  x = _mm256_blendv_epi8(next, _mm256_or_si256(_mm256_slli_epi32(next, 16), words), reads);
+  word += 2 * size_t(_mm_popcnt_u32(mask));
+}
+
+// The low bytes of four entry vectors as 32 bytes in the order of `packed_order`.
+__attribute__((always_inline)) inline __m256i pack_symbols(const __m256i (&entry)[4]) {
+  const __m256i byte = _mm256_set1_epi32(0xFF);
+  const __m256i a = _mm256_packus_epi32(_mm256_and_si256(entry[0], byte), _mm256_and_si256(entry[1], byte));
+  const __m256i b = _mm256_packus_epi32(_mm256_and_si256(entry[2], byte), _mm256_and_si256(entry[3], byte));
+  return _mm256_packus_epi16(a, b);  // dwords: 0a 1a 2a 3a | 0b 1b 2b 3b
+}
+
+// Emits 16-bit values by shuffles: block b of the tables serves symbols 16b .. 16b + 15.
+template <size_t kBlocks>
+struct ShuffleEmit {
+  using Out = uint16_t;
+  const uint8_t *low, *high;
+
+  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t*, uint16_t* out) const {
+    const __m256i symbols = pack_symbols(entry);
+    __m256i lows = _mm256_setzero_si256(), highs = lows;
+    __m256i block_start = lows;
+#pragma GCC unroll 8
+    for (size_t b = 0; b < kBlocks; ++b) {
+      // In this block: index 0x70 .. 0x7F, a shuffle by its low nibble. Outside: high bit, zero.
+      const __m256i index =
+          _mm256_adds_epu8(_mm256_sub_epi8(symbols, block_start), _mm256_set1_epi8(0x70));
+      const auto table = [&](const uint8_t* t) {
+        return _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(t + 32 * b)), index);
+      };
+      lows = _mm256_or_si256(lows, table(low));
+      highs = _mm256_or_si256(highs, table(high));
+      block_start = _mm256_add_epi8(block_start, _mm256_set1_epi8(16));
+    }
+    const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
+    lows = _mm256_permutevar8x32_epi32(lows, order);
+    highs = _mm256_permutevar8x32_epi32(highs, order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi8(lows, highs));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpackhi_epi8(lows, highs));
+  }
+};
+
+// Emits values of any width by look-ups, with low bits from planes if there are any.
+template <class Value>
+struct LookUpEmit {
+  using Out = Value;
+  const Value* values;
+  uint32_t low_bits;
+
+  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t* planes, Value* out) const {
+    alignas(32) uint32_t bins[kLanes];
+    const __m256i byte = _mm256_set1_epi32(0xFF);
+    const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    for (size_t v = 0; v < 4; ++v) {
+      __m256i bin = _mm256_slli_epi32(_mm256_and_si256(entry[v], byte), int(low_bits));
+      for (uint32_t b = 0; b < low_bits; ++b) {
+        const __m256i plane = _mm256_set1_epi32(planes[4 * b + v]);
+        const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(plane, lane_bit), lane_bit);
+        bin = _mm256_or_si256(bin, _mm256_and_si256(set, _mm256_set1_epi32(int(1u << b))));
+      }
+      _mm256_store_si256(reinterpret_cast<__m256i*>(bins + 8 * v), bin);
+    }
+    for (size_t i = 0; i < kLanes; ++i) out[i] = values[bins[i]];
+  }
+};
+
+template <class Emit>
+bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, size_t last,
+            typename Emit::Out* out, const Emit emit) {
+  const Layout& layout = *plan.layout;
+  const __m128i table_log = _mm_cvtsi32_si128(int(layout.table_log));
+  const __m256i slot_mask = _mm256_set1_epi32(int((1u << layout.table_log) - 1));
+  const uint32_t* const tables = plan.tables.data();
+  const size_t plane_bytes = 4 * size_t(layout.low_bits);
+  if (!states_are_valid(layout, segment)) return false;
+  __m256i x[4];
+  for (size_t v = 0; v < 4; ++v) {
+    x[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(segment.states + 32 * v));
+  }
+  const uint8_t* word = segment.words;
+  const uint8_t* const words_end = word + 2 * size_t(segment.n_words);
+  const uint8_t* plane = segment.planes;
+
+  // One group: 32 lanes, those at or beyond n_active stand still.
+  const auto group = [&](const uint16_t* offsets, size_t n_active, auto all_active, typename Emit::Out* to)
+                         __attribute__((always_inline)) {
+    __m256i entry[4];
+#pragma GCC unroll 4
+    for (size_t v = 0; v < 4; ++v) {
+      __m256i index = _mm256_and_si256(x[v], slot_mask);
+      if (offsets) {
+        index = _mm256_add_epi32(index, _mm256_cvtepu16_epi32(_mm_loadu_si128(
+                                            reinterpret_cast<const __m128i*>(offsets + 8 * v))));
+      }
+      entry[v] = look_up(tables, index);
+    }
+    // A group reads at most 32 words; loads reach 16 bytes beyond the last. Near the end it works
+    // on a copy with zeros behind.
+    alignas(32) uint8_t tail[2 * kLanes + 16];
+    const uint8_t* from = word;
+    const bool near_end = size_t(words_end - word) < sizeof(tail);
+    if (near_end) {
+      std::memset(tail, 0, sizeof(tail));
+      std::memcpy(tail, word, std::min(sizeof(tail), size_t(words_end - word)));
+      from = tail;
+    }
+    const uint8_t* const start = from;
+#pragma GCC unroll 4
+    for (size_t v = 0; v < 4; ++v) {
+      const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                            _mm256_set1_epi32(int(8 * v)));
+      const __m256i active = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n_active)), lane);
+      advance<!decltype(all_active)::value>(x[v], entry[v], active, table_log, from);
+    }
+    const size_t used = size_t(from - start);
+    if (near_end && used > size_t(words_end - word)) return false;
+    word += used;
+    emit(entry, plane, to);
+    plane += plane_bytes;
+    return true;
+  };
+
+  for (size_t row = first; row < last; ++row) {
+    const uint16_t* offsets = plan.offsets(row);
+    const size_t columns = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
+    size_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes, out += kLanes) {
+      if (!group(offsets ? offsets + j : nullptr, kLanes, std::true_type{}, out)) return false;
+    }
+    if (j < columns) {
+      typename Emit::Out left[kLanes];
+      if (!group(offsets ? offsets + j : nullptr, columns - j, std::false_type{}, left)) return false;
+      std::copy_n(left, columns - j, out);
+      out += columns - j;
+    }
+  }
+  const __m256i low = _mm256_set1_epi32(int(kStateLow));
+  __m256i same = _mm256_set1_epi32(-1);
+  for (size_t v = 0; v < 4; ++v) same = _mm256_and_si256(same, _mm256_cmpeq_epi32(x[v], low));
+  return word == words_end && _mm256_movemask_epi8(same) == -1;
+}
+
+}  // namespace
+
+bool decode_segment_avx2(const DecodePlan& plan, const SegmentBytes& segment, size_t first, size_t last,
+                         void* out) {
+  const uint32_t low_bits = plan.layout->low_bits;
+  if (plan.layout->lanes() != kLanes) return decode_segment_scalar(plan, segment, first, last, out);
+  if (plan.output == DType::kF32) {
+    return decode(plan, segment, first, last, static_cast<uint32_t*>(out),
+                  LookUpEmit<uint32_t>{plan.values32.data(), low_bits});
+  }
+  const auto by_shuffles = [&](auto blocks) {
+    return decode(plan, segment, first, last, static_cast<uint16_t*>(out),
+                  ShuffleEmit<decltype(blocks)::value>{plan.shuffle_low.data(), plan.shuffle_high.data()});
+  };
+  switch (plan.shuffle_low.size() / 32) {
+    case 1: return by_shuffles(std::integral_constant<size_t, 1>{});
+    case 2: return by_shuffles(std::integral_constant<size_t, 2>{});
+    case 3: return by_shuffles(std::integral_constant<size_t, 3>{});
+    case 4: return by_shuffles(std::integral_constant<size_t, 4>{});
+    case 5: return by_shuffles(std::integral_constant<size_t, 5>{});
+    case 6: return by_shuffles(std::integral_constant<size_t, 6>{});
+    case 7: return by_shuffles(std::integral_constant<size_t, 7>{});
+    case 8: return by_shuffles(std::integral_constant<size_t, 8>{});
+    default: break;
+  }
+  return decode(plan, segment, first, last, static_cast<uint16_t*>(out),
+                LookUpEmit<uint16_t>{plan.values16.data(), low_bits});
+}
+
+}  // namespace moebound

@@ -1,0 +1,35 @@
+"""moebound: error-bounded compression of the experts of Mixture-of-Experts language models."""
+
+from moebound.codec import codec_ids, decode, encode
+from moebound.errors import (
+    BackendUnavailable,
+    BoundError,
+    CheckpointError,
+    CodecError,
+    CorruptionError,
+    FormatError,
+    MoeboundError,
+    StoreError,
+    UnsupportedArchitectureError,
+)
+from moebound.types import ErrorBound, ExpertKey
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "BoundError",
+    "CheckpointError",
+    "CodecError",
+    "CorruptionError",
+    "ErrorBound",
+    "ExpertKey",
+    "FormatError",
+    "MoeboundError",
+    "StoreError",
+    "UnsupportedArchitectureError",
+    "__version__",
+    "codec_ids",
+    "decode",
+    "encode",
+]

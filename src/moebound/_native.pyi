@@ -1,0 +1,16 @@
+"""The native kernel. Arrays are flat and contiguous; bfloat16 travels as uint16 bits."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moebound.types import Array
+
+Buffer = bytes | bytearray | memoryview
+
+def xxh64(data: Buffer, seed: int = 0) -> int: ...
+def compare(original: Array, decoded: Array, bound: float) -> tuple[float, float, int, int]: ...
+def violations(original: Array, decoded: Array, bound: float) -> npt.NDArray[np.uint64]: ...
+def stats(array: Array) -> tuple[int, float, float, float, float]: ...
+def __getattr__(name: str) -> Any: ...

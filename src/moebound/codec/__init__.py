@@ -1,0 +1,29 @@
+"""Array + bound -> bytes, and back. One file a codec, one interface, one registry."""
+
+from moebound.codec.api import Encoded, decode, decode_into, encode, encode_certified, thread_count
+from moebound.codec.base import ArraySpec, Codec, Payload
+from moebound.codec.certificate import Certificate
+from moebound.codec.envelope import Envelope, parse
+from moebound.codec.measure import Measured, measure, stats
+from moebound.codec.registry import codec_ids, get_codec, register_codec
+
+__all__ = [
+    "ArraySpec",
+    "Certificate",
+    "Codec",
+    "Encoded",
+    "Envelope",
+    "Measured",
+    "Payload",
+    "codec_ids",
+    "decode",
+    "decode_into",
+    "encode",
+    "encode_certified",
+    "get_codec",
+    "measure",
+    "parse",
+    "register_codec",
+    "stats",
+    "thread_count",
+]

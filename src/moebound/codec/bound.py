@@ -1,0 +1,109 @@
+"""`bound`: our own codec. A covering quantizer, then rANS in row and column classes.
+
+    grid     the fewest values of the output dtype whose cells [v - ε, v + ε] cover every number
+             of the source dtype (native/grid.h): the bound holds after the cast by construction
+    classes  rows and columns grouped by scale, a frequency table for each combined class
+    rANS     static, 12-bit, 32 interleaved lanes, independent segments of whole rows
+    misses   NaN, ±Inf and rare values far outside the rest go to the envelope's exact patch
+
+For a strict maximum error this is next to the best there is: the cube of side 2ε tiles space, so a
+uniform quantizer with ideal entropy coding has no shaping gain left to chase. docs/format.md,
+section 4, describes every byte; reference.py is the same in NumPy, to be read.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Self
+
+import numpy as np
+
+from moebound import _native
+from moebound.codec.base import ArraySpec, Codec, Payload
+from moebound.codec.lossless import LosslessCodec
+from moebound.codec.shape import columns_of
+from moebound.errors import CodecError, CorruptionError
+from moebound.types import Array, DType
+
+DTYPE_CODES: dict[DType, int] = {"BF16": 0, "F16": 1, "F32": 2}
+SEGMENT_WEIGHTS = 1 << 17
+MAX_SEGMENT_WEIGHTS = 1 << 18
+EXACT = 0
+"""First byte of a payload that is an exact copy; otherwise it is the tables' log2, 1 to 12."""
+
+
+class BoundCodec(Codec):
+    """The bound on every weight, next to the entropy limit, near memory speed.
+
+    segment_weights: weights that decode together, one thread or GPU warp each. Fewer make more
+    parallelism and cost 96 bytes a segment.
+    """
+
+    id: ClassVar[str] = "bound"
+    keeps_bound: ClassVar[bool] = True
+
+    def __init__(self, *, segment_weights: int = SEGMENT_WEIGHTS) -> None:
+        if not 1 <= segment_weights <= MAX_SEGMENT_WEIGHTS:
+            raise CodecError(
+                f"bound: segment_weights {segment_weights}: expected 1 to {MAX_SEGMENT_WEIGHTS}"
+            )
+        self.segment_weights = segment_weights
+
+    @classmethod
+    def from_options(cls, options: str) -> Self:
+        """``segment=N`` or nothing."""
+        if not options:
+            return cls()
+        name, _, value = options.partition("=")
+        if name != "segment" or not value.isdigit():
+            raise CodecError(f"codec 'bound': expected segment=WEIGHTS, found {options!r}")
+        return cls(segment_weights=int(value))
+
+    def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
+        flat = x.reshape(-1)
+        if spec.source_dtype == "BF16":
+            flat = flat.view(np.uint16)
+        data, misses = _native.bound_encode(
+            flat,
+            DTYPE_CODES[spec.dtype],
+            spec.abs_bound,
+            columns_of(spec.shape),
+            self._segment_weights(spec),
+            threads,
+        )
+        return self._or_exact(Payload(data, misses), x, spec, threads)
+
+    def decompress(
+        self, data: memoryview, spec: ArraySpec, out: Array, *, threads: int = 1
+    ) -> None:
+        if len(data) and data[0] == EXACT:
+            LosslessCodec().decompress(data[1:], spec, out, threads=threads)
+            return
+        if spec.abs_bound <= 0:
+            raise CorruptionError("bound: a bound of 0 in a payload that is no exact copy")
+        try:
+            _native.bound_decode(
+                data,
+                out.view(np.uint16) if spec.dtype == "BF16" else out,
+                DTYPE_CODES[spec.source_dtype],
+                spec.abs_bound,
+                threads,
+            )
+        except _native.Corrupt as error:
+            raise CorruptionError(f"bound: {error}") from None
+
+    def _segment_weights(self, spec: ArraySpec) -> int:
+        return max(self.segment_weights, columns_of(spec.shape))
+
+    def _or_exact(self, payload: Payload, x: Array, spec: ArraySpec, threads: int) -> Payload:
+        """An exact copy instead, where the bound is so tight that it is smaller."""
+        item_bits = 8 * x.dtype.itemsize
+        n_bytes = len(payload.data) + len(payload.misses) * (x.dtype.itemsize + 1)
+        if spec.dtype != spec.source_dtype or 8 * n_bytes < 0.6 * item_bits * spec.size:
+            return payload
+        exact = LosslessCodec().compress(x, spec, threads=threads)
+        if len(exact.data) + 1 >= n_bytes:
+            return payload
+        return Payload(bytes([EXACT]) + exact.data)
+
+    def __repr__(self) -> str:
+        return f"BoundCodec(segment_weights={self.segment_weights})"

@@ -1,0 +1,148 @@
+"""The frame around every encoded array: what it is, its patch, a codec's payload, a checksum.
+
+Self-contained: `parse` needs nothing but the bytes. docs/format.md, section 2, has every byte;
+this file is its reference. A change to the bytes is a new VERSION; old versions decode for ever.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from moebound import _native
+from moebound.codec import patch
+from moebound.codec.base import ArraySpec, Positions
+from moebound.errors import CorruptionError, FormatError
+from moebound.types import NUMPY_DTYPES, Array, DType
+
+MAGIC = b"MOEB"
+VERSION = 1
+MAX_DIMS = 8
+MAX_SIZE = 1 << 40
+_DTYPES: tuple[DType, ...] = ("BF16", "F16", "F32")
+_FLAG_TORCH = 1
+_CODEC_ID = re.compile(rb"[a-z0-9_]{1,32}")
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """One encoded array, taken apart.
+
+    codec, codec_version: whose payload it is. from_torch: a torch tensor went in.
+    misses, values: the patch, flat positions and verbatim values of spec.dtype.
+    """
+
+    spec: ArraySpec
+    codec: str
+    codec_version: int
+    payload: memoryview
+    misses: Positions
+    values: Array
+    from_torch: bool = False
+
+
+def build(envelope: Envelope) -> bytes:
+    """The bytes of an envelope."""
+    spec, codec = envelope.spec, envelope.codec.encode("ascii")
+    head = bytearray(MAGIC)
+    flags = _FLAG_TORCH if envelope.from_torch else 0
+    dtypes = _DTYPES.index(spec.dtype), _DTYPES.index(spec.source_dtype)
+    head += bytes([VERSION, flags, *dtypes, len(codec)]) + codec
+    head += bytes([envelope.codec_version, len(spec.shape)])
+    for extent in spec.shape:
+        _put_varint(head, extent)
+    head += struct.pack("<d", spec.abs_bound)
+    _put_varint(head, len(envelope.misses))
+    if len(envelope.misses):
+        head += patch.pack_positions(envelope.misses, spec.size)
+        head += envelope.values.tobytes()
+    _put_varint(head, len(envelope.payload))
+    body = b"".join((head, envelope.payload))
+    return body + struct.pack("<I", checksum(body))
+
+
+def parse(data: bytes | bytearray | memoryview) -> Envelope:
+    """Take bytes apart and check them. The payload is a view of them.
+
+    Raises FormatError (no or unknown format), CorruptionError (damaged).
+    """
+    view = memoryview(data).cast("B")
+    if len(view) < 5 or bytes(view[:4]) != MAGIC:
+        raise FormatError(f"expected bytes that begin with {MAGIC!r}, found {bytes(view[:4])!r}")
+    if view[4] != VERSION:
+        raise FormatError(f"envelope version {view[4]}: this moebound reads version {VERSION}")
+    if len(view) < 9 or struct.unpack("<I", view[-4:])[0] != checksum(view[:-4]):
+        raise CorruptionError(f"checksum does not match ({len(view)} bytes)")
+    read = _Reader(view[:-4], 5)
+    flags, dtype, source, n_codec = read.take(4)
+    if flags & ~_FLAG_TORCH or dtype >= len(_DTYPES) or source >= len(_DTYPES):
+        raise FormatError(f"flags {flags}, dtypes {dtype}, {source}: not known to version 1")
+    codec = bytes(read.take(n_codec))
+    if not _CODEC_ID.fullmatch(codec):
+        raise FormatError(f"codec id {codec!r}")
+    codec_version, n_dims = read.take(2)
+    if n_dims > MAX_DIMS:
+        raise FormatError(f"{n_dims} dimensions: at most {MAX_DIMS}")
+    shape = tuple(read.varint() for _ in range(n_dims))
+    (abs_bound,) = struct.unpack("<d", read.take(8))
+    spec = ArraySpec(shape, _DTYPES[dtype], _DTYPES[source], abs_bound)
+    # An extent of 0 must not hide one that no array can have.
+    if prod(max(extent, 1) for extent in shape) > MAX_SIZE or not 0 <= abs_bound < float("inf"):
+        raise FormatError(f"shape {shape}, bound {abs_bound}: out of range")
+    count = read.varint()
+    if count > spec.size:
+        raise CorruptionError(f"patch of {count} values in an array of {spec.size}")
+    misses, values = np.empty(0, np.uint64), np.empty(0, NUMPY_DTYPES[spec.dtype])
+    if count:
+        n_bytes = patch.positions_n_bytes(spec.size, count)
+        misses = patch.unpack_positions(read.take(n_bytes), spec.size, count)
+        values = np.frombuffer(read.take(count * values.itemsize), values.dtype)
+    payload = read.take(read.varint())
+    if read.left:
+        raise CorruptionError(f"{read.left} bytes behind the payload")
+    return Envelope(
+        spec, codec.decode(), codec_version, payload, misses, values, bool(flags & _FLAG_TORCH)
+    )
+
+
+def checksum(data: bytes | bytearray | memoryview) -> int:
+    """The low 32 bits of XXH64 with seed 0."""
+    return _native.xxh64(data) & 0xFFFFFFFF
+
+
+def _put_varint(out: bytearray, value: int) -> None:
+    """LEB128: seven bits a byte, the lowest first, the high bit says that more follow."""
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+
+
+class _Reader:
+    """A cursor that never leaves its bytes."""
+
+    def __init__(self, view: memoryview, at: int) -> None:
+        self._view, self._at = view, at
+
+    @property
+    def left(self) -> int:
+        return len(self._view) - self._at
+
+    def take(self, n_bytes: int) -> memoryview:
+        if n_bytes > self.left:
+            raise CorruptionError(f"expected {n_bytes} more bytes, found {self.left}")
+        self._at += n_bytes
+        return self._view[self._at - n_bytes : self._at]
+
+    def varint(self) -> int:
+        value = 0
+        for shift in range(0, 63, 7):
+            byte = self.take(1)[0]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+        raise CorruptionError("a length of more than 63 bits")

@@ -1,0 +1,53 @@
+"""Everything moebound raises on purpose.
+
+MoeboundError
+├── BoundError           the bound asked is no bound, or cannot be met in the dtype asked
+├── FormatError          these bytes are not in a format (or version) that is known here
+│   └── CorruptionError  they are in a known format, and are damaged
+├── CheckpointError      a source checkpoint is missing, unreadable or inconsistent
+│   └── UnsupportedArchitectureError   its architecture is not in the table of families
+├── StoreError           a store cannot be written, resumed or read as asked
+├── CodecError           no such codec, or it cannot take this array
+└── BackendUnavailable   an optional dependency is not installed; the message has the command
+
+A message names the file, tensor or option, what was expected and what was found. The command
+line maps `CorruptionError` and broken bounds to exit code 1, everything else to 2.
+"""
+
+from __future__ import annotations
+
+
+class MoeboundError(Exception):
+    """Base of every error that moebound raises on purpose."""
+
+
+class BoundError(MoeboundError, ValueError):
+    """The bound is not a positive finite number, or the dtype asked cannot meet it."""
+
+
+class FormatError(MoeboundError, ValueError):
+    """Bytes that are not in a known format or version."""
+
+
+class CorruptionError(FormatError):
+    """Bytes of a known format that contradict themselves or their checksum."""
+
+
+class CheckpointError(MoeboundError):
+    """A source checkpoint that is missing, unreadable or inconsistent."""
+
+
+class UnsupportedArchitectureError(CheckpointError):
+    """The checkpoint's architecture is dense or not in the table of families."""
+
+
+class StoreError(MoeboundError):
+    """A store that cannot be written, resumed or read as asked."""
+
+
+class CodecError(MoeboundError, ValueError):
+    """An unknown codec, or an array that the codec cannot take."""
+
+
+class BackendUnavailable(MoeboundError, ImportError):
+    """An optional dependency is missing. The message has the command that installs it."""
