@@ -24,7 +24,7 @@ inline uint16_t unrotated(uint16_t bin) { return uint16_t(bin >> 1 | bin << 15);
 constexpr uint32_t kExactLowBits = 8;
 
 struct EncodeOptions {
-  size_t segment_weights = 1 << 17;
+  size_t segment_weights = 1 << 18;
   unsigned threads = 1;
 };
 

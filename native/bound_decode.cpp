@@ -78,26 +78,6 @@ void fill_values(const ArrayInfo& info, const Layout& layout, DecodePlan& plan) 
   }
 }
 
-void fill_offsets(const Layout& layout, DecodePlan& plan) {
-  if (layout.n_tables == 1) return;
-  const size_t padded = layout.groups_per_row() * kGroup;
-  uint8_t slot_of_class[256];
-  std::fill_n(slot_of_class, 256, uint8_t(255));
-  plan.row_slot.resize(layout.row_classes.size());
-  for (size_t row = 0; row < layout.row_classes.size(); ++row) {
-    uint8_t& slot = slot_of_class[layout.row_classes[row]];
-    if (slot == 255) {
-      slot = uint8_t(plan.row_offsets.size());
-      std::vector<uint16_t> offsets(padded, 0);
-      for (size_t j = 0; j < layout.columns; ++j) {
-        offsets[j] = uint16_t(layout.table_of(row, j) << layout.table_log);
-      }
-      plan.row_offsets.push_back(std::move(offsets));
-    }
-    plan.row_slot[row] = slot;
-  }
-}
-
 }  // namespace
 
 void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, void* out,
@@ -110,7 +90,7 @@ void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes,
   plan.output = info.output;
   fill_tables(layout, plan);
   fill_values(info, layout, plan);
-  fill_offsets(layout, plan);
+  plan.starts = table_starts(layout, 1u << layout.table_log);
   const DecodeSegment decode = decoder();
   const size_t stride = size_t(layout.rows_per_segment) * layout.columns * item_size(info.output);
   std::atomic<size_t> damaged{SIZE_MAX};

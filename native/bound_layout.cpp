@@ -117,6 +117,23 @@ size_t segment_n_bytes(const Layout& layout, uint32_t n_words, size_t n_groups) 
   return 4 * layout.lanes() + align4(2 * size_t(n_words)) + 4 * size_t(layout.low_bits) * n_groups;
 }
 
+TableStarts table_starts(const Layout& layout, uint32_t unit) {
+  TableStarts starts{{}, &layout};
+  const size_t padded = layout.groups_per_row() * kGroup;
+  if (layout.n_tables == 1) {
+    starts.by_class.emplace_back(padded, 0u);
+    return starts;
+  }
+  starts.by_class.resize(kMaxLevels);
+  for (size_t row = 0; row < layout.row_classes.size(); ++row) {
+    auto& at = starts.by_class[layout.row_classes[row]];
+    if (!at.empty()) continue;
+    at.resize(padded);
+    for (size_t j = 0; j < layout.columns; ++j) at[j] = layout.table_of(row, j) * unit;
+  }
+  return starts;
+}
+
 void write_layout(const Layout& layout, std::vector<uint8_t>& out) {
   const size_t start = out.size();
   for (const uint32_t field :

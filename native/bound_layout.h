@@ -52,6 +52,17 @@ struct SegmentBytes {
   uint32_t n_words;
 };
 
+// Where the table of each column begins, for every row class that occurs, if tables are `unit`
+// apart. Padded to whole groups. One row of zeros if there is one table.
+struct TableStarts {
+  std::vector<std::vector<uint32_t>> by_class;
+  const Layout* layout;
+  const uint32_t* of_row(size_t row) const {
+    return by_class[layout->n_tables == 1 ? 0 : layout->row_classes[row]].data();
+  }
+};
+TableStarts table_starts(const Layout& layout, uint32_t unit);
+
 // Appends the layout; the segments follow, each as its encoder made it.
 void write_layout(const Layout& layout, std::vector<uint8_t>& out);
 

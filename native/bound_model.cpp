@@ -68,7 +68,7 @@ Scales measure_scales(const Symbols& symbols, const Alphabet& alphabet, size_t n
   std::vector<size_t> row_counts(rows), column_counts(columns);
   uint64_t total = 0;
   for (size_t row = 0; row < rows; ++row) {
-    const uint8_t* s = symbols.symbol.data() + row * columns;
+    const uint8_t* s = symbols.symbol + row * columns;
     const size_t end = std::min(columns, n - row * columns);
     uint32_t sum = 0;
     for (size_t j = 0; j < end; ++j) {
@@ -148,22 +148,20 @@ size_t row_end(const Layout& layout, size_t row, size_t n) {
 }
 
 // How often each table codes each symbol in these rows: [n_tables][n_symbols].
-std::vector<uint32_t> count_symbols(const std::vector<uint8_t>& symbols, const Layout& layout, size_t n,
+std::vector<uint32_t> count_symbols(const Symbols& symbols, const Layout& layout, size_t n,
                                     const std::vector<size_t>& rows) {
   // Two sets of counters: a run of one symbol does not wait for its own last count.
   const size_t size = size_t(layout.n_tables) * layout.n_symbols;
-  std::vector<uint32_t> counts(2 * size), start_at(layout.columns);
+  std::vector<uint32_t> counts(2 * size);
   uint32_t* const even = counts.data();
   uint32_t* const odd = even + size;
-  int last_class = -1;
+  const TableStarts starts = table_starts(layout, layout.n_symbols);
   for (const size_t row : rows) {
-    const uint8_t* s = symbols.data() + row * layout.columns;
+    const uint32_t* start_at = starts.of_row(row);
+    const uint8_t* s = symbols.symbol + row * layout.columns;
     const size_t end = row_end(layout, row, n);
-    if (layout.n_tables > 1 && layout.row_classes[row] != last_class) {
-      last_class = layout.row_classes[row];
-      for (size_t j = 0; j < layout.columns; ++j) start_at[j] = layout.table_of(row, j) * layout.n_symbols;
-    }
     size_t j = 0;
+#pragma GCC unroll 4
     for (; j + 1 < end; j += 2) {
       ++even[start_at[j] + s[j]];
       ++odd[start_at[j + 1] + s[j + 1]];
@@ -179,7 +177,7 @@ std::vector<uint32_t> count_symbols(const std::vector<uint8_t>& symbols, const L
 Cost class_cost(const Symbols& symbols, const Layout& layout, size_t n, const std::vector<size_t>& rows) {
   uint64_t n_counted = 0;
   for (const size_t row : rows) n_counted += row_end(layout, row, n);
-  const std::vector<uint32_t> counts = count_symbols(symbols.symbol, layout, n, rows);
+  const std::vector<uint32_t> counts = count_symbols(symbols, layout, n, rows);
   Cost sampled = 0;
   uint64_t n_parameters = 0;
   for (uint32_t t = 0; t < layout.n_tables; ++t) {
@@ -319,7 +317,7 @@ void choose_classes(const Symbols& symbols, const Alphabet& alphabet, size_t n,
   apply(scales, best, n, layout);
 }
 
-void choose_tables(const std::vector<uint8_t>& symbols, size_t n, Layout& layout) {
+void choose_tables(const Symbols& symbols, size_t n, Layout& layout) {
   std::vector<size_t> rows(layout.rows(n));
   std::iota(rows.begin(), rows.end(), size_t(0));
   std::vector<uint32_t> counts = count_symbols(symbols, layout, n, rows);

@@ -22,6 +22,6 @@ void choose_classes(const Symbols& symbols, const Alphabet& alphabet, size_t n,
                     const std::vector<size_t>& sampled_rows, Layout& layout);
 
 // Sets layout's table_log, mantissa_bits and frequencies from the counts of all symbols.
-void choose_tables(const std::vector<uint8_t>& symbols, size_t n, Layout& layout);
+void choose_tables(const Symbols& symbols, size_t n, Layout& layout);
 
 }  // namespace moebound

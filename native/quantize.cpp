@@ -1,20 +1,24 @@
 #include "quantize.h"
 
+#include "scratch.h"
+
 #include <algorithm>
+#include <type_traits>
 
 namespace moebound {
 namespace {
 
 template <class T>
 uint32_t largest_finite(const typename T::Bits* patterns, size_t n) {
-  using Bits = typename T::Bits;
-  Bits largest = 0;
+  // Magnitudes fit the signed type, for which every vector unit has a maximum.
+  using Signed = std::make_signed_t<typename T::Bits>;
+  Signed largest = 0;
   for (size_t i = 0; i < n; ++i) {
-    const Bits magnitude = Bits(patterns[i] & Bits(~T::kSign));
-    const Bits finite = magnitude <= T::kMaxFinite ? magnitude : Bits(0);
-    largest = std::max(largest, finite);
+    const Signed magnitude = Signed(patterns[i] & typename T::Bits(~T::kSign));
+    const Signed finite = magnitude <= Signed(T::kMaxFinite) ? magnitude : Signed(0);
+    largest = finite > largest ? finite : largest;
   }
-  return largest;
+  return uint32_t(largest);
 }
 
 template <class T>
@@ -22,7 +26,52 @@ const typename T::Bits* as(const void* source) {
   return static_cast<const typename T::Bits*>(source);
 }
 
+// A weight's code: symbol | low << 8, and this bit if the code only stands in for the weight.
+constexpr uint32_t kMiss = 1u << 16;
+
+template <class CodeAt>
+void put_codes(size_t n, const CodeAt& code_at, Symbols& symbols) {
+  constexpr size_t kChunk = 256;
+  uint8_t* const symbol = symbols.symbol;
+  uint8_t* const low = symbols.low;
+  for (size_t start = 0; start < n; start += kChunk) {
+    const size_t end = std::min(n, start + kChunk);
+    uint32_t any = 0;
+    if (low) {
+#pragma GCC unroll 8
+      for (size_t i = start; i < end; ++i) {
+        const uint32_t code = code_at(i);
+        any |= code;
+        symbol[i] = uint8_t(code);
+        low[i] = uint8_t(code >> 8);
+      }
+    } else {
+#pragma GCC unroll 8
+      for (size_t i = start; i < end; ++i) {
+        const uint32_t code = code_at(i);
+        any |= code;
+        symbol[i] = uint8_t(code);
+      }
+    }
+    if (!(any & kMiss)) continue;
+    for (size_t i = start; i < end; ++i) {
+      if (code_at(i) & kMiss) symbols.misses.push_back(i);
+    }
+  }
+}
+
+thread_local Scratch<uint8_t> symbol_scratch, low_scratch;
+
 }  // namespace
+
+Symbols room_for_symbols(size_t n, bool with_low) {
+  return {symbol_scratch.room_for(n), with_low ? low_scratch.room_for(n) : nullptr, {}};
+}
+
+void release_symbols() {
+  symbol_scratch.shrink();
+  low_scratch.shrink();
+}
 
 std::vector<size_t> sample_rows(const ArrayInfo& info, size_t weights) {
   const size_t rows = (info.n + info.columns - 1) / info.columns;
@@ -96,41 +145,21 @@ std::vector<uint32_t> Quantizer::histogram(const std::vector<size_t>& rows, uint
 }
 
 Symbols Quantizer::symbols(const Alphabet& alphabet) const {
-  constexpr uint32_t kMiss = 1u << 16;
   const uint32_t low_mask = (1u << alphabet.low_bits) - 1;
-  const auto code = [&](int32_t bin) -> uint32_t {  // symbol | low << 8, or a miss
+  const auto code = [&](int32_t bin) -> uint32_t {
     const int32_t symbol = bin == kNoBin ? -1 : (bin >> alphabet.low_bits) - alphabet.symbol_low;
     if (symbol < 0 || symbol >= int32_t(alphabet.n_symbols)) return alphabet.stand_in | kMiss;
     return uint32_t(symbol) | (uint32_t(bin) & low_mask) << 8;
   };
-  Symbols result;
-  result.symbol.resize(info_.n);
-  if (alphabet.low_bits) result.low.resize(info_.n);
-  const auto put = [&](const auto& code_at) {
-    constexpr size_t kChunk = 256;
-    for (size_t start = 0; start < info_.n; start += kChunk) {
-      const size_t end = std::min(info_.n, start + kChunk);
-      uint32_t any = 0;
-      for (size_t i = start; i < end; ++i) {
-        const uint32_t c = code_at(i);
-        any |= c;
-        result.symbol[i] = uint8_t(c);
-        if (alphabet.low_bits) result.low[i] = uint8_t(c >> 8);
-      }
-      if (!(any & kMiss)) continue;
-      for (size_t i = start; i < end; ++i) {
-        if (code_at(i) & kMiss) result.misses.push_back(i);
-      }
-    }
-  };
+  Symbols result = room_for_symbols(info_.n, alphabet.low_bits > 0);
   if (info_.source == DType::kF32) {
     const auto* patterns = as<F32>(source_);
-    put([&](size_t i) { return code(bin_of_f32(patterns[i])); });
+    put_codes(info_.n, [&](size_t i) { return code(bin_of_f32(patterns[i])); }, result);
   } else {
     std::vector<uint32_t> codes(1u << 16);
     for (size_t pattern = 0; pattern < codes.size(); ++pattern) codes[pattern] = code(bins_[pattern]);
     const auto* patterns = as<BF16>(source_);
-    put([&](size_t i) { return codes[patterns[i]]; });
+    put_codes(info_.n, [&](size_t i) { return codes[patterns[i]]; }, result);
   }
   return result;
 }

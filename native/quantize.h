@@ -20,11 +20,16 @@ struct Alphabet {
   uint8_t stand_in = 0;  // the symbol coded in place of a miss
 };
 
+// The coded part of every weight, in this thread's scratch memory: one at a time, until
+// release_symbols().
 struct Symbols {
-  std::vector<uint8_t> symbol;  // [n]
-  std::vector<uint8_t> low;     // [n], empty if low_bits is 0
+  uint8_t* symbol = nullptr;  // [n]
+  uint8_t* low = nullptr;     // [n], none if low_bits is 0
   std::vector<uint64_t> misses;
 };
+
+Symbols room_for_symbols(size_t n, bool with_low);
+void release_symbols();
 
 // Rows that stand for all: about `weights` weights, evenly spread, the first row among them.
 std::vector<size_t> sample_rows(const ArrayInfo& info, size_t weights);

@@ -39,18 +39,16 @@ struct DecodePlan {
   size_t n = 0;
   DType output = DType::kBF16;
   std::vector<uint32_t> tables;  // [n_tables << table_log]
-  // For each row class, the tables' offsets by column, padded to whole groups: offset of column j
-  // of row r is row_offsets[row_slot[r]][j]. Empty if there is one table.
-  std::vector<std::vector<uint16_t>> row_offsets;
-  std::vector<uint8_t> row_slot;
+  TableStarts starts;  // in units of table entries
   // Output patterns by symbol << low_bits | low, as 32-bit words and, of 16-bit dtypes, as they are.
   std::vector<uint16_t> values16;
   std::vector<uint32_t> values32;
   // values16 cut into bytes by blocks of 16, twice each, for byte shuffles: [block][32].
   std::vector<uint8_t> shuffle_low, shuffle_high;
 
-  const uint16_t* offsets(size_t row) const {
-    return row_slot.empty() ? nullptr : row_offsets[row_slot[row]].data();
+  // Nothing to add to a state's slot if there is one table.
+  const uint32_t* offsets(size_t row) const {
+    return layout->n_tables == 1 ? nullptr : starts.of_row(row);
   }
 };
 
@@ -62,5 +60,25 @@ using DecodeSegment = bool (*)(const DecodePlan&, const SegmentBytes&, size_t fi
 bool decode_segment_scalar(const DecodePlan&, const SegmentBytes&, size_t, size_t, void*);
 bool decode_segment_avx2(const DecodePlan&, const SegmentBytes&, size_t, size_t, void*);
 bool decode_segment_avx512(const DecodePlan&, const SegmentBytes&, size_t, size_t, void*);
+
+// What all segments share at the other end.
+struct EncodePlan {
+  const Layout* layout = nullptr;
+  size_t n = 0;
+  const uint8_t* symbols = nullptr;  // [n]
+  std::vector<uint32_t> entries;     // [n_tables][n_symbols]: (frequency - 1) | cumulative << 12
+  TableStarts starts;                // in units of entries
+};
+
+constexpr size_t kWordSlack = 8;  // words in front of the buffer that an encoder may spoil
+
+// Encodes rows [first, last), the last weight first, words downwards from words_end. Sets the
+// states that the decoder begins with and returns the first word. The buffer below words_end has
+// room for a word a weight and kWordSlack more.
+using EncodeSegment = uint16_t* (*)(const EncodePlan&, size_t first, size_t last, uint32_t* states,
+                                    uint16_t* words_end);
+
+uint16_t* encode_segment_scalar(const EncodePlan&, size_t, size_t, uint32_t*, uint16_t*);
+uint16_t* encode_segment_avx2(const EncodePlan&, size_t, size_t, uint32_t*, uint16_t*);
 
 }  // namespace moebound

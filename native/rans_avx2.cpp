@@ -15,6 +15,20 @@ namespace {
 
 constexpr size_t kLanes = 32;
 
+// For each mask of lanes that emit: the emitting lanes in order at the end of the vector.
+struct GatherTable {
+  alignas(32) uint32_t index[256][8];
+  constexpr GatherTable() : index() {
+    for (uint32_t mask = 0; mask < 256; ++mask) {
+      uint32_t next = 8;
+      for (uint32_t lane = 8; lane-- > 0;) {
+        if (mask >> lane & 1u) index[mask][--next] = lane;
+      }
+    }
+  }
+};
+constexpr GatherTable kGather;
+
 // For each mask of lanes that read: which of the next words each lane gets.
 struct SpreadTable {
   alignas(32) uint32_t index[256][8];
@@ -142,15 +156,15 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
   const uint8_t* plane = segment.planes;
 
   // One group: 32 lanes, those at or beyond n_active stand still.
-  const auto group = [&](const uint16_t* offsets, size_t n_active, auto all_active, typename Emit::Out* to)
+  const auto group = [&](const uint32_t* offsets, size_t n_active, auto all_active, typename Emit::Out* to)
                          __attribute__((always_inline)) {
     __m256i entry[4];
 #pragma GCC unroll 4
     for (size_t v = 0; v < 4; ++v) {
       __m256i index = _mm256_and_si256(x[v], slot_mask);
       if (offsets) {
-        index = _mm256_add_epi32(index, _mm256_cvtepu16_epi32(_mm_loadu_si128(
-                                            reinterpret_cast<const __m128i*>(offsets + 8 * v))));
+        index = _mm256_add_epi32(
+            index, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(offsets + 8 * v)));
       }
       entry[v] = look_up(tables, index);
     }
@@ -181,7 +195,7 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
   };
 
   for (size_t row = first; row < last; ++row) {
-    const uint16_t* offsets = plan.offsets(row);
+    const uint32_t* offsets = plan.offsets(row);
     const size_t columns = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
     size_t j = 0;
     for (; j + kLanes <= columns; j += kLanes, out += kLanes) {
@@ -227,6 +241,84 @@ bool decode_segment_avx2(const DecodePlan& plan, const SegmentBytes& segment, si
   }
   return decode(plan, segment, first, last, static_cast<uint16_t*>(out),
                 LookUpEmit<uint16_t>{plan.values16.data(), low_bits});
+}
+
+namespace {
+
+// Eight lanes encode, those in `active`: words down from `word`, then x = (x / f << T) + x mod f + c.
+__attribute__((always_inline)) inline void retreat(__m256i& x, __m256i entry, __m256i active, __m128i table_log,
+                                                   __m128i limit_shift, uint16_t*& word) {
+  const __m256i frequency =
+      _mm256_add_epi32(_mm256_and_si256(entry, _mm256_set1_epi32(0xFFF)), _mm256_set1_epi32(1));
+  const __m256i cumulative = _mm256_srli_epi32(entry, 12);
+  const __m256i stays = _mm256_cmpgt_epi32(frequency, _mm256_srl_epi32(x, limit_shift));
+  const __m256i emits = _mm256_andnot_si256(stays, active);
+  const uint32_t mask = uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(emits)));
+  const __m256i low_half = _mm256_and_si256(x, _mm256_set1_epi32(0xFFFF));
+  const __m256i packed = _mm256_permutevar8x32_epi32(
+      low_half, _mm256_load_si256(reinterpret_cast<const __m256i*>(kGather.index[mask])));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(word - 8),
+                   _mm_packus_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
+  word -= _mm_popcnt_u32(mask);
+  const __m256i y = _mm256_blendv_epi8(x, _mm256_srli_epi32(x, 16), emits);
+  // y / f in float is at most one off, because the quotient is below 2^20: mend it in integers.
+  const __m256 whole = _mm256_add_ps(
+      _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(y, 16)), _mm256_set1_ps(65536.0f)),
+      _mm256_cvtepi32_ps(_mm256_and_si256(y, _mm256_set1_epi32(0xFFFF))));
+  __m256i quotient = _mm256_cvttps_epi32(_mm256_div_ps(whole, _mm256_cvtepi32_ps(frequency)));
+  __m256i rest = _mm256_sub_epi32(y, _mm256_mullo_epi32(quotient, frequency));
+  const __m256i too_high = _mm256_srai_epi32(rest, 31);  // -1 where the rest is negative
+  quotient = _mm256_add_epi32(quotient, too_high);
+  rest = _mm256_add_epi32(rest, _mm256_and_si256(too_high, frequency));
+  const __m256i fits = _mm256_cmpgt_epi32(frequency, rest);
+  quotient = _mm256_add_epi32(_mm256_sub_epi32(quotient, _mm256_set1_epi32(-1)), fits);
+  rest = _mm256_sub_epi32(rest, _mm256_andnot_si256(fits, frequency));
+  const __m256i next =
+      _mm256_add_epi32(_mm256_sll_epi32(quotient, table_log), _mm256_add_epi32(rest, cumulative));
+  x = _mm256_blendv_epi8(x, next, active);
+}
+
+}  // namespace
+
+uint16_t* encode_segment_avx2(const EncodePlan& plan, size_t first, size_t last, uint32_t* states,
+                              uint16_t* words_end) {
+  const Layout& layout = *plan.layout;
+  if (layout.lanes() != kLanes) return encode_segment_scalar(plan, first, last, states, words_end);
+  const __m128i table_log = _mm_cvtsi32_si128(int(layout.table_log));
+  const __m128i limit_shift = _mm_cvtsi32_si128(int(32 - layout.table_log));
+  __m256i x[4];
+  for (auto& lanes : x) lanes = _mm256_set1_epi32(int(kStateLow));
+  uint16_t* word = words_end;
+  const auto group = [&](const uint32_t* start, const uint8_t* symbols, size_t n_active)
+                         __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (size_t v = 4; v-- > 0;) {
+      const __m256i index = _mm256_add_epi32(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + 8 * v)),
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(symbols + 8 * v))));
+      const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                            _mm256_set1_epi32(int(8 * v)));
+      const __m256i active = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n_active)), lane);
+      retreat(x[v], look_up(plan.entries.data(), index), active, table_log, limit_shift, word);
+    }
+  };
+  for (size_t row = last; row-- > first;) {
+    const uint32_t* start = plan.starts.of_row(row);
+    const uint8_t* symbols = plan.symbols + row * layout.columns;
+    size_t j = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
+    if (const size_t left = j % kLanes; left) {
+      j -= left;
+      uint8_t padded[kLanes] = {};
+      std::copy_n(symbols + j, left, padded);
+      group(start + j, padded, left);
+    }
+    while (j > 0) {
+      j -= kLanes;
+      group(start + j, symbols + j, kLanes);
+    }
+  }
+  for (size_t v = 0; v < 4; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(states + 8 * v), x[v]);
+  return word;
 }
 
 }  // namespace moebound

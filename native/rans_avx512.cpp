@@ -104,15 +104,14 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
   const uint8_t* plane = segment.planes;
 
   // One group: 32 lanes, those not in `active` stand still.
-  const auto group = [&](const uint16_t* offsets, uint32_t active, typename Emit::Out* to)
+  const auto group = [&](const uint32_t* offsets, uint32_t active, typename Emit::Out* to)
                          __attribute__((always_inline)) {
     __m512i entry[2];
 #pragma GCC unroll 2
     for (size_t v = 0; v < 2; ++v) {
       __m512i index = _mm512_and_si512(x[v], slot_mask);
       if (offsets) {
-        index = _mm512_add_epi32(index, _mm512_cvtepu16_epi32(_mm256_loadu_si256(
-                                            reinterpret_cast<const __m256i*>(offsets + 16 * v))));
+        index = _mm512_add_epi32(index, _mm512_loadu_si512(offsets + 16 * v));
       }
       entry[v] = _mm512_i32gather_epi32(index, tables, 4);
     }
@@ -138,7 +137,7 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
   };
 
   for (size_t row = first; row < last; ++row) {
-    const uint16_t* offsets = plan.offsets(row);
+    const uint32_t* offsets = plan.offsets(row);
     const size_t columns = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
     size_t j = 0;
     for (; j + kLanes <= columns; j += kLanes, out += kLanes) {

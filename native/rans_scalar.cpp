@@ -19,7 +19,7 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
   const uint8_t* const words_end = word + 2 * size_t(segment.n_words);
   const uint8_t* plane = segment.planes;
   for (size_t row = first; row < last; ++row) {
-    const uint16_t* offsets = plan.offsets(row);
+    const uint32_t* offsets = plan.offsets(row);
     const size_t columns = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
     for (size_t start = 0; start < columns; start += kGroup) {
       uint32_t planes[kMaxLowBits];
@@ -53,6 +53,29 @@ bool decode_segment_scalar(const DecodePlan& plan, const SegmentBytes& segment, 
     return decode(plan, segment, first, last, static_cast<uint32_t*>(out), plan.values32.data());
   }
   return decode(plan, segment, first, last, static_cast<uint16_t*>(out), plan.values16.data());
+}
+
+uint16_t* encode_segment_scalar(const EncodePlan& plan, size_t first, size_t last, uint32_t* states,
+                                uint16_t* words_end) {
+  const Layout& layout = *plan.layout;
+  const uint32_t lanes = layout.lanes(), table_log = layout.table_log;
+  std::fill_n(states, lanes, kStateLow);
+  uint16_t* word = words_end;
+  for (size_t row = last; row-- > first;) {
+    const uint32_t* start = plan.starts.of_row(row);
+    const uint8_t* symbol = plan.symbols + row * layout.columns;
+    for (size_t j = std::min<size_t>(layout.columns, plan.n - row * layout.columns); j-- > 0;) {
+      const uint32_t entry = plan.entries[start[j] + symbol[j]];
+      const uint32_t frequency = (entry & 0xFFF) + 1;
+      uint32_t& x = states[j & (lanes - 1)];
+      if (x >> (32 - table_log) >= frequency) {
+        *--word = uint16_t(x);
+        x >>= 16;
+      }
+      x = (x / frequency << table_log) + x % frequency + (entry >> 12);
+    }
+  }
+  return word;
 }
 
 }  // namespace moebound

@@ -25,7 +25,7 @@ from moebound.errors import CodecError, CorruptionError
 from moebound.types import Array, DType
 
 DTYPE_CODES: dict[DType, int] = {"BF16": 0, "F16": 1, "F32": 2}
-SEGMENT_WEIGHTS = 1 << 17
+SEGMENT_WEIGHTS = 1 << 18
 MAX_SEGMENT_WEIGHTS = 1 << 18
 EXACT = 0
 """First byte of a payload that is an exact copy; otherwise it is the tables' log2, 1 to 12."""

@@ -17,7 +17,7 @@ from moebound.codec.shape import columns_of
 from moebound.errors import CorruptionError
 from moebound.types import Array
 
-SEGMENT_WEIGHTS = 1 << 17
+SEGMENT_WEIGHTS = 1 << 18
 _BF16 = 0
 
 

@@ -17,12 +17,17 @@ pysz 1.1.0, 1-D / 2-D where they differ (3-D was never better than the better of
 
 so arrays go to SZ3 as matrices: leading axes are collapsed into one.
 
+Where rounding to 16 bits would break the bound often, SZ3 is given a slightly smaller one, as long
+as that makes stream and patch together smaller. (A [2048, 1408] bf16 matrix, Student-t with row
+scales, rate 0.3: stream + patch is 3.236 + 0.215 bits per weight at ε, 3.272 + 0.001 at 0.97 ε.)
+
 Left out: SZ3's OpenMP mode (worse ratios, and streams that depend on the thread count) and its
 own ways of stating a bound. pysz holds the GIL, so threads do not help either.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from math import prod
 from types import ModuleType
@@ -31,6 +36,8 @@ from typing import ClassVar, Self
 import numpy as np
 
 from moebound.codec.base import ArraySpec, Codec, Payload
+from moebound.codec.measure import violations
+from moebound.codec.patch import positions_n_bytes
 from moebound.errors import BackendUnavailable, CodecError, CorruptionError
 from moebound.types import Array
 
@@ -43,6 +50,8 @@ ALGORITHMS = {
 }
 """Option -> name in pysz.szAlgorithm."""
 
+_STEP = 0.97
+_MAX_STEPS = 8
 _MAGIC = 0xF342F310
 _LOSSLESS = 4
 _SZ3_ERRORS = (
@@ -88,7 +97,6 @@ class SZ3Codec(Codec):
         return cls(options or "nopred")
 
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
-        pysz = _pysz()
         with np.errstate(invalid="ignore"):  # widening a signalling NaN
             values = x.astype(np.float32)
         values[~np.isfinite(values)] = 0.0
@@ -96,17 +104,40 @@ class SZ3Codec(Codec):
         algorithm = "lossless" if spec.abs_bound == 0.0 else self.algorithm
         if largest > _PREDICTABLE and algorithm != "lossless":
             algorithm = "nopred"
-        config = pysz.szConfig()
-        config.errorBoundMode = pysz.szErrorBoundMode.ABS
         # SZ3 takes NaN and 0 for "lossless" without a word; the bound here is neither. A bound
         # wider than the data promises nothing more, and overflows SZ3's noise estimate.
-        config.absErrorBound = min(spec.abs_bound, 2.0 * largest) or 1.0
-        config.cmprAlgo = getattr(pysz.szAlgorithm, ALGORITHMS[algorithm])
-        try:
-            stream, _ = pysz.sz.compress(values.reshape(_matrix(spec.shape)), config)
-        except _SZ3_ERRORS as error:
-            raise CodecError(f"codec sz3:{algorithm}: {error}") from error
-        return Payload(stream.tobytes())
+        bound = min(spec.abs_bound, 2.0 * largest) or 1.0
+        stream = _compress(values, bound, algorithm, spec)
+        if spec.dtype == "F32" or algorithm == "lossless":
+            return Payload(stream)
+        return Payload(self._narrowed(x, values, bound, algorithm, spec, stream))
+
+    def _narrowed(
+        self, x: Array, values: Array, bound: float, algorithm: str, spec: ArraySpec, stream: bytes
+    ) -> bytes:
+        """The stream at the bound, in steps of _STEP, at which stream and patch are smallest.
+
+        x: as the caller has it; values: the same in finite float32; stream: at `bound`.
+        """
+        n_patch = self._patch_n_bytes(x, stream, spec)
+        # A step costs log2(1/_STEP) bits a weight: with less of a patch there is nothing to win.
+        for _ in range(_MAX_STEPS):
+            if 8 * n_patch <= -math.log2(_STEP) * spec.size:
+                break
+            bound *= _STEP
+            narrower = _compress(values, bound, algorithm, spec)
+            n_patch_narrower = self._patch_n_bytes(x, narrower, spec)
+            if len(narrower) + n_patch_narrower >= len(stream) + n_patch:
+                break
+            stream, n_patch = narrower, n_patch_narrower
+        return stream
+
+    def _patch_n_bytes(self, x: Array, stream: bytes, spec: ArraySpec) -> int:
+        """Bytes that the envelope's patch will take beside this stream."""
+        decoded = np.empty(spec.size, spec.numpy_dtype)
+        self.decompress(memoryview(stream), spec, decoded)
+        count = len(violations(x, decoded, spec.abs_bound))
+        return positions_n_bytes(spec.size, count) + count * decoded.itemsize if count else 0
 
     def decompress(
         self, data: memoryview, spec: ArraySpec, out: Array, *, threads: int = 1
@@ -131,6 +162,20 @@ def _pysz() -> ModuleType:
     except ImportError as error:
         raise BackendUnavailable("codec sz3 needs pysz: pip install 'pysz>=1.1'") from error
     return pysz  # type: ignore[no-any-return]
+
+
+def _compress(values: Array, bound: float, algorithm: str, spec: ArraySpec) -> bytes:
+    """SZ3's stream for finite float32 values."""
+    pysz = _pysz()
+    config = pysz.szConfig()
+    config.errorBoundMode = pysz.szErrorBoundMode.ABS
+    config.absErrorBound = bound
+    config.cmprAlgo = getattr(pysz.szAlgorithm, ALGORITHMS[algorithm])
+    try:
+        stream, _ = pysz.sz.compress(values.reshape(_matrix(spec.shape)), config)
+    except _SZ3_ERRORS as error:
+        raise CodecError(f"codec sz3:{algorithm}: {error}") from error
+    return stream.tobytes()  # type: ignore[no-any-return]
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
