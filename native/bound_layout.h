@@ -7,6 +7,7 @@
 namespace moebound {
 
 constexpr uint32_t kMaxTableLog = 12;
+constexpr uint32_t kLeastEncodedTableLog = 10;  // a decoder takes any; see encode_segment_avx2
 constexpr uint32_t kMaxLanesLog = 5;
 constexpr uint32_t kMaxLowBits = 8;
 constexpr uint32_t kMaxTables = 16;

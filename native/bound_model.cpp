@@ -321,14 +321,13 @@ void choose_tables(const Symbols& symbols, size_t n, Layout& layout) {
   std::vector<size_t> rows(layout.rows(n));
   std::iota(rows.begin(), rows.end(), size_t(0));
   std::vector<uint32_t> counts = count_symbols(symbols, layout, n, rows);
-  layout.mantissa_bits = n < 1u << 17 ? 3 : kMaxTableLog;
-  const uint32_t least_log = std::min(kMaxTableLog, std::max(8u, bit_length(layout.n_symbols) + 1));
+  layout.mantissa_bits = n < 1u << 17 ? 3 : 6;  // what rounding costs against what bits cost
   std::vector<uint16_t> f(counts.size());
   std::vector<uint8_t> rests(layout.n_tables);
   Cost best_cost = 0;
   // From the finest down: a smaller table decodes quicker, so it may cost a thousandth more where
   // several share the cache, a ten-thousandth where one is alone.
-  for (uint32_t log = kMaxTableLog; log >= least_log; --log) {
+  for (uint32_t log = kMaxTableLog; log >= kLeastEncodedTableLog; --log) {
     layout.table_log = log;
     for (uint32_t t = 0; t < layout.n_tables; ++t) {
       uint32_t* c = counts.data() + t * layout.n_symbols;

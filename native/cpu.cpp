@@ -39,6 +39,9 @@ bool can_run(Isa isa) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
            __builtin_cpu_supports("popcnt");
   }
+#ifdef MOEBOUND_EMULATE_AVX512
+  if (isa == Isa::kAvx512) return true;
+#endif
   if (isa == Isa::kAvx512) {
     return can_run(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&

@@ -261,7 +261,7 @@ __attribute__((always_inline)) inline void retreat(__m256i& x, __m256i entry, __
                    _mm_packus_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
   word -= _mm_popcnt_u32(mask);
   const __m256i y = _mm256_blendv_epi8(x, _mm256_srli_epi32(x, 16), emits);
-  // y / f in float is at most one off, because the quotient is below 2^20: mend it in integers.
+  // y / f in float is at most one off, because the quotient is below 2^22: mend it in integers.
   const __m256 whole = _mm256_add_ps(
       _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(y, 16)), _mm256_set1_ps(65536.0f)),
       _mm256_cvtepi32_ps(_mm256_and_si256(y, _mm256_set1_epi32(0xFFFF))));
@@ -283,7 +283,9 @@ __attribute__((always_inline)) inline void retreat(__m256i& x, __m256i entry, __
 uint16_t* encode_segment_avx2(const EncodePlan& plan, size_t first, size_t last, uint32_t* states,
                               uint16_t* words_end) {
   const Layout& layout = *plan.layout;
-  if (layout.lanes() != kLanes) return encode_segment_scalar(plan, first, last, states, words_end);
+  if (layout.lanes() != kLanes || layout.table_log < kLeastEncodedTableLog) {
+    return encode_segment_scalar(plan, first, last, states, words_end);
+  }
   const __m128i table_log = _mm_cvtsi32_si128(int(layout.table_log));
   const __m128i limit_shift = _mm_cvtsi32_si128(int(32 - layout.table_log));
   __m256i x[4];

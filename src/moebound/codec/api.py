@@ -27,7 +27,7 @@ from moebound.codec.envelope import Envelope
 from moebound.codec.measure import Measured, measure, stats
 from moebound.codec.registry import codec_class, get_codec
 from moebound.codec.strict import within_bound
-from moebound.errors import BoundError, CorruptionError, FormatError
+from moebound.errors import BoundError, CodecError, CorruptionError, FormatError
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound, TensorStats
 
 RMSE_ATTEMPTS = 12
@@ -140,6 +140,12 @@ def decode(data: bytes | bytearray | memoryview, *, out: ArrayLike | None = None
     if out is not None:
         decode_into(parsed, writable_view(out, parsed.spec.shape, parsed.spec.dtype))
         return out
+    most = codec_class(parsed.codec).most_weights(len(parsed.payload))
+    if parsed.spec.size > most:
+        raise CorruptionError(
+            f"shape {parsed.spec.shape}: {len(parsed.payload)} bytes of codec {parsed.codec!r} "
+            f"hold at most {most} values"
+        )
     array = np.empty(parsed.spec.shape, NUMPY_DTYPES[parsed.spec.dtype])
     decode_into(parsed, array.reshape(-1))
     return to_torch(array) if parsed.from_torch else array
@@ -167,7 +173,7 @@ def thread_count() -> int:
     if not wanted:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     if not wanted.isdigit() or int(wanted) < 1:
-        raise ValueError(f"MOEBOUND_THREADS={wanted!r}: expected a whole number above 0")
+        raise CodecError(f"MOEBOUND_THREADS={wanted!r}: expected a whole number above 0")
     return int(wanted)
 
 

@@ -86,6 +86,14 @@ class Codec(ABC):
             raise CodecError(f"codec {cls.id!r} takes no options, found {options!r}")
         return cls()
 
+    @classmethod
+    def most_weights(cls, n_bytes: int) -> int:
+        """How many values a payload of n_bytes can hold at most, whoever made it.
+
+        Checked before memory for a forged shape is asked for. The default says 2^20 a byte.
+        """
+        return n_bytes << 20
+
     @abstractmethod
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
         """Bytes for x (C-contiguous, of spec.source_dtype, not empty).

@@ -58,6 +58,11 @@ class BoundCodec(Codec):
             raise CodecError(f"codec 'bound': expected segment=WEIGHTS, found {options!r}")
         return cls(segment_weights=int(value))
 
+    @classmethod
+    def most_weights(cls, n_bytes: int) -> int:
+        """A segment of at most 2^18 weights has a state of 4 bytes at least."""
+        return n_bytes // 4 * MAX_SEGMENT_WEIGHTS
+
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
         flat = x.reshape(-1)
         if spec.source_dtype == "BF16":

@@ -27,6 +27,11 @@ class LosslessCodec(Codec):
     id: ClassVar[str] = "lossless"
     lossy: ClassVar[bool] = False
 
+    @classmethod
+    def most_weights(cls, n_bytes: int) -> int:
+        """At least 8 bits of a value are stored as they are."""
+        return n_bytes
+
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
         with np.errstate(over="ignore", invalid="ignore"):
             values = x.astype(spec.numpy_dtype, copy=False).reshape(-1)

@@ -1,0 +1,1 @@
+"""Benchmark cases: `moebound bench codec` and root `bench/` call them. Verify, then measure."""

@@ -1,0 +1,331 @@
+"""Where the experts are, for every model family: one table, `FAMILIES`.
+
+A family is a set of model types that name and pack their experts the same way. A layout is one
+way of naming the matrices below a MoE block; most families have two, because hub checkpoints keep
+one tensor per expert and projection, while transformers keeps (and can save) all experts of a layer
+in one 3-D tensor. The names are those on disk; they come from transformers 5.23, its
+`conversion_mapping.py` and its modeling files.
+
+Left out on purpose: DBRX (experts stacked along the rows of a 2-D tensor), LongCat-Flash (experts
+without weights between the others), encoder-decoder MoE (NLLB, Switch). JetMoE's attention experts
+stay as they are; only its feed-forward experts are found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from moebound.errors import UnsupportedArchitectureError
+
+Role = Literal["gate", "up", "down", "gate_up"]
+"""What a matrix does: down(act(gate x) * up x); gate_up is both in one tensor."""
+
+ROLE_ORDER: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One way of naming and packing the matrices of a layer's experts.
+
+    path: regular expression between `layers.N.` and the leaf. A group `expert` in it says one
+    tensor per expert; without one, all experts of the layer are in one tensor, one a leading slice.
+    leaves: last part of the tensor's name -> role.
+    transposed: stored [in, out] instead of [out, in]; None where both are found in checkpoints of
+    the same type, and only the shape tells. interleaved: gate and up alternate along the output
+    axis, instead of all of gate before all of up. Both describe the bytes on disk; reading does
+    not undo them.
+    """
+
+    path: str
+    leaves: Mapping[str, Role]
+    transposed: bool | None = False
+    interleaved: bool = False
+
+    @property
+    def fused(self) -> bool:
+        return "(?P<expert>" not in self.path
+
+
+class Match(NamedTuple):
+    """What a tensor's name says: whose matrix it is. expert is None where all are in one tensor."""
+
+    layer: int
+    expert: int | None
+    role: Role
+    layout: Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """How to find the experts of some model types.
+
+    layouts: tried in order. shared: the same for shared experts. gated: whether experts have a
+    gate projection. expert_groups: how many times the config's number of experts a layer has.
+    prefixes: regular expression of what may stand before `layers.N.`; towers and
+    multi-token-prediction heads that are not the language model are kept out by it.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    gated: bool = True
+    expert_groups: int = 1
+    shared: tuple[Layout, ...] = field(default_factory=lambda: SHARED)
+    prefixes: str = r"(?:(?:model|language_model|text_model|llm|thinker|backbone)\.)*"
+
+    @cached_property
+    def _patterns(self) -> dict[bool, list[tuple[re.Pattern[str], Layout]]]:
+        return {
+            shared: [(self._pattern(layout), layout) for layout in layouts]
+            for shared, layouts in ((False, self.layouts), (True, self.shared))
+        }
+
+    def _pattern(self, layout: Layout) -> re.Pattern[str]:
+        leaves = "|".join(map(re.escape, layout.leaves))
+        return re.compile(
+            rf"{self.prefixes}layers\.(?P<layer>\d{{1,6}})\.{layout.path}\.(?P<leaf>{leaves})"
+        )
+
+    def match(self, name: str, *, shared: bool = False) -> Match | None:
+        """The (shared) expert matrix that a tensor's name stands for, or None."""
+        for pattern, layout in self._patterns[shared]:
+            found = pattern.fullmatch(name)
+            if found:
+                groups = found.groupdict()
+                expert = groups.get("expert")
+                return Match(
+                    int(groups["layer"]),
+                    None if expert is None else int(expert),
+                    layout.leaves[groups["leaf"]],
+                    layout,
+                )
+        return None
+
+    @property
+    def roles(self) -> tuple[frozenset[Role], ...]:
+        """The sets of roles that make a whole expert."""
+        if self.gated:
+            return frozenset[Role]({"gate", "up", "down"}), frozenset[Role]({"gate_up", "down"})
+        return (frozenset[Role]({"up", "down"}),)
+
+
+# Leaves: the spellings of gate, up and down.
+_GATE_UP_DOWN: dict[str, Role] = {
+    "gate_proj.weight": "gate",
+    "up_proj.weight": "up",
+    "down_proj.weight": "down",
+}
+_W1_W3_W2: dict[str, Role] = {"w1.weight": "gate", "w3.weight": "up", "w2.weight": "down"}
+_FUSED: dict[str, Role] = {"gate_up_proj": "gate_up", "down_proj": "down"}
+
+
+def _each(block: str, leaves: Mapping[str, Role]) -> Layout:
+    """One tensor per expert: `<block>.experts.<e>.<leaf>`."""
+    return Layout(rf"{block}experts\.(?P<expert>\d{{1,6}})", leaves)
+
+
+def _fused(block: str, *, transposed: bool | None = False, interleaved: bool = False) -> Layout:
+    """One tensor per layer, as transformers has it: `<block>.experts.gate_up_proj`."""
+    return Layout(rf"{block}experts", _FUSED, transposed, interleaved)
+
+
+SHARED: tuple[Layout, ...] = (
+    # Two spellings of the gate: HunYuan 4 says linear_gate.
+    Layout(
+        r"(?:(?:mlp|feed_forward|mixer|ffn|block_sparse_moe)\.)?"
+        r"(?:shared_experts?|share_expert|shared_mlp)",
+        {
+            **_GATE_UP_DOWN,
+            **_W1_W3_W2,
+            "linear_gate.weight": "gate",
+            "gate_up_proj.weight": "gate_up",
+            "input_linear.weight": "gate_up",
+            "output_linear.weight": "down",
+            # Inkling: 3-D, one shared expert a slice.
+            "gate_proj": "gate",
+            "up_proj": "up",
+            "down_proj": "down",
+        },
+    ),
+    Layout(
+        r"mlp\.shared_experts",
+        {"shared_w13_weight": "gate_up", "shared_w2_weight": "down"},
+        interleaved=True,
+    ),
+)
+"""Shared experts are named alike in all families, so one table does for all."""
+
+_MLP = r"mlp\."
+_FEED_FORWARD = r"feed_forward\."
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "qwen_deepseek",
+        (
+            "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek",
+            "deepseek_ocr2", "deepseek_ocr2_text", "deepseek_v2", "deepseek_v3", "deepseek_v32",
+            "dots1", "dots3_note", "dots3_note_text", "ernie4_5_moe", "exaone_moe", "flex_olmo",
+            "flint", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm5_next",
+            "glm5_next_text", "glm_moe_dsa", "hunyuan_v1_moe", "hy_v3", "hy_v4", "kimi_k2",
+            "kolibri1", "laguna", "mellum", "mimo_v2_flash", "mistral4", "muse_spark",
+            "muse_spark_text", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text",
+            "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+            "qwen3_omni_moe_thinker", "qwen4_exp", "qwen4_exp_text", "solar_open",
+            "unlimited_ocr", "unlimited_ocr_text", "zaya",
+        ),
+        (_each(_MLP, _GATE_UP_DOWN), _fused(_MLP)),
+    ),
+    # Text experts and, numbered on from them, as many vision experts of another size.
+    Family(
+        "ernie4_5_vl_moe",
+        ("ernie4_5_vl_moe", "ernie4_5_vl_moe_text"),
+        (_each(_MLP, _GATE_UP_DOWN),),
+        expert_groups=2,
+    ),
+    Family(
+        "mixtral",
+        ("kimi_linear", "minimax", "minimax_m2", "minimax_m3_vl", "minimax_m3_vl_text", "mixtral",
+         "phimoe"),
+        (_each(r"(?:block_sparse_moe|mlp)\.", _W1_W3_W2), _fused(_MLP)),
+    ),
+    Family(
+        "deepseek_v4",
+        ("deepseek_v4",),
+        (_each(r"(?:ffn|mlp)\.", _W1_W3_W2), _fused(_MLP)),
+    ),
+    Family(
+        "mistral_large4",
+        ("mistral_large4", "mistral_large4_text"),
+        (_each("", _W1_W3_W2), _fused(_MLP)),
+    ),
+    Family(
+        "granite",
+        ("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
+        (
+            Layout(
+                "block_sparse_moe",
+                {"input_linear.weight": "gate_up", "output_linear.weight": "down"},
+            ),
+            _fused(r"block_sparse_moe\."),
+        ),
+    ),
+    Family(
+        "jetmoe",
+        ("jetmoe",),
+        (Layout("mlp", {"input_linear.weight": "gate_up", "output_linear.weight": "down"}),),
+    ),
+    Family(
+        "gpt_oss",
+        ("gpt_oss",),
+        (_fused(_MLP, transposed=True, interleaved=True),),
+    ),
+    Family(
+        "openai_privacy_filter",
+        ("openai_privacy_filter",),
+        (_fused(_MLP, transposed=True),),
+    ),
+    # Transposed in the released checkpoints, not so when transformers saves them again.
+    Family(
+        "qwen3_vl_moe",
+        ("qwen3_vl_moe", "qwen3_vl_moe_text"),
+        (_fused(_MLP, transposed=None),),
+    ),
+    Family("llama4", ("llama4", "llama4_text"), (_fused(_FEED_FORWARD, transposed=True),)),
+    Family(
+        "aria",
+        ("aria", "aria_text"),
+        (
+            Layout(
+                r"mlp\.experts", {"fc1.weight": "gate_up", "fc2.weight": "down"}, transposed=True
+            ),
+            _fused(_MLP, transposed=True),
+        ),
+    ),
+    Family("gemma4", ("diffusion_gemma", "diffusion_gemma_text", "gemma4", "gemma4_text"),
+           (_fused(""),)),
+    Family(
+        "inkling",
+        ("inkling_mm_model", "inkling_text", "inkling2", "inkling2_text"),
+        (
+            Layout(
+                r"mlp\.experts", {"w13_weight": "gate_up", "w2_weight": "down"}, interleaved=True
+            ),
+            _fused(_MLP),
+        ),
+    ),
+    Family("jamba", ("jamba",), (_each(_FEED_FORWARD, _GATE_UP_DOWN), _fused(_FEED_FORWARD))),
+    Family("lfm2_moe", ("lfm2_moe",), (_each(_FEED_FORWARD, _W1_W3_W2), _fused(_FEED_FORWARD))),
+    Family(
+        "nemotron_h",
+        ("nemotron_h",),
+        (
+            _each(r"mixer\.", {"up_proj.weight": "up", "down_proj.weight": "down"}),
+            Layout(r"mixer\.experts", {"up_proj": "up", "down_proj": "down"}),
+        ),
+        gated=False,
+    ),
+    Family(
+        "step3",
+        ("step3p5", "step3p7"),
+        (Layout("moe", _GATE_UP_DOWN), _fused(_MLP)),
+    ),
+)  # fmt: skip
+
+SUPPORTED: dict[str, Family] = {
+    model_type: family for family in FAMILIES for model_type in family.model_types
+}
+"""Every supported model_type -> its family."""
+
+
+# Names under which configs keep the two numbers that are checked against the tensors.
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Where multimodal configs keep the language model's.
+_TEXT_PARTS = ("text_config", "thinker_config", "llm_config", "language_config")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config: the config itself unless it is multimodal."""
+    for _ in range(4):  # thinker_config.text_config is the deepest known
+        inner = next((config[part] for part in _TEXT_PARTS if config.get(part)), None)
+        if not isinstance(inner, Mapping):
+            break
+        config = inner
+    return config
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family of a model config, by its model_type or that of its text part.
+
+    Raises UnsupportedArchitectureError with the model_type found and the list of those supported.
+    """
+    found = [config.get("model_type"), text_config(config).get("model_type")]
+    for model_type in found:
+        if isinstance(model_type, str) and model_type in SUPPORTED:
+            return SUPPORTED[model_type]
+    raise UnsupportedArchitectureError(
+        f"model_type {found[0]!r} is not a Mixture-of-Experts architecture known here; "
+        f"supported: {', '.join(sorted(SUPPORTED))}"
+    )
+
+
+def num_layers(config: Mapping[str, Any]) -> int | None:
+    """Decoder layers of the model. Layers past them are prediction heads, not part of it."""
+    return _count(text_config(config), _LAYER_COUNTS)
+
+
+def num_experts(config: Mapping[str, Any]) -> int | None:
+    """Routed experts in each MoE layer, or None where the config has no single number."""
+    return _count(text_config(config), _EXPERT_COUNTS)
+
+
+def _count(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    return None

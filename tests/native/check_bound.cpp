@@ -1,0 +1,179 @@
+// Holds every instruction set of codec `bound` against the scalar one, on good bytes and on bad.
+//
+//   check_bound CASES MUTATIONS SEED
+//
+// For each of CASES random arrays: the encoders agree byte for byte, the decoders bit for bit, and
+// every value keeps its bound. Then MUTATIONS damaged copies of the payload (truncated, flipped,
+// overwritten, spliced): each decoder refuses it or gives what the scalar one gives. Buffers are
+// exactly as large as they say, so that a sanitizer sees the first byte out of bounds. Exit code 1
+// and a line on stderr at the first disagreement.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "bound.h"
+#include "bound_layout.h"
+#include "cpu.h"
+#include "status.h"
+
+using namespace moebound;
+
+namespace {
+
+std::mt19937_64 rng;
+
+uint64_t below(uint64_t n) { return rng() % n; }
+double uniform() { return double(rng() >> 11) * 0x1p-53; }
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "check_bound: %s\n", what.c_str());
+  std::exit(1);
+}
+
+std::vector<Isa> runnable() {
+  std::vector<Isa> found;
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+    if (can_run(isa)) found.push_back(isa);
+  }
+  return found;
+}
+
+struct Array {
+  ArrayInfo info;
+  std::vector<uint8_t> bytes;  // patterns of info.source
+};
+
+template <class T>
+void put(std::vector<uint8_t>& bytes, size_t i, double value) {
+  const float f = float(value);
+  typename T::Bits bits;
+  if constexpr (T::kDType == DType::kF32) bits = std::bit_cast<uint32_t>(f);
+  else if constexpr (T::kDType == DType::kBF16) bits = uint16_t(std::bit_cast<uint32_t>(f) >> 16);
+  else bits = uint16_t(std::isfinite(f) ? (std::signbit(f) ? 0x8000 : 0) | std::min(0x7BFFu, uint32_t(std::fabs(f) * 4096)) : 0x7E00);
+  std::memcpy(bytes.data() + i * sizeof(bits), &bits, sizeof(bits));
+}
+
+Array random_array() {
+  Array a;
+  a.info.source = DType(below(3));
+  a.info.output = a.info.source == DType::kF32 && below(4) == 0 ? DType::kBF16 : a.info.source;
+  a.info.columns = uint32_t(below(3) ? 1 + below(200) : 32 * (1 + below(40)));
+  a.info.n = 1 + below(below(4) ? 6000 : 60000);
+  const double rate = std::exp(-7 * uniform()) * 1.5, spread = uniform() < 0.5 ? 0 : 0.6;
+  std::normal_distribution<double> normal;
+  std::vector<double> column_scale(a.info.columns);
+  for (auto& s : column_scale) s = std::exp(spread * normal(rng));
+  a.bytes.resize(a.info.n * item_size(a.info.source));
+  double row_scale = 1;
+  const double odd = below(3) ? 0 : 0.002;
+  for (size_t i = 0; i < a.info.n; ++i) {
+    if (i % a.info.columns == 0) row_scale = std::exp(spread * normal(rng));
+    double value = 0.02 * normal(rng) * row_scale * column_scale[i % a.info.columns];
+    if (uniform() < odd) value = std::numeric_limits<double>::quiet_NaN();
+    else if (uniform() < odd) value *= 1000;
+    with_dtype(a.info.source, [&](auto t) { put<decltype(t)>(a.bytes, i, value); });
+  }
+  a.info.bound = a.info.output == a.info.source && a.info.source != DType::kF32 && below(8) == 0 ? 0 : 0.016 * rate;
+  if (a.info.output != a.info.source) a.info.bound = 0.016 * (0.3 + rate);
+  return a;
+}
+
+// What a decoder makes of bytes: empty if it refuses them.
+std::vector<uint8_t> decode(const ArrayInfo& info, const std::vector<uint8_t>& payload, Isa isa, unsigned threads) {
+  use_isa(isa_name(isa));
+  std::vector<uint8_t> out(info.n * item_size(info.output));
+  try {
+    decode_bound(info, payload.data(), payload.size(), out.data(), threads);
+  } catch (const Corrupt&) {
+    return {};
+  }
+  return out;
+}
+
+void check_values(const Array& a, const std::vector<uint8_t>& out, const std::vector<uint64_t>& misses) {
+  size_t next = 0;
+  for (size_t i = 0; i < a.info.n; ++i) {
+    if (next < misses.size() && misses[next] == i) {
+      ++next;
+      continue;
+    }
+    const auto value = [&](DType dtype, const std::vector<uint8_t>& bytes) {
+      return with_dtype(dtype, [&](auto t) {
+        typename decltype(t)::Bits bits;
+        std::memcpy(&bits, bytes.data() + i * sizeof(bits), sizeof(bits));
+        return double(decltype(t)::value(bits));
+      });
+    };
+    const double w = value(a.info.source, a.bytes), d = value(a.info.output, out);
+    const bool same = std::memcmp(&w, &d, sizeof w) == 0;
+    if (!(std::fabs(w - d) <= a.info.bound) && !same) fail("a value breaks its bound");
+  }
+}
+
+std::vector<uint8_t> mutated(std::vector<uint8_t> bytes) {
+  const size_t n_edits = 1 + below(3);
+  for (size_t e = 0; e < n_edits && !bytes.empty(); ++e) {
+    // Half of the edits go to the header, where the lengths are.
+    const size_t at = below(2) ? below(bytes.size()) : below(std::min<size_t>(bytes.size(), 64));
+    switch (below(6)) {
+      case 0: bytes[at] ^= uint8_t(1u << below(8)); break;
+      case 1: bytes[at] = uint8_t(rng()); break;
+      case 2: bytes[at] = below(2) ? 0xFF : 0; break;
+      case 3: bytes.resize(at); break;
+      case 4: bytes.insert(bytes.begin() + std::ptrdiff_t(at), uint8_t(rng())); break;
+      default: {
+        const size_t from = below(bytes.size());
+        for (size_t i = 0; i < 8 && at + i < bytes.size() && from + i < bytes.size(); ++i) bytes[at + i] = bytes[from + i];
+      }
+    }
+  }
+  bytes.shrink_to_fit();
+  return bytes;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) fail("usage: check_bound CASES MUTATIONS SEED");
+  const size_t n_cases = std::strtoull(argv[1], nullptr, 10), n_mutations = std::strtoull(argv[2], nullptr, 10);
+  rng.seed(std::strtoull(argv[3], nullptr, 10));
+  const auto isas = runnable();
+  size_t refused = 0, survived = 0;
+  for (size_t c = 0; c < n_cases; ++c) {
+    const Array a = random_array();
+    EncodeOptions options;
+    options.segment_weights = size_t(1) << (6 + below(12));
+    use_isa("scalar");
+    const EncodedBound encoded = encode_bound(a.info, a.bytes.data(), options);
+    for (const Isa isa : isas) {
+      use_isa(isa_name(isa));
+      options.threads = unsigned(1 + below(2));
+      const EncodedBound again = encode_bound(a.info, a.bytes.data(), options);
+      if (again.payload != encoded.payload || again.misses != encoded.misses) fail("encoders disagree");
+    }
+    const auto good = decode(a.info, encoded.payload, Isa::kScalar, 1);
+    if (good.empty()) fail("the decoder refuses what the encoder made");
+    check_values(a, good, encoded.misses);
+    for (const Isa isa : isas) {
+      if (decode(a.info, encoded.payload, isa, 2) != good) fail(std::string(isa_name(isa)) + " decodes differently");
+    }
+    for (size_t m = 0; m < n_mutations; ++m) {
+      const auto bad = mutated(encoded.payload);
+      const auto expected = decode(a.info, bad, Isa::kScalar, 1);
+      for (const Isa isa : isas) {
+        if (isa != Isa::kScalar && decode(a.info, bad, isa, 1) != expected) {
+          fail(std::string(isa_name(isa)) + " decodes damaged bytes differently");
+        }
+      }
+      ++(expected.empty() ? refused : survived);
+    }
+  }
+  std::printf("%zu arrays, %zu damaged payloads refused, %zu decoded to something; paths:", n_cases, refused, survived);
+  for (const Isa isa : isas) std::printf(" %s", isa_name(isa));
+  std::printf("\n");
+}
