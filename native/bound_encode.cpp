@@ -47,15 +47,15 @@ uint64_t transpose_bits(uint64_t x) {
 }
 
 // Low bits of one group, as planes: bit i of plane b is bit b of weight i.
-void append_planes(const uint8_t* low, size_t count, uint32_t low_bits, std::vector<uint8_t>& out) {
+void put_planes(const uint8_t* low, size_t count, uint32_t low_bits, uint8_t* planes) {
   uint8_t padded[kGroup] = {};
   std::memcpy(padded, low, count);
-  uint8_t planes[8][4];
+  uint8_t transposed[8][4];
   for (size_t v = 0; v < 4; ++v) {
     const uint64_t bits = transpose_bits(load<uint64_t>(padded + 8 * v));
-    for (size_t b = 0; b < 8; ++b) planes[b][v] = uint8_t(bits >> (8 * b));
+    for (size_t b = 0; b < 8; ++b) transposed[b][v] = uint8_t(bits >> (8 * b));
   }
-  out.insert(out.end(), &planes[0][0], &planes[0][0] + 4 * low_bits);
+  std::memcpy(planes, transposed, 4 * low_bits);
 }
 
 struct Segment {
@@ -72,15 +72,14 @@ Segment make_segment(const EncodePlan& plan, const Symbols& symbols, size_t firs
   const uint16_t* const words = encoder()(plan, first, last, states, words_end);
   Segment segment;
   segment.n_words = uint32_t(words_end - words);
-  segment.bytes.resize(segment_n_bytes(layout, segment.n_words, 0));
+  segment.bytes.resize(segment_n_bytes(layout, segment.n_words, groups_in_rows(layout, first, last, plan.n)));
   std::memcpy(segment.bytes.data(), states, 4 * layout.lanes());
   std::memcpy(segment.bytes.data() + 4 * layout.lanes(), words, 2 * size_t(segment.n_words));
-  if (layout.low_bits) {
-    for (size_t row = first; row < last; ++row) {
-      const size_t row_stop = std::min(plan.n, (row + 1) * layout.columns);
-      for (size_t i = row * layout.columns; i < row_stop; i += kGroup) {
-        append_planes(symbols.low + i, std::min<size_t>(kGroup, row_stop - i), layout.low_bits, segment.bytes);
-      }
+  uint8_t* planes = segment.bytes.data() + segment_n_bytes(layout, segment.n_words, 0);
+  for (size_t row = first; layout.low_bits && row < last; ++row) {
+    const size_t row_stop = std::min(plan.n, (row + 1) * layout.columns);
+    for (size_t i = row * layout.columns; i < row_stop; i += kGroup, planes += 4 * layout.low_bits) {
+      put_planes(symbols.low + i, std::min<size_t>(kGroup, row_stop - i), layout.low_bits, planes);
     }
   }
   return segment;

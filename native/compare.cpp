@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "cpu.h"
+
 namespace moebound {
 namespace {
 
@@ -66,7 +68,15 @@ decltype(auto) with_dtypes(DType a, DType b, F&& f) {
 
 }  // namespace
 
+#ifdef MOEBOUND_X86
+Comparison compare_avx2(DType, const void*, DType, const void*, size_t, double);
+Stats stats_avx2(DType, const void*, size_t);
+#endif
+
 Comparison compare(DType dtype_w, const void* w, DType dtype_d, const void* d, size_t n, double bound) {
+#ifdef MOEBOUND_X86
+  if (isa() != Isa::kScalar) return compare_avx2(dtype_w, w, dtype_d, d, n, bound);
+#endif
   return with_dtypes(dtype_w, dtype_d, [&](auto wt, auto dt) {
     using W = decltype(wt);
     using D = decltype(dt);
@@ -91,6 +101,9 @@ std::vector<uint64_t> violations(DType dtype_w, const void* w, DType dtype_d, co
 }
 
 Stats stats(DType dtype, const void* w, size_t n) {
+#ifdef MOEBOUND_X86
+  if (isa() != Isa::kScalar) return stats_avx2(dtype, w, n);
+#endif
   return with_dtype(dtype, [&](auto t) {
     using W = decltype(t);
     const auto* bits = static_cast<const typename W::Bits*>(w);

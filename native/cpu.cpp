@@ -37,7 +37,7 @@ bool can_run(Isa isa) {
 #ifdef MOEBOUND_X86
   if (isa == Isa::kAvx2) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("popcnt");
+           __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c");
   }
 #ifdef MOEBOUND_EMULATE_AVX512
   if (isa == Isa::kAvx512) return true;

@@ -87,6 +87,7 @@ Quantizer::Quantizer(const ArrayInfo& info, const void* source) : info_(info), s
     const uint32_t largest = largest_finite<T>(as<T>(source), info.n);
     grid_ = make_grid(info.source, info.output, info.bound, kMaxCells, largest);
     if constexpr (T::kDType == DType::kF32) {
+      inverse_width_ = 0.5 / info.bound;
       first_cell_.resize((1u << 15) + 1);
       uint32_t cell = 0;
       for (uint32_t high = 0; high < first_cell_.size(); ++high) {
@@ -110,9 +111,17 @@ Quantizer::Quantizer(const ArrayInfo& info, const void* source) : info_(info), s
 int32_t Quantizer::bin_of_f32(uint32_t pattern) const {
   const uint32_t magnitude = pattern & ~F32::kSign;
   if (magnitude > F32::kMaxFinite) return kNoBin;
+  // Cells are about 2ε wide: the nearest multiple is the cell nearly always.
+  const double guess = double(F32::value(magnitude)) * inverse_width_ + 0.5;
+  if (guess < double(n_cells())) {
+    const size_t m = size_t(guess);
+    if (magnitude <= grid_.edges[m] && (m == 0 || magnitude > grid_.edges[m - 1])) {
+      return pattern & F32::kSign ? -int32_t(m) : int32_t(m);
+    }
+  }
   const uint32_t high = magnitude >> 16;
   const auto begin = grid_.edges.begin();
-  const auto last = begin + std::min<size_t>(first_cell_[high + 1] + 1, n_cells());
+  const auto last = begin + std::ptrdiff_t(std::min<size_t>(first_cell_[high + 1] + 1, n_cells()));
   const auto cell = std::lower_bound(begin + first_cell_[high], last, magnitude);
   if (cell == grid_.edges.end()) return kNoBin;
   const int32_t m = int32_t(cell - begin);

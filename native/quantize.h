@@ -56,6 +56,7 @@ class Quantizer {
   const void* source_;
   Grid grid_;
   std::vector<int32_t> bins_;         // 16-bit sources: bin of every pattern
+  double inverse_width_ = 0;          // 1 / 2ε
   std::vector<uint32_t> first_cell_;  // 32-bit sources: by the pattern's high half, sign dropped
 };
 

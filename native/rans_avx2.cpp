@@ -114,6 +114,15 @@ struct ShuffleEmit {
   }
 };
 
+// Bit i of a plane as byte i: all ones where it is set.
+__attribute__((always_inline)) inline __m256i spread_bits(uint32_t plane) {
+  const __m256i byte_of = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
+                                           2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+  const __m256i bit_of = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
+  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(plane)), byte_of);
+  return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit_of), bit_of);
+}
+
 // Emits values of any width by look-ups, with low bits from planes if there are any.
 template <class Value>
 struct LookUpEmit {
@@ -122,19 +131,23 @@ struct LookUpEmit {
   uint32_t low_bits;
 
   __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t* planes, Value* out) const {
-    alignas(32) uint32_t bins[kLanes];
-    const __m256i byte = _mm256_set1_epi32(0xFF);
-    const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    for (size_t v = 0; v < 4; ++v) {
-      __m256i bin = _mm256_slli_epi32(_mm256_and_si256(entry[v], byte), int(low_bits));
-      for (uint32_t b = 0; b < low_bits; ++b) {
-        const __m256i plane = _mm256_set1_epi32(planes[4 * b + v]);
-        const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(plane, lane_bit), lane_bit);
-        bin = _mm256_or_si256(bin, _mm256_and_si256(set, _mm256_set1_epi32(int(1u << b))));
-      }
-      _mm256_store_si256(reinterpret_cast<__m256i*>(bins + 8 * v), bin);
+    const __m256i symbols = _mm256_permutevar8x32_epi32(pack_symbols(entry), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    __m256i low = _mm256_setzero_si256();
+    for (uint32_t b = 0; b < low_bits; ++b) {
+      const __m256i set = spread_bits(load<uint32_t>(planes + 4 * b));
+      low = _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(char(1u << b))));
     }
-    for (size_t i = 0; i < kLanes; ++i) out[i] = values[bins[i]];
+    const auto bins = [&](__m128i symbol, __m128i low_part) {
+      return _mm256_or_si256(_mm256_slli_epi16(_mm256_cvtepu8_epi16(symbol), int(low_bits)),
+                             _mm256_cvtepu8_epi16(low_part));
+    };
+    alignas(32) uint16_t bin[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bin),
+                       bins(_mm256_castsi256_si128(symbols), _mm256_castsi256_si128(low)));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bin + 16),
+                       bins(_mm256_extracti128_si256(symbols, 1), _mm256_extracti128_si256(low, 1)));
+#pragma GCC unroll 32
+    for (size_t i = 0; i < kLanes; ++i) out[i] = values[bin[i]];
   }
 };
 
