@@ -12,7 +12,10 @@ from moebound.errors import (
     StoreError,
     UnsupportedArchitectureError,
 )
+from moebound.runtime import register
 from moebound.types import ErrorBound, ExpertKey
+
+register()  # from_pretrained on a store, whichever package is imported first
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,14 @@
 """Array + bound -> bytes, and back. One file a codec, one interface, one registry."""
 
-from moebound.codec.api import Encoded, decode, decode_into, encode, encode_certified, thread_count
+from moebound.codec.api import (
+    Encoded,
+    decode,
+    decode_array,
+    decode_into,
+    encode,
+    encode_certified,
+    thread_count,
+)
 from moebound.codec.base import ArraySpec, Codec, Payload
 from moebound.codec.certificate import Certificate
 from moebound.codec.envelope import Envelope, parse
@@ -17,6 +25,7 @@ __all__ = [
     "Payload",
     "codec_ids",
     "decode",
+    "decode_array",
     "decode_into",
     "encode",
     "encode_certified",

@@ -67,12 +67,14 @@ def encode(
     x = to_numpy(array)
     bound = ErrorBound.of(bound)
     out_dtype = dtype_name(x.dtype if dtype is None else dtype)
-    spec = ArraySpec(x.shape, out_dtype, dtype_name(x.dtype), _absolute(bound, stats(x)))
+    reference = TensorStats() if bound.mode == "abs" else stats(x)
+    spec = ArraySpec(x.shape, out_dtype, dtype_name(x.dtype), _absolute(bound, reference))
     chosen = get_codec(codec) if isinstance(codec, str) else codec
-    data = _encode(x, spec, chosen, from_torch=is_torch(array), threads=thread_count())
+    torch_in, threads = is_torch(array), thread_count()
+    data = _encode(x, spec, chosen, from_torch=torch_in, threads=threads)
     if bound.pointwise or spec.size == 0:
         return data
-    return _meet_rmse(x, spec, chosen, bound, data, from_torch=is_torch(array))
+    return _meet_rmse(x, spec, chosen, bound, data, from_torch=torch_in, threads=threads)
 
 
 def encode_certified(
@@ -91,17 +93,14 @@ def encode_certified(
     Raises as `encode`; BoundError too if the measured error exceeds the bound, which no codec
     here should ever let happen.
     """
-    own = stats(array)
-    spec = ArraySpec(
-        array.shape,
-        dtype_name(array.dtype),
-        dtype_name(array.dtype),
-        _absolute(bound, own if reference is None else reference),
-    )
+    if reference is None and bound.mode != "abs":
+        reference = stats(array)
+    dtype = dtype_name(array.dtype)
+    spec = ArraySpec(array.shape, dtype, dtype, _absolute(bound, reference or TensorStats()))
     chosen = get_codec(codec) if isinstance(codec, str) else codec
     data = _encode(array, spec, chosen, from_torch=False, threads=threads)
     if not bound.pointwise and spec.size:
-        data = _meet_rmse(array, spec, chosen, bound, data, from_torch=False)
+        data = _meet_rmse(array, spec, chosen, bound, data, from_torch=False, threads=threads)
     parsed = envelope.parse(data)
     found = _measure(array, data, parsed.spec.abs_bound, threads)
     if found.broken and bound.pointwise:
@@ -140,6 +139,15 @@ def decode(data: bytes | bytearray | memoryview, *, out: ArrayLike | None = None
     if out is not None:
         decode_into(parsed, writable_view(out, parsed.spec.shape, parsed.spec.dtype))
         return out
+    array = decode_array(parsed)
+    return to_torch(array) if parsed.from_torch else array
+
+
+def decode_array(parsed: Envelope, *, threads: int | None = None) -> Array:
+    """The values of a parsed envelope as a new NumPy array.
+
+    Raises CorruptionError for a shape that so few bytes cannot fill, before asking for its memory.
+    """
     most = codec_class(parsed.codec).most_weights(len(parsed.payload))
     if parsed.spec.size > most:
         raise CorruptionError(
@@ -147,8 +155,8 @@ def decode(data: bytes | bytearray | memoryview, *, out: ArrayLike | None = None
             f"hold at most {most} values"
         )
     array = np.empty(parsed.spec.shape, NUMPY_DTYPES[parsed.spec.dtype])
-    decode_into(parsed, array.reshape(-1))
-    return to_torch(array) if parsed.from_torch else array
+    decode_into(parsed, array.reshape(-1), threads=threads)
+    return array
 
 
 def decode_into(parsed: Envelope, out: Array, *, threads: int | None = None) -> None:
@@ -201,21 +209,25 @@ def _encode(x: Array, spec: ArraySpec, codec: Codec, *, from_torch: bool, thread
 
 
 def _measure(x: Array, data: bytes, abs_bound: float, threads: int) -> Measured:
-    parsed = envelope.parse(data)
-    decoded = np.empty(parsed.spec.size, parsed.spec.numpy_dtype)
-    decode_into(parsed, decoded, threads=threads)
-    return measure(x, decoded, abs_bound)
+    return measure(x, decode_array(envelope.parse(data), threads=threads), abs_bound)
 
 
 def _meet_rmse(
-    x: Array, spec: ArraySpec, codec: Codec, bound: ErrorBound, data: bytes, *, from_torch: bool
+    x: Array,
+    spec: ArraySpec,
+    codec: Codec,
+    bound: ErrorBound,
+    data: bytes,
+    *,
+    from_torch: bool,
+    threads: int,
 ) -> bytes:
     """Lower ε until the measured RMSE is within the promise; the first try is usually enough."""
     target = bound.value * stats(x).rms
     for _ in range(RMSE_ATTEMPTS):
-        found = _measure(x, data, spec.abs_bound, thread_count()).rmse
+        found = _measure(x, data, spec.abs_bound, threads).rmse
         if found <= target:
             return data
         spec = replace(spec, abs_bound=spec.abs_bound * min(0.98, target / found))
-        data = _encode(x, spec, codec, from_torch=from_torch, threads=thread_count())
+        data = _encode(x, spec, codec, from_torch=from_torch, threads=threads)
     raise BoundError(f"{bound}: codec {codec.id!r} does not reach it, RMSE is {found:g}")

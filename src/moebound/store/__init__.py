@@ -1,0 +1,50 @@
+"""Stop 5 of the walk: the compressed checkpoint on disk.
+
+    compress(checkpoint, "model-moebound", bound=ErrorBound(0.1, "rate", "expert"))
+    verify("model-moebound", against=checkpoint).ok
+    store = open_store("model-moebound")
+    weights = store.decode_expert(ExpertKey(layer=1, expert=0))     # one read
+    decompress("model-moebound", "model-again")
+
+docs/store.md describes the files.
+"""
+
+from moebound.store.decompress import decompress
+from moebound.store.format import ExpertRecord, MatrixRecord, Settings
+from moebound.store.reader import (
+    EncodedExpert,
+    Store,
+    StoredExpert,
+    StoredMatrix,
+    compressed_tensors,
+    open_store,
+)
+from moebound.store.summary import (
+    CompressSummary,
+    DecompressSummary,
+    Problem,
+    Progress,
+    VerifyReport,
+)
+from moebound.store.verify import verify
+from moebound.store.writer import compress
+
+__all__ = [
+    "CompressSummary",
+    "DecompressSummary",
+    "EncodedExpert",
+    "ExpertRecord",
+    "MatrixRecord",
+    "Problem",
+    "Progress",
+    "Settings",
+    "Store",
+    "StoredExpert",
+    "StoredMatrix",
+    "VerifyReport",
+    "compress",
+    "compressed_tensors",
+    "decompress",
+    "open_store",
+    "verify",
+]

@@ -1,0 +1,292 @@
+"""What a store looks like on disk: names, version, and the records of the certificates file.
+
+    config.json                          the model's, with a `quantization_config` (Settings)
+    model-00001-of-0000N.safetensors     tensors as they were, then experts (uint8 envelopes)
+    model.safetensors.index.json         tensor -> shard, as transformers reads it
+    moebound.certificates.jsonl          one JSON record a line: what was promised and found
+    tokenizer.json, ...                  copied
+
+docs/store.md is the description for readers. A change that an older moebound would misread is a
+new VERSION; old versions stay readable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from moebound.checkpoint import Role
+from moebound.checkpoint.shards import is_file_name
+from moebound.codec import Certificate
+from moebound.errors import CorruptionError, FormatError, StoreError
+from moebound.types import ErrorBound, ExpertKey
+
+VERSION = 1
+QUANT_METHOD = "moebound"
+CONFIG_FILE = "config.json"
+CERTIFICATES_FILE = "moebound.certificates.jsonl"
+RECORDS_FORMAT = "moebound.certificates"
+
+SHARD_MARK = "moebound.store"
+"""Key in a shard's `__metadata__`: every U8 tensor in this shard is an envelope (or empty)."""
+
+SLICE_MARK = ".moebound."
+"""Slice 3 of the 3-D tensor `w` is stored as `w.moebound.3`, and `w` as an empty uint8 tensor.
+
+The empty one makes a transformers without moebound fail instead of starting with random experts.
+"""
+
+MAX_LINE_BYTES = 16_000_000
+
+
+def stored_name(name: str, index: int | None) -> str:
+    """The name in the store of a source tensor, or of one slice of its leading axis."""
+    return name if index is None else f"{name}{SLICE_MARK}{index}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The `quantization_config` of config.json.
+
+    run: hash of everything that decides the bytes (source, bound, codec, selection), so that a
+    rerun can tell its own store from another. Unknown further fields are ignored.
+    """
+
+    codec: str
+    bound: ErrorBound
+    shared_experts: bool
+    run: str
+    version: int = VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": self.version,
+            "codec": self.codec,
+            "bound": self.bound.to_json(),
+            "shared_experts": self.shared_experts,
+            "run": self.run,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Settings:
+        """Raises FormatError for another method or a newer version, CorruptionError if damaged."""
+        method, version = data.get("quant_method"), data.get("version")
+        if method != QUANT_METHOD:
+            raise FormatError(f"quant_method: expected {QUANT_METHOD!r}, found {method!r}")
+        if not isinstance(version, int) or not 1 <= version <= VERSION:
+            raise FormatError(
+                f"store version {version!r}: this moebound reads versions up to {VERSION}; "
+                "install a newer one"
+            )
+        try:
+            bound = ErrorBound.from_json(data["bound"])
+            return cls(
+                str(data["codec"]), bound, bool(data["shared_experts"]), str(data["run"]), version
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise CorruptionError(f"quantization_config: {what}") from error
+
+
+def read_settings(config: Mapping[str, Any]) -> Settings | None:
+    """The store settings in a model's config, None if it has none of ours."""
+    found = config.get("quantization_config")
+    if not isinstance(found, Mapping) or found.get("quant_method") != QUANT_METHOD:
+        return None
+    return Settings.from_json(found)
+
+
+@dataclass(frozen=True)
+class MatrixRecord:
+    """One compressed matrix.
+
+    name, index: in the source checkpoint, as in `ExpertMatrix`. home: the source's shard file.
+    ratio: measured error over promised error, at most 1 (for an rmse bound, of RMSEs).
+    """
+
+    name: str
+    index: int | None
+    role: Role
+    home: str
+    ratio: float
+    certificate: Certificate
+
+    @property
+    def stored_name(self) -> str:
+        return stored_name(self.name, self.index)
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """One expert: its matrices in the order of their bytes.
+
+    exact: not selected for compression; kept bit for bit as `raw` envelopes, because it shares a
+    3-D tensor with experts that were.
+    """
+
+    key: ExpertKey
+    exact: bool
+    matrices: tuple[MatrixRecord, ...]
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor kept as it was. sha256: of its bytes. home: the source's shard file."""
+
+    name: str
+    home: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A shard's header. sha256: of its length field and its text."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file beside the shards. Documents (README.md) may be edited and have no record."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+
+
+Record = ExpertRecord | TensorRecord | ShardRecord | FileRecord
+
+
+def to_line(record: Record) -> bytes:
+    """One record as a line of JSON."""
+    if isinstance(record, ExpertRecord):
+        content: dict[str, Any] = {
+            "kind": "expert",
+            "layer": record.key.layer,
+            "expert": record.key.expert,
+            "shared": record.key.shared,
+            "exact": record.exact,
+            "matrices": [
+                {
+                    "name": m.name, "index": m.index, "role": m.role, "home": m.home,
+                    "ratio": m.ratio, "certificate": m.certificate.to_json(),
+                }
+                for m in record.matrices
+            ],
+        }  # fmt: skip
+    else:
+        kind = {TensorRecord: "tensor", ShardRecord: "shard", FileRecord: "file"}[type(record)]
+        content = {"kind": kind, **asdict(record)}
+    return _json_line(content)
+
+
+def from_line(line: bytes, where: str) -> Record:
+    """Raises CorruptionError, with `where` in front, for anything `to_line` cannot have made."""
+    try:
+        content = json.loads(line)
+        kind = content.pop("kind")
+        if kind == "expert":
+            return _expert_record(content)
+        cls: type[TensorRecord | ShardRecord | FileRecord] = {
+            "tensor": TensorRecord, "shard": ShardRecord, "file": FileRecord,
+        }[kind]  # fmt: skip
+        record = cls(**content)
+        _check_texts(content, "name", "sha256", *(["home"] if kind == "tensor" else []))
+        named_files = content["home"] if kind == "tensor" else content["name"]
+        if not is_file_name(named_files):
+            raise ValueError(f"{named_files!r} is not a plain file name")
+        return record
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CorruptionError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _expert_record(content: dict[str, Any]) -> ExpertRecord:
+    matrices = []
+    for item in content["matrices"]:
+        _check_texts(item, "name", "home")
+        if item["role"] not in get_args(Role):
+            raise ValueError(f"role {item['role']!r}")
+        if not is_file_name(item["home"]):
+            raise ValueError(f"{item['home']!r} is not a plain file name")
+        index = item["index"]
+        certificate = Certificate.from_json(item["certificate"])
+        matrices.append(
+            MatrixRecord(
+                item["name"], None if index is None else _natural(index), cast(Role, item["role"]),
+                item["home"], float(item["ratio"]), certificate,
+            )
+        )  # fmt: skip
+    key = ExpertKey(_natural(content["layer"]), _natural(content["expert"]), content["shared"])
+    if not matrices or not isinstance(key.shared, bool):
+        raise ValueError("an expert without matrices")
+    return ExpertRecord(key, bool(content["exact"]), tuple(matrices))
+
+
+def _check_texts(content: Mapping[str, Any], *fields: str) -> None:
+    for field in fields:
+        if not isinstance(content[field], str):
+            raise TypeError(f"{field}: expected a string, found {content[field]!r}")
+
+
+def _natural(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"expected a whole number from 0, found {value!r}")
+    return value
+
+
+def _json_line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+def certificates_bytes(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The certificates file, line by line: a first line that names it, a last one that seals it."""
+    digest = hashlib.sha256()
+    head = _json_line({"kind": "header", "format": RECORDS_FORMAT, "version": VERSION})
+    count = 0
+    for line in (head, *lines):
+        digest.update(line)
+        count += 1
+        yield line
+    yield _json_line({"kind": "end", "lines": count, "sha256": digest.hexdigest()})
+
+
+def read_certificates(file: Path) -> list[Record]:
+    """All records of a certificates file.
+
+    Raises StoreError if it cannot be read, FormatError for a newer version, CorruptionError if
+    its seal does not match or a line is damaged.
+    """
+    digest, records, last = hashlib.sha256(), list[Record](), b""
+    try:
+        with open(file, "rb") as handle:
+            for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b""), 1):
+                if number == 1:
+                    _check_head(file, line)
+                elif last and number > 2:
+                    records.append(from_line(last, f"{file}: line {number - 1}"))
+                digest.update(last)
+                last = line
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be read: {error.strerror or error}") from error
+    seal = f'"sha256":"{digest.hexdigest()}"}}\n'.encode()
+    if not last.startswith(b'{"kind":"end","lines":') or not last.endswith(seal):
+        raise CorruptionError(f"{file}: its last line does not match its contents")
+    return records
+
+
+def _check_head(file: Path, line: bytes) -> None:
+    try:
+        head = json.loads(line)
+        form, version = head["format"], head["version"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise CorruptionError(f"{file}: line 1: expected a header, found {line[:60]!r}") from None
+    if form != RECORDS_FORMAT:
+        raise FormatError(f"{file}: expected format {RECORDS_FORMAT!r}, found {form!r}")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise FormatError(f"{file}: version {version!r}: this moebound reads up to {VERSION}")

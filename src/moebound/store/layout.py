@@ -1,0 +1,183 @@
+"""Decide before the first byte: which experts are compressed, and which shard holds what.
+
+Shards are cut by the size of the *source*, since compressed sizes are not known yet. So their
+number and contents are the same for every codec, thread count and interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from moebound.checkpoint import Checkpoint, Expert, TensorInfo, read_into
+from moebound.codec import get_codec
+from moebound.errors import StoreError
+from moebound.store.format import SLICE_MARK, VERSION
+from moebound.types import ErrorBound, ExpertKey
+
+SHARD_BYTES = 2_000_000_000
+_SAMPLE_BYTES = 64
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class ExpertTask:
+    """One expert to be written. exact: keep it bit for bit."""
+
+    expert: Expert
+    exact: bool
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """A shard of tensors that are kept as they are."""
+
+    name: str
+    tensors: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """A shard of experts, compressed or exact."""
+
+    name: str
+    tasks: tuple[ExpertTask, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All shards of a store, in order; names are final."""
+
+    tensor_shards: tuple[TensorShard, ...]
+    expert_shards: tuple[ExpertShard, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """File names of all shards, in order."""
+        return [s.name for s in self.tensor_shards] + [s.name for s in self.expert_shards]
+
+
+def select(
+    checkpoint: Checkpoint,
+    *,
+    layers: set[int] | None,
+    experts: set[int] | None,
+    shared_experts: bool,
+) -> list[ExpertTask]:
+    """The experts to write, in the order of the model.
+
+    `experts` chooses among routed experts only. An expert that was not chosen, but is a slice of a
+    tensor of which others were, is among them as `exact`: a 3-D tensor is taken apart as a whole
+    or not at all, so that each expert still is one read.
+
+    Raises StoreError for a layer or expert number that is not in the checkpoint.
+    """
+    every = checkpoint.experts(shared=shared_experts)
+    _check_numbers("--layers", layers, {e.key.layer for e in every})
+    _check_numbers("--experts", experts, {e.key.expert for e in every if not e.key.shared})
+
+    def chosen(key: ExpertKey) -> bool:
+        return (layers is None or key.layer in layers) and (
+            key.shared or experts is None or key.expert in experts
+        )
+
+    picked = {expert.key for expert in every if chosen(expert.key)}
+    if not picked:
+        raise StoreError(
+            f"{checkpoint.path}: no expert is in layers {sorted(layers or ())} and has a number "
+            f"among {sorted(experts or ())}"
+        )
+    taken_apart = {m.name for e in every if e.key in picked for m in e.matrices}
+    return [
+        ExpertTask(expert, exact=expert.key not in picked)
+        for expert in every
+        if any(matrix.name in taken_apart for matrix in expert.matrices)
+    ]
+
+
+def _check_numbers(option: str, asked: set[int] | None, present: set[int]) -> None:
+    if asked is None:
+        return
+    missing = sorted(asked - present)
+    if missing or not asked:
+        raise StoreError(
+            f"{option}: {', '.join(map(str, missing)) or 'nothing'} asked; experts are in "
+            f"{', '.join(map(str, sorted(present)))}"
+        )
+
+
+def plan_layout(checkpoint: Checkpoint, tasks: list[ExpertTask], *, shard_bytes: int) -> Layout:
+    """Cut everything into shards of at most shard_bytes of source (or one item each)."""
+    taken = {matrix.name for task in tasks for matrix in task.expert.matrices}
+    for name in checkpoint.tensors:
+        if SLICE_MARK in name:
+            raise StoreError(f"{checkpoint.path}: tensor {name!r}: {SLICE_MARK!r} is a taken name")
+    kept = [tensor for name, tensor in checkpoint.tensors.items() if name not in taken]
+    tensor_parts = list(_cut(kept, lambda tensor: tensor.n_bytes, shard_bytes))
+    expert_parts = list(_cut(tasks, lambda task: task.expert.n_bytes, shard_bytes))
+    count = len(tensor_parts) + len(expert_parts)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    split = len(tensor_parts)
+    return Layout(
+        tuple(TensorShard(n, part) for n, part in zip(names[:split], tensor_parts, strict=True)),
+        tuple(ExpertShard(n, part) for n, part in zip(names[split:], expert_parts, strict=True)),
+    )
+
+
+def _cut(
+    items: Iterable[Part], size: Callable[[Part], int], limit: int
+) -> Iterable[tuple[Part, ...]]:
+    part, filled = list[Part](), 0
+    for item in items:
+        if part and filled + size(item) > limit:
+            yield tuple(part)
+            part, filled = [], 0
+        part.append(item)
+        filled += size(item)
+    if part:
+        yield tuple(part)
+
+
+def describe_run(
+    checkpoint: Checkpoint, tasks: list[ExpertTask], *, bound: ErrorBound, codec: str,
+    shard_bytes: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that decides the bytes of a store, as JSON; equal runs write equal stores.
+
+    The source stands in it as a hash of its config, of every tensor's name, dtype and shape, and
+    of 64 bytes from the middle of each matrix: another fine-tune of the same model is another
+    source, a moved or copied one is the same. Not every byte is read.
+    """
+    selection = [[*task.expert.key, task.exact] for task in tasks]
+    return {
+        "version": VERSION,
+        "source": _fingerprint(checkpoint),
+        "bound": bound.to_json(),
+        "codec": codec,
+        "codec_version": get_codec(codec).version,
+        "experts": hashlib.sha256(json.dumps(selection).encode()).hexdigest(),
+        "shard_bytes": shard_bytes,
+    }
+
+
+def run_id(run: dict[str, Any]) -> str:
+    """A short name for a run."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    digest = hashlib.sha256(json.dumps(dict(checkpoint.config), sort_keys=True).encode())
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tensor.shape} {tensor.file.name} ".encode())
+        slices = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        for part in range(slices):
+            middle = (2 * part + 1) * tensor.n_bytes // (2 * slices)
+            sample = bytearray(min(_SAMPLE_BYTES, tensor.n_bytes - middle))
+            if sample:
+                read_into(tensor, memoryview(sample), start=middle)
+            digest.update(sample)
+    return digest.hexdigest()

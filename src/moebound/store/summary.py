@@ -1,0 +1,188 @@
+"""What the store's jobs report: progress while they run, a summary when they are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from moebound.store.format import ExpertRecord
+from moebound.types import ErrorBound
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is. Bytes are of the uncompressed weights. label: what is at work."""
+
+    done_bytes: int
+    total_bytes: int
+    done_experts: int
+    total_experts: int
+    label: str
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+class Meter:
+    """Adds up what is done and passes it on."""
+
+    def __init__(
+        self, callback: ProgressCallback | None, *, total_bytes: int, total_experts: int
+    ) -> None:
+        self._callback = callback
+        self._total_bytes, self._total_experts = total_bytes, total_experts
+        self._bytes = self._experts = 0
+
+    def add(self, label: str, *, n_bytes: int, experts: int = 0) -> None:
+        self._bytes += n_bytes
+        self._experts += experts
+        if self._callback is not None:
+            self._callback(
+                Progress(self._bytes, self._total_bytes, self._experts, self._total_experts, label)
+            )
+
+
+@dataclass(frozen=True)
+class ExpertTotals:
+    """Sums over the compressed experts; experts kept exact are not among them.
+
+    worst: the largest measured error over promised error, at most 1 where the promise is kept.
+    """
+
+    n_experts: int
+    n_weights: int
+    bytes_before: int
+    bytes_after: int
+    worst: float
+    patched: int
+
+    @classmethod
+    def of(cls, records: list[ExpertRecord]) -> ExpertTotals:
+        chosen = [record for record in records if not record.exact]
+        matrices = [matrix for record in chosen for matrix in record.matrices]
+        n_weights = bytes_before = 0
+        for matrix in matrices:
+            size = 1
+            for extent in matrix.certificate.shape:
+                size *= extent
+            n_weights += size
+            bytes_before += size * (4 if matrix.certificate.source_dtype == "F32" else 2)
+        return cls(
+            n_experts=len(chosen),
+            n_weights=n_weights,
+            bytes_before=bytes_before,
+            bytes_after=sum(matrix.certificate.n_bytes for matrix in matrices),
+            worst=max((matrix.ratio for matrix in matrices), default=0.0),
+            patched=sum(matrix.certificate.patched for matrix in matrices),
+        )
+
+
+@dataclass(frozen=True)
+class CompressSummary:
+    """What compressing came to.
+
+    expert_*: the compressed experts alone. model_*: all tensors. Bytes are of tensors; shard
+    headers and certificates come on top and are in store_bytes, all files of the store together.
+    bits per weight: bytes after, times 8, over the parameters in question.
+    worst: the largest measured error over promised error. patched: weights stored verbatim.
+    """
+
+    path: str
+    codec: str
+    bound: ErrorBound
+    n_experts: int
+    n_weights: int
+    expert_bytes_before: int
+    expert_bytes_after: int
+    n_parameters: int
+    model_bytes_before: int
+    model_bytes_after: int
+    store_bytes: int
+    worst: float
+    patched: int
+    seconds: float
+    resumed: bool = False
+
+    @property
+    def expert_bits_per_weight(self) -> float:
+        return 8 * self.expert_bytes_after / self.n_weights if self.n_weights else 0.0
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        return 8 * self.model_bytes_after / self.n_parameters if self.n_parameters else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "bound": self.bound.to_json(),
+            "expert_bits_per_weight": self.expert_bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
+        }
+
+
+ProblemKind = Literal["store", "file", "hash", "decode", "certificate", "bound", "original"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a store.
+
+    kind:
+      store        it cannot be opened: a file is missing, damaged or contradicts another
+      file         a shard's header or a file beside the shards is not what was written
+      hash         a tensor's bytes are not what was written
+      decode       an envelope does not decode
+      certificate  an envelope decodes to something else than its certificate says
+      bound        a weight is farther from the original than was promised
+      original     the original given is not the one that was compressed
+    tensor: its name in the store; a file's name for "file"; empty for "store".
+    """
+
+    kind: ProblemKind
+    tensor: str
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What verifying found. worst: the largest measured error over promised error; measured again
+    where the original was given, else as certified. n_tensors: all tensors looked at."""
+
+    path: str
+    against: str | None
+    n_experts: int
+    n_tensors: int
+    n_bytes: int
+    worst: float
+    problems: tuple[Problem, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "ok": self.ok,
+            "problems": [problem.to_json() for problem in self.problems],
+        }
+
+
+@dataclass(frozen=True)
+class DecompressSummary:
+    """What decompressing came to. n_bytes: of all tensors written. n_shards: weight files."""
+
+    path: str
+    n_experts: int
+    n_tensors: int
+    n_shards: int
+    n_bytes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,316 @@
+"""Is this store what was written, and does it keep what it promises?
+
+Without the original: every file's, header's, tensor's and envelope's hash; every envelope decodes
+to the shape and dtype of its certificate. With it: every tensor that was kept is equal, and every
+bound is resolved and measured again on the decoded weights. Problems are data: all are reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from moebound.checkpoint import Checkpoint, ExpertMatrix, TensorInfo, read_chunks
+from moebound.codec import measure, parse, stats, thread_count
+from moebound.codec.certificate import sha256
+from moebound.errors import MoeboundError, StoreError
+from moebound.store.ordered import in_order
+from moebound.store.reader import (
+    EncodedExpert,
+    Store,
+    StoredExpert,
+    StoredMatrix,
+    open_store,
+    read_stored,
+)
+from moebound.store.shard import header_sha256
+from moebound.store.summary import Meter, Problem, ProblemKind, ProgressCallback, VerifyReport
+from moebound.types import Array, TensorStats
+
+# Certified numbers come from the same sums in the same order; leave room for another order.
+_TOLERANCE = 1e-9
+
+
+def verify(
+    store_path: Path | str,
+    *,
+    against: Checkpoint | None = None,
+    jobs: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> VerifyReport:
+    """Check everything that can be checked, and report what is wrong.
+
+    against: the original checkpoint, to measure every bound again. jobs: as for `compress`.
+    Memory is that of jobs + 1 experts (with the original, twice that).
+    Raises StoreError if store_path is no folder; everything else is a Problem of the report.
+    """
+    begun, path = time.monotonic(), Path(store_path)
+    against_path = None if against is None else str(against.path)
+    if not path.is_dir():
+        raise StoreError(f"{path}: no such folder")
+    try:
+        store = open_store(path)
+    except MoeboundError as error:
+        problem = Problem("store", "", str(error))
+        return VerifyReport(
+            str(path), against_path, 0, 0, 0, 0.0, (problem,), time.monotonic() - begun
+        )
+    originals = _Originals(against)
+    experts = store.experts()
+    kept = [store.tensors[name] for name in store.kept]
+    meter = Meter(
+        progress,
+        total_bytes=sum(map(_weight_bytes, experts)) + sum(t.n_bytes for t in kept),
+        total_experts=len(experts),
+    )
+    problems = list(_check_files(store))
+    problems += originals.extra_problems(store)
+    worst = 0.0
+    jobs = thread_count() if jobs is None else jobs
+
+    check_tensor = partial(_check_tensor, store, originals)
+    with closing(in_order(check_tensor, kept, jobs=jobs)) as results:
+        for tensor, found in zip(kept, results, strict=True):
+            problems += found
+            meter.add(tensor.name, n_bytes=tensor.n_bytes)
+    check_expert = partial(_check_expert, originals)
+    with closing(in_order(check_expert, experts, jobs=jobs)) as checked:
+        for expert, result in zip(experts, checked, strict=True):
+            problems += result.problems
+            worst = max(worst, result.worst)
+            meter.add(str(expert.key), n_bytes=_weight_bytes(expert), experts=1)
+    return VerifyReport(
+        path=str(path),
+        against=against_path,
+        n_experts=len(experts),
+        n_tensors=len(kept) + sum(len(expert.matrices) for expert in experts),
+        n_bytes=sum(tensor.n_bytes for tensor in store.tensors.values()),
+        worst=worst,
+        problems=tuple(problems),
+        seconds=time.monotonic() - begun,
+    )
+
+
+class _Originals:
+    """The original checkpoint, by the names that a store knows. May be none."""
+
+    def __init__(self, checkpoint: Checkpoint | None) -> None:
+        self.checkpoint = checkpoint
+        self.matrices: dict[tuple[str, int | None], ExpertMatrix] = {}
+        if checkpoint is not None:
+            for expert in checkpoint.experts(shared=True):
+                for matrix in expert.matrices:
+                    self.matrices[matrix.name, matrix.index] = matrix
+
+    def extra_problems(self, store: Store) -> Iterator[Problem]:
+        """Tensors of the original that the store lacks."""
+        if self.checkpoint is None:
+            return
+        for name in self.checkpoint.tensors:
+            if name not in store.tensors:
+                yield Problem("original", name, "is in the original and not in the store")
+
+
+def _check_files(store: Store) -> Iterator[Problem]:
+    for shard in store.shards:
+        try:
+            found = header_sha256(store.path / shard.name)
+        except StoreError as error:
+            yield Problem("file", shard.name, str(error))
+            continue
+        if found != shard.sha256:
+            yield Problem("file", shard.name, f"header: {_differs(shard.sha256, found)}")
+    for file in store.files:
+        try:
+            data = (store.path / file.name).read_bytes()
+        except OSError as error:
+            yield Problem("file", file.name, f"cannot be read: {error.strerror or error}")
+            continue
+        if sha256(data) != file.sha256:
+            yield Problem("file", file.name, _differs(file.sha256, sha256(data)))
+
+
+def _check_tensor(store: Store, originals: _Originals, tensor: TensorInfo) -> list[Problem]:
+    """A tensor that was kept as it was."""
+    record = store.kept[tensor.name]
+    problems = list[Problem]()
+    try:
+        found = _tensor_sha256(tensor)
+        if found != record.sha256:
+            problems.append(Problem("hash", tensor.name, _differs(record.sha256, found)))
+        if originals.checkpoint is not None:
+            original = originals.checkpoint.tensors.get(tensor.name)
+            if original is None:
+                message = "is in the store and not in the original"
+                problems.append(Problem("original", tensor.name, message))
+            elif (original.dtype, original.shape) != (tensor.dtype, tensor.shape):
+                message = (
+                    f"original is {original.dtype} {list(original.shape)}, "
+                    f"store has {tensor.dtype} {list(tensor.shape)}"
+                )
+                problems.append(Problem("original", tensor.name, message))
+            elif (theirs := _tensor_sha256(original)) != record.sha256:
+                message = f"original: {_differs(record.sha256, theirs)}"
+                problems.append(Problem("original", tensor.name, message))
+    except MoeboundError as error:
+        problems.append(Problem("hash", tensor.name, str(error)))
+    return problems
+
+
+@dataclass
+class _Checked:
+    """What was found on one expert."""
+
+    worst: float = 0.0
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, kind: ProblemKind, tensor: str, message: str) -> None:
+        self.problems.append(Problem(kind, tensor, message))
+
+
+def _check_expert(originals: _Originals, expert: StoredExpert) -> _Checked:
+    checked = _Checked()
+    try:
+        encoded = read_stored(expert)
+    except MoeboundError as error:
+        for matrix in expert.matrices:
+            checked.add("hash", matrix.tensor.name, str(error))
+        return checked
+    arrays = _originals_of(originals, expert, checked) if originals.checkpoint else None
+    reference = None
+    if arrays is not None:
+        own = [stats(array) if array is not None else TensorStats() for array in arrays]
+        whole = sum(own, TensorStats()) if all(a is not None for a in arrays) else None
+        reference = own, whole
+    for index, matrix in enumerate(expert.matrices):
+        decoded = _check_matrix(encoded, index, matrix, checked)
+        original = arrays[index] if arrays is not None else None
+        if decoded is None:
+            continue
+        if original is None or reference is None:
+            checked.worst = max(checked.worst, matrix.record.ratio)
+        else:
+            _check_bound(matrix, decoded, original, reference[0][index], reference[1], checked)
+    return checked
+
+
+def _check_matrix(
+    encoded: EncodedExpert, index: int, matrix: StoredMatrix, checked: _Checked
+) -> Array | None:
+    name, certificate = matrix.tensor.name, matrix.record.certificate
+    data = encoded.matrix(index)
+    found = sha256(data)
+    if found != certificate.sha256_encoded:
+        checked.add("hash", name, _differs(certificate.sha256_encoded, found))
+    try:
+        decoded = matrix.decode(data, threads=1)
+        envelope = parse(data)
+    except MoeboundError as error:
+        checked.add("decode", name, str(error))
+        return None
+    says = envelope.codec, envelope.codec_version, envelope.spec.abs_bound, len(envelope.misses)
+    certified = (
+        certificate.codec, certificate.codec_version, certificate.abs_bound, certificate.patched
+    )  # fmt: skip
+    if says != certified:
+        message = f"expected codec, version, bound, patches {certified}, found {says}"
+        checked.add("certificate", name, message)
+    if not certificate.kept or matrix.record.ratio > 1:
+        checked.add("certificate", name, "certifies itself that its bound was not kept")
+    return decoded
+
+
+def _check_bound(
+    matrix: StoredMatrix,
+    decoded: Array,
+    original: Array,
+    own: TensorStats,
+    whole: TensorStats | None,
+    checked: _Checked,
+) -> None:
+    """Resolve the bound anew from the original, and measure."""
+    name, certificate = matrix.tensor.name, matrix.record.certificate
+    if sha256(original.reshape(-1).view("u1")) != certificate.sha256_original:
+        checked.add("original", name, "is not the tensor that was compressed: hashes differ")
+    bound = certificate.bound
+    reference = whole if bound.scope == "expert" else own
+    if reference is None:
+        return
+    promised = bound.absolute(reference)
+    # An rmse bound's ε is a start for the encoder, which may have had to lower it.
+    if bound.pointwise and abs(promised - certificate.abs_bound) > _TOLERANCE * promised:
+        checked.add(
+            "bound", name, f"{bound} is {promised:g} here, certified was {certificate.abs_bound:g}"
+        )
+    found = measure(original, decoded, min(promised, certificate.abs_bound))
+    if bound.pointwise:
+        ratio = found.max_abs_error / promised if promised else float(found.max_abs_error > 0)
+        if found.broken:
+            checked.add(
+                "bound", name,
+                f"{found.broken} weights are off by more than {promised:g}, the worst by "
+                f"{found.max_abs_error:g}",
+            )  # fmt: skip
+    else:
+        asked = bound.value * own.rms
+        ratio = found.rmse / asked if asked else float(found.rmse > 0)
+        if ratio > 1:
+            checked.add("bound", name, f"RMSE is {found.rmse:g}, promised {asked:g}")
+    checked.worst = max(checked.worst, ratio)
+    certified = certificate.max_abs_error, certificate.rmse
+    for says, was in zip(certified, (found.max_abs_error, found.rmse), strict=True):
+        if abs(says - was) > _TOLERANCE * max(abs(says), abs(was)):
+            checked.add(
+                "certificate", name,
+                f"certified largest error and RMSE {certified}, measured "
+                f"{(found.max_abs_error, found.rmse)}",
+            )  # fmt: skip
+            break
+
+
+def _originals_of(
+    originals: _Originals, expert: StoredExpert, checked: _Checked
+) -> list[Array | None]:
+    arrays = list[Array | None]()
+    for matrix in expert.matrices:
+        record, array = matrix.record, None
+        source = originals.matrices.get((record.name, record.index))
+        if source is None:
+            checked.add("original", matrix.tensor.name, "is no expert matrix of the original")
+        elif source.shape != record.certificate.shape:
+            checked.add(
+                "original", matrix.tensor.name,
+                f"original has shape {source.shape}, the store {record.certificate.shape}",
+            )  # fmt: skip
+        elif originals.checkpoint is not None:
+            try:
+                array = originals.checkpoint.read(source)
+            except MoeboundError as error:
+                checked.add("original", matrix.tensor.name, str(error))
+        arrays.append(array)
+    return arrays
+
+
+def _tensor_sha256(tensor: TensorInfo) -> str:
+    digest = hashlib.sha256()
+    for piece in read_chunks(tensor):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _weight_bytes(expert: StoredExpert) -> int:
+    sizes = {"F32": 4, "BF16": 2, "F16": 2}
+    return sum(
+        m.record.certificate.shape[0] * m.record.certificate.shape[1]
+        * sizes[m.record.certificate.dtype]
+        for m in expert.matrices
+    )  # fmt: skip
+
+
+def _differs(expected: str, found: str) -> str:
+    return f"expected SHA-256 {expected[:16]}…, found {found[:16]}…"
