@@ -97,7 +97,7 @@ def test_entered_once_and_only_after_the_module_has_run(program: str, stand_in: 
         assert "ran = " in inspect.getsource(auto)
         """
     )
-    run(f"{ENTER}\nn = len(sys.meta_path)\n{program}\n{after}", path=stand_in)
+    run(f"n = len(sys.meta_path)\n{ENTER}\n{program}\n{after}", path=stand_in)
 
 
 def test_a_missing_transformers_is_missing_as_ever(stand_in: Path) -> None:
