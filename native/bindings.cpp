@@ -11,6 +11,7 @@
 #include "bound_layout.h"
 #include "compare.h"
 #include "cpu.h"
+#include "float_env.h"
 #include "grid.h"
 #include "status.h"
 #include "xxh64.h"
@@ -36,6 +37,12 @@ moebound::DType dtype_of(const SomeArray& a) {
 void same_length(const AnyArray& a, const AnyArray& b) {
   if (a.shape(0) != b.shape(0)) throw nb::value_error("arrays of different length");
 }
+
+// For the length of a kernel call: no GIL, and the default floating-point environment.
+struct Away {
+  nb::gil_scoped_release release;
+  moebound::DefaultFloatEnvironment environment;
+};
 
 // Holds a Py_buffer of bytes, bytearray or memoryview.
 class Buffer {
@@ -80,7 +87,7 @@ nb::ndarray<nb::numpy, T, nb::ndim<1>> to_array(std::vector<T> values) {
 NB_MODULE(_native, m) {
   m.def("xxh64", [](nb::handle data, uint64_t seed) {
     const Buffer buffer(data);
-    nb::gil_scoped_release release;
+    const Away away;
     return moebound::xxh64(buffer.data(), buffer.size(), seed);
   }, "data"_a, "seed"_a = 0);
 
@@ -89,7 +96,7 @@ NB_MODULE(_native, m) {
     const auto w = dtype_of(original), d = dtype_of(decoded);
     moebound::Comparison c;
     {
-      nb::gil_scoped_release release;
+      const Away away;
       c = moebound::compare(w, original.data(), d, decoded.data(), original.shape(0), bound);
     }
     return std::make_tuple(c.max_abs_error, c.square_sum, c.n_finite, c.n_broken);
@@ -100,7 +107,7 @@ NB_MODULE(_native, m) {
     const auto w = dtype_of(original), d = dtype_of(decoded);
     std::vector<uint64_t> found;
     {
-      nb::gil_scoped_release release;
+      const Away away;
       found = moebound::violations(w, original.data(), d, decoded.data(), original.shape(0), bound);
     }
     return to_array(std::move(found));
@@ -110,7 +117,7 @@ NB_MODULE(_native, m) {
     const auto dtype = dtype_of(array);
     moebound::Stats s;
     {
-      nb::gil_scoped_release release;
+      const Away away;
       s = moebound::stats(dtype, array.data(), array.shape(0));
     }
     return std::make_tuple(s.n_finite, s.abs_sum, s.square_sum, s.lowest, s.highest);
@@ -124,7 +131,7 @@ NB_MODULE(_native, m) {
     }
     moebound::EncodedBound encoded;
     {
-      nb::gil_scoped_release release;
+      const Away away;
       encoded = moebound::encode_bound(info, array.data(), {segment_weights, threads});
     }
     return nb::make_tuple(nb::bytes(encoded.payload.data(), encoded.payload.size()),
@@ -134,11 +141,12 @@ NB_MODULE(_native, m) {
   m.def("bound_decode", [](nb::handle payload, WritableArray out, unsigned source, double bound, unsigned threads) {
     const Buffer buffer(payload);
     const auto info = array_info(dtype_from(source), dtype_of(out), bound, out.shape(0), 1);
-    nb::gil_scoped_release release;
+    const Away away;
     moebound::decode_bound(info, buffer.data(), buffer.size(), out.data(), threads);
   }, "payload"_a, "out"_a, "source"_a, "bound"_a, "threads"_a);
 
   m.def("grid", [](unsigned source, unsigned output, double bound, size_t n_cells, uint32_t up_to_source) {
+    const moebound::DefaultFloatEnvironment environment;
     auto grid = moebound::make_grid(dtype_from(source), dtype_from(output), bound, n_cells, up_to_source);
     return nb::make_tuple(to_array(std::move(grid.values)), to_array(std::move(grid.edges)));
   }, "source"_a, "output"_a, "bound"_a, "n_cells"_a, "up_to_source"_a = ~0u);

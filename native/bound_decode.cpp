@@ -52,7 +52,10 @@ std::vector<uint32_t> bin_values(const Layout& layout, const Grid& grid, uint32_
 
 void fill_values(const ArrayInfo& info, const Layout& layout, DecodePlan& plan) {
   if (info.bound == 0) {
-    if (layout.low_bits != kExactLowBits || layout.symbol_low < 0) throw Corrupt("not an exact copy's layout");
+    if (layout.low_bits != kExactLowBits || layout.symbol_low < 0 ||
+        uint32_t(layout.symbol_low) + layout.n_symbols > 256) {
+      throw Corrupt("not an exact copy's layout");
+    }
     plan.values16.resize(size_t(layout.n_symbols) << kExactLowBits);
     for (size_t i = 0; i < plan.values16.size(); ++i) {
       plan.values16[i] = unrotated(uint16_t((size_t(layout.symbol_low) << kExactLowBits) + i));
@@ -62,6 +65,9 @@ void fill_values(const ArrayInfo& info, const Layout& layout, DecodePlan& plan) 
   }
   const int64_t first = int64_t(layout.symbol_low) << layout.low_bits;
   const int64_t last = first + (int64_t(layout.n_symbols) << layout.low_bits) - 1;
+  if (std::max(-first, last) >= int64_t(kMaxCells) + (int64_t(1) << layout.low_bits)) {
+    throw Corrupt("bins beyond the largest grid");
+  }
   const Grid grid = make_grid(info.source, info.output, info.bound, size_t(std::max(-first, last)) + 1);
   plan.values32 = bin_values(layout, grid, info.output == DType::kF32 ? F32::kSign : BF16::kSign);
   if (info.output == DType::kF32) return;

@@ -49,7 +49,7 @@ int level(double v) {
   return found;
 }
 
-std::vector<int> levels(const std::vector<uint32_t>& sums, const std::vector<size_t>& counts,
+std::vector<int> levels(const std::vector<uint64_t>& sums, const std::vector<size_t>& counts,
                         uint64_t total, size_t n) {
   std::vector<int> result(sums.size());
   for (size_t i = 0; i < sums.size(); ++i) {
@@ -64,13 +64,13 @@ struct Scales {
 
 Scales measure_scales(const Symbols& symbols, const Alphabet& alphabet, size_t n, const Layout& layout) {
   const size_t columns = layout.columns, rows = layout.rows(n);
-  std::vector<uint32_t> row_sums(rows), column_sums(columns);
+  std::vector<uint64_t> row_sums(rows), column_sums(columns);
   std::vector<size_t> row_counts(rows), column_counts(columns);
   uint64_t total = 0;
   for (size_t row = 0; row < rows; ++row) {
     const uint8_t* s = symbols.symbol + row * columns;
     const size_t end = std::min(columns, n - row * columns);
-    uint32_t sum = 0;
+    uint64_t sum = 0;
     for (size_t j = 0; j < end; ++j) {
       const uint32_t v = uint32_t(std::abs(int32_t(s[j]) + alphabet.symbol_low));
       sum += v;
@@ -150,25 +150,26 @@ size_t row_end(const Layout& layout, size_t row, size_t n) {
 // How often each table codes each symbol in these rows: [n_tables][n_symbols].
 std::vector<uint32_t> count_symbols(const Symbols& symbols, const Layout& layout, size_t n,
                                     const std::vector<size_t>& rows) {
-  // Two sets of counters: a run of one symbol does not wait for its own last count.
+  // Four sets of counters: a run of one symbol does not wait for its own last count.
+  constexpr size_t kSets = 4;
   const size_t size = size_t(layout.n_tables) * layout.n_symbols;
-  std::vector<uint32_t> counts(2 * size);
-  uint32_t* const even = counts.data();
-  uint32_t* const odd = even + size;
+  std::vector<uint32_t> counts(kSets * size);
+  uint32_t* const set = counts.data();
   const TableStarts starts = table_starts(layout, layout.n_symbols);
   for (const size_t row : rows) {
     const uint32_t* start_at = starts.of_row(row);
     const uint8_t* s = symbols.symbol + row * layout.columns;
     const size_t end = row_end(layout, row, n);
     size_t j = 0;
-#pragma GCC unroll 4
-    for (; j + 1 < end; j += 2) {
-      ++even[start_at[j] + s[j]];
-      ++odd[start_at[j + 1] + s[j + 1]];
+    for (; j + kSets <= end; j += kSets) {
+      ++set[start_at[j] + s[j]];
+      ++set[start_at[j + 1] + s[j + 1] + size];
+      ++set[start_at[j + 2] + s[j + 2] + 2 * size];
+      ++set[start_at[j + 3] + s[j + 3] + 3 * size];
     }
-    if (j < end) ++even[start_at[j] + s[j]];
+    for (; j < end; ++j) ++set[start_at[j] + s[j]];
   }
-  for (size_t i = 0; i < size; ++i) even[i] += odd[i];
+  for (size_t i = size; i < kSets * size; ++i) set[i % size] += set[i];
   counts.resize(size);
   return counts;
 }

@@ -15,6 +15,8 @@
 
 namespace moebound {
 
+constexpr size_t kMaxCells = 1u << 15;  // that an encoder uses of one sign: bins are within ±32767
+
 // Cells of non-negative numbers; the grid is symmetric, cell -m is the mirror of cell m.
 struct Grid {
   std::vector<uint32_t> values;  // patterns in the output dtype, values[0] = 0

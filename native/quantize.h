@@ -9,7 +9,6 @@
 
 namespace moebound {
 
-constexpr size_t kMaxCells = 1u << 15;  // of one sign: bins are within ±32767
 constexpr int32_t kNoBin = INT32_MIN;
 
 // What the coder sees of a bin: bin = (symbol_low + symbol) << low_bits | low.

@@ -1,7 +1,7 @@
 """`encode` and `decode`: one array to bytes under a bound, and back.
 
-    resolve the bound -> codec.compress -> (strict: decode, find what broke) -> envelope
-    parse the envelope -> codec.decompress -> put the patch in place
+resolve the bound -> codec.compress -> (strict: decode, find what broke) -> envelope
+parse the envelope -> codec.decompress -> put the patch in place
 """
 
 from __future__ import annotations
@@ -202,7 +202,12 @@ def _encode(x: Array, spec: ArraySpec, codec: Codec, *, from_torch: bool, thread
         payload, values = within_bound(codec, x, spec, threads=threads)
     return envelope.build(
         Envelope(
-            spec, codec.id, codec.version, memoryview(payload.data), payload.misses, values,
+            spec,
+            codec.id,
+            codec.version,
+            memoryview(payload.data),
+            payload.misses,
+            values,
             from_torch,
         )
     )

@@ -54,9 +54,7 @@ def to_numpy(array: ArrayLike) -> Array:
             return tensor.view(torch.int16).numpy().view(NUMPY_DTYPES["BF16"])
         return tensor.numpy()
     if not isinstance(array, np.ndarray):
-        raise CodecError(
-            f"expected a NumPy array or a torch tensor, found {type(array).__name__}"
-        )
+        raise CodecError(f"expected a NumPy array or a torch tensor, found {type(array).__name__}")
     name = dtype_name(array.dtype)
     return np.ascontiguousarray(array, dtype=NUMPY_DTYPES[name]).reshape(array.shape)
 

@@ -8,7 +8,7 @@
 
 For a strict maximum error this is next to the best there is: the cube of side 2ε tiles space, so a
 uniform quantizer with ideal entropy coding has no shaping gain left to chase. docs/format.md,
-section 4, describes every byte; reference.py is the same in NumPy, to be read.
+section 4, describes every byte; reference/ is the same in NumPy, to be read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import numpy as np
 
 from moebound import _native
 from moebound.codec.base import ArraySpec, Codec, Payload
-from moebound.codec.lossless import LosslessCodec
+from moebound.codec.lossless import MAX_WEIGHTS, SEGMENT_WEIGHTS, LosslessCodec
 from moebound.codec.shape import columns_of
 from moebound.errors import CodecError, CorruptionError
 from moebound.types import Array, DType
 
 DTYPE_CODES: dict[DType, int] = {"BF16": 0, "F16": 1, "F32": 2}
-SEGMENT_WEIGHTS = 1 << 18
 MAX_SEGMENT_WEIGHTS = 1 << 18
 EXACT = 0
 """First byte of a payload that is an exact copy; otherwise it is the tables' log2, 1 to 12."""
@@ -64,6 +63,8 @@ class BoundCodec(Codec):
         return n_bytes // 4 * MAX_SEGMENT_WEIGHTS
 
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
+        if spec.size > MAX_WEIGHTS:
+            raise CodecError(f"{spec.size} values in one array: at most {MAX_WEIGHTS}; split it")
         flat = x.reshape(-1)
         if spec.source_dtype == "BF16":
             flat = flat.view(np.uint16)

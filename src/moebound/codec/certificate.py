@@ -60,5 +60,3 @@ class Certificate:
 def sha256(data: Any) -> str:
     """Hex digest of anything with a buffer."""
     return hashlib.sha256(data).hexdigest()
-
-

@@ -14,10 +14,11 @@ import numpy as np
 from moebound import _native
 from moebound.codec.base import ArraySpec, Codec, Payload
 from moebound.codec.shape import columns_of
-from moebound.errors import CorruptionError
+from moebound.errors import CodecError, CorruptionError
 from moebound.types import Array
 
 SEGMENT_WEIGHTS = 1 << 18
+MAX_WEIGHTS = (1 << 32) - 1
 _BF16 = 0
 
 
@@ -33,6 +34,8 @@ class LosslessCodec(Codec):
         return n_bytes
 
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
+        if spec.size > MAX_WEIGHTS:
+            raise CodecError(f"{spec.size} values in one array: at most {MAX_WEIGHTS}; split it")
         with np.errstate(over="ignore", invalid="ignore"):
             values = x.astype(spec.numpy_dtype, copy=False).reshape(-1)
         halves, rest = values.view(np.uint16), b""

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from moebound.codec.reference.bits import ByteReader
 from moebound.codec.reference.formats import FORMATS, Patterns
-from moebound.codec.reference.grid import make_grid
+from moebound.codec.reference.grid import MAX_CELLS, make_grid
 from moebound.codec.reference.layout import Layout, read_layout
 from moebound.codec.reference.rans import read_segment
 from moebound.errors import CorruptionError
@@ -31,6 +31,8 @@ def decode(payload: bytes, n: int, *, source: DType, output: DType, bound: float
         return decode_lossless(payload[1:], n, dtype=output)
     bins, layout = _decode_bins(payload, n)
     furthest = max(-_first_bin(layout), _last_bin(layout))
+    if furthest >= MAX_CELLS + (1 << layout.low_bits):
+        raise CorruptionError(f"bin {furthest}: beyond the largest grid")
     grid = make_grid(source, output, bound, furthest + 1)
     values = np.array(grid.values, np.int64)
     cell = np.minimum(np.abs(bins), len(values) - 1)
@@ -51,9 +53,10 @@ def decode_lossless(payload: bytes, n: int, *, dtype: DType) -> Patterns:
 def _decode_halves(payload: bytes, n: int) -> npt.NDArray[np.uint16]:
     """Section 5: bins are patterns, rotated left by one."""
     bins, layout = _decode_bins(payload, n)
-    if layout.low_bits != EXACT_LOW_BITS or layout.symbol_low < 0:
+    top = layout.symbol_low + layout.n_symbols
+    if layout.low_bits != EXACT_LOW_BITS or layout.symbol_low < 0 or top > 256:
         raise CorruptionError(f"{layout.low_bits} low bits: not an exact copy")
-    rotated = (bins & 0xFFFF).astype(np.uint16)
+    rotated = bins.astype(np.uint16)
     return rotated >> np.uint16(1) | rotated << np.uint16(15)
 
 

@@ -2,8 +2,8 @@
 
 Going up from 0, each cell's value is the largest output number whose reach of ε downwards still
 touches the first source number not covered yet; the cell then ends where ε upwards does. Nothing
-falls between two cells, and no covering has fewer: by induction, no other covering of the same
-numbers with m cells gets further than the m widest ones. Negative numbers mirror positive ones.
+falls between two cells, and no covering whose first value is 0 has fewer: by induction on m, no
+other m cells get further than these. Negative numbers mirror positive ones.
 
 Distances are float64 differences, the rule that certificates are measured by.
 """

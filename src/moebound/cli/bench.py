@@ -1,0 +1,111 @@
+"""`moebound bench`: measure on this machine. Verified first, then timed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from moebound.cli import exits
+from moebound.cli.options import CodecIds, Numbers
+from moebound.cli.output import Output, output_options
+
+if TYPE_CHECKING:
+    from moebound.bench.codec import Step
+
+
+@click.group()
+def bench() -> None:
+    """Measure on this machine."""
+
+
+@bench.command("codec")
+@click.option(
+    "--input",
+    "source",
+    metavar="FILE.safetensors|SRC",
+    help="Matrices of a file, or expert matrices of a checkpoint.  [default: synthetic experts "
+    "of full size]",
+)
+@click.option(
+    "--rates",
+    type=Numbers(),
+    default=None,
+    help="Bounds, relative to the mean |weight| of the matrix.  [default: 0.02,0.05,0.1,0.3,0.8]",
+)
+@click.option(
+    "--codecs",
+    type=CodecIds(),
+    default="bound,sz3",
+    show_default=True,
+    help="sz3 is the smallest of its algorithms; sz3:interp is that one.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=6,
+    show_default=True,
+    metavar="N",
+    help="At most N matrices of --input, spread evenly.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3.0,
+    show_default=True,
+    help="Time to measure each matrix at each rate.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Also time with so many threads.",
+)
+@output_options
+def bench_codec(
+    output: Output,
+    source: str | None,
+    rates: list[float] | None,
+    codecs: list[str],
+    limit: int,
+    seconds: float,
+    threads: int,
+) -> int:
+    """Size, error and speed of codecs on the same matrices, in one run.
+
+    Every output is decoded and its bound checked before anything is timed.
+    """
+    from moebound.bench import matrices
+    from moebound.bench.codec import RATES, render_table, run
+    from moebound.demo.builtin import resolve
+
+    chosen = matrices.load(None if source is None else resolve(source), limit=limit)
+    with _progress(output) as step:
+        report = run(
+            chosen,
+            rates or RATES,
+            codecs,
+            seconds_per_case=seconds,
+            threads=threads,
+            progress=step,
+        )
+    output.result(report.to_json(), render_table(report))
+    return exits.OK
+
+
+@contextlib.contextmanager
+def _progress(output: Output) -> Iterator[Callable[[Step], None] | None]:
+    if not output.shows_progress:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=None)
+        yield lambda step: bar.update(
+            task, description=step.label, completed=step.done, total=step.total
+        )

@@ -1,0 +1,135 @@
+"""`moebound compress`: a checkpoint in, a store with a promise on every expert weight out."""
+
+from __future__ import annotations
+
+import click
+
+from moebound.cli import exits, wording
+from moebound.cli.options import BoundValue, CodecId, IndexSet, chosen_bound
+from moebound.cli.output import Output, output_options
+from moebound.cli.progress import progress_bar
+from moebound.types import BoundScope
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst", type=click.Path(file_okay=False))
+@click.option(
+    "--rate",
+    type=BoundValue(),
+    help="No weight moves by more than RATE x the mean |weight| of its expert (or matrix).",
+)
+@click.option("--abs", "abs_", type=BoundValue(), help="No weight moves by more than ABS.")
+@click.option(
+    "--range",
+    "range_",
+    type=BoundValue(),
+    help="No weight moves by more than RANGE x (max - min) of its matrix.",
+)
+@click.option(
+    "--rmse",
+    type=BoundValue(),
+    help="Root mean square error at most RMSE x the root mean square weight of the matrix. "
+    "An average promise: single weights may err more.",
+)
+@click.option(
+    "--scope",
+    type=click.Choice(["expert", "matrix"]),
+    default=None,
+    help="What --rate is relative to.  [default: expert]",
+)
+@click.option(
+    "--codec",
+    type=CodecId(),
+    default="bound",
+    show_default=True,
+    help="bound, sz3, zfp, lossless, raw; options follow a colon, as in sz3:interp.",
+)
+@click.option("--layers", type=IndexSet(), help="Only these layers, as in 0-3,7.")
+@click.option("--experts", type=IndexSet(), help="Only these experts of each layer.")
+@click.option("--shared-experts", is_flag=True, help="Compress shared experts too.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Experts to work on at a time.  [default: one a CPU]",
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run in DST.")
+@click.option("--overwrite", is_flag=True, help="Replace what is in DST, once all is written.")
+@output_options
+def compress(
+    output: Output,
+    src: str,
+    dst: str,
+    rate: float | None,
+    abs_: float | None,
+    range_: float | None,
+    rmse: float | None,
+    scope: BoundScope | None,
+    codec: str,
+    layers: set[int] | None,
+    experts: set[int] | None,
+    shared_experts: bool,
+    jobs: int | None,
+    resume: bool,
+    overwrite: bool,
+) -> int:
+    """Compress the experts of SRC into DST, a folder that transformers can load.
+
+    Exactly one of --rate, --abs, --range and --rmse says how far a weight may move; every
+    weight is measured after it is written, in the dtype the model will use. All other tensors,
+    the tokenizer and the config are kept as they are.
+    """
+    bound = chosen_bound(
+        {"rate": rate, "abs": abs_, "range": range_, "rmse": rmse}, scope, codec=codec
+    )
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+
+    from moebound import store
+    from moebound.checkpoint import open_checkpoint
+    from moebound.demo.builtin import resolve
+
+    checkpoint = open_checkpoint(resolve(src))
+    with progress_bar(output, "compressing") as progress:
+        try:
+            done = store.compress(
+                checkpoint,
+                dst,
+                bound=bound,
+                codec=codec,
+                layers=layers,
+                experts=experts,
+                shared_experts=shared_experts,
+                jobs=jobs,
+                on_existing="resume" if resume else "overwrite" if overwrite else "error",
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            output.note("what is written is kept: the same command with --resume goes on from it")
+            raise
+
+    before, after = done.expert_bytes_before, done.expert_bytes_after
+    output.result(
+        done.to_json(),
+        wording.facts(
+            f"{src} -> {dst}",
+            [
+                ("bound", wording.bound(bound)),
+                ("worst kept / asked", wording.kept_over_asked(done.worst)),
+                ("codec", done.codec),
+                ("experts", f"{done.n_experts}: {wording.n_bytes(before)} -> "
+                 f"{wording.n_bytes(after)}, {wording.ratio(before, after)}, "
+                 f"{wording.bits(done.expert_bits_per_weight)}"),
+                ("whole model", f"{wording.n_bytes(done.model_bytes_before)} -> "
+                 f"{wording.n_bytes(done.model_bytes_after)}, "
+                 f"{wording.ratio(done.model_bytes_before, done.model_bytes_after)}, "
+                 f"{wording.bits(done.model_bits_per_weight)}"),
+                ("files of the store", wording.n_bytes(done.store_bytes)),
+                ("stored verbatim", f"{done.patched} of {done.n_weights} weights"),
+                ("time", f"{done.seconds:.1f} s, {wording.n_bytes(before / done.seconds)}/s"
+                 if done.seconds else "0 s"),
+            ],
+        ),
+    )  # fmt: skip
+    return exits.OK

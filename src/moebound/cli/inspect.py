@@ -1,0 +1,203 @@
+"""`moebound inspect`: what is in a checkpoint, a store, or one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moebound.cli import exits, wording
+from moebound.cli.output import Output, output_options
+
+if TYPE_CHECKING:
+    from moebound.checkpoint import Checkpoint, Expert
+    from moebound.store import Store
+
+
+@click.command()
+@click.argument("src")
+@output_options
+def inspect(output: Output, src: str) -> int:
+    """Show what is in SRC: a checkpoint, a store, or one .safetensors file.
+
+    Reads headers and certificates, no weights.
+    """
+    from moebound.checkpoint import open_checkpoint
+    from moebound.demo.builtin import resolve
+    from moebound.store import open_store
+
+    path = resolve(src)
+    if is_store(Path(path)):
+        document, lines = describe_store(open_store(path))
+    else:
+        checkpoint = open_checkpoint(path)
+        describe = describe_file if checkpoint.family is None else describe_checkpoint
+        document, lines = describe(checkpoint)
+    output.result(document, wording.facts(src, lines))
+    return exits.OK
+
+
+def is_store(path: Path) -> bool:
+    """Whether a folder says that it is a store. Any doubt is left to who opens it."""
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        return bool(config["quantization_config"]["quant_method"] == "moebound")
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+Description = tuple[dict[str, Any], list[tuple[str, str]]]
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> Description:
+    """An ordinary checkpoint: what could be compressed, and how much of the model that is."""
+    assert checkpoint.family is not None
+    routed = checkpoint.experts()
+    shared = [expert for expert in checkpoint.experts(shared=True) if expert.key.shared]
+    total, of_experts, of_shared = (
+        checkpoint.total_bytes, checkpoint.expert_bytes, checkpoint.shared_bytes,
+    )  # fmt: skip
+    layers = sorted({expert.key.layer for expert in routed})
+    per_layer = _counts(Counter(expert.key.layer for expert in routed).values())
+    shapes = _shapes(routed)
+    dtypes = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
+    document = {
+        "kind": "checkpoint",
+        "path": str(checkpoint.path),
+        "model_type": checkpoint.config.get("model_type"),
+        "family": checkpoint.family.name,
+        "n_tensors": len(checkpoint.tensors),
+        "total_bytes": total,
+        "layers": layers,
+        "n_experts": len(routed),
+        "experts_per_layer": sorted(set(Counter(e.key.layer for e in routed).values())),
+        "weights_per_expert": sorted({expert.size for expert in routed}),
+        "shapes": [{"role": role, "shape": list(shape), "dtype": dtype, "count": count}
+                   for (role, shape, dtype), count in shapes.items()],
+        "expert_bytes": of_experts,
+        "expert_share": of_experts / total if total else 0.0,
+        "n_shared_experts": len(shared),
+        "shared_expert_bytes": of_shared,
+        "tensor_dtypes": dict(dtypes),
+    }  # fmt: skip
+    lines = [
+        ("architecture", f"{checkpoint.config.get('model_type')} "
+         f"(packed like {checkpoint.family.name})"),
+        ("size", f"{wording.n_bytes(total)} in {len(checkpoint.tensors)} tensors "
+         f"({_join(dtypes)})"),
+        ("MoE layers", f"{len(layers)}: {wording.index_ranges(layers)}"),
+        ("experts", f"{len(routed)}, {per_layer} a layer"),
+        ("of an expert", "; ".join(f"{role} {rows} x {cols} {dtype}"
+                                   for role, (rows, cols), dtype in shapes)),
+        ("experts' share", f"{wording.n_bytes(of_experts)}, "
+         f"{wording.percent(of_experts, total)} of the model"),
+    ]  # fmt: skip
+    if shared:
+        lines.append(("shared experts", f"{len(shared)}, {wording.n_bytes(of_shared)}, "
+                      f"{wording.percent(of_shared, total)}; left alone unless asked"))  # fmt: skip
+    return document, lines
+
+
+def describe_file(checkpoint: Checkpoint) -> Description:
+    """One safetensors file: tensors, and nothing that says which are experts."""
+    dtypes = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
+    document = {
+        "kind": "file",
+        "path": str(checkpoint.path),
+        "n_tensors": len(checkpoint.tensors),
+        "total_bytes": checkpoint.total_bytes,
+        "tensor_dtypes": dict(dtypes),
+        "tensors": [{"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+                    for tensor in checkpoint.tensors.values()],
+    }  # fmt: skip
+    lines = [
+        ("a single file", "no config.json beside it is looked at, so no experts are known"),
+        ("size", f"{wording.n_bytes(checkpoint.total_bytes)} in {len(checkpoint.tensors)} tensors "
+         f"({_join(dtypes)})"),
+    ]  # fmt: skip
+    return document, lines
+
+
+def describe_store(store: Store) -> Description:
+    """A store: what was promised, what was kept, what it costs. Figures are the certificates'."""
+    experts = store.experts()
+    chosen = [expert for expert in experts if not expert.exact]
+    matrices = [matrix.record for expert in chosen for matrix in expert.matrices]
+    n_weights = sum(expert.n_weights for expert in chosen)
+    before = sum(_original_bytes(expert) for expert in chosen)
+    after = sum(matrix.certificate.n_bytes for matrix in matrices)
+    worst = max((matrix.ratio for matrix in matrices), default=0.0)
+    patched = sum(matrix.certificate.patched for matrix in matrices)
+    codecs = Counter(matrix.certificate.codec for matrix in matrices)
+    bounds = Counter(str(matrix.certificate.bound) for matrix in matrices)
+    layers = sorted({expert.key.layer for expert in chosen})
+    total = sum(tensor.n_bytes for tensor in store.tensors.values())
+    bits = 8 * after / n_weights if n_weights else 0.0
+    document = {
+        "kind": "store",
+        "path": str(store.path),
+        "model_type": store.config.get("model_type"),
+        "version": store.settings.version,
+        "bound": store.settings.bound.to_json(),
+        "bounds": dict(bounds),
+        "codec": store.settings.codec,
+        "codecs": dict(codecs),
+        "layers": layers,
+        "n_experts": len(chosen),
+        "n_exact_experts": len(experts) - len(chosen),
+        "shared_experts": store.settings.shared_experts,
+        "n_weights": n_weights,
+        "expert_bytes_before": before,
+        "expert_bytes_after": after,
+        "expert_bits_per_weight": bits,
+        "ratio": before / after if after else None,
+        "worst": worst,
+        "patched": patched,
+        "total_bytes": total,
+    }
+    lines = [
+        ("store", f"{store.config.get('model_type')}, format version {store.settings.version}"),
+        ("bound", _join(bounds) if len(bounds) > 1 else wording.bound(store.settings.bound)),
+        ("worst kept / asked", f"{wording.kept_over_asked(worst)}, as certified"),
+        ("codec", _join(codecs) if len(codecs) > 1 else store.settings.codec),
+        ("experts", f"{len(chosen)} compressed in layers {wording.index_ranges(layers)}"
+         + (f", {len(experts) - len(chosen)} kept exact" if len(chosen) < len(experts) else "")),
+        ("their size", f"{wording.n_bytes(before)} -> {wording.n_bytes(after)}, "
+         f"{wording.ratio(before, after)}, {wording.bits(bits)}"),
+        ("stored verbatim", f"{patched} of {n_weights} weights"),
+        ("all tensors", wording.n_bytes(total)),
+    ]  # fmt: skip
+    return document, lines
+
+
+def _original_bytes(expert: Any) -> int:
+    sizes = {"F32": 4, "BF16": 2, "F16": 2}
+    return sum(
+        matrix.record.certificate.shape[0]
+        * matrix.record.certificate.shape[1]
+        * sizes[matrix.record.certificate.source_dtype]
+        for matrix in expert.matrices
+    )
+
+
+def _shapes(experts: Sequence[Expert]) -> Counter[tuple[str, tuple[int, int], str]]:
+    return Counter(
+        (str(matrix.role), matrix.shape, str(matrix.dtype))
+        for expert in experts
+        for matrix in expert.matrices
+    )
+
+
+def _counts(values: Iterable[int]) -> str:
+    seen = sorted(set(values))
+    return str(seen[0]) if len(seen) == 1 else f"{seen[0]} to {seen[-1]}"
+
+
+def _join(counts: Counter[str]) -> str:
+    return ", ".join(
+        name if len(counts) == 1 else f"{count} {name}" for name, count in counts.items()
+    )

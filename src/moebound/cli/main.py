@@ -1,0 +1,79 @@
+"""`moebound`: the group of commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from moebound import __version__
+from moebound.cli import exits
+from moebound.cli.bench import bench
+from moebound.cli.compress import compress
+from moebound.cli.decompress import decompress
+from moebound.cli.demo import demo
+from moebound.cli.inspect import inspect
+from moebound.cli.output import write_json
+from moebound.cli.verify import verify
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="moebound")
+def cli() -> None:
+    """Compress the experts of a Mixture-of-Experts model under a guaranteed error bound.
+
+    \b
+    moebound inspect SRC                     what is in a model or a store
+    moebound compress SRC DST --rate 0.3     make the experts small, with a promise on every weight
+    moebound verify DST --against SRC        check the promise
+    moebound decompress DST OUT              back to an ordinary checkpoint
+
+    SRC is a folder with a Hugging Face checkpoint, a model id on the hub, or builtin:wordmath, a
+    small model that comes with moebound.
+
+    \b
+    Exit codes: 0 good; 1 a bound is violated or bytes are corrupt; 2 usage or any other failure.
+    """
+
+
+for command in (inspect, compress, verify, decompress, bench, demo):
+    cli.add_command(command)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    try:
+        # Outside standalone mode, Click returns what the command returned and raises the rest.
+        code = cli.main(arguments, prog_name="moebound", standalone_mode=False)
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        return _report(error, as_json="--json" in arguments)
+    return code if isinstance(code, int) else exits.OK
+
+
+def _report(error: BaseException, *, as_json: bool) -> int:
+    code = exits.code_for(error)
+    if code == exits.BROKEN_PIPE:
+        # Python would complain again when it closes stdout on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code
+    if exits.wants_traceback():
+        exits.print_traceback(error)
+    message = exits.message_for(error)
+    click.echo(f"moebound: {message}", err=True)
+    if hint := exits.hint_for(error):
+        click.echo(hint, err=True)
+    if as_json:
+        kind = type(error).__name__
+        write_json(
+            {"ok": False, "error": {"type": kind, "message": message}, "exit_code": code},
+            sys.stdout,
+        )
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Option types that several commands share: bounds, index lists, counts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from moebound.cli.wording import EXACT
+from moebound.errors import MoeboundError
+from moebound.types import BoundMode, BoundScope, ErrorBound
+
+MAX_INDEX = 100_000
+"""No model has as many layers or experts; keeps a typing error from building a huge set."""
+
+
+class BoundValue(click.ParamType):  # type: ignore[type-arg]  # generic since Click 8.5 only
+    """A finite number above 0."""
+
+    name = "number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not (math.isfinite(number) and number > 0):
+            self.fail(f"{value} is no bound: expected a finite number above 0", param, ctx)
+        return number
+
+
+class IndexSet(click.ParamType):  # type: ignore[type-arg]  # generic since Click 8.5 only
+    """Indices and ranges, both ends included: "0-3,7" -> {0, 1, 2, 3, 7}."""
+
+    name = "list"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> set[int]:
+        if isinstance(value, set):
+            return value
+        indices: set[int] = set()
+        for part in str(value).split(","):
+            first, dash, last = part.strip().partition("-")
+            last = last if dash else first
+            if not (first.isdecimal() and last.isdecimal()):
+                self.fail(f"{part!r} in {value!r} is neither an index nor a range", param, ctx)
+            if int(last) < int(first) or int(last) > MAX_INDEX:
+                self.fail(f"{part!r} in {value!r} is an empty or too large range", param, ctx)
+            indices.update(range(int(first), int(last) + 1))
+        return indices
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since Click 8.5 only
+    """Bounds, separated by commas: "0.05,0.3"."""
+
+    name = "list"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[float]:
+        if isinstance(value, (list, tuple)):
+            return [float(number) for number in value]
+        return [BoundValue().convert(part, param, ctx) for part in str(value).split(",")]
+
+
+class CodecId(click.ParamType):  # type: ignore[type-arg]  # generic since Click 8.5 only
+    """A codec's id, with options behind a colon: "bound", "sz3:interp"."""
+
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from moebound.codec import get_codec
+
+        try:
+            get_codec(value)
+        except MoeboundError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+class CodecIds(CodecId):
+    """Several of them, separated by commas."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = value if isinstance(value, (list, tuple)) else str(value).split(",")
+        return [super(CodecIds, self).convert(part.strip(), param, ctx) for part in parts]
+
+
+def chosen_bound(
+    values: dict[BoundMode, float | None], scope: BoundScope | None, *, codec: str
+) -> ErrorBound:
+    """The one bound that was asked for.
+
+    A codec that is exact needs none; its bound is then the smallest there is.
+    Raises click.UsageError if there is none or more than one, or if scope does not apply.
+    """
+    from moebound.codec import get_codec
+
+    given = {mode: value for mode, value in values.items() if value is not None}
+    names = ", ".join(f"--{mode}" for mode in values)
+    if len(given) > 1:
+        found = " and ".join(f"--{mode}" for mode in given)
+        raise click.UsageError(f"one bound at a time: found {found}, expected one of {names}")
+    if scope is not None and "rate" not in given:
+        raise click.UsageError("--scope goes with --rate")
+    if not given:
+        if not get_codec(codec).lossy:
+            return EXACT
+        raise click.UsageError(
+            f"which bound? Expected one of {names}. --rate 0.3, for example, lets no weight move "
+            "by more than 0.3 times the mean absolute weight of its expert; smaller is closer to "
+            "the original, and larger to store"
+        )
+    [(mode, value)] = given.items()
+    if mode == "rate":
+        return ErrorBound(value, "rate", scope or "expert")
+    return ErrorBound(value, mode)

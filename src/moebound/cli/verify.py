@@ -1,0 +1,75 @@
+"""`moebound verify`: is the store what was written, and is every promise kept?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.text import Text
+
+from moebound.cli import exits, wording
+from moebound.cli.output import Output, output_options
+from moebound.cli.progress import progress_bar
+from moebound.errors import StoreError
+
+SHOWN = 20
+
+
+@click.command()
+@click.argument("dst", type=click.Path(file_okay=False))
+@click.option("--against", metavar="SRC", help="The original, to measure every bound again.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Experts to work on at a time.  [default: one a CPU]",
+)
+@output_options
+def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> int:
+    """Check a store: every hash, every certificate and, with --against, every bound.
+
+    Exit code 1 if anything is not as promised.
+    """
+    from moebound import store
+    from moebound.checkpoint import open_checkpoint
+    from moebound.demo.builtin import resolve
+
+    require_store(Path(dst))
+    original = None if against is None else open_checkpoint(resolve(against))
+    with progress_bar(output, "verifying") as progress:
+        report = store.verify(dst, against=original, jobs=jobs, progress=progress)
+
+    verdict = "good" if report.ok else f"{len(report.problems)} problems"
+    measured = "measured again" if against is not None else "as certified; --against measures it"
+    lines = [
+        ("verdict", verdict),
+        ("looked at", f"{report.n_experts} experts, {report.n_tensors} tensors, "
+         f"{wording.n_bytes(report.n_bytes)}"),
+        ("worst kept / asked", f"{wording.kept_over_asked(report.worst)} ({measured})"),
+        ("time", f"{report.seconds:.1f} s"),
+    ]  # fmt: skip
+    problems = [
+        Text(f"{problem.kind}: {f'{problem.tensor}: ' if problem.tensor else ''}{problem.message}")
+        for problem in report.problems[:SHOWN]
+    ]
+    if len(report.problems) > SHOWN:
+        problems.append(Text(f"and {len(report.problems) - SHOWN} more; --json has them all"))
+    output.result(report.to_json(), wording.facts(dst, lines), *problems)
+    return exits.OK if report.ok else exits.NEGATIVE
+
+
+def require_store(path: Path) -> None:
+    """A folder that never was a store is a typing error, not a broken promise.
+
+    Anything with a trace of a store goes on to be judged. Raises StoreError.
+    """
+    from moebound.cli.inspect import is_store
+    from moebound.store.format import CERTIFICATES_FILE
+
+    if not path.is_dir():
+        raise StoreError(f"{path}: no such folder")
+    if not (is_store(path) or (path / CERTIFICATES_FILE).exists()):
+        raise StoreError(
+            f"{path}: this is no store; `moebound compress` makes one, `moebound inspect` shows "
+            "what a folder is"
+        )

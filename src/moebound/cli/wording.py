@@ -1,0 +1,80 @@
+"""How numbers are spelled for people, and the plain two-column table most results are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from moebound.demo.columns import kept_over_asked
+from moebound.types import ErrorBound
+
+__all__ = ["bits", "bound", "facts", "grid", "index_ranges", "kept_over_asked", "n_bytes",
+           "percent", "ratio"]  # fmt: skip
+
+EXACT = ErrorBound(math.ulp(0.0))
+"""The smallest bound there is; what exact codecs are given when none is asked for."""
+
+
+def n_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks and links are sold: 22.7 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def ratio(before: float, after: float) -> str:
+    return f"{before / after:.2f}x" if after else "-"
+
+
+def bits(value: float) -> str:
+    return f"{value:.3f} bits per weight"
+
+
+def bound(asked: ErrorBound) -> str:
+    if asked == EXACT:
+        return "an exact copy"
+    return str(asked) if asked.pointwise else f"{asked} (an average promise)"
+
+
+def index_ranges(indices: Iterable[int]) -> str:
+    """{0, 1, 2, 3, 7} -> "0-3,7", the way --layers takes it."""
+    runs: list[list[int]] = []
+    for index in sorted(set(indices)):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """A name and a value a line. Nothing a path or a model name contains is taken as markup."""
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=None,
+                  show_header=False, padding=(0, 2, 0, 0))  # fmt: skip
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int = 1) -> Table:
+    """Columns of figures, aligned right, behind `text_columns` of words."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for position, name in enumerate(columns):
+        table.add_column(
+            Text(name), justify="left" if position < text_columns else "right", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

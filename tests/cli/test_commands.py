@@ -1,0 +1,150 @@
+"""The happy path of every command, for people and as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moebound.types import ErrorBound
+
+from .conftest import SRC, Run
+
+
+def test_inspect_a_checkpoint(run: Run) -> None:
+    ran = run("inspect", SRC)
+    assert ran.code == 0
+    for fact in ("deepseek_v3", "1664, 64 a layer", "1-26", "gate 32 x 64 BF16", "92.4 %"):
+        assert fact in ran.stdout
+    found = run("inspect", SRC, "--json").document
+    assert found["kind"] == "checkpoint"
+    assert found["n_experts"] == 1664
+    assert found["layers"] == list(range(1, 27))
+    assert found["experts_per_layer"] == [64]
+    assert found["expert_bytes"] == 1664 * 3 * 2048 * 2
+    assert found["shapes"][0] == {"role": "gate", "shape": [32, 64], "dtype": "BF16", "count": 1664}
+
+
+def test_inspect_a_store(run: Run, store: Path) -> None:
+    ran = run("inspect", store)
+    assert ran.code == 0
+    assert "rate 0.3 per expert" in ran.stdout
+    found = run("inspect", store, "--json").document
+    assert found["kind"] == "store"
+    assert found["bound"] == {"mode": "rate", "value": 0.3, "scope": "expert"}
+    assert found["codecs"] == {"bound": 192}
+    assert found["n_experts"] == 64
+    assert 0 < found["worst"] <= 1
+    assert found["ratio"] == found["expert_bytes_before"] / found["expert_bytes_after"]
+    bits = 8 * found["expert_bytes_after"] / found["n_weights"]
+    assert found["expert_bits_per_weight"] == pytest.approx(bits)
+
+
+def test_inspect_a_lone_file(run: Run, store: Path) -> None:
+    file = sorted(store.glob("*.safetensors"))[0]
+    assert "single file" in run("inspect", file).stdout
+    assert run("inspect", file, "--json").document["kind"] == "file"
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        (["--rate", "0.3"], ErrorBound(0.3, "rate", "expert")),
+        (["--rate", "0.3", "--scope", "matrix"], ErrorBound(0.3, "rate", "matrix")),
+        (["--abs", "1e-2"], ErrorBound(0.01, "abs")),
+        (["--range", "0.02"], ErrorBound(0.02, "range")),
+        (["--rmse", "0.05"], ErrorBound(0.05, "rmse")),
+    ],
+)
+def test_compress_with_each_bound(
+    run: Run, tmp_path: Path, options: list[str], bound: ErrorBound
+) -> None:
+    dst = tmp_path / "store"
+    ran = run("compress", SRC, dst, *options, "--layers", "2", "--experts", "0-2,7", "--json")
+    assert ran.code == 0
+    found = ran.document
+    assert found["bound"] == bound.to_json()
+    assert found["n_experts"] == 4
+    assert 0 < found["worst"] <= 1
+    assert run("verify", dst, "--against", SRC).code == 0
+
+
+def test_average_promise_is_labelled(run: Run, tmp_path: Path) -> None:
+    ran = run("compress", SRC, tmp_path / "s", "--rmse", "0.1", "--layers", "1", "--experts", "0")
+    assert "average promise" in ran.stdout
+
+
+def test_compress_tells_both_sizes(run: Run, tmp_path: Path) -> None:
+    ran = run("compress", SRC, tmp_path / "s", "--rate", "0.5", "--layers", "1")
+    assert ran.code == 0
+    assert "bits per weight" in ran.stdout
+    assert "whole model" in ran.stdout
+    assert "worst kept / asked  0." in ran.stdout
+
+
+def test_exact_codec_needs_no_bound(run: Run, tmp_path: Path) -> None:
+    dst = tmp_path / "store"
+    ran = run("compress", SRC, dst, "--codec", "lossless", "--layers", "1", "--experts", "0")
+    assert ran.code == 0
+    assert "exact copy" in ran.stdout
+    assert run("verify", dst, "--against", SRC, "--json").document["worst"] == 0
+
+
+def test_shared_experts_on_request(run: Run, tmp_path: Path) -> None:
+    options = ["--rate", "0.3", "--layers", "1", "--json"]
+    without = run("compress", SRC, tmp_path / "a", *options).document
+    with_shared = run("compress", SRC, tmp_path / "b", *options, "--shared-experts").document
+    assert with_shared["n_experts"] == without["n_experts"] + 1
+
+
+def test_resume_takes_a_finished_store_as_it_is(run: Run, own_store: Path) -> None:
+    again = ["compress", SRC, own_store, "--rate", "0.3", "--layers", "1", "--json"]
+    assert run(*again).code == 2
+    assert run(*again, "--resume").document["resumed"] is True
+    assert run(*again, "--overwrite").document["resumed"] is False
+
+
+def test_verify(run: Run, store: Path) -> None:
+    ran = run("verify", store)
+    assert ran.code == 0
+    assert "good" in ran.stdout
+    assert "as certified" in ran.stdout
+    assert "measured again" in run("verify", store, "--against", SRC).stdout
+    found = run("verify", store, "--json").document
+    assert found["ok"] is True
+    assert found["problems"] == []
+    assert found["n_experts"] == 64
+
+
+def test_decompress(run: Run, store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plain"
+    found = run("decompress", store, out, "--json").document
+    assert found["n_experts"] == 64
+    assert run("inspect", out, "--json").document["kind"] == "checkpoint"
+    again = run("decompress", store, out)
+    assert again.code == 2
+    assert str(out) in again.stderr
+    assert run("decompress", store, out, "--overwrite").code == 0
+
+
+def test_bench_codec(run: Run) -> None:
+    options = ["--limit", "1", "--rates", "0.3", "--codecs", "bound,sz3", "--seconds", "0.05"]
+    ran = run("bench", "codec", "--input", SRC, *options, "--threads", "1")
+    assert ran.code == 0
+    assert "sz3" in ran.stdout
+    found = run("bench", "codec", "--input", SRC, *options, "--json").document
+    assert {row["asked"] for row in found["rows"]} == {"bound", "sz3"}
+
+
+def test_quiet_says_nothing_but_the_result(run: Run, store: Path) -> None:
+    ran = run("verify", store, "-q")
+    assert ran.stderr == ""
+    assert "good" in ran.stdout
+
+
+def test_version(run: Run) -> None:
+    from moebound import __version__
+
+    ran = run("--version")
+    assert ran.code == 0
+    assert __version__ in ran.stdout

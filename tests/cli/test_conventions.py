@@ -1,0 +1,168 @@
+"""What holds for every command: one document on stdout, exit codes, quick help, no tracebacks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from moebound import store as store_package
+from moebound.cli import exits
+from moebound.cli.main import cli
+from moebound.cli.output import Output
+from moebound.errors import CorruptionError, StoreError
+
+from .conftest import SRC, Run
+
+MOEBOUND = [sys.executable, "-m", "moebound.cli.main"]
+
+
+def leaf_commands(group: click.Group = cli, *path: str) -> list[tuple[tuple[str, ...], Any]]:
+    found: list[tuple[tuple[str, ...], Any]] = []
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found += leaf_commands(command, *path, name)
+        else:
+            found.append(((*path, name), command))
+    return found
+
+
+def test_the_commands_that_others_rely_on() -> None:
+    names = {" ".join(path) for path, _ in leaf_commands()}
+    assert names >= {"inspect", "compress", "verify", "decompress", "bench codec", "demo"}
+
+
+@pytest.mark.parametrize(("path", "command"), leaf_commands())
+def test_every_command_has_json_quiet_and_help(
+    run: Run, path: tuple[str, ...], command: click.Command
+) -> None:
+    options = {name for parameter in command.params for name in parameter.opts}
+    assert options >= {"--json", "-q"}
+    assert command.help
+    assert all(getattr(p, "help", "set") for p in command.params if isinstance(p, click.Option))
+    ran = run(*path, "--help")
+    assert ran.code == 0
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "args", [["inspect", SRC], ["inspect", "/nowhere/at/all"], ["compress", SRC, "x"]]
+)
+def test_json_is_one_document_even_for_errors(args: list[str], tmp_path: Path) -> None:
+    # A process of its own: what libraries write to the file descriptor counts too.
+    done = subprocess.run(
+        [*MOEBOUND, *args, "--json"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    document = json.loads(done.stdout)
+    if done.returncode:
+        assert document["ok"] is False
+        assert document["exit_code"] == done.returncode == 2
+        assert document["error"]["message"] in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_library_prints_do_not_spoil_the_document(
+    run: Run, monkeypatch: pytest.MonkeyPatch, store: Path
+) -> None:
+    real = store_package.verify
+
+    def chatty(*args: Any, **kwargs: Any) -> Any:
+        print("a library says hello")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(store_package, "verify", chatty)
+    ran = run("verify", store, "--json")
+    assert ran.document["ok"] is True
+    assert "hello" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (CorruptionError("x.safetensors: bad"), 1),
+        (StoreError("dst: no"), 2),
+        (OSError(28, "No space left on device", "dst/model"), 2),
+        (RuntimeError("surprise"), 2),
+        (MemoryError(), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(
+    run: Run, monkeypatch: pytest.MonkeyPatch, store: Path, error: BaseException, code: int
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(store_package, "verify", fail)
+    ran = run("verify", store)
+    assert ran.code == code
+    assert ran.stderr.lstrip().startswith("moebound: ")
+    assert "Traceback" not in ran.stderr
+    monkeypatch.setenv(exits.TRACEBACK_VARIABLE, "1")
+    assert "Traceback" in run("verify", store).stderr
+
+
+def test_messages_name_the_file_and_not_the_errno(store: Path) -> None:
+    assert exits.message_for(OSError(28, "No space left", "dst/m")) == "dst/m: No space left"
+    assert "please report" in exits.message_for(RuntimeError("surprise"))
+
+
+def test_no_number_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    output = Output(True, False, sys.stdout)
+    output.result({"a": float("nan"), "b": [float("inf"), 1.5], "c": (2,)})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": [2]}
+
+
+def test_help_is_quick() -> None:
+    taken = []
+    for _ in range(5):
+        begun = time.monotonic()
+        subprocess.run([*MOEBOUND, "--help"], capture_output=True, check=True)
+        taken.append(time.monotonic() - begun)
+    # 0.5 s on an idle machine; others may be at work on this one, so the best of five, and slack.
+    assert min(taken) < 1.0
+
+
+def test_help_loads_no_heavy_package() -> None:
+    script = (
+        "import sys; from moebound.cli.main import main; main(['--help']); "
+        "print(sorted({'torch', 'transformers', 'matplotlib', 'pysz'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m moebound.cli.main inspect {SRC} --json | head -c 1",
+        shell=True, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "{"
+    assert done.stderr == ""
+
+
+def test_interrupt_then_the_same_command_goes_on(tmp_path: Path) -> None:
+    dst = tmp_path / "dst"
+    command = [*MOEBOUND, "compress", SRC, str(dst), "--rate", "0.3", "--jobs", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    partial = tmp_path / "dst.partial" / "moebound.journal.json"
+    deadline = time.monotonic() + 30
+    while not partial.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
+    assert not dst.exists()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

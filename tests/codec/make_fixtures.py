@@ -1,0 +1,159 @@
+"""Stored bytes: what this version writes, kept so that every later version reads it.
+
+    python -m tests.codec.make_fixtures
+
+writes the fixtures that are not there yet and leaves all others alone. A fixture that no longer
+decodes, or encodes to other bytes, is a broken promise, not an old file: bytes that changed on
+purpose get a new format version and a new folder beside `v1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from moebound import decode, encode
+from moebound.codec.arrays import dtype_name
+from moebound.types import NUMPY_DTYPES, Array, DType
+
+from . import weights
+
+FOLDER = Path(__file__).parent / "fixtures" / "v1"
+
+
+class Fixture(NamedTuple):
+    """An array as it was, its bytes, and what they decode to."""
+
+    original: Array
+    encoded: bytes
+    decoded: Array
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to make one fixture."""
+
+    name: str
+    codec: str
+    array: Callable[[], Array]
+    bound: float
+    dtype: DType | None = None
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.name}.npz"
+
+    def make(self) -> Fixture:
+        original = self.array()
+        encoded = encode(original, self.bound, codec=self.codec, dtype=self.dtype)
+        decoded = decode(encoded)
+        assert isinstance(decoded, np.ndarray)
+        return Fixture(original, encoded, decoded)
+
+    def save(self, fixture: Fixture) -> None:
+        np.savez_compressed(
+            self.path,
+            original=fixture.original.view(f"u{fixture.original.itemsize}"),
+            original_dtype=dtype_name(fixture.original.dtype),
+            encoded=np.frombuffer(fixture.encoded, np.uint8),
+            decoded=fixture.decoded.view(f"u{fixture.decoded.itemsize}"),
+            decoded_dtype=dtype_name(fixture.decoded.dtype),
+        )
+
+    def load(self) -> Fixture:
+        with np.load(self.path) as stored:
+            return Fixture(
+                stored["original"].view(NUMPY_DTYPES[str(stored["original_dtype"])]),  # type: ignore[index]
+                stored["encoded"].tobytes(),
+                stored["decoded"].view(NUMPY_DTYPES[str(stored["decoded_dtype"])]),  # type: ignore[index]
+            )
+
+    def skip_without_its_library(self) -> None:
+        if self.codec.startswith("sz3"):
+            pytest.importorskip("pysz")
+        if self.codec.startswith("zfp"):
+            pytest.importorskip("zfpy")
+
+
+def _weights(shape: tuple[int, ...], dtype: DType, *, odd: bool = False) -> Array:
+    """Gaussian weights, rows and columns of different scale; NaN, ±Inf, ±0, giants if odd."""
+    rng = np.random.default_rng(20251122)
+    values = rng.standard_normal(shape) * 0.02
+    if len(shape) > 1:
+        values *= np.exp(0.7 * rng.standard_normal(shape[:-1]))[..., None]
+        values *= np.exp(0.5 * rng.standard_normal(shape[-1]))
+    if odd:
+        for value in (0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, -6e-8, 6e4):
+            values[rng.random(shape) < 0.02] = value
+    with np.errstate(under="ignore"):
+        return values.astype(NUMPY_DTYPES[dtype])
+
+
+def _coarse(shape: tuple[int, ...], dtype: DType) -> Array:
+    """Many weights in few bytes: whole multiples of 2^-5."""
+    whole = np.round(_weights(shape, "F32").astype(np.float64) * 32)
+    return (whole / 32).astype(NUMPY_DTYPES[dtype])
+
+
+CASES = [
+    Case("bound_bf16", "bound", lambda: _weights((60, 64), "BF16"), 0.003),
+    Case("bound_bf16_32_lanes", "bound:segment=9000", lambda: _coarse((260, 127), "BF16"), 0.02),
+    Case("bound_bf16_tables", "bound", lambda: _weights((90, 100), "BF16"), 0.004),
+    Case("bound_bf16_odd", "bound", lambda: _weights((2, 30, 40), "BF16", odd=True), 0.004),
+    Case("bound_bf16_exact", "bound", lambda: _weights((40, 40), "BF16"), 1e-9),
+    Case("bound_f16_low_bits", "bound", lambda: _weights((50, 33), "F16"), 2e-5),
+    Case("bound_f16_vector", "bound", lambda: _weights((777,), "F16", odd=True), 0.001),
+    Case("bound_f32", "bound", lambda: _weights((40, 50), "F32", odd=True), 1e-4),
+    Case("bound_f32_to_bf16", "bound", lambda: _weights((40, 50), "F32"), 0.002, "BF16"),
+    Case("bound_zeros", "bound", lambda: np.zeros((70, 70), np.float32), 0.1),
+    Case("bound_scalar", "bound", lambda: np.array(0.37, np.float16), 0.01),
+    Case("bound_empty", "bound", lambda: np.zeros((3, 0), np.float32), 0.01),
+    Case("lossless_bf16", "lossless", lambda: _weights((40, 64), "BF16", odd=True), 1.0),
+    Case("lossless_f16", "lossless", lambda: _weights((900,), "F16"), 1.0),
+    Case("lossless_f32", "lossless", lambda: _weights((30, 40), "F32", odd=True), 1.0),
+    Case("raw_bf16", "raw", lambda: _weights((5, 7), "BF16", odd=True), 1.0),
+    Case("raw_f32", "raw", lambda: _weights((5, 7), "F32"), 1.0),
+    Case("sz3_bf16", "sz3", lambda: _weights((40, 50), "BF16", odd=True), 0.004),
+    Case("zfp_f32", "zfp", lambda: _weights((40, 50), "F32", odd=True), 0.004),
+]
+
+
+def own_bytes() -> list[Case]:
+    """The cases whose bytes are all moebound's, not another library's."""
+    return [case for case in CASES if not case.codec.startswith(("sz3", "zfp"))]
+
+
+def own_codecs() -> list[Case]:
+    """The cases whose payload the reference decodes."""
+    return [
+        case for case in CASES if case.codec.startswith(("bound", "lossless")) and case.array().size
+    ]
+
+
+def broken(fixture: Fixture, bound: float) -> npt.NDArray[np.intp]:
+    """Positions where the stored arrays break the bound; for other dtypes, of finite values."""
+    original, decoded = fixture.original, fixture.decoded
+    if original.dtype == decoded.dtype:
+        return weights.broken(original, decoded, bound)
+    error = np.abs(original.astype(np.float64) - decoded.astype(np.float64)).reshape(-1)
+    return np.flatnonzero(~(error <= bound))
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for case in CASES:
+        if case.path.exists():
+            print(f"kept   {case.path.name}")
+            continue
+        case.save(case.make())
+        print(f"wrote  {case.path.name}, {case.path.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

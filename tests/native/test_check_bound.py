@@ -1,0 +1,65 @@
+"""Builds check_bound.cpp and lets it loose on the kernel: every path against the scalar one, on
+good bytes and on damaged ones, under sanitizers. A long run is `check_bound CASES MUTATIONS SEED`."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on the PATH"),
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+]
+
+
+def build(folder: Path, *options: str) -> Path:
+    """Configures and builds check_bound; returns the program."""
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    for command in (
+        ["cmake", "-S", ROOT, "-B", folder, *generator, "-DMOEBOUND_CHECKS=ON", *options],
+        ["cmake", "--build", folder, "--target", "check_bound", "--parallel", "2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "native" / "check_bound"
+
+
+def has_simde(folder: Path) -> bool:
+    source = folder / "probe.cpp"
+    source.write_text("#include <simde/x86/avx512.h>\n")
+    done = subprocess.run(
+        [str(COMPILER), "-fsyntax-only", source], capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+def check(program: Path, cases: int, mutations: int, seed: int) -> str:
+    done = subprocess.run(
+        [program, str(cases), str(mutations), str(seed)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_damaged_bytes_under_sanitizers(tmp_path: Path) -> None:
+    said = check(build(tmp_path, "-DMOEBOUND_SANITIZE=ON"), 400, 20, 20261122)
+    assert said.startswith("400 arrays")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is x86-64")
+def test_the_avx512_path_in_plain_c(tmp_path: Path) -> None:
+    if not has_simde(tmp_path):
+        pytest.skip("SIMDe is not installed (Debian: libsimde-dev)")
+    said = check(build(tmp_path / "build", "-DMOEBOUND_EMULATE_AVX512=ON"), 300, 10, 20261123)
+    assert "avx512" in said
