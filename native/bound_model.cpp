@@ -4,9 +4,12 @@
 #include <array>
 #include <cstdlib>
 #include <numeric>
+#include <utility>
 
 #include "bits.h"
+#include "cpu.h"
 #include "fixed_log.h"
+#include "magnitude_sums.h"
 
 namespace moebound {
 namespace {
@@ -58,27 +61,33 @@ std::vector<int> levels(const std::vector<uint64_t>& sums, const std::vector<siz
   return result;
 }
 
+size_t row_end(const Layout& layout, size_t row, size_t n) {
+  return std::min<size_t>(layout.columns, n - row * layout.columns);
+}
+
 struct Scales {
   std::vector<int> row, column;  // levels, empty if there is nothing to tell apart
 };
 
 Scales measure_scales(const Symbols& symbols, const Alphabet& alphabet, size_t n, const Layout& layout) {
   const size_t columns = layout.columns, rows = layout.rows(n);
+#ifdef MOEBOUND_X86
+  const auto add = isa() == Isa::kScalar ? magnitude_sums_any : magnitude_sums_avx2;
+#else
+  const auto add = magnitude_sums_any;
+#endif
+  // A row's sum fits 32 bits (2^16 columns, magnitudes below 2^16), and so do a few thousand rows'.
+  constexpr size_t kRowsAtOnce = 1 << 12;
   std::vector<uint64_t> row_sums(rows), column_sums(columns);
+  std::vector<uint32_t> block_sums(columns);
   std::vector<size_t> row_counts(rows), column_counts(columns);
   uint64_t total = 0;
   for (size_t row = 0; row < rows; ++row) {
-    const uint8_t* s = symbols.symbol + row * columns;
-    const size_t end = std::min(columns, n - row * columns);
-    uint64_t sum = 0;
-    for (size_t j = 0; j < end; ++j) {
-      const uint32_t v = uint32_t(std::abs(int32_t(s[j]) + alphabet.symbol_low));
-      sum += v;
-      column_sums[j] += v;
-    }
-    row_sums[row] = sum;
-    row_counts[row] = end;
-    total += sum;
+    row_counts[row] = row_end(layout, row, n);
+    row_sums[row] = add(symbols.symbol + row * columns, row_counts[row], alphabet.symbol_low, block_sums.data());
+    total += row_sums[row];
+    if ((row + 1) % kRowsAtOnce && row + 1 < rows) continue;
+    for (size_t j = 0; j < columns; ++j) column_sums[j] += std::exchange(block_sums[j], 0);
   }
   if (!total) return {};
   for (size_t j = 0; j < columns; ++j) column_counts[j] = (n - j + columns - 1) / columns;
@@ -141,10 +150,6 @@ void apply(const Scales& scales, Option option, size_t n, Layout& layout) {
   layout.row_classes = classes(scales.row, option.by_row, row_low);
   layout.column_classes = classes(scales.column, option.by_column, column_low);
   layout.class_base = uint32_t(std::max(0, range.low - row_low - column_low));
-}
-
-size_t row_end(const Layout& layout, size_t row, size_t n) {
-  return std::min<size_t>(layout.columns, n - row * layout.columns);
 }
 
 // How often each table codes each symbol in these rows: [n_tables][n_symbols].

@@ -1,5 +1,5 @@
 """Builds check_bound.cpp and lets it loose on the kernel: every path against the scalar one, on
-good bytes and on damaged ones, under sanitizers. A long run is `check_bound CASES MUTATIONS SEED`."""
+good bytes and on damaged ones, under sanitizers. A long run: `check_bound CASES MUTATIONS SEED`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def build(folder: Path, *options: str) -> Path:
     """Configures and builds check_bound; returns the program."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     for command in (
-        ["cmake", "-S", ROOT, "-B", folder, *generator, "-DMOEBOUND_CHECKS=ON", *options],
-        ["cmake", "--build", folder, "--target", "check_bound", "--parallel", "2"],
+        ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, "-DMOEBOUND_CHECKS=ON", *options],
+        ["cmake", "--build", str(folder), "--target", "check_bound", "--parallel", "2"],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
