@@ -55,7 +55,8 @@ def weights(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
     """Gaussian, rows log-normally scaled by 0.3, about the size of trained weights; bf16."""
     rows = np.exp(0.3 * rng.standard_normal((shape[0], 1), np.float32))
     values = 0.02 * rows * rng.standard_normal(shape, np.float32)
-    return values.astype(NUMPY_DTYPES["BF16"])
+    scaled: Array = values.astype(NUMPY_DTYPES["BF16"])
+    return scaled
 
 
 def make_checkpoint(folder: Path, n_bytes: float) -> int:

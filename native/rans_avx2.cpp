@@ -8,12 +8,10 @@
 #include <algorithm>
 
 #include "bytes.h"
-#include "rans.h"
+#include "rans_rows.h"
 
 namespace moebound {
 namespace {
-
-constexpr size_t kLanes = 32;
 
 // For each mask of lanes that emit: the emitting lanes in order at the end of the vector.
 struct GatherTable {
@@ -54,6 +52,12 @@ __attribute__((always_inline)) inline __m256i look_up(const uint32_t* tables, __
   high = _mm_insert_epi32(high, int(tables[uint32_t(d)]), 2);
   high = _mm_insert_epi32(high, int(tables[d >> 32]), 3);
   return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+// Vector v's part of the first n_active of 32 lanes, as all ones.
+__attribute__((always_inline)) inline __m256i first_lanes(size_t n_active, size_t v) {
+  const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(int(8 * v)));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n_active)), lane);
 }
 
 // Eight lanes decode, those in `active` if kMasked, and read words as needed. A state is never
@@ -154,23 +158,16 @@ struct LookUpEmit {
 template <class Emit>
 bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, size_t last,
             typename Emit::Out* out, const Emit emit) {
-  const Layout& layout = *plan.layout;
-  const __m128i table_log = _mm_cvtsi32_si128(int(layout.table_log));
-  const __m256i slot_mask = _mm256_set1_epi32(int((1u << layout.table_log) - 1));
+  if (!states_are_valid(*plan.layout, segment)) return false;
+  const __m128i table_log = _mm_cvtsi32_si128(int(plan.layout->table_log));
+  const __m256i slot_mask = _mm256_set1_epi32(int((1u << plan.layout->table_log) - 1));
   const uint32_t* const tables = plan.tables.data();
-  const size_t plane_bytes = 4 * size_t(layout.low_bits);
-  if (!states_are_valid(layout, segment)) return false;
   __m256i x[4];
   for (size_t v = 0; v < 4; ++v) {
     x[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(segment.states + 32 * v));
   }
-  const uint8_t* word = segment.words;
-  const uint8_t* const words_end = word + 2 * size_t(segment.n_words);
-  const uint8_t* plane = segment.planes;
-
-  // One group: 32 lanes, those at or beyond n_active stand still.
-  const auto group = [&](const uint32_t* offsets, size_t n_active, auto all_active, typename Emit::Out* to)
-                         __attribute__((always_inline)) {
+  const auto group = [&](const uint32_t* offsets, size_t n_active, auto all_active, const uint8_t*& word,
+                         const uint8_t* planes, typename Emit::Out* to) __attribute__((always_inline)) {
     __m256i entry[4];
 #pragma GCC unroll 4
     for (size_t v = 0; v < 4; ++v) {
@@ -181,50 +178,18 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
       }
       entry[v] = look_up(tables, index);
     }
-    // A group reads at most 32 words; loads reach 16 bytes beyond the last. Near the end it works
-    // on a copy with zeros behind.
-    alignas(32) uint8_t tail[2 * kLanes + 16];
-    const uint8_t* from = word;
-    const bool near_end = size_t(words_end - word) < sizeof(tail);
-    if (near_end) {
-      std::memset(tail, 0, sizeof(tail));
-      std::memcpy(tail, word, std::min(sizeof(tail), size_t(words_end - word)));
-      from = tail;
-    }
-    const uint8_t* const start = from;
 #pragma GCC unroll 4
     for (size_t v = 0; v < 4; ++v) {
-      const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
-                                            _mm256_set1_epi32(int(8 * v)));
-      const __m256i active = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n_active)), lane);
-      advance<!decltype(all_active)::value>(x[v], entry[v], active, table_log, from);
+      advance<!decltype(all_active)::value>(x[v], entry[v], first_lanes(n_active, v), table_log, word);
     }
-    const size_t used = size_t(from - start);
-    if (near_end && used > size_t(words_end - word)) return false;
-    word += used;
-    emit(entry, plane, to);
-    plane += plane_bytes;
-    return true;
+    emit(entry, planes, to);
   };
-
-  for (size_t row = first; row < last; ++row) {
-    const uint32_t* offsets = plan.offsets(row);
-    const size_t columns = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
-    size_t j = 0;
-    for (; j + kLanes <= columns; j += kLanes, out += kLanes) {
-      if (!group(offsets ? offsets + j : nullptr, kLanes, std::true_type{}, out)) return false;
-    }
-    if (j < columns) {
-      typename Emit::Out left[kLanes];
-      if (!group(offsets ? offsets + j : nullptr, columns - j, std::false_type{}, left)) return false;
-      std::copy_n(left, columns - j, out);
-      out += columns - j;
-    }
-  }
-  const __m256i low = _mm256_set1_epi32(int(kStateLow));
+  if (!walk_rows(plan, segment, first, last, out, group)) return false;
   __m256i same = _mm256_set1_epi32(-1);
-  for (size_t v = 0; v < 4; ++v) same = _mm256_and_si256(same, _mm256_cmpeq_epi32(x[v], low));
-  return word == words_end && _mm256_movemask_epi8(same) == -1;
+  for (const __m256i lanes : x) {
+    same = _mm256_and_si256(same, _mm256_cmpeq_epi32(lanes, _mm256_set1_epi32(int(kStateLow))));
+  }
+  return _mm256_movemask_epi8(same) == -1;
 }
 
 }  // namespace
@@ -311,10 +276,7 @@ uint16_t* encode_segment_avx2(const EncodePlan& plan, size_t first, size_t last,
       const __m256i index = _mm256_add_epi32(
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + 8 * v)),
           _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(symbols + 8 * v))));
-      const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
-                                            _mm256_set1_epi32(int(8 * v)));
-      const __m256i active = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n_active)), lane);
-      retreat(x[v], look_up(plan.entries.data(), index), active, table_log, limit_shift, word);
+      retreat(x[v], look_up(plan.entries.data(), index), first_lanes(n_active, v), table_log, limit_shift, word);
     }
   };
   for (size_t row = last; row-- > first;) {

@@ -6,12 +6,10 @@
 #include <type_traits>
 
 #include "bytes.h"
-#include "rans.h"
+#include "rans_rows.h"
 
 namespace moebound {
 namespace {
-
-constexpr size_t kLanes = 32;
 
 // Sixteen lanes decode, those in `active`, and read words as needed. A state is never below 2^16
 // here, so lanes that stand still do not read.
@@ -92,67 +90,28 @@ struct GatherEmit {
 template <class Emit>
 bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, size_t last,
             typename Emit::Out* out, const Emit& emit) {
-  const Layout& layout = *plan.layout;
-  if (!states_are_valid(layout, segment)) return false;
-  const __m128i table_log = _mm_cvtsi32_si128(int(layout.table_log));
-  const __m512i slot_mask = _mm512_set1_epi32(int((1u << layout.table_log) - 1));
+  if (!states_are_valid(*plan.layout, segment)) return false;
+  const __m128i table_log = _mm_cvtsi32_si128(int(plan.layout->table_log));
+  const __m512i slot_mask = _mm512_set1_epi32(int((1u << plan.layout->table_log) - 1));
   const uint32_t* const tables = plan.tables.data();
-  const size_t plane_bytes = 4 * size_t(layout.low_bits);
   __m512i x[2] = {_mm512_loadu_si512(segment.states), _mm512_loadu_si512(segment.states + 64)};
-  const uint8_t* word = segment.words;
-  const uint8_t* const words_end = word + 2 * size_t(segment.n_words);
-  const uint8_t* plane = segment.planes;
-
-  // One group: 32 lanes, those not in `active` stand still.
-  const auto group = [&](const uint32_t* offsets, uint32_t active, typename Emit::Out* to)
-                         __attribute__((always_inline)) {
+  const auto group = [&](const uint32_t* offsets, size_t n_active, auto all_active, const uint8_t*& word,
+                         const uint8_t* planes, typename Emit::Out* to) __attribute__((always_inline)) {
     __m512i entry[2];
 #pragma GCC unroll 2
     for (size_t v = 0; v < 2; ++v) {
       __m512i index = _mm512_and_si512(x[v], slot_mask);
-      if (offsets) {
-        index = _mm512_add_epi32(index, _mm512_loadu_si512(offsets + 16 * v));
-      }
+      if (offsets) index = _mm512_add_epi32(index, _mm512_loadu_si512(offsets + 16 * v));
       entry[v] = _mm512_i32gather_epi32(index, tables, 4);
     }
-    // A group reads at most 32 words; loads reach 32 bytes beyond the last. Near the end it works
-    // on a copy with zeros behind.
-    alignas(64) uint8_t tail[2 * kLanes + 32];
-    const uint8_t* from = word;
-    const bool near_end = size_t(words_end - word) < sizeof(tail);
-    if (near_end) {
-      std::memset(tail, 0, sizeof(tail));
-      std::memcpy(tail, word, size_t(words_end - word));
-      from = tail;
-    }
-    const uint8_t* const start = from;
-    advance(x[0], entry[0], __mmask16(active), table_log, from);
-    advance(x[1], entry[1], __mmask16(active >> 16), table_log, from);
-    const size_t used = size_t(from - start);
-    if (near_end && used > size_t(words_end - word)) return false;
-    word += used;
-    emit(entry, plane, to);
-    plane += plane_bytes;
-    return true;
+    const uint32_t active = decltype(all_active)::value ? ~0u : (1u << n_active) - 1;
+    advance(x[0], entry[0], __mmask16(active), table_log, word);
+    advance(x[1], entry[1], __mmask16(active >> 16), table_log, word);
+    emit(entry, planes, to);
   };
-
-  for (size_t row = first; row < last; ++row) {
-    const uint32_t* offsets = plan.offsets(row);
-    const size_t columns = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
-    size_t j = 0;
-    for (; j + kLanes <= columns; j += kLanes, out += kLanes) {
-      if (!group(offsets ? offsets + j : nullptr, ~0u, out)) return false;
-    }
-    if (j < columns) {
-      typename Emit::Out left[kLanes];
-      if (!group(offsets ? offsets + j : nullptr, (1u << (columns - j)) - 1, left)) return false;
-      std::copy_n(left, columns - j, out);
-      out += columns - j;
-    }
-  }
+  if (!walk_rows(plan, segment, first, last, out, group)) return false;
   const __m512i low = _mm512_set1_epi32(int(kStateLow));
-  const bool ended = _mm512_cmpeq_epi32_mask(x[0], low) == 0xFFFF && _mm512_cmpeq_epi32_mask(x[1], low) == 0xFFFF;
-  return ended && word == words_end;
+  return _mm512_cmpeq_epi32_mask(x[0], low) == 0xFFFF && _mm512_cmpeq_epi32_mask(x[1], low) == 0xFFFF;
 }
 
 }  // namespace
