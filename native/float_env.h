@@ -1,6 +1,6 @@
 // The default floating-point environment for the length of a call. A caller may have set
 // flush-to-zero (torch.set_flush_denormal) or another rounding mode; grids, sums and errors must
-// not depend on it. Threads started meanwhile inherit it.
+// not depend on it.
 #pragma once
 #include <cfenv>
 

@@ -152,7 +152,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_interrupt_then_the_same_command_goes_on(tmp_path: Path) -> None:
     dst = tmp_path / "dst"
-    command = [*MOEBOUND, "compress", SRC, str(dst), "--rate", "0.3", "--jobs", "1"]
+    command = [*MOEBOUND, "compress", SRC, str(dst), "--rate", "0.3", "--layers", "1-8"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "dst.partial" / "moebound.journal.json"
     deadline = time.monotonic() + 30

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from moebound import _native, decode, encode
 from moebound.codec import envelope, measure
 from moebound.codec.arrays import dtype_name
+from moebound.codec.base import ArraySpec
 from moebound.codec.bound import EXACT, BoundCodec
 from moebound.codec.reference.bits import ByteReader
 from moebound.codec.reference.layout import Layout, read_layout, write_layout
@@ -450,3 +455,32 @@ def test_a_tiny_payload_cannot_ask_for_a_huge_grid() -> None:
     layout.segment_words = [n_words]
     with pytest.raises(_native.Corrupt, match="grid"):
         _native.bound_decode(write_layout(layout) + segment, np.zeros(1, np.float32), 2, 1e-9, 1)
+
+
+def test_many_callers_share_the_helper_threads() -> None:
+    x = gaussian((256, 1024), "BF16")
+    codec = BoundCodec(segment_weights=1 << 12)
+    spec = ArraySpec(x.shape, "BF16", "BF16", 1e-3)
+    expected = codec.compress(x, spec, threads=1).data
+
+    def job(n_threads: int) -> bool:
+        return codec.compress(x, spec, threads=n_threads).data == expected
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(job, [1 + i % 5 for i in range(64)]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_helpers_of_its_own() -> None:
+    program = """
+import os, sys, numpy as np, moebound
+x = np.random.default_rng(0).normal(size=(512, 1024)).astype(np.float32)
+data = moebound.encode(x, 0.01, codec="bound:segment=4096")
+child = os.fork()
+if child == 0:
+    os._exit(0 if moebound.encode(x, 0.01, codec="bound:segment=4096") == data else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environment = {**os.environ, "MOEBOUND_THREADS": "4"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=60, check=False)
+    assert done.returncode == 0

@@ -119,3 +119,13 @@ def test_kept_over_asked_is_never_rounded_across_one() -> None:
     assert kept_over_asked(1.0) == "1.0000"
     assert kept_over_asked(1.0000001) == "1.0001"
     assert kept_over_asked(0.0) == "0.0000"
+
+
+def test_what_is_not_a_store_is_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "mine.txt").write_text("keep me")
+    assert main(["demo", "-o", str(tmp_path)]) == 2
+    assert str(tmp_path / "store") in capsys.readouterr().err
+    assert (tmp_path / "store" / "mine.txt").read_text() == "keep me"

@@ -54,6 +54,18 @@ def answers(model: Any, tokenizer: Any, samples: list[Sample]) -> list[str]:
 
 
 @contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrices of 2,048 weights gain nothing from a second thread, and on a busy machine the
+    threads of torch wait for one another many times longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """transformers draws a progress bar for every load; a dozen of them say nothing."""
     from transformers.utils import logging

@@ -25,15 +25,17 @@ from moebound.codec import get_codec
 from moebound.demo.builtin import resolve
 from moebound.demo.fidelity import Fidelity, compare, log_probabilities
 from moebound.demo.machine import machine_facts, version_facts
-from moebound.demo.models import answers, load_model, load_tokenizer
+from moebound.demo.models import answers, load_model, load_tokenizer, one_thread
 from moebound.demo.prompts import Batch, Sample, make_batch, read_samples
 from moebound.demo.report import FullSizeRow, ModelFacts, Report, Row, SampleAnswer
+from moebound.errors import MoeboundError, StoreError
 from moebound.store import Store, compress, open_store, verify
 from moebound.types import ErrorBound
 
 RATES = (0.1, 0.3, 0.8, 1.5)
 CODECS = ("bound", "sz3")
 EXACT_CODEC = "lossless"
+STORE_FOLDER = "store"
 KEPT_RATE = 0.3
 """The store at this rate (or the first one) stays, to be used after the demo."""
 DECODE_PASSES = 3
@@ -80,15 +82,27 @@ def run(
     command: str = "moebound demo",
     say: Say = lambda what, done, total: None,
 ) -> Report:
-    """Run every case; a store of one of them is left in folder/store.
+    """Run every case; a store of one of them is left in folder/store, in place of an earlier one.
 
     n_prompts: use only the first so many. Raises what compress, open_checkpoint and transformers
-    raise; a bound that does not hold is no exception but a row with `verified` False.
+    raise, and StoreError if folder/store is something else than a store; a bound that does not
+    hold is no exception but a row with `verified` False.
     """
+    _check_replaceable(folder / STORE_FOLDER)
+    with one_thread():
+        return _run(folder, src, codecs, rates, n_prompts, command, say)
+
+
+def _run(
+    folder: Path,
+    src: str,
+    codecs: Sequence[str],
+    rates: Sequence[float],
+    n_prompts: int | None,
+    command: str,
+    say: Say,
+) -> Report:
     begun = time.monotonic()
-    # Matrices of 2,048 weights gain nothing from a second thread, and on a busy machine the
-    # threads of torch wait for one another many times longer than they work.
-    torch.set_num_threads(1)
     source = Path(resolve(src))
     checkpoint = open_checkpoint(source)
     todo = cases(codecs, rates)
@@ -125,7 +139,7 @@ def run(
                     )
                 )
             if case == kept:
-                _replace(folder / "store", path)
+                _replace(folder / STORE_FOLDER, path)
             else:
                 shutil.rmtree(path)
     say("full-size matrices", len(todo), len(todo))
@@ -234,6 +248,18 @@ def _choose(samples: list[Sample], before: Fidelity, after: Fidelity) -> list[Sa
     order = [*both[:1], *lost[: N_SAMPLE_ANSWERS - 1], *both[1:], *range(len(samples))]
     chosen = list(dict.fromkeys(order))[:N_SAMPLE_ANSWERS]
     return [samples[index] for index in chosen]
+
+
+def _check_replaceable(target: Path) -> None:
+    """What an earlier demo left may go; what somebody else put there may not."""
+    if not target.exists() and not target.is_symlink():
+        return
+    try:
+        open_store(target)
+    except MoeboundError as error:
+        raise StoreError(
+            f"{target}: the demo puts a store here, and found something else; choose another folder"
+        ) from error
 
 
 def _replace(target: Path, new: Path) -> None:
