@@ -84,7 +84,9 @@ def plot_speed(report: BenchReport) -> Any:
         axis.annotate(f" {middle:.2f}", (max(speeds), i), va="center")
     memcpy = sum(report.memcpy_gb_per_s) / 2
     axis.axvline(memcpy, color="black", ls="--", lw=1)
-    axis.annotate("memcpy ", (memcpy, len(asked) - 0.5), ha="right", va="bottom")
+    axis.annotate(
+        "memcpy ", (memcpy, 0.5), xycoords=("data", "axes fraction"), ha="right", va="center"
+    )
     axis.set_yticks(range(len(asked)), asked)
     axis.invert_yaxis()
     axis.set_xlabel(f"decoded GB/s, one thread, {report.environment.get('cpu') or 'unknown CPU'}")

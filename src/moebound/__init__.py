@@ -4,6 +4,7 @@ from moebound.codec import codec_ids, decode, encode
 from moebound.errors import (
     BackendUnavailable,
     BoundError,
+    BoundViolatedError,
     CheckpointError,
     CodecError,
     CorruptionError,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "BoundError",
+    "BoundViolatedError",
     "CheckpointError",
     "CodecError",
     "CorruptionError",

@@ -2,6 +2,7 @@
 
 MoeboundError
 ├── BoundError           the bound asked is no bound, or cannot be met in the dtype asked
+│   └── BoundViolatedError   a codec claimed to keep a bound, and measuring says it did not
 ├── FormatError          these bytes are not in a format (or version) that is known here
 │   └── CorruptionError  they are in a known format, and are damaged
 ├── CheckpointError      a source checkpoint is missing, unreadable or inconsistent
@@ -23,6 +24,10 @@ class MoeboundError(Exception):
 
 class BoundError(MoeboundError, ValueError):
     """The bound is not a positive finite number, or the dtype asked cannot meet it."""
+
+
+class BoundViolatedError(BoundError):
+    """Decoded values are farther from the original than a codec promised. Nothing was written."""
 
 
 class FormatError(MoeboundError, ValueError):

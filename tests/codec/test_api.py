@@ -16,7 +16,7 @@ from moebound.codec import Certificate, encode_certified, parse, registry, stats
 from moebound.codec.api import decode_into
 from moebound.codec.base import ArraySpec, Payload
 from moebound.codec.raw import RawCodec
-from moebound.errors import BoundError, CodecError, CorruptionError, FormatError
+from moebound.errors import BoundError, BoundViolatedError, CodecError, CorruptionError, FormatError
 from moebound.types import Array
 
 from .weights import broken, gaussian
@@ -248,7 +248,7 @@ class TestCertified:
         assert found.kept
 
     def test_a_codec_that_lies_is_caught(self) -> None:
-        with pytest.raises(BoundError, match=r"'liar' broke its bound: 2000 of 2000"):
+        with pytest.raises(BoundViolatedError, match=r"'liar' broke its bound: 2000 of 2000"):
             encode_certified(self.array, ErrorBound(0.5), codec="liar")
 
     def test_empty(self) -> None:

@@ -16,7 +16,7 @@ import traceback
 
 import click
 
-from moebound.errors import CorruptionError, MoeboundError
+from moebound.errors import BoundViolatedError, CorruptionError, MoeboundError
 
 OK = 0
 NEGATIVE = 1
@@ -33,7 +33,7 @@ def wants_traceback() -> bool:
 
 def code_for(error: BaseException) -> int:
     """The exit code for an error that ended a command."""
-    if isinstance(error, CorruptionError):
+    if isinstance(error, (BoundViolatedError, CorruptionError)):
         return NEGATIVE
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return INTERRUPTED

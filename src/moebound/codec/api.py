@@ -27,7 +27,7 @@ from moebound.codec.envelope import Envelope
 from moebound.codec.measure import Measured, measure, stats
 from moebound.codec.registry import codec_class, get_codec
 from moebound.codec.strict import within_bound
-from moebound.errors import BoundError, CodecError, CorruptionError, FormatError
+from moebound.errors import BoundError, BoundViolatedError, CodecError, CorruptionError, FormatError
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound, TensorStats
 
 RMSE_ATTEMPTS = 12
@@ -90,7 +90,7 @@ def encode_certified(
     array: C-contiguous NumPy array. reference: what a relative bound is relative to, the whole
     expert's statistics for scope "expert"; the array's own if None.
 
-    Raises as `encode`; BoundError too if the measured error exceeds the bound, which no codec
+    Raises as `encode`; BoundViolatedError if the measured error exceeds the bound, which no codec
     here should ever let happen.
     """
     if reference is None and bound.mode != "abs":
@@ -104,7 +104,7 @@ def encode_certified(
     parsed = envelope.parse(data)
     found = _measure(array, data, parsed.spec.abs_bound, threads)
     if found.broken and bound.pointwise:
-        raise BoundError(
+        raise BoundViolatedError(
             f"codec {parsed.codec!r} broke its bound: {found.broken} of {spec.size} weights off by "
             f"more than {spec.abs_bound:g}, the worst by {found.max_abs_error:g}"
         )
