@@ -8,15 +8,14 @@ whole one, and the next run writes over what it left.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from moebound.checkpoint.durable import PartialFile
 from moebound.checkpoint.shards import (
     DTYPE_BITS,
     INDEX_FILE,
@@ -25,8 +24,6 @@ from moebound.checkpoint.shards import (
     tensor_bytes,
 )
 from moebound.errors import FormatError, StoreError
-
-PARTIAL_SUFFIX = ".partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +104,9 @@ class ShardWriter:
         self._data_start = 8 + len(text)
         self._ends = {name: self._next[name] + spec.n_bytes for name, spec in self._specs.items()}
         self.n_bytes = self._data_start + position
-        self._partial = path.with_name(path.name + PARTIAL_SUFFIX)
-        self._fd = -1
-        with _store_errors(path):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-            self._fd = os.open(self._partial, flags, 0o666)
+        self._file = PartialFile(path)
         try:
-            self._write_at(len(text).to_bytes(8, "little") + text, 0)
+            self._file.write(len(text).to_bytes(8, "little") + text, 0)
         except BaseException:
             self.discard()
             raise
@@ -121,7 +114,7 @@ class ShardWriter:
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """Append data to the tensor's bytes, right after what was written of it before."""
         view = memoryview(data).cast("B")
-        if self._fd < 0:
+        if not self._file.is_open:
             raise StoreError(f"{self.path}: already finished")
         with self._lock:
             if name not in self._specs:
@@ -135,11 +128,11 @@ class ShardWriter:
                     f"found {written + len(view)}"
                 )
             self._next[name] = start + len(view)
-        self._write_at(view, self._data_start + start)
+        self._file.write(view, self._data_start + start)
 
     def finish(self) -> None:
         """Check that every byte is there, sync, and put the file in its place."""
-        if self._fd < 0:
+        if not self._file.is_open:
             raise StoreError(f"{self.path}: already finished")
         for name, spec in self._specs.items():
             missing = self._ends[name] - self._next[name]
@@ -150,28 +143,14 @@ class ShardWriter:
                     f"{missing} were never written"
                 )
         try:
-            with _store_errors(self.path):
-                os.fsync(self._fd)
-                os.close(self._fd)
-                self._fd = -1
-                os.replace(self._partial, self.path)
-                _sync_folder(self.path.parent)
+            self._file.finish()
         except BaseException:
             self.discard()
             raise
 
     def discard(self) -> None:
         """Remove what was written. Does nothing to a finished file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        self._partial.unlink(missing_ok=True)
-
-    def _write_at(self, data: bytes | memoryview, offset: int) -> None:
-        view, done = memoryview(data), 0
-        with _store_errors(self.path):
-            while done < len(view):  # one call writes at most 2 GiB
-                done += os.pwrite(self._fd, view[done:], offset + done)
+        self._file.discard()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -190,17 +169,12 @@ class ShardWriter:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all. Raises StoreError if the disk refuses."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    file = PartialFile(path)
     try:
-        with _store_errors(path):
-            with open(partial, "wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(partial, path)
-            _sync_folder(path.parent)
+        file.write(data, 0)
+        file.finish()
     except BaseException:
-        partial.unlink(missing_ok=True)
+        file.discard()
         raise
 
 
@@ -217,21 +191,3 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
         "weight_map": dict(sorted(weight_map.items())),
     }
     write_file(folder / INDEX_FILE, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    # The rename itself is only durable once the folder is.
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def _store_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into StoreError with the file's name."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -73,7 +73,7 @@ class BoundCodec(Codec):
             DTYPE_CODES[spec.dtype],
             spec.abs_bound,
             columns_of(spec.shape),
-            self._segment_weights(spec),
+            self.segment_weights,
             threads,
         )
         return self._or_exact(Payload(data, misses), x, spec, threads)
@@ -96,9 +96,6 @@ class BoundCodec(Codec):
             )
         except _native.Corrupt as error:
             raise CorruptionError(f"bound: {error}") from None
-
-    def _segment_weights(self, spec: ArraySpec) -> int:
-        return max(self.segment_weights, columns_of(spec.shape))
 
     def _or_exact(self, payload: Payload, x: Array, spec: ArraySpec, threads: int) -> Payload:
         """An exact copy instead, where the bound is so tight that it is smaller."""

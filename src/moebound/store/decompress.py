@@ -25,9 +25,10 @@ from moebound.checkpoint import (
     read_into,
     write_index,
 )
+from moebound.checkpoint.durable import disk_errors
 from moebound.codec import thread_count
 from moebound.errors import CorruptionError, StoreError
-from moebound.store.folder import WorkFolder, check_apart, disk_errors, write_synced
+from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import CERTIFICATES_FILE, CONFIG_FILE
 from moebound.store.ordered import in_order
 from moebound.store.reader import Store, StoredMatrix, open_store

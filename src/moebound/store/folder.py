@@ -17,33 +17,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moebound.checkpoint.durable import disk_errors, sync_folder
 from moebound.errors import StoreError
 
 JOURNAL_FILE = "moebound.journal.json"
 LOCK_FILE = "moebound.lock"
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path, doing: str = "cannot be written") -> Iterator[None]:
-    """Turn the operating system's refusals into StoreError with the file's name."""
-    try:
-        yield
-    except OSError as error:
-        at = error.filename if isinstance(error.filename, str) else path
-        raise StoreError(f"{at}: {doing}: {error.strerror or error}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class WorkFolder:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from moebound.checkpoint.durable import PartialFile, disk_errors
 from moebound.checkpoint.shards import MAX_HEADER_BYTES
 from moebound.errors import StoreError
-from moebound.store.folder import disk_errors, sync_folder
 from moebound.store.format import SHARD_MARK, VERSION
 
 _LARGEST = 10**13  # stands for any offset when room is reserved
@@ -45,15 +44,12 @@ class BytesShard:
                 f"{path}: {len(names)} tensors need a header of {self._room} bytes, the format "
                 f"allows {MAX_HEADER_BYTES}; use a smaller shard size"
             )
-        self._partial = path.with_name(path.name + ".partial")
         self._at = 8 + self._room
-        with disk_errors(path):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-            self._fd = os.open(self._partial, flags, 0o666)
+        self._file = PartialFile(path)
 
     def append(self, data: bytes) -> None:
         """The bytes of the next tensor."""
-        self._write(data, self._at)
+        self._file.write(data, self._at)
         self._at += len(data)
         self._sizes.append(len(data))
 
@@ -68,20 +64,8 @@ class BytesShard:
 
     def finish(self) -> None:
         """Write the header, sync, and put the file in its place."""
-        header = self.header()
-        self._write(header, 0)
-        with disk_errors(self.path):
-            os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
-            os.replace(self._partial, self.path)
-            sync_folder(self.path.parent)
-
-    def _write(self, data: bytes, offset: int) -> None:
-        view, done = memoryview(data), 0
-        with disk_errors(self.path):
-            while done < len(view):  # one call writes at most 2 GiB
-                done += os.pwrite(self._fd, view[done:], offset + done)
+        self._file.write(self.header(), 0)
+        self._file.finish()
 
     def __enter__(self) -> BytesShard:
         return self
@@ -92,10 +76,8 @@ class BytesShard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            self._partial.unlink(missing_ok=True)
+        if self._file.is_open:
+            self._file.discard()
 
 
 def _header(names: Sequence[str], sizes: Sequence[int], room: int) -> bytes:

@@ -28,9 +28,10 @@ from moebound.checkpoint import (
     read_header,
     write_index,
 )
+from moebound.checkpoint.durable import disk_errors
 from moebound.codec import Certificate, encode_certified, get_codec, stats, thread_count
 from moebound.errors import MoeboundError, StoreError
-from moebound.store.folder import WorkFolder, check_apart, disk_errors, write_synced
+from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CERTIFICATES_FILE,
     CONFIG_FILE,
