@@ -155,7 +155,7 @@ NB_MODULE(_native, m) {
   m.def("use_isa", &moebound::use_isa, "name"_a);
   m.def("runnable_isas", [] {
     nb::list names;
-    for (const auto isa : {moebound::Isa::kScalar, moebound::Isa::kAvx2, moebound::Isa::kAvx512}) {
+    for (const auto isa : moebound::all_isas()) {
       if (moebound::can_run(isa)) names.append(moebound::isa_name(isa));
     }
     return names;

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cstring>
+#include <memory>
 
 #include "bound.h"
 #include "bound_layout.h"
@@ -6,6 +8,7 @@
 #include "bytes.h"
 #include "cpu.h"
 #include "parallel.h"
+#include "planes.h"
 #include "quantize.h"
 #include "rans.h"
 #include "scratch.h"
@@ -18,9 +21,21 @@ constexpr size_t kClassSample = 1 << 15;     // weights that judge the classes
 
 EncodeSegment encoder() {
 #ifdef MOEBOUND_X86
-  if (isa() != Isa::kScalar) return encode_segment_avx2;
+  switch (isa()) {
+    case Isa::kAvx512Search:
+    case Isa::kAvx512: return encode_segment_avx512;
+    case Isa::kAvx2: return encode_segment_avx2;
+    case Isa::kScalar: break;
+  }
 #endif
   return encode_segment_scalar;
+}
+
+PutPlanes planes_writer() {
+#ifdef MOEBOUND_X86
+  if (isa() != Isa::kScalar) return put_planes_avx2;
+#endif
+  return put_planes_any;
 }
 
 std::vector<uint32_t> encode_entries(const Layout& layout) {
@@ -36,30 +51,9 @@ std::vector<uint32_t> encode_entries(const Layout& layout) {
   return entries;
 }
 
-// Eight bytes as an 8 × 8 matrix of bits, transposed (Hacker's Delight, section 7-3).
-uint64_t transpose_bits(uint64_t x) {
-  uint64_t t = (x ^ x >> 7) & 0x00AA00AA00AA00AAull;
-  x ^= t ^ t << 7;
-  t = (x ^ x >> 14) & 0x0000CCCC0000CCCCull;
-  x ^= t ^ t << 14;
-  t = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
-  return x ^ t ^ t << 28;
-}
-
-// Low bits of one group, as planes: bit i of plane b is bit b of weight i.
-void put_planes(const uint8_t* low, size_t count, uint32_t low_bits, uint8_t* planes) {
-  uint8_t padded[kGroup] = {};
-  std::memcpy(padded, low, count);
-  uint8_t transposed[8][4];
-  for (size_t v = 0; v < 4; ++v) {
-    const uint64_t bits = transpose_bits(load<uint64_t>(padded + 8 * v));
-    for (size_t b = 0; b < 8; ++b) transposed[b][v] = uint8_t(bits >> (8 * b));
-  }
-  std::memcpy(planes, transposed, 4 * low_bits);
-}
-
 struct Segment {
-  std::vector<uint8_t> bytes;
+  std::unique_ptr<uint8_t[]> bytes;
+  size_t n_bytes = 0;
   uint32_t n_words = 0;
 };
 
@@ -69,17 +63,21 @@ Segment make_segment(const EncodePlan& plan, const Symbols& symbols, size_t firs
   thread_local Scratch<uint16_t> words_scratch;  // at most kMaxSegmentWeights: never large
   uint16_t* const words_end = words_scratch.room_for(n_weights + kWordSlack) + n_weights + kWordSlack;
   uint32_t states[1u << kMaxLanesLog];
+  const PutPlanes put = planes_writer();
   const uint16_t* const words = encoder()(plan, first, last, states, words_end);
   Segment segment;
   segment.n_words = uint32_t(words_end - words);
-  segment.bytes.resize(segment_n_bytes(layout, segment.n_words, groups_in_rows(layout, first, last, plan.n)));
-  std::memcpy(segment.bytes.data(), states, 4 * layout.lanes());
-  std::memcpy(segment.bytes.data() + 4 * layout.lanes(), words, 2 * size_t(segment.n_words));
-  uint8_t* planes = segment.bytes.data() + segment_n_bytes(layout, segment.n_words, 0);
+  segment.n_bytes = segment_n_bytes(layout, segment.n_words, groups_in_rows(layout, first, last, plan.n));
+  segment.bytes = std::make_unique_for_overwrite<uint8_t[]>(segment.n_bytes);
+  uint8_t* const behind_states = segment.bytes.get() + 4 * layout.lanes();
+  uint8_t* const behind_words = std::copy_n(reinterpret_cast<const uint8_t*>(words), 2 * size_t(segment.n_words), behind_states);
+  uint8_t* planes = segment.bytes.get() + segment_n_bytes(layout, segment.n_words, 0);
+  std::memcpy(segment.bytes.get(), states, 4 * layout.lanes());
+  std::fill(behind_words, planes, uint8_t(0));
   for (size_t row = first; layout.low_bits && row < last; ++row) {
     const size_t row_stop = std::min(plan.n, (row + 1) * layout.columns);
     for (size_t i = row * layout.columns; i < row_stop; i += kGroup, planes += 4 * layout.low_bits) {
-      put_planes(symbols.low + i, std::min<size_t>(kGroup, row_stop - i), layout.low_bits, planes);
+      put(symbols.low + i, std::min<size_t>(kGroup, row_stop - i), layout.low_bits, planes);
     }
   }
   return segment;
@@ -147,11 +145,11 @@ EncodedBound encode_bound(const ArrayInfo& info, const void* source, const Encod
   EncodedBound encoded;
   for (const Segment& segment : segments) layout.segment_words.push_back(segment.n_words);
   size_t n_bytes = 0;
-  for (const Segment& segment : segments) n_bytes += segment.bytes.size();
+  for (const Segment& segment : segments) n_bytes += segment.n_bytes;
   write_layout(layout, encoded.payload);
   encoded.payload.reserve(encoded.payload.size() + n_bytes);
   for (const Segment& segment : segments) {
-    encoded.payload.insert(encoded.payload.end(), segment.bytes.begin(), segment.bytes.end());
+    encoded.payload.insert(encoded.payload.end(), segment.bytes.get(), segment.bytes.get() + segment.n_bytes);
   }
   encoded.misses = std::move(symbols.misses);
   release_symbols();

@@ -7,23 +7,36 @@
 namespace moebound {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kAvx512, Isa::kAvx2, Isa::kScalar};
+struct Named {
+  Isa isa;
+  const char* name;
+};
+constexpr Named kNames[] = {
+    {Isa::kScalar, "scalar"}, {Isa::kAvx2, "avx2"}, {Isa::kAvx512, "avx512"}, {Isa::kAvx512Search, "avx512-search"}};
 
 Isa by_name(const std::string& name) {
-  for (const Isa isa : kAll) {
-    if (name != isa_name(isa)) continue;
-    if (!can_run(isa)) throw std::invalid_argument("this CPU cannot run " + name);
-    return isa;
+  std::string names;
+  for (const Named& named : kNames) {
+    names += (names.empty() ? "" : ", ") + std::string(named.name);
+    if (name != named.name) continue;
+    if (!can_run(named.isa)) throw std::invalid_argument("this CPU cannot run " + name);
+    return named.isa;
   }
-  throw std::invalid_argument("instruction set '" + name + "': expected scalar, avx2 or avx512");
+  throw std::invalid_argument("instruction set '" + name + "': expected one of " + names);
+}
+
+bool gathers_are_slow() {
+#ifdef MOEBOUND_X86
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
 }
 
 Isa choose() {
   if (const char* wanted = std::getenv("MOEBOUND_ISA"); wanted && *wanted) return by_name(wanted);
-  for (const Isa isa : kAll) {
-    if (can_run(isa)) return isa;
-  }
-  return Isa::kScalar;
+  if (can_run(Isa::kAvx512)) return gathers_are_slow() ? Isa::kAvx512Search : Isa::kAvx512;
+  return can_run(Isa::kAvx2) ? Isa::kAvx2 : Isa::kScalar;
 }
 
 std::atomic<int>& chosen() {
@@ -40,9 +53,9 @@ bool can_run(Isa isa) {
            __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c");
   }
 #ifdef MOEBOUND_EMULATE_AVX512
-  if (isa == Isa::kAvx512) return true;
+  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Search) return true;
 #endif
-  if (isa == Isa::kAvx512) {
+  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Search) {
     return can_run(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq");
@@ -51,8 +64,11 @@ bool can_run(Isa isa) {
   return isa == Isa::kScalar;
 }
 
-const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "scalar";
+const char* isa_name(Isa isa) { return kNames[int(isa)].name; }
+
+const std::vector<Isa>& all_isas() {
+  static const std::vector<Isa> all{Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Search};
+  return all;
 }
 
 Isa isa() { return Isa(chosen().load(std::memory_order_relaxed)); }

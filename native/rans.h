@@ -33,6 +33,9 @@ inline uint32_t table_entry(uint32_t symbol, uint32_t frequency, uint32_t bias) 
   return symbol | (frequency - 1) << 8 | bias << 20;
 }
 
+// So many values fit the registers of the AVX-512 path.
+constexpr size_t kMostPermuted = 512;
+
 // What all segments of a payload share, unpacked for speed.
 struct DecodePlan {
   const Layout* layout = nullptr;
@@ -40,7 +43,12 @@ struct DecodePlan {
   DType output = DType::kBF16;
   std::vector<uint32_t> tables;  // [n_tables << table_log]
   TableStarts starts;  // in units of table entries
+  // Instead of tables and starts, where a decoder searches: [n_tables][2][search_width] cumulative
+  // frequencies, then frequencies, by symbol. A cumulative frequency beyond the symbols is 0xFFFF.
+  size_t search_width = 0;
+  std::vector<uint16_t> search_tables;
   // Output patterns by symbol << low_bits | low, as 32-bit words and, of 16-bit dtypes, as they are.
+  // The narrow ones have at least kMostPermuted places.
   std::vector<uint16_t> values16;
   std::vector<uint32_t> values32;
   // values16 cut into bytes by blocks of 16, twice each, for byte shuffles: [block][32].
@@ -50,16 +58,32 @@ struct DecodePlan {
   const uint32_t* offsets(size_t row) const {
     return layout->n_tables == 1 ? nullptr : starts.of_row(row);
   }
+  // The one table of a row, if search_width is not 0.
+  const uint16_t* search_table(size_t row) const {
+    return search_tables.data() + 2 * search_width * layout->table_of(row, 0);
+  }
 };
 
-// Decodes rows [first, last) into out (the pattern of weight 0 of row `first`). Returns false if
-// the segment's bytes are damaged; out may then hold anything.
-using DecodeSegment = bool (*)(const DecodePlan&, const SegmentBytes&, size_t first, size_t last,
-                               void* out);
+// One segment to decode: its rows [first, last) go to `out`.
+struct SegmentJob {
+  const SegmentBytes* bytes;
+  size_t first, last;
+  void* out;
+};
 
-bool decode_segment_scalar(const DecodePlan&, const SegmentBytes&, size_t, size_t, void*);
-bool decode_segment_avx2(const DecodePlan&, const SegmentBytes&, size_t, size_t, void*);
-bool decode_segment_avx512(const DecodePlan&, const SegmentBytes&, size_t, size_t, void*);
+// Decodes n segments that follow one another. Returns false if the bytes of one are damaged; what
+// was to be written may then be anything.
+using DecodeSegments = bool (*)(const DecodePlan&, const SegmentJob*, size_t n);
+
+bool decode_segments_scalar(const DecodePlan&, const SegmentJob*, size_t);
+bool decode_segments_avx2(const DecodePlan&, const SegmentJob*, size_t);
+bool decode_segments_avx512(const DecodePlan&, const SegmentJob*, size_t);
+
+// More than this many segments together are of no use to any path.
+constexpr size_t kMostTogether = 4;
+
+// The widths of tables that a path may search instead of looking up.
+constexpr size_t kLeastSearch = 32, kWidestSearch = 128;
 
 // What all segments share at the other end.
 struct EncodePlan {
@@ -80,5 +104,6 @@ using EncodeSegment = uint16_t* (*)(const EncodePlan&, size_t first, size_t last
 
 uint16_t* encode_segment_scalar(const EncodePlan&, size_t, size_t, uint32_t*, uint16_t*);
 uint16_t* encode_segment_avx2(const EncodePlan&, size_t, size_t, uint32_t*, uint16_t*);
+uint16_t* encode_segment_avx512(const EncodePlan&, size_t, size_t, uint32_t*, uint16_t*);
 
 }  // namespace moebound

@@ -192,12 +192,11 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
   return _mm256_movemask_epi8(same) == -1;
 }
 
-}  // namespace
-
-bool decode_segment_avx2(const DecodePlan& plan, const SegmentBytes& segment, size_t first, size_t last,
-                         void* out) {
+bool decode_segment(const DecodePlan& plan, const SegmentJob& job) {
+  const SegmentBytes& segment = *job.bytes;
+  const size_t first = job.first, last = job.last;
+  void* const out = job.out;
   const uint32_t low_bits = plan.layout->low_bits;
-  if (plan.layout->lanes() != kLanes) return decode_segment_scalar(plan, segment, first, last, out);
   if (plan.output == DType::kF32) {
     return decode(plan, segment, first, last, static_cast<uint32_t*>(out),
                   LookUpEmit<uint32_t>{plan.values32.data(), low_bits});
@@ -219,6 +218,13 @@ bool decode_segment_avx2(const DecodePlan& plan, const SegmentBytes& segment, si
   }
   return decode(plan, segment, first, last, static_cast<uint16_t*>(out),
                 LookUpEmit<uint16_t>{plan.values16.data(), low_bits});
+}
+
+}  // namespace
+
+bool decode_segments_avx2(const DecodePlan& plan, const SegmentJob* jobs, size_t n) {
+  if (plan.layout->lanes() != kLanes) return decode_segments_scalar(plan, jobs, n);
+  return std::all_of(jobs, jobs + n, [&](const SegmentJob& job) { return decode_segment(plan, job); });
 }
 
 namespace {

@@ -47,12 +47,13 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
 
 }  // namespace
 
-bool decode_segment_scalar(const DecodePlan& plan, const SegmentBytes& segment, size_t first,
-                           size_t last, void* out) {
-  if (plan.output == DType::kF32) {
-    return decode(plan, segment, first, last, static_cast<uint32_t*>(out), plan.values32.data());
-  }
-  return decode(plan, segment, first, last, static_cast<uint16_t*>(out), plan.values16.data());
+bool decode_segments_scalar(const DecodePlan& plan, const SegmentJob* jobs, size_t n) {
+  return std::all_of(jobs, jobs + n, [&](const SegmentJob& job) {
+    const auto to = [&]<class Out>(const std::vector<Out>& values) {
+      return decode(plan, *job.bytes, job.first, job.last, static_cast<Out*>(job.out), values.data());
+    };
+    return plan.output == DType::kF32 ? to(plan.values32) : to(plan.values16);
+  });
 }
 
 uint16_t* encode_segment_scalar(const EncodePlan& plan, size_t first, size_t last, uint32_t* states,

@@ -37,7 +37,7 @@ double uniform() { return double(rng() >> 11) * 0x1p-53; }
 
 std::vector<Isa> runnable() {
   std::vector<Isa> found;
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : all_isas()) {
     if (can_run(isa)) found.push_back(isa);
   }
   return found;

@@ -1,10 +1,11 @@
 // Stands in for the compiler's <immintrin.h>: AVX-512 in plain C, by SIMDe and, where it stops, by
-// hand. Slow, and right on any CPU: how rans_avx512.cpp is checked on machines without AVX-512.
+// hand. Slow, and right on any CPU: how the AVX-512 paths are checked on machines without AVX-512.
 #pragma once
 #define SIMDE_NO_NATIVE
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -53,4 +54,75 @@ inline __m256i _mm512_cvtepi32_epi16(__m512i a) {
   simde_mm512_storeu_si512(in, a);
   for (int i = 0; i < 16; ++i) out[i] = uint16_t(in[i]);
   return simde_mm256_loadu_si256(reinterpret_cast<const __m256i*>(out));
+}
+
+// What follows works lane by lane: out[i] = f(a[i], b[i], ...) for sixteen lanes of 32 bits.
+template <class T, class... Vectors>
+inline auto each_lane(auto f, Vectors... vectors) {
+  constexpr auto lanes = [](auto v) {
+    std::array<T, 16> a;
+    std::memcpy(a.data(), &v, sizeof a);
+    return a;
+  };
+  return [&](auto... in) {
+    using Out = decltype(f(in[0]...));
+    std::array<Out, 16> out;
+    for (size_t i = 0; i < 16; ++i) out[i] = f(in[i]...);
+    return out;
+  }(lanes(vectors)...);
+}
+template <class Vector>
+inline Vector as_vector(const auto& lanes) {
+  static_assert(sizeof(Vector) == sizeof lanes);
+  Vector v;
+  std::memcpy(&v, lanes.data(), sizeof v);
+  return v;
+}
+inline __mmask16 as_mask(const std::array<bool, 16>& lanes) {
+  uint32_t mask = 0;
+  for (uint32_t i = 0; i < 16; ++i) mask |= uint32_t(lanes[i]) << i;
+  return __mmask16(mask);
+}
+
+#undef _mm512_mask_cmpge_epu32_mask
+inline __mmask16 _mm512_mask_cmpge_epu32_mask(__mmask16 mask, __m512i a, __m512i b) {
+  return __mmask16(mask & as_mask(each_lane<uint32_t>([](auto x, auto y) { return x >= y; }, a, b)));
+}
+#undef _mm512_cmpneq_epi32_mask
+inline __mmask16 _mm512_cmpneq_epi32_mask(__m512i a, __m512i b) {
+  return as_mask(each_lane<uint32_t>([](auto x, auto y) { return x != y; }, a, b));
+}
+inline __m512i _mm512_srai_epi32(__m512i a, int by) {
+  return as_vector<__m512i>(each_lane<int32_t>([by](auto x) { return x >> by; }, a));
+}
+inline __m512i _mm512_mask_srli_epi32(__m512i from, __mmask16 mask, __m512i a, int by) {
+  return simde_mm512_mask_mov_epi32(from, mask, simde_mm512_srli_epi32(a, unsigned(by)));
+}
+inline __m512i _mm512_cvttps_epi32(__m512 a) {
+  return as_vector<__m512i>(each_lane<float>([](auto x) { return int32_t(x); }, a));
+}
+inline __m512 _mm512_cvtepi32_ps(__m512i a) {
+  return as_vector<__m512>(each_lane<int32_t>([](auto x) { return float(x); }, a));
+}
+inline __m512 _mm512_cvtepu32_ps(__m512i a) {
+  return as_vector<__m512>(each_lane<uint32_t>([](auto x) { return float(x); }, a));
+}
+// As wrong as the instruction may be: 2^-14, now above, now below.
+inline __m512 _mm512_rcp14_ps(__m512 a) {
+  return as_vector<__m512>(each_lane<float>(
+      [](auto x) { return 1.0f / x * (std::bit_cast<uint32_t>(x) & 0x2000 ? 1.0f + 0x1p-14f : 1.0f - 0x1p-14f); }, a));
+}
+inline __m512i _mm512_cvtepu8_epi32(__m128i a) {
+  std::array<uint8_t, 16> in;
+  std::memcpy(in.data(), &a, sizeof in);
+  std::array<uint32_t, 16> out;
+  for (size_t i = 0; i < 16; ++i) out[i] = in[i];
+  return as_vector<__m512i>(out);
+}
+inline void _mm256_mask_storeu_epi16(void* to, __mmask16 mask, __m256i a) {
+  uint16_t in[16];
+  simde_mm256_storeu_si256(reinterpret_cast<__m256i*>(in), a);
+  for (int i = 0; i < 16; ++i) {
+    if (mask >> i & 1) std::memcpy(static_cast<char*>(to) + 2 * i, &in[i], 2);
+  }
 }
