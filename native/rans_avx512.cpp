@@ -264,16 +264,15 @@ bool decode(const DecodePlan& plan, const SegmentJob* jobs, size_t n) {
     streams[k].begin(jobs[k]);
     for (size_t v = 0; v < 2; ++v) states[k][v] = _mm512_loadu_si512(jobs[k].bytes->states + 64 * v);
   }
-  size_t k = 0;
-  for (; k + 4 <= n; k += 4) {
-    if (!decode_together<4, Finder>(plan, streams + k, states + k)) return false;
-  }
-  for (; k + 2 <= n; k += 2) {
-    if (!decode_together<2, Finder>(plan, streams + k, states + k)) return false;
-  }
+  // All whole rows that they have in common; each goes on alone.
+  const bool good = n == 4   ? decode_together<4, Finder>(plan, streams, states)
+                    : n == 3 ? decode_together<3, Finder>(plan, streams, states)
+                    : n == 2 ? decode_together<2, Finder>(plan, streams, states)
+                             : true;
+  if (!good) return false;
   const size_t last_columns = plan.n % plan.layout->columns;
   const __m512i low = _mm512_set1_epi32(int(kStateLow));
-  for (k = 0; k < n; ++k) {
+  for (size_t k = 0; k < n; ++k) {
     if (!decode_together<1, Finder>(plan, streams + k, states + k)) return false;
     if (streams[k].row < streams[k].last_row &&
         !decode_rows<1, Finder>(plan, streams + k, states + k, 1, last_columns)) {

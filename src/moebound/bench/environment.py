@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moebound import _native
+
 _PACKAGES = ("moebound", "numpy", "ml_dtypes", "torch", "pysz", "zfpy")
 _FLAGS = ("avx2", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vbmi2")
 
@@ -21,6 +23,7 @@ def describe() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": model,
         "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        "kernel": _native.isa(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "machine": platform.machine(),
         "system": platform.system(),
