@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from moebound.demo.builtin import resolve
+from moebound.wordmath.builtin import resolve
 
 from .conftest import SRC, Run
 

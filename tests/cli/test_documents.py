@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     ROOT / name
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/walkthrough.md",
-                 "src/moebound/demo/model/README.md", "bench/README.md")
+                 "src/moebound/wordmath/model/README.md", "bench/README.md",
+                 "recipes/wordmath/README.md")
 ]  # fmt: skip
 
 

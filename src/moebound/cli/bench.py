@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,6 +12,7 @@ import click
 from moebound.cli import exits
 from moebound.cli.options import CodecIds, Numbers
 from moebound.cli.output import Output, output_options
+from moebound.cli.steps import step_bar
 
 if TYPE_CHECKING:
     from moebound.bench.codec import Step
@@ -80,7 +82,7 @@ def bench_codec(
     """
     from moebound.bench import matrices
     from moebound.bench.codec import RATES, render_table, run
-    from moebound.demo.builtin import resolve
+    from moebound.wordmath.builtin import resolve
 
     chosen = matrices.load(None if source is None else resolve(source), limit=limit)
     with _progress(output) as step:
@@ -109,3 +111,48 @@ def _progress(output: Output) -> Iterator[Callable[[Step], None] | None]:
         yield lambda step: bar.update(
             task, description=step.label, completed=step.done, total=step.total
         )
+
+
+@bench.command("quality")
+@click.argument("src")
+@click.option("--task", required=True, metavar="TASK", help="As in `moebound eval`.")
+@click.option(
+    "--sensitivity",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What `moebound sensitivity` measured; adds planned rows.",
+)
+@click.option(
+    "--quantizers",
+    metavar="LIST",
+    help="Whose sizes to compare at.  [default: round to nearest and HQQ, 4 and 3 bits]",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N problems only.")
+@output_options
+def bench_quality(
+    output: Output,
+    src: str,
+    task: str,
+    sensitivity: Path | None,
+    quantizers: str | None,
+    limit: int | None,
+) -> int:
+    """What a model loses to quantizers, and to bounded codecs at the same bytes.
+
+    A quantizer is METHOD:intBITS:gGROUP, as rtn:int4:g64 (round to nearest) or hqq:int3:g64
+    (pip install 'moebound[compare]'); with :coded behind it, rtn's integers are entropy-coded.
+    """
+    from moebound.bench.quality import QUANTIZERS, run
+    from moebound.bench.quality_table import render_quality
+    from moebound.plan import SENSITIVITY_FORMAT, read_document
+    from moebound.tasks import get_task
+
+    document = None
+    if sensitivity is not None:
+        document = read_document(sensitivity, SENSITIVITY_FORMAT, 1)
+    names = QUANTIZERS if quantizers is None else tuple(quantizers.split(","))
+    with step_bar(output) as say:
+        report = run(
+            src, get_task(task), quantizers=names, sensitivity=document, limit=limit, say=say
+        )
+    output.result(report.to_json(), render_quality(report))
+    return exits.OK

@@ -32,7 +32,7 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
     """
     from moebound import store
     from moebound.checkpoint import open_checkpoint
-    from moebound.demo.builtin import resolve
+    from moebound.wordmath.builtin import resolve
 
     require_store(Path(dst))
     original = None if against is None else open_checkpoint(resolve(against))

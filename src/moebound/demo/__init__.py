@@ -1,7 +1,5 @@
 """The main job on a real model: compress, verify, load, measure, show.
 
-model/        a small trained MoE that comes with the package (builtin:wordmath)
-builtin.py    finds it
 prompts.py    its sample prompts, as one padded batch
 fidelity.py   how far a compressed model is from the original one
 run.py        the cases, one after the other -> a report

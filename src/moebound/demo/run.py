@@ -22,7 +22,6 @@ from moebound.bench import codec as bench
 from moebound.bench.matrices import synthetic
 from moebound.checkpoint import Checkpoint, open_checkpoint
 from moebound.codec import get_codec
-from moebound.demo.builtin import resolve
 from moebound.demo.fidelity import Fidelity, compare, log_probabilities
 from moebound.demo.machine import machine_facts, version_facts
 from moebound.demo.models import answers, load_model, load_tokenizer, one_thread
@@ -31,6 +30,7 @@ from moebound.demo.report import FullSizeRow, ModelFacts, Report, Row, SampleAns
 from moebound.errors import MoeboundError, StoreError
 from moebound.store import Store, compress, open_store, verify
 from moebound.types import ErrorBound
+from moebound.wordmath.builtin import resolve
 
 RATES = (0.1, 0.3, 0.8, 1.5)
 CODECS = ("bound", "sz3")
