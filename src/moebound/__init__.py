@@ -10,6 +10,7 @@ from moebound.errors import (
     CorruptionError,
     FormatError,
     MoeboundError,
+    PlanError,
     StoreError,
     UnsupportedArchitectureError,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "ExpertKey",
     "FormatError",
     "MoeboundError",
+    "PlanError",
     "StoreError",
     "UnsupportedArchitectureError",
     "__version__",

@@ -7,7 +7,10 @@ MoeboundError
 │   └── CorruptionError  they are in a known format, and are damaged
 ├── CheckpointError      a source checkpoint is missing, unreadable or inconsistent
 │   └── UnsupportedArchitectureError   its architecture is not in the table of families
+├── PlanError            a plan cannot be made, read, or carried out on this checkpoint
+├── TaskError            a task that is not known, or whose problems cannot be read
 ├── StoreError           a store cannot be written, resumed or read as asked
+├── CacheError           a budget that experts do not fit into, or an expert that was not loaded
 ├── CodecError           no such codec, or it cannot take this array
 └── BackendUnavailable   an optional dependency is not installed; the message has the command
 
@@ -46,8 +49,20 @@ class UnsupportedArchitectureError(CheckpointError):
     """The checkpoint's architecture is dense or not in the table of families."""
 
 
+class PlanError(MoeboundError):
+    """A plan that cannot be made as asked, or does not fit the checkpoint."""
+
+
+class TaskError(MoeboundError):
+    """A task that is not known, or a file of problems that cannot be read as such."""
+
+
 class StoreError(MoeboundError):
     """A store that cannot be written, resumed or read as asked."""
+
+
+class CacheError(MoeboundError):
+    """A budget that the experts needed at a time do not fit into, or one that never arrived."""
 
 
 class CodecError(MoeboundError, ValueError):

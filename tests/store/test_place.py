@@ -146,7 +146,7 @@ def test_unfinished_work_is_no_store(own_store: MakeStore) -> None:
 def test_another_runs_work_is_not_taken_up(
     source: MakeSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moebound.store.writer.write_index", lambda *_: 1 / 0)
+    monkeypatch.setattr("moebound.store.beside.write_index", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(source(), tmp_path / "dst")
     monkeypatch.undo()

@@ -82,8 +82,11 @@ def test_config_and_other_files(shared_store: MakeStore) -> None:
     assert settings["quant_method"] == "moebound"
     assert (settings["version"], settings["codec"]) == (1, "bound")
     assert ErrorBound.from_json(settings["bound"]) == RATE
-    for name in ("tokenizer.json", "README.md", "generation_config.json"):
+    for name in ("tokenizer.json", "generation_config.json"):
         assert (dst / name).read_bytes() == (src / name).read_bytes()
+    # A store has a card of its own, and keeps the source's.
+    assert (dst / "README.original.md").read_bytes() == (src / "README.md").read_bytes()
+    assert "moebound" in (dst / "README.md").read_text()
     assert not [f.name for f in dst.iterdir() if "partial" in f.name or "journal" in f.name]
 
 

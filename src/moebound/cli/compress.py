@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from moebound.cli import exits, wording
 from moebound.cli.options import BoundValue, CodecId, IndexSet, chosen_bound
 from moebound.cli.output import Output, output_options
+from moebound.cli.plan import source_name
 from moebound.cli.progress import progress_bar
-from moebound.types import BoundScope
+from moebound.types import BoundMode, BoundScope, ErrorBound
+
+if TYPE_CHECKING:
+    from moebound.plan import Plan
 
 
 @click.command()
@@ -33,6 +40,12 @@ from moebound.types import BoundScope
     "An average promise: single weights may err more.",
 )
 @click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Bounds for each expert, from `moebound plan`.",
+)
+@click.option(
     "--scope",
     type=click.Choice(["expert", "matrix"]),
     default=None,
@@ -41,9 +54,9 @@ from moebound.types import BoundScope
 @click.option(
     "--codec",
     type=CodecId(),
-    default="bound",
-    show_default=True,
-    help="bound, sz3, zfp, lossless, raw; options follow a colon, as in sz3:interp.",
+    default=None,
+    help="bound, sz3, zfp, lossless, raw; options follow a colon, as in sz3:interp.  "
+    "[default: bound, or the plan's]",
 )
 @click.option("--layers", type=IndexSet(), help="Only these layers, as in 0-3,7.")
 @click.option("--experts", type=IndexSet(), help="Only these experts of each layer.")
@@ -65,8 +78,9 @@ def compress(
     abs_: float | None,
     range_: float | None,
     rmse: float | None,
+    plan_file: Path | None,
     scope: BoundScope | None,
-    codec: str,
+    codec: str | None,
     layers: set[int] | None,
     experts: set[int] | None,
     shared_experts: bool,
@@ -76,19 +90,26 @@ def compress(
 ) -> int:
     """Compress the experts of SRC into DST, a folder that transformers can load.
 
-    Exactly one of --rate, --abs, --range and --rmse says how far a weight may move; every
+    Exactly one of --rate, --abs, --range, --rmse and --plan says how far a weight may move; every
     weight is measured after it is written, in the dtype the model will use. All other tensors,
     the tokenizer and the config are kept as they are.
     """
-    bound = chosen_bound(
-        {"rate": rate, "abs": abs_, "range": range_, "rmse": rmse}, scope, codec=codec
-    )
+    bounds: dict[BoundMode, float | None] = {
+        "rate": rate, "abs": abs_, "range": range_, "rmse": rmse,
+    }  # fmt: skip
+    bound: ErrorBound | Plan
+    if plan_file is None:
+        bound = chosen_bound(bounds, scope, codec=codec or "bound")
+    else:
+        chosen = {"scope": scope, "layers": layers, "experts": experts}
+        shared = {"shared-experts": shared_experts or None}
+        bound = _plan(plan_file, *bounds.items(), *chosen.items(), *shared.items())
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
 
     from moebound import store
     from moebound.checkpoint import open_checkpoint
-    from moebound.demo.builtin import resolve
+    from moebound.wordmath.builtin import resolve
 
     checkpoint = open_checkpoint(resolve(src))
     with progress_bar(output, "compressing") as progress:
@@ -104,6 +125,7 @@ def compress(
                 jobs=jobs,
                 on_existing="resume" if resume else "overwrite" if overwrite else "error",
                 progress=progress,
+                source=source_name(src),
             )
         except KeyboardInterrupt:
             output.note("what is written is kept: the same command with --resume goes on from it")
@@ -115,7 +137,8 @@ def compress(
         wording.facts(
             f"{src} -> {dst}",
             [
-                ("bound", wording.bound(bound)),
+                ("bound", f"each expert's own, from {plan_file}; widest {done.bound}"
+                 if plan_file else wording.bound(done.bound)),
                 ("worst kept / asked", wording.kept_over_asked(done.worst)),
                 ("codec", done.codec),
                 ("experts", f"{done.n_experts}: {wording.n_bytes(before)} -> "
@@ -133,3 +156,13 @@ def compress(
         ),
     )  # fmt: skip
     return exits.OK
+
+
+def _plan(file: Path, *beside: tuple[str, object]) -> Plan:
+    """Raises click.UsageError for an option that a plan decides, PlanError for a bad file."""
+    for name, value in beside:
+        if value is not None:
+            raise click.UsageError(f"--plan says how far each weight may move: without --{name}")
+    from moebound.plan import Plan
+
+    return Plan.load(file)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from moebound.checkpoint import Checkpoint, Expert
     from moebound.store import Store
 
+FEW_BOUNDS = 3
+
 
 @click.command()
 @click.argument("src")
@@ -27,8 +29,8 @@ def inspect(output: Output, src: str) -> int:
     Reads headers and certificates, no weights.
     """
     from moebound.checkpoint import open_checkpoint
-    from moebound.demo.builtin import resolve
     from moebound.store import open_store
+    from moebound.wordmath.builtin import resolve
 
     path = resolve(src)
     if is_store(Path(path)):
@@ -144,6 +146,7 @@ def describe_store(store: Store) -> Description:
         "version": store.settings.version,
         "bound": store.settings.bound.to_json(),
         "bounds": dict(bounds),
+        "plan": store.settings.plan,
         "codec": store.settings.codec,
         "codecs": dict(codecs),
         "layers": layers,
@@ -161,7 +164,7 @@ def describe_store(store: Store) -> Description:
     }
     lines = [
         ("store", f"{store.config.get('model_type')}, format version {store.settings.version}"),
-        ("bound", _join(bounds) if len(bounds) > 1 else wording.bound(store.settings.bound)),
+        ("bound", _spread(bounds) if len(bounds) > 1 else wording.bound(store.settings.bound)),
         ("worst kept / asked", f"{wording.kept_over_asked(worst)}, as certified"),
         ("codec", _join(codecs) if len(codecs) > 1 else store.settings.codec),
         ("experts", f"{len(chosen)} compressed in layers {wording.index_ranges(layers)}"
@@ -195,6 +198,14 @@ def _shapes(experts: Sequence[Expert]) -> Counter[tuple[str, tuple[int, int], st
 def _counts(values: Iterable[int]) -> str:
     seen = sorted(set(values))
     return str(seen[0]) if len(seen) == 1 else f"{seen[0]} to {seen[-1]}"
+
+
+def _spread(counts: Counter[str]) -> str:
+    """A few bounds one by one; of a plan's many, the narrowest and the widest."""
+    if len(counts) <= FEW_BOUNDS:
+        return _join(counts)
+    ordered = sorted(counts, key=lambda text: float(text.split()[1]))
+    return f"{len(counts)} different ones, as planned: {ordered[0]} to {ordered[-1]}"
 
 
 def _join(counts: Counter[str]) -> str:

@@ -12,6 +12,7 @@ from moebound.codec.api import (
 from moebound.codec.base import ArraySpec, Codec, Payload
 from moebound.codec.certificate import Certificate
 from moebound.codec.envelope import Envelope, parse
+from moebound.codec.estimate import estimate_bytes
 from moebound.codec.measure import Measured, measure, stats
 from moebound.codec.registry import codec_ids, get_codec, register_codec
 
@@ -29,6 +30,7 @@ __all__ = [
     "decode_into",
     "encode",
     "encode_certified",
+    "estimate_bytes",
     "get_codec",
     "measure",
     "parse",

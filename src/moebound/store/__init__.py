@@ -1,6 +1,6 @@
 """Stop 5 of the walk: the compressed checkpoint on disk.
 
-    compress(checkpoint, "model-moebound", bound=ErrorBound(0.1, "rate", "expert"))
+    compress(checkpoint, "model-moebound", bound=ErrorBound(0.1, "rate", "expert"))  # or a Plan
     verify("model-moebound", against=checkpoint).ok
     store = open_store("model-moebound")
     weights = store.decode_expert(ExpertKey(layer=1, expert=0))     # one read
@@ -9,8 +9,10 @@
 docs/store.md describes the files.
 """
 
+from moebound.store.card import Measurement, read_measurement, write_card
 from moebound.store.decompress import decompress
 from moebound.store.format import ExpertRecord, MatrixRecord, Settings
+from moebound.store.planned import plan_of
 from moebound.store.reader import (
     EncodedExpert,
     Store,
@@ -19,6 +21,7 @@ from moebound.store.reader import (
     compressed_tensors,
     open_store,
 )
+from moebound.store.sizes import measure_sizes
 from moebound.store.summary import (
     CompressSummary,
     DecompressSummary,
@@ -35,6 +38,7 @@ __all__ = [
     "EncodedExpert",
     "ExpertRecord",
     "MatrixRecord",
+    "Measurement",
     "Problem",
     "Progress",
     "Settings",
@@ -45,6 +49,10 @@ __all__ = [
     "compress",
     "compressed_tensors",
     "decompress",
+    "measure_sizes",
     "open_store",
+    "plan_of",
+    "read_measurement",
     "verify",
+    "write_card",
 ]

@@ -29,7 +29,13 @@ from moebound.checkpoint.durable import disk_errors
 from moebound.codec import thread_count
 from moebound.errors import CorruptionError, StoreError
 from moebound.store.folder import WorkFolder, check_apart, write_synced
-from moebound.store.format import CERTIFICATES_FILE, CONFIG_FILE
+from moebound.store.format import (
+    CARD_FILE,
+    CERTIFICATES_FILE,
+    CONFIG_FILE,
+    ORIGINAL_CARD_FILE,
+    PLAN_FILE,
+)
 from moebound.store.ordered import in_order
 from moebound.store.reader import Store, StoredMatrix, open_store
 from moebound.store.summary import DecompressSummary, Meter, ProgressCallback
@@ -168,11 +174,12 @@ def _decode(jobs: int, matrix: StoredMatrix) -> Array:
 
 
 def _write_rest(store: Store, folder: Path, shards: dict[str, list[_Tensor]]) -> None:
-    ours = {CERTIFICATES_FILE, CONFIG_FILE, INDEX_FILE, SINGLE_FILE}
+    ours = {CERTIFICATES_FILE, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, PLAN_FILE, CARD_FILE}
     with disk_errors(folder):
         for file in sorted(store.path.iterdir()):
             if file.is_file() and file.name not in ours and file.suffix != ".safetensors":
-                write_synced(folder / file.name, file.read_bytes())
+                name = CARD_FILE if file.name == ORIGINAL_CARD_FILE else file.name
+                write_synced(folder / name, file.read_bytes())
     if list(shards) != [SINGLE_FILE]:
         weight_map = {t.spec.name: name for name, shard in shards.items() for t in shard}
         total = sum(tensor.spec.n_bytes for shard in shards.values() for tensor in shard)

@@ -4,6 +4,8 @@
     model-00001-of-0000N.safetensors     tensors as they were, then experts (uint8 envelopes)
     model.safetensors.index.json         tensor -> shard, as transformers reads it
     moebound.certificates.jsonl          one JSON record a line: what was promised and found
+    moebound.plan.json                   the plan that was carried out, if there was one
+    README.md                            a model card; the source's own is README.original.md
     tokenizer.json, ...                  copied
 
 docs/store.md is the description for readers. A change that an older moebound would misread is a
@@ -15,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -29,6 +31,9 @@ VERSION = 1
 QUANT_METHOD = "moebound"
 CONFIG_FILE = "config.json"
 CERTIFICATES_FILE = "moebound.certificates.jsonl"
+PLAN_FILE = "moebound.plan.json"
+CARD_FILE = "README.md"
+ORIGINAL_CARD_FILE = "README.original.md"
 RECORDS_FORMAT = "moebound.certificates"
 
 SHARD_MARK = "moebound.store"
@@ -53,7 +58,9 @@ class Settings:
     """The `quantization_config` of config.json.
 
     run: hash of everything that decides the bytes (source, bound, codec, selection), so that a
-    rerun can tell its own store from another. Unknown further fields are ignored.
+    rerun can tell its own store from another. plan: SHA-256 of the plan's bounds, None without one;
+    `bound` is then the widest of them, which all weights keep. source: what the user called the
+    source. Unknown further fields are ignored.
     """
 
     codec: str
@@ -61,8 +68,11 @@ class Settings:
     shared_experts: bool
     run: str
     version: int = VERSION
+    plan: str | None = None
+    source: str | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
+        optional = {"plan": self.plan, "source": self.source}
         return {
             "quant_method": QUANT_METHOD,
             "version": self.version,
@@ -70,6 +80,7 @@ class Settings:
             "bound": self.bound.to_json(),
             "shared_experts": self.shared_experts,
             "run": self.run,
+            **{name: value for name, value in optional.items() if value is not None},
         }
 
     @classmethod
@@ -85,12 +96,17 @@ class Settings:
             )
         try:
             bound = ErrorBound.from_json(data["bound"])
+            plan, source = (None if data.get(n) is None else str(data[n]) for n in _OPTIONAL)
             return cls(
-                str(data["codec"]), bound, bool(data["shared_experts"]), str(data["run"]), version
-            )
+                str(data["codec"]), bound, bool(data["shared_experts"]), str(data["run"]), version,
+                plan, source,
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
             raise CorruptionError(f"quantization_config: {what}") from error
+
+
+_OPTIONAL = ("plan", "source")
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings | None:
@@ -228,10 +244,10 @@ def _expert_record(content: dict[str, Any]) -> ExpertRecord:
     return ExpertRecord(key, bool(content["exact"]), tuple(matrices))
 
 
-def _check_texts(content: Mapping[str, Any], *fields: str) -> None:
-    for field in fields:
-        if not isinstance(content[field], str):
-            raise TypeError(f"{field}: expected a string, found {content[field]!r}")
+def _check_texts(content: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if not isinstance(content[name], str):
+            raise TypeError(f"{name}: expected a string, found {content[name]!r}")
 
 
 def _natural(value: object) -> int:

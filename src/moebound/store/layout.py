@@ -16,7 +16,8 @@ from moebound.checkpoint import Checkpoint, Expert, TensorInfo, read_into
 from moebound.codec import get_codec
 from moebound.errors import StoreError
 from moebound.store.format import SLICE_MARK, VERSION
-from moebound.types import ErrorBound, ExpertKey
+from moebound.store.promise import Promise
+from moebound.types import ExpertKey
 
 SHARD_BYTES = 2_000_000_000
 _SAMPLE_BYTES = 64
@@ -143,9 +144,8 @@ def _cut(
 
 
 def describe_run(
-    checkpoint: Checkpoint, tasks: list[ExpertTask], *, bound: ErrorBound, codec: str,
-    shard_bytes: int,
-) -> dict[str, Any]:  # fmt: skip
+    checkpoint: Checkpoint, tasks: list[ExpertTask], *, promise: Promise, shard_bytes: int
+) -> dict[str, Any]:
     """Everything that decides the bytes of a store, as JSON; equal runs write equal stores.
 
     The source stands in it as a hash of its config, of every tensor's name, dtype and shape, and
@@ -156,9 +156,10 @@ def describe_run(
     return {
         "version": VERSION,
         "source": _fingerprint(checkpoint),
-        "bound": bound.to_json(),
-        "codec": codec,
-        "codec_version": get_codec(codec).version,
+        "bound": promise.bound.to_json(),
+        "codec": promise.codec,
+        "codec_version": get_codec(promise.codec).version,
+        **({} if promise.plan is None else {"plan": promise.plan.sha256}),
         "experts": hashlib.sha256(json.dumps(selection).encode()).hexdigest(),
         "shard_bytes": shard_bytes,
     }

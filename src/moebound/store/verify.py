@@ -20,6 +20,7 @@ from moebound.codec import measure, parse, stats, thread_count
 from moebound.codec.certificate import sha256
 from moebound.errors import MoeboundError, StoreError
 from moebound.store.ordered import in_order
+from moebound.store.planned import broken_plan
 from moebound.store.reader import (
     EncodedExpert,
     Store,
@@ -69,6 +70,7 @@ def verify(
         total_experts=len(experts),
     )
     problems = list(_check_files(store))
+    problems += broken_plan(store)
     problems += originals.extra_problems(store)
     worst = 0.0
     jobs = thread_count() if jobs is None else jobs

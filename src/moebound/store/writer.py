@@ -26,23 +26,21 @@ from moebound.checkpoint import (
     TensorSpec,
     read_chunks,
     read_header,
-    write_index,
 )
 from moebound.checkpoint.durable import disk_errors
-from moebound.codec import Certificate, encode_certified, get_codec, stats, thread_count
-from moebound.errors import MoeboundError, StoreError
+from moebound.codec import Certificate, encode_certified, stats, thread_count
+from moebound.errors import MoeboundError, PlanError, StoreError
+from moebound.plan import Plan
+from moebound.store.beside import write_rest
 from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CERTIFICATES_FILE,
     CONFIG_FILE,
     ExpertRecord,
-    FileRecord,
     MatrixRecord,
     Record,
     Settings,
-    ShardRecord,
     TensorRecord,
-    certificates_bytes,
     from_line,
     read_certificates,
     read_settings,
@@ -61,7 +59,8 @@ from moebound.store.layout import (
     select,
 )
 from moebound.store.ordered import in_order
-from moebound.store.shard import BytesShard, header_sha256
+from moebound.store.promise import Promise
+from moebound.store.shard import BytesShard
 from moebound.store.summary import CompressSummary, ExpertTotals, Meter, ProgressCallback
 from moebound.types import ErrorBound, TensorStats
 
@@ -75,8 +74,8 @@ def compress(
     checkpoint: Checkpoint,
     dst: Path | str,
     *,
-    bound: ErrorBound,
-    codec: str = "bound",
+    bound: ErrorBound | Plan,
+    codec: str | None = None,
     layers: set[int] | None = None,
     experts: set[int] | None = None,
     shared_experts: bool = False,
@@ -84,11 +83,13 @@ def compress(
     on_existing: OnExisting = "error",
     progress: ProgressCallback | None = None,
     shard_bytes: int = SHARD_BYTES,
+    source: str | None = None,
 ) -> CompressSummary:
     """Write the checkpoint to dst with its experts compressed, and say what it came to.
 
     bound: kept by every weight of every chosen expert; scope "expert" takes its reference from all
-        matrices of the expert together. codec: an id, options behind a colon.
+        matrices of the expert together. Or a plan, with bounds of its own for every expert of the
+        checkpoint. codec: an id, options behind a colon; None for the plan's, or "bound".
     layers, experts: which ones, None for all; experts counts routed experts only. The others stay
         as they are (bit for bit, as `raw` envelopes, where they share a 3-D tensor with chosen
         ones). shared_experts: compress those of the chosen layers too.
@@ -98,23 +99,39 @@ def compress(
           error      a dst that is not an empty folder, or another unfinished run, is an error
           resume     also: a dst that this very run has finished before is left as it is
           overwrite  start anew; an old store at dst is replaced when the new one is whole
-    shard_bytes: shards hold at most so many bytes of the source.
+    shard_bytes: shards hold at most so many bytes of the source. source: what the model card calls
+        the source, its folder's name if None.
 
     Guarantee: dst appears whole, or not at all. Raises StoreError (place, disk, selection, another
-    run's work), BoundError and CodecError as `encode_certified`, CheckpointError for the source.
+    run's work), PlanError for a plan that is not for this checkpoint, BoundError and CodecError as
+    `encode_certified`, CheckpointError for the source.
     """
     dst, begun = Path(dst), time.monotonic()
-    get_codec(codec)  # an unknown codec before any work
+    promise = Promise.of(bound, codec)  # an unknown codec before any work
     jobs = thread_count() if jobs is None else jobs
     if jobs < 1 or shard_bytes < 1:
         raise StoreError(f"jobs {jobs}, shard_bytes {shard_bytes}: expected at least 1")
     check_apart(dst, checkpoint.path)
+    if promise.plan is not None and not (layers is None and experts is None):
+        raise PlanError(
+            "a plan says itself which experts: expected no layers and experts beside it"
+        )
+    shared_experts = shared_experts or promise.with_shared
     tasks = select(checkpoint, layers=layers, experts=experts, shared_experts=shared_experts)
+    if promise.plan is not None:
+        promise.plan.check((t.expert.key, [m.role for m in t.expert.matrices]) for t in tasks)
     layout = plan_layout(checkpoint, tasks, shard_bytes=shard_bytes)
-    run = describe_run(checkpoint, tasks, bound=bound, codec=codec, shard_bytes=shard_bytes)
-    settings = Settings(codec, bound, shared_experts, run_id(run))
+    run = describe_run(checkpoint, tasks, promise=promise, shard_bytes=shard_bytes)
+    settings = Settings(
+        promise.codec,
+        promise.bound,
+        shared_experts,
+        run_id(run),
+        plan=None if promise.plan is None else promise.plan.sha256,
+        source=source or checkpoint.path.name,
+    )
 
-    job = _Job(checkpoint, layout, settings, jobs)
+    job = _Job(checkpoint, layout, settings, promise, jobs)
     if _finished_before(dst, settings, on_existing):
         return job.summary(dst, dst, begun, resumed=True)
     with WorkFolder(dst) as work:
@@ -146,8 +163,8 @@ def _finished_before(dst: Path, settings: Settings, on_existing: OnExisting) -> 
             return True
         what = "another store" if found else "a folder that is no store"
         raise StoreError(
-            f"{dst}: to be resumed, but it is {what} than this source, bound, codec and selection "
-            "make; choose another folder, or overwrite a store"
+            f"{dst}: to be resumed, but it is {what} than this source, bound or plan, codec and "
+            "selection make; choose another folder, or overwrite a store"
         )
     if on_existing == "overwrite":
         if found is None:
@@ -164,8 +181,8 @@ def _take_up(work: WorkFolder, run: dict[str, object], settings: Settings) -> bo
         if read_settings(config) == settings:
             return True
         raise StoreError(
-            f"{work.path}: an earlier run with another source, bound, codec or selection was "
-            "killed here; give the same ones to finish it, or overwrite"
+            f"{work.path}: an earlier run with another source, bound or plan, codec or selection "
+            "was killed here; give the same ones to finish it, or overwrite"
         )
     earlier = work.journal()
     if earlier is None:
@@ -184,9 +201,15 @@ class _Job:
     """One run's constants, and the shards' contents."""
 
     def __init__(
-        self, checkpoint: Checkpoint, layout: Layout, settings: Settings, jobs: int
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        settings: Settings,
+        promise: Promise,
+        jobs: int,
     ) -> None:
-        self.checkpoint, self.layout, self.settings, self.jobs = checkpoint, layout, settings, jobs
+        self.checkpoint, self.layout, self.settings = checkpoint, layout, settings
+        self.promise, self.jobs = promise, jobs
 
     def write(self, folder: Path, progress: ProgressCallback | None) -> None:
         """Write all that is missing; config.json comes last."""
@@ -212,7 +235,10 @@ class _Job:
         with closing(in_order(self._encode, tasks, jobs=self.jobs)) as encoded:
             for shard in missing:
                 self._write_experts(folder, shard, encoded, meter)
-        self._write_rest(folder)
+        write_rest(
+            folder, self.checkpoint, self.layout.names, self.settings, self.promise.plan,
+            records=_lines(folder, self.layout.names),
+        )  # fmt: skip
 
     def _write_tensors(self, folder: Path, shard: TensorShard) -> None:
         specs = [TensorSpec(t.name, t.dtype, t.shape) for t in shard.tensors]
@@ -247,17 +273,22 @@ class _Job:
             out.finish()
 
     def _encode(self, task: ExpertTask) -> tuple[ExpertRecord, list[bytes]]:
-        bound = self.settings.bound
+        bounds = self.promise.bounds(task.expert)
         codec = "raw" if task.exact else self.settings.codec
         arrays = [self.checkpoint.read(matrix) for matrix in task.expert.matrices]
         # Statistics cost a pass over the weights: only where the bound or its ratio needs them.
-        needed = bound.scope == "expert" or not bound.pointwise
+        needed = any(bound.scope == "expert" or not bound.pointwise for bound in bounds)
         own = [stats(array) if needed else TensorStats() for array in arrays]
-        whole = sum(own, TensorStats()) if bound.scope == "expert" else None
+        whole = sum(own, TensorStats())
         pieces, records = [], []
-        for matrix, array, of_matrix in zip(task.expert.matrices, arrays, own, strict=True):
+        for matrix, bound, array, of_matrix in zip(
+            task.expert.matrices, bounds, arrays, own, strict=True
+        ):
+            reference = whole if bound.scope == "expert" else None
             try:
-                encoded = encode_certified(array, bound, codec=codec, reference=whole, threads=1)
+                encoded = encode_certified(
+                    array, bound, codec=codec, reference=reference, threads=1
+                )
             except MoeboundError as error:
                 raise type(error)(
                     f"{matrix.source.file}: tensor {matrix.name!r} ({task.expert.key}): {error}"
@@ -272,36 +303,6 @@ class _Job:
             )  # fmt: skip
             pieces.append(encoded.data)
         return ExpertRecord(task.expert.key, task.exact, tuple(records)), pieces
-
-    def _write_rest(self, folder: Path) -> None:
-        """Everything beside the shards; config.json, without which nothing opens, last."""
-        names = self.layout.names
-        weight_map, total = dict[str, str](), 0
-        for name in names:
-            for tensor in read_header(folder / name)[0].values():
-                weight_map[tensor.name] = name
-                total += tensor.n_bytes
-        write_index(folder, weight_map, total)
-        own = {CERTIFICATES_FILE, *names}
-        files = [file for file in self.checkpoint.files() if file.name not in own]
-        kept = list[Record]()
-        config = {**self.checkpoint.config, "quantization_config": self.settings.to_json()}
-        config_bytes = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-        with disk_errors(folder):
-            for file in files:
-                data = file.read_bytes()
-                digest = write_synced(folder / file.name, data)
-                if not file.name.lower().endswith(_DOCUMENTS):
-                    kept.append(FileRecord(file.name, len(data), digest))
-            kept += (_file_record(folder / name) for name in ("model.safetensors.index.json",))
-            kept.append(
-                FileRecord(CONFIG_FILE, len(config_bytes), hashlib.sha256(config_bytes).hexdigest())
-            )
-            kept += (ShardRecord(name, header_sha256(folder / name)) for name in names)
-            write_synced(
-                folder / CERTIFICATES_FILE, certificates_bytes(_lines(folder, names, kept))
-            )
-            write_synced(folder / CONFIG_FILE, config_bytes)
 
     def summary(self, folder: Path, dst: Path, begun: float, *, resumed: bool) -> CompressSummary:
         records = [
@@ -361,22 +362,17 @@ def _write_part(folder: Path, shard: str, records: list[Record]) -> None:
         write_synced(path, map(to_line, records))
 
 
-def _lines(folder: Path, shards: list[str], rest: list[Record]) -> Iterator[bytes]:
+def _lines(folder: Path, shards: list[str]) -> Iterator[bytes]:
+    """The records of all shards, as lines, checked."""
     for shard in shards:
         path = folder / (shard + _PART_SUFFIX)
         with open(path, "rb") as handle:
             for line in handle:
                 from_line(line, str(path))
                 yield line
-    yield from map(to_line, rest)
 
 
 def _remove_parts(folder: Path) -> None:
     with disk_errors(folder):
         for path in folder.glob("*" + _PART_SUFFIX):
             path.unlink()
-
-
-def _file_record(path: Path) -> FileRecord:
-    data = path.read_bytes()
-    return FileRecord(path.name, len(data), hashlib.sha256(data).hexdigest())

@@ -1,0 +1,135 @@
+"""`moebound plan`: a bound for every expert, under a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moebound.cli import exits, wording
+from moebound.cli.options import BoundValue, CodecId
+from moebound.cli.output import Output, output_options
+from moebound.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from moebound.plan import Evidence, Plan, Scheme
+
+SCHEMES = ["sensitivity", "layer", "frequency", "rfid", "uniform"]
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("src")
+@click.option("-o", "--output", "out", type=click.Path(dir_okay=False, path_type=Path),
+              required=True, help="Where to write the plan, a JSON file.")  # fmt: skip
+@click.option("--sensitivity", type=_FILE, help="What `moebound sensitivity` measured.")
+@click.option("--study", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="A folder that `moebound study` wrote, for its layers' losses.")  # fmt: skip
+@click.option("--profile", type=_FILE, help="What `moebound profile` counted.")
+@click.option("--bpw", type=BoundValue(), help="At most so many bits per weight, experts only.")
+@click.option("--ratio", type=BoundValue(), help="Experts at least so many times smaller.")
+@click.option("--max-kl", type=BoundValue(),
+              help="The smallest size whose predicted KL is at most this, in nats.")  # fmt: skip
+@click.option("--scheme", type=click.Choice(SCHEMES), default=None,
+              help="How to divide the budget.  [default: by the best data given]")  # fmt: skip
+@click.option("--per", type=click.Choice(["expert", "matrix"]), default=None,
+              help="A bound for each.  [default: matrix, where losses are known so]")  # fmt: skip
+@click.option("--codec", type=CodecId(), default="bound", show_default=True,
+              help="Whose sizes to plan with, and to compress with.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(min=1), default=None,
+              help="Experts to work on at a time.  [default: one a CPU]")  # fmt: skip
+@output_options
+def plan(
+    output: Output,
+    src: str,
+    out: Path,
+    sensitivity: Path | None,
+    study: Path | None,
+    profile: Path | None,
+    bpw: float | None,
+    ratio: float | None,
+    max_kl: float | None,
+    scheme: Scheme | None,
+    per: str | None,
+    codec: str,
+    jobs: int | None,
+) -> int:
+    """Choose a bound for each expert of SRC so that the experts fit a budget.
+
+    Exactly one of --bpw, --ratio and --max-kl is the budget. --sensitivity or --study say where
+    errors hurt; without them, --profile says which experts are used most. `moebound compress
+    --plan` then carries the plan out.
+    """
+    asked = {"--bpw": bpw, "--ratio": ratio, "--max-kl": max_kl}
+    given = [name for name, value in asked.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise click.UsageError(f"expected one of {', '.join(asked)}, found {found}")
+    if sensitivity is not None and study is not None:
+        raise click.UsageError("--sensitivity and --study both measure losses: give one of them")
+
+    from moebound.checkpoint import open_checkpoint
+    from moebound.plan import Budget, make_plan
+    from moebound.store import measure_sizes
+    from moebound.wordmath.builtin import resolve
+
+    evidence = _read(sensitivity, study, profile)
+    budget = Budget(bpw=bpw, ratio=ratio, max_kl=max_kl)
+    chosen = evidence.scheme if scheme is None else scheme
+    checkpoint = open_checkpoint(resolve(src))
+    with progress_bar(output, "measuring sizes") as progress:
+        sizes = measure_sizes(
+            checkpoint, codec=codec, ranks=chosen == "rfid", jobs=jobs, progress=progress
+        )
+    made = make_plan(
+        sizes,
+        evidence,
+        budget,
+        source=source_name(src),
+        codec=codec,
+        scheme=chosen,
+        per_role=None if per is None else per == "matrix",
+    )
+    made.save(out)
+    document = made.to_json()
+    del document["experts"]
+    output.result({"path": str(out), **document}, wording.facts(f"{src} -> {out}", _lines(made)))
+    return exits.OK
+
+
+def source_name(src: str) -> str:
+    """What a plan or a card calls a source: a path by its last part, any other name as it is."""
+    return Path(src).resolve().name if Path(src).exists() else src
+
+
+def _read(sensitivity: Path | None, study: Path | None, profile: Path | None) -> Evidence:
+    from moebound.plan import (
+        PROFILE_FORMAT,
+        SENSITIVITY_FORMAT,
+        Evidence,
+        read_document,
+        read_rows,
+    )
+
+    return Evidence(
+        None if sensitivity is None else read_document(sensitivity, SENSITIVITY_FORMAT, 1),
+        None if study is None else read_rows(study),
+        None if profile is None else read_document(profile, PROFILE_FORMAT, 1),
+    )
+
+
+def _lines(made: Plan) -> list[tuple[str, str]]:
+    values = sorted(bound.value for bound in made.bounds)
+    asked = ", ".join(f"{name} {value:g}" for name, value in made.budget.items())
+    return [
+        ("scheme", f"{made.scheme}, a bound for each {made.made['bound_per']}"),
+        ("asked", asked),
+        ("experts", f"{len(made.experts)}, {made.n_weights} weights"),
+        ("predicted size", f"{wording.n_bytes(made.n_bytes)}, "
+         f"{wording.ratio(made.source_bytes, made.n_bytes)}, "
+         f"{wording.bits(made.bits_per_weight)}"),
+        ("predicted KL", "not known: no losses were given" if made.kl is None
+         else f"{made.kl:.3g} nats a token"),
+        ("rates", f"{values[0]:.3g} to {values[-1]:.3g}, median {values[len(values) // 2]:.3g}"),
+    ]  # fmt: skip

@@ -1,0 +1,34 @@
+"""Stop 3 of the walk: a bound for every expert, under a budget.
+
+    sizes = measure_sizes(checkpoint)                               # moebound.store
+    plan = make_plan(sizes, Evidence(sensitivity), Budget(bpw=3.0), source="...")
+    plan.save(Path("plan.json"))
+
+docs/plan.md says what is minimised, and which scheme is for what.
+"""
+
+from moebound.plan.documents import Document, read_document, read_rows
+from moebound.plan.items import RATES, ExpertSizes, Items
+from moebound.plan.losses import PROFILE_FORMAT, SENSITIVITY_FORMAT, curves_from_study
+from moebound.plan.make import Budget, Evidence, make_plan
+from moebound.plan.plan import Plan, PlannedExpert
+from moebound.plan.schemes import Scheme, effective_rank
+
+__all__ = [
+    "PROFILE_FORMAT",
+    "RATES",
+    "SENSITIVITY_FORMAT",
+    "Budget",
+    "Document",
+    "Evidence",
+    "ExpertSizes",
+    "Items",
+    "Plan",
+    "PlannedExpert",
+    "Scheme",
+    "curves_from_study",
+    "effective_rank",
+    "make_plan",
+    "read_document",
+    "read_rows",
+]

@@ -1,0 +1,172 @@
+"""From sizes, measurements and a budget to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moebound.errors import PlanError
+from moebound.plan import schemes
+from moebound.plan.documents import Document
+from moebound.plan.items import ExpertSizes, Floats, Items
+from moebound.plan.joint import Joint
+from moebound.plan.losses import from_sensitivity, from_study, shares_from_profile
+from moebound.plan.plan import Plan, planned_experts
+from moebound.plan.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured, all of it optional. study: rows. sensitivity, profile: documents."""
+
+    sensitivity: Document | None = None
+    study: Sequence[Mapping[str, Any]] | None = None
+    profile: Document | None = None
+
+    @property
+    def scheme(self) -> Scheme:
+        """The one that makes most of it."""
+        if self.sensitivity is not None or self.study is not None:
+            return "sensitivity"
+        return "frequency" if self.profile is not None else "uniform"
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether losses are known by projection."""
+        experts = None if self.sensitivity is None else self.sensitivity.content.get("experts")
+        return isinstance(experts, list) and bool(experts) and all(
+            isinstance(entry, dict) and entry.get("by_role") for entry in experts
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of: bpw (bits per weight, experts only), ratio (times smaller than the source's
+    experts), max_kl (nats, predicted). Raises PlanError otherwise."""
+
+    bpw: float | None = None
+    ratio: float | None = None
+    max_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.asked) != 1:
+            raise PlanError(f"expected one of bpw, ratio and max_kl, found {list(self.asked)}")
+
+    @property
+    def asked(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def n_bytes(self, *, n_weights: int, source_bytes: int) -> int | None:
+        """The most bytes; None for max_kl."""
+        if self.bpw is not None:
+            return int(self.bpw * n_weights / 8)
+        return None if self.ratio is None else int(source_bytes / self.ratio)
+
+
+def make_plan(
+    experts: Sequence[ExpertSizes],
+    evidence: Evidence,
+    budget: Budget,
+    *,
+    source: str,
+    codec: str = "bound",
+    scheme: Scheme | None = None,
+    per_role: bool | None = None,
+) -> Plan:
+    """A bound for each expert, or each of its matrices.
+
+    experts: what they take at every rate, see `store.measure_sizes`, with that codec. scheme: None
+    for the one that makes most of the evidence. per_role: a bound for each matrix; None for yes
+    where losses are known so.
+
+    Guarantee: predicted bytes are within the budget. Raises PlanError if it cannot be met, saying
+    what can; for evidence that is missing, damaged, or another model's.
+    """
+    chosen = evidence.scheme if scheme is None else scheme
+    roles = evidence.has_roles and chosen == "sensitivity" if per_role is None else per_role
+    share = None
+    if evidence.profile is not None:
+        share = shares_from_profile(evidence.profile, [expert.key for expert in experts])
+    made: dict[str, Any] = {}
+    if evidence.sensitivity is not None:
+        items, made = from_sensitivity(evidence.sensitivity, experts, per_role=roles)
+    elif evidence.study is not None:
+        if roles:
+            raise PlanError("a study knows no losses by projection; plan a bound per expert")
+        items, made = from_study(evidence.study, experts, share=share)
+    else:
+        items = Items.of(experts, per_role=roles)
+    if evidence.profile is not None:
+        made["profile"] = evidence.profile.describe()
+
+    joint = Joint()
+    if evidence.sensitivity is not None:
+        document = evidence.sensitivity
+        joint = Joint.of(document.content, items, str(document.path))
+
+    source_bytes = sum(expert.n_bytes for expert in experts)
+    most = budget.n_bytes(n_weights=int(items.n_weights.sum()), source_bytes=source_bytes)
+    loss = None if budget.max_kl is None else joint.sum_for(budget.max_kl)
+    _check(budget, items, most, joint, source_bytes)
+    rates = _rates(chosen, items, experts, share, most, loss)
+    return Plan(
+        codec=codec,
+        scheme=chosen,
+        budget=budget.asked,
+        source=source,
+        source_bytes=source_bytes,
+        experts=planned_experts(items, rates),
+        joint=joint,
+        made={**made, "bound_per": "matrix" if roles else "expert"},
+    )
+
+
+def _rates(
+    scheme: Scheme,
+    items: Items,
+    experts: Sequence[ExpertSizes],
+    share: Mapping[Any, float] | None,
+    budget_bytes: int | None,
+    max_kl: float | None,
+) -> Floats:
+    if scheme == "uniform":
+        return schemes.uniform(items, budget_bytes=budget_bytes, max_kl=max_kl)
+    if scheme == "layer":
+        return schemes.by_layer(items, budget_bytes=budget_bytes, max_kl=max_kl)
+    if scheme == "sensitivity":
+        return schemes.sensitivity(items, budget_bytes=budget_bytes, max_kl=max_kl)
+    if share is None:
+        raise PlanError(f"scheme {scheme!r} needs routing counts: give --profile")
+    if scheme == "frequency":
+        return schemes.by_frequency(items, share, budget_bytes=budget_bytes, max_kl=max_kl)
+    ranks = schemes.ranks_of(experts)
+    return schemes.rfid(items, share, ranks, budget_bytes=budget_bytes, max_kl=max_kl)
+
+
+def _check(budget: Budget, items: Items, most: int | None, joint: Joint, source_bytes: int) -> None:
+    """Raises PlanError for a budget that no scheme can meet, and says in its units what can be."""
+    if most is None:
+        if items.loss is not None and budget.max_kl is not None:
+            least = joint.kl(float(items.loss[:, 0].sum()))
+            if least > budget.max_kl:
+                raise PlanError(
+                    f"--max-kl {budget.max_kl:g} cannot be met: the narrowest bounds of the grid "
+                    f"are predicted to lose {least:.3g}"
+                )
+        return
+    # At the widest rate; a narrower one may happen to be a few bytes less, which few schemes find.
+    smallest = int(items.sizes[:, -1].sum())
+    if smallest <= most:
+        return
+    if budget.bpw is not None:
+        # Rounded up, so that asking for what is said here works.
+        bits = -(-8000 * smallest // int(items.n_weights.sum())) / 1000
+        asked, possible = f"--bpw {budget.bpw:g}", f"{bits:.3f} bits per weight"
+    else:
+        ratio = int(1000 * source_bytes / smallest) / 1000
+        asked, possible = f"--ratio {budget.ratio:g}", f"{ratio:.3f} times smaller"
+    raise PlanError(
+        f"{asked} cannot be met: that is {most} bytes, and the smallest is {smallest} bytes, "
+        f"{possible}"
+    )

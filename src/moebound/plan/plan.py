@@ -1,0 +1,277 @@
+"""A plan: a bound for every matrix of every expert, what it should come to, and how it was made.
+
+JSON, format "moebound.plan", version 1. `moebound plan` makes one, `moebound compress --plan`
+carries it out; a store keeps a copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moebound.checkpoint.durable import PartialFile
+from moebound.errors import BoundError, PlanError
+from moebound.plan.documents import index, number, read_document
+from moebound.plan.items import Floats, Items
+from moebound.plan.joint import Joint
+from moebound.types import ErrorBound, ExpertKey
+
+FORMAT, VERSION = "moebound.plan", 1
+
+
+@dataclass(frozen=True)
+class PlannedExpert:
+    """One expert's bounds, by role of its matrices, and what it should come to.
+
+    n_bytes: envelopes, whole. kl: nats, this expert changed alone; None where nothing was measured.
+    """
+
+    key: ExpertKey
+    bounds: Mapping[str, ErrorBound]
+    n_weights: int
+    n_bytes: int
+    kl: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layer": self.key.layer,
+            "expert": self.key.expert,
+            "shared": self.key.shared,
+            "bounds": {role: bound.to_json() for role, bound in self.bounds.items()},
+            "n_weights": self.n_weights,
+            "predicted_bytes": self.n_bytes,
+            "predicted_kl": self.kl,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PlannedExpert:
+        """Raises PlanError."""
+        key = ExpertKey(
+            index(data.get("layer"), "a planned expert's layer"),
+            index(data.get("expert"), "a planned expert's number"),
+            bool(data.get("shared", False)),
+        )
+        bounds = data.get("bounds")
+        if not isinstance(bounds, dict) or not bounds:
+            raise PlanError(f"{key}: bounds: expected one for each projection, found {bounds!r}")
+        try:
+            resolved = {str(role): ErrorBound.from_json(b) for role, b in bounds.items()}
+        except (BoundError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{key}: bounds: {type(error).__name__}: {error}") from error
+        kl = data.get("predicted_kl")
+        return cls(
+            key,
+            resolved,
+            index(data.get("n_weights"), f"{key}: n_weights"),
+            index(data.get("predicted_bytes"), f"{key}: predicted_bytes"),
+            None if kl is None else number(kl, f"{key}: predicted_kl"),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with a checkpoint's experts. No expert twice, at least one.
+
+    codec: an id, options behind a colon. scheme: how it was chosen, see `schemes`.
+    budget: what was asked: {"bpw": x}, {"ratio": x} or {"max_kl": x}.
+    source: the checkpoint, as the user named it. source_bytes: of the planned experts in it.
+    made: measurements it rests on and figures about them, for people. joint: what the sum of all
+    experts' losses says about all of them changed at once.
+    """
+
+    codec: str
+    scheme: str
+    budget: Mapping[str, float]
+    source: str
+    source_bytes: int
+    experts: tuple[PlannedExpert, ...]
+    made: Mapping[str, Any] = field(default_factory=dict)
+    joint: Joint = field(default_factory=Joint)
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise PlanError("a plan without experts")
+        if len(self._by_key) < len(self.experts):
+            seen = set[ExpertKey]()
+            twice = [e.key for e in self.experts if e.key in seen or seen.add(e.key)]  # type: ignore[func-returns-value]
+            raise PlanError(f"{twice[0]} is planned twice")
+
+    @cached_property
+    def _by_key(self) -> dict[ExpertKey, PlannedExpert]:
+        return {expert.key: expert for expert in self.experts}
+
+    def __getitem__(self, key: ExpertKey) -> PlannedExpert:
+        """Raises PlanError for an expert that is not planned."""
+        try:
+            return self._by_key[key]
+        except KeyError:
+            raise PlanError(f"{key} is not in the plan") from None
+
+    @property
+    def n_weights(self) -> int:
+        return sum(expert.n_weights for expert in self.experts)
+
+    @property
+    def n_bytes(self) -> int:
+        """Predicted, of all experts' envelopes."""
+        return sum(expert.n_bytes for expert in self.experts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Predicted, experts only."""
+        return 8 * self.n_bytes / self.n_weights if self.n_weights else 0.0
+
+    @property
+    def ratio(self) -> float:
+        return self.source_bytes / self.n_bytes if self.n_bytes else 0.0
+
+    @property
+    def kl(self) -> float | None:
+        """Predicted, of all experts changed at once; None where nothing was measured."""
+        known = [expert.kl for expert in self.experts if expert.kl is not None]
+        return self.joint.kl(sum(known)) if len(known) == len(self.experts) else None
+
+    @property
+    def bounds(self) -> list[ErrorBound]:
+        """Every bound of every matrix."""
+        return [bound for expert in self.experts for bound in expert.bounds.values()]
+
+    @property
+    def widest(self) -> ErrorBound:
+        """The widest bound, where all are stated the same way: what holds for every weight."""
+        first = self.bounds[0]
+        if any((b.mode, b.scope) != (first.mode, first.scope) for b in self.bounds):
+            raise PlanError("bounds are stated in several ways; expected one mode and scope")
+        return max(self.bounds, key=lambda bound: bound.value)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all that decides what is written: codec, experts and bounds."""
+        decisive = [
+            [*expert.key, {role: b.to_json() for role, b in sorted(expert.bounds.items())}]
+            for expert in sorted(self.experts, key=lambda expert: expert.key)
+        ]
+        text = json.dumps([self.codec, decisive], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def check(self, experts: Iterable[tuple[ExpertKey, Iterable[str]]]) -> None:
+        """Whether the plan is for exactly these experts, given with their matrices' roles.
+
+        Shared experts are left out of the comparison unless the plan has some.
+        Raises PlanError, naming experts and projections.
+        """
+        with_shared = any(expert.key.shared for expert in self.experts)
+        present = {key: set(roles) for key, roles in experts if with_shared or not key.shared}
+        missing = sorted(present.keys() - self._by_key.keys())
+        extra = sorted(self._by_key.keys() - present.keys())
+        if missing or extra:
+            parts = [f"it lacks {_some(missing)}"] if missing else []
+            parts += [f"it has {_some(extra)}, which the checkpoint has not"] if extra else []
+            raise PlanError(f"the plan does not fit the checkpoint: {'; '.join(parts)}")
+        for key, roles in present.items():
+            planned = set(self._by_key[key].bounds)
+            if planned != roles:
+                raise PlanError(
+                    f"the plan does not fit the checkpoint: {key} has {', '.join(sorted(roles))}, "
+                    f"planned are {', '.join(sorted(planned))}"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "codec": self.codec,
+            "scheme": self.scheme,
+            "budget": dict(self.budget),
+            "source": self.source,
+            "source_bytes": self.source_bytes,
+            "predicted": {
+                "bytes": self.n_bytes,
+                "bits_per_weight": self.bits_per_weight,
+                "ratio": self.ratio,
+                "kl": self.kl,
+            },
+            "joint": self.joint.to_json(),
+            "made": dict(self.made),
+            "experts": [expert.to_json() for expert in self.experts],
+        }
+
+    def to_bytes(self) -> bytes:
+        """The JSON file: one expert a line."""
+        document = self.to_json()
+        experts = document.pop("experts")
+        head = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+        lines = ",\n".join("  " + json.dumps(expert, allow_nan=False) for expert in experts)
+        return f'{head[:-2]},\n "experts": [\n{lines}\n ]\n}}\n'.encode()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Raises PlanError for anything `to_json` cannot have made."""
+        experts, budget, made = data.get("experts"), data.get("budget"), data.get("made", {})
+        for name, value, kind in (
+            ("experts", experts, list), ("budget", budget, dict), ("made", made, dict),
+            ("codec", data.get("codec"), str), ("scheme", data.get("scheme"), str),
+            ("source", data.get("source"), str),
+        ):  # fmt: skip
+            if not isinstance(value, kind):
+                raise PlanError(f"{name}: expected {kind.__name__}, found {str(value)[:40]!r}")
+        assert isinstance(experts, list)
+        assert isinstance(budget, dict)
+        if not all(isinstance(expert, dict) for expert in experts):
+            raise PlanError("experts: expected objects")
+        return cls(
+            codec=data["codec"],
+            scheme=data["scheme"],
+            budget={str(k): number(v, f"budget: {k}") for k, v in budget.items()},
+            source=data["source"],
+            source_bytes=index(data.get("source_bytes"), "source_bytes"),
+            experts=tuple(PlannedExpert.from_json(expert) for expert in experts),
+            made=made,
+            joint=Joint.from_json(data.get("joint", {})),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all. Raises StoreError if the disk refuses."""
+        file = PartialFile(path)
+        try:
+            file.write(self.to_bytes(), 0)
+            file.finish()
+        except BaseException:
+            file.discard()
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Raises PlanError, naming the file."""
+        document = read_document(path, FORMAT, VERSION)
+        try:
+            return cls.from_json(document.content)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+
+def planned_experts(items: Items, rates: Floats) -> tuple[PlannedExpert, ...]:
+    """Items with a rate each, gathered by expert."""
+    sizes = items.sizes_at(rates).tolist()
+    loss = items.loss_at(rates)
+    found: dict[ExpertKey, PlannedExpert] = {}
+    for i, (key, roles) in enumerate(zip(items.keys, items.roles, strict=True)):
+        bound = ErrorBound(float(rates[i]), "rate", "expert")
+        before = found.get(key, PlannedExpert(key, {}, 0, 0, None if loss is None else 0.0))
+        found[key] = PlannedExpert(
+            key,
+            {**before.bounds, **dict.fromkeys(roles, bound)},
+            before.n_weights + int(items.n_weights[i]),
+            before.n_bytes + sizes[i],
+            None if loss is None or before.kl is None else before.kl + float(loss[i]),
+        )
+    return tuple(found.values())
+
+
+def _some(keys: list[ExpertKey]) -> str:
+    return f"{', '.join(map(str, keys[:5]))}{f' and {len(keys) - 5} more' if keys[5:] else ''}"

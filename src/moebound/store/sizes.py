@@ -1,0 +1,61 @@
+"""What every expert of a checkpoint would take, at every rate a plan may choose: by encoding it."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import numpy as np
+
+from moebound.checkpoint import Checkpoint, Expert
+from moebound.codec import estimate_bytes, get_codec, stats, thread_count
+from moebound.plan import RATES, ExpertSizes, effective_rank
+from moebound.store.ordered import in_order
+from moebound.store.summary import Meter, ProgressCallback
+from moebound.types import ErrorBound, TensorStats
+
+
+def measure_sizes(
+    checkpoint: Checkpoint,
+    *,
+    codec: str = "bound",
+    ranks: bool = False,
+    jobs: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> list[ExpertSizes]:
+    """Bytes of each matrix of each routed expert at each of `RATES`, of the expert's mean |weight|.
+
+    Within 1 % of what `compress` writes, exact for matrices of up to a million weights.
+    ranks: measure effective ranks too. jobs: experts at a time, None for `MOEBOUND_THREADS` or the
+    CPUs; memory is that of jobs + 1 experts.
+    """
+    get_codec(codec)
+    experts = checkpoint.experts()
+    meter = Meter(
+        progress,
+        total_bytes=sum(expert.n_bytes for expert in experts),
+        total_experts=len(experts),
+    )
+
+    def measure(expert: Expert) -> ExpertSizes:
+        arrays = [checkpoint.read(matrix) for matrix in expert.matrices]
+        whole = sum((stats(array) for array in arrays), TensorStats())
+        bounds = [ErrorBound(rate, "rate", "expert").absolute(whole) for rate in RATES.tolist()]
+        return ExpertSizes(
+            key=expert.key,
+            n_weights={matrix.role: matrix.size for matrix in expert.matrices},
+            sizes={
+                matrix.role: estimate_bytes(np.ascontiguousarray(array), bounds, codec=codec)
+                for matrix, array in zip(expert.matrices, arrays, strict=True)
+            },
+            n_bytes=expert.n_bytes,
+            mean_abs=whole.mean_abs,
+            effective_rank=effective_rank(arrays) if ranks else None,
+        )
+
+    found = list[ExpertSizes]()
+    jobs = thread_count() if jobs is None else jobs
+    with closing(in_order(measure, experts, jobs=jobs)) as measured:
+        for expert, sizes in zip(experts, measured, strict=True):
+            found.append(sizes)
+            meter.add(str(expert.key), n_bytes=expert.n_bytes, experts=1)
+    return found

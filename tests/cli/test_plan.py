@@ -1,0 +1,141 @@
+"""`moebound plan`, `compress --plan` and `card`: from a budget to a store that keeps it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moebound.checkpoint import open_checkpoint
+from moebound.codec import stats
+from moebound.plan import Plan
+from moebound.types import TensorStats
+from tiny_models import make_tiny
+
+from .conftest import Run
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two MoE layers of four tiny experts."""
+    return make_tiny("deepseek_v3", tmp_path_factory.mktemp("plan") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def measured(source: Path) -> dict[str, Path]:
+    """Measurements of it: layer 1 hurts a hundred times as much; expert 0 is used most."""
+    checkpoint = open_checkpoint(source)
+    experts: list[dict[str, Any]] = []
+    for expert in checkpoint.experts():
+        whole = sum((stats(checkpoint.read(m)) for m in expert.matrices), TensorStats())
+        c = 1e-2 if expert.key.layer == 1 else 1e-4
+        experts.append(
+            {"layer": expert.key.layer, "expert": expert.key.expert, "mean_abs": whole.mean_abs,
+             "n_weights": expert.size, "bytes": None, "measured_kl": None,
+             "predicted_kl": [c * 0.01, c * 0.25]}
+        )  # fmt: skip
+    layers = sorted({entry["layer"] for entry in experts})
+    found = {
+        "sensitivity": {"format": "moebound.sensitivity", "version": 1, "bounds": [0.1, 0.5],
+                        "model": "tiny", "task": "t", "experts": experts},
+        "profile": {"format": "moebound.profile", "version": 1,
+                    "layers": [{"layer": n, "counts": [90, 5, 5, 0]} for n in layers]},
+    }  # fmt: skip
+    paths = {}
+    for name, document in found.items():
+        paths[name] = source.parent / f"{name}.json"
+        paths[name].write_text(json.dumps(document))
+    study = source.parent / "study"
+    study.mkdir()
+    (study / "rows.jsonl").write_text(
+        '{"layer": 1, "source": "bound", "rate": 0.5, "kl": 0.1}\n'
+        '{"layer": 2, "source": "bound", "rate": 0.5, "kl": 0.001}\n{"lay'
+    )
+    return {**paths, "study": study}
+
+
+@pytest.mark.parametrize("evidence", ["sensitivity", "study"])
+def test_plan_compress_verify_card(
+    run: Run, source: Path, measured: dict[str, Path], tmp_path: Path, evidence: str
+) -> None:
+    out, dst = tmp_path / "plan.json", tmp_path / "dst"
+    ran = run("plan", source, f"--{evidence}", measured[evidence], "--bpw", 6, "-o", out, "--json")
+    assert ran.code == 0, ran.stderr
+    found = ran.document
+    assert found["scheme"] == "sensitivity"
+    assert found["predicted"]["bits_per_weight"] <= 6
+    assert found["source"] == "tiny"
+    rates = {e.key.layer: e.bounds["down"].value for e in Plan.load(out).experts}
+    assert rates[1] < rates[2]
+    ran = run("compress", source, dst, "--plan", out, "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.document["expert_bytes_after"] == found["predicted"]["bytes"]
+    assert run("verify", dst, "--against", source).code == 0
+    assert run("compress", source, dst, "--plan", out, "--resume").code == 0
+    assert "as planned" in run("inspect", dst).stdout or "rate" in run("inspect", dst).stdout
+    evaluation = tmp_path / "eval.json"
+    evaluation.write_text('{"task": "wordmath", "kl": 0.01}')
+    ran = run("card", dst, "--measured", evaluation, "--json")
+    assert ran.document["path"] == str(dst / "README.md")
+    assert "| kl | 0.01 |" in (dst / "README.md").read_text()
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "frequency", "rfid"])
+def test_schemes_for_people(
+    run: Run, source: Path, measured: dict[str, Path], tmp_path: Path, scheme: str
+) -> None:
+    ran = run("plan", source, "--profile", measured["profile"], "--scheme", scheme,
+              "--ratio", "2.5", "-o", tmp_path / "p.json")  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    assert scheme in ran.stdout
+    assert "2.5" in ran.stdout
+    assert Plan.load(tmp_path / "p.json").ratio >= 2.5
+
+
+def test_limit_of_loss(run: Run, source: Path, measured: dict[str, Path], tmp_path: Path) -> None:
+    ran = run("plan", source, "--sensitivity", measured["sensitivity"], "--max-kl", "0.001",
+              "-o", tmp_path / "p.json", "--json")  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    assert 0.0005 < ran.document["predicted"]["kl"] <= 0.001
+
+
+def test_bad_input(run: Run, source: Path, measured: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    assert run("plan", source, "--bpw", "6", "-o", out).code == 0
+    written = out.read_bytes()
+    sensitivity = measured["sensitivity"]
+    for options, message in (
+        (["--bpw", "3", "--ratio", "2"], "--bpw and --ratio"),
+        ([], "expected one of --bpw, --ratio, --max-kl, found none"),
+        (["--bpw", "0"], "--bpw"),
+        (["--bpw", "0.01"], "bits per weight"),
+        (["--max-kl", "1"], "give --sensitivity or --study"),
+        (["--bpw", "6", "--scheme", "rfid"], "give --profile"),
+        (["--bpw", "6", "--profile", sensitivity], "expected format 'moebound.profile'"),
+        (["--bpw", "6", "--sensitivity", tmp_path / "none"], "none"),
+        (["--bpw", "6", "--study", tmp_path], "rows.jsonl: cannot be read"),
+        (["--bpw", "6", "--sensitivity", sensitivity, "--study", tmp_path], "one of them"),
+    ):
+        ran = run("plan", source, *options, "-o", out)
+        assert ran.code == 2, options
+        assert message in ran.stderr
+        assert "Traceback" not in ran.stderr
+    assert out.read_bytes() == written
+    for option in (["--rate", "0.1"], ["--scope", "matrix"], ["--layers", "1"],
+                   ["--experts", "1"], ["--shared-experts"]):  # fmt: skip
+        ran = run("compress", source, tmp_path / "dst", "--plan", out, *option)
+        assert ran.code == 2
+        assert option[0] in ran.stderr
+    ran = run("compress", source, tmp_path / "dst", "--plan", sensitivity)
+    assert ran.code == 2
+    assert "expected format 'moebound.plan'" in ran.stderr
+    document = json.loads(written)
+    del document["experts"][2]
+    out.write_text(json.dumps(document))
+    ran = run("compress", source, tmp_path / "dst", "--plan", out)
+    assert ran.code == 2
+    assert "the plan does not fit the checkpoint: it lacks layer 1 expert 2" in ran.stderr
+    assert not (tmp_path / "dst").exists()
+    assert run("card", source).code == 2

@@ -1,0 +1,209 @@
+"""From measurements at a few rates to losses at all; and what is wrong with damaged ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moebound.errors import PlanError
+from moebound.plan import RATES, curves_from_study, read_document, read_rows
+from moebound.plan.items import LOSS_FLOOR
+from moebound.plan.losses import (
+    exponent,
+    from_sensitivity,
+    from_study,
+    power_law,
+    shares_from_profile,
+)
+from moebound.types import ExpertKey
+
+from .conftest import BOUNDS, as_document, experts, profile, sensitivity
+
+
+@given(power=st.floats(0.5, 3), c=st.floats(1e-9, 1))
+def test_a_power_law_is_found_again(power: float, c: float) -> None:
+    measured = np.array(BOUNDS)
+    loss = c * measured[None] ** power
+    assert exponent(measured, loss) == pytest.approx(power)
+    at = np.array([0.05, 0.1, 0.2, 0.7, 1.6])
+    found = power_law(measured, loss, at)[0]
+    # Inside, the data's own power; beyond, the square, which second order theory asks for.
+    assert found[1:4] == pytest.approx(c * at[1:4] ** power)
+    assert found[0] == pytest.approx(loss[0, 0] / 4)
+    assert found[4] == pytest.approx(loss[0, -1] * 4)
+
+
+def test_no_loss_and_one_rate() -> None:
+    assert power_law(np.array(BOUNDS), np.zeros((1, 4)), RATES).tolist() == [[0.0] * len(RATES)]
+    one = power_law(np.array([0.1]), np.array([[1e-3]]), np.array([0.05, 0.2]))
+    assert one[0] == pytest.approx([2.5e-4, 4e-3])
+    assert exponent(np.array([0.1]), np.array([[1e-3]])) is None
+
+
+def test_losses_never_fall_and_none_is_free(tmp_path: Path) -> None:
+    sizes = experts()
+    content = sensitivity(sizes)
+    content["experts"][0]["predicted_kl"] = [0.0, 0.0, 0.0, 0.0]
+    content["experts"][1]["predicted_kl"] = [0.2, 0.1, 0.3, 0.2]
+    items, _ = from_sensitivity(as_document(content, tmp_path), sizes, per_role=False)
+    assert items.loss is not None
+    assert (np.diff(items.loss, axis=1) >= 0).all()
+    assert items.loss[0] == pytest.approx(LOSS_FLOOR * items.loss[:4].mean(axis=0), rel=0.02)
+
+
+def test_predictions_are_brought_to_the_measured_level(tmp_path: Path) -> None:
+    sizes = experts()
+    plain, facts = from_sensitivity(
+        as_document(sensitivity(sizes), tmp_path), sizes, per_role=False
+    )
+    assert facts["experts_measured"] == 0
+    assert facts["loss_exponent"] == pytest.approx(2)
+    content = sensitivity(sizes, measured=3.0)
+    for entry in content["experts"][1::2]:  # a sample was measured
+        entry["measured_kl"] = None
+    level, facts = from_sensitivity(as_document(content, tmp_path), sizes, per_role=False)
+    assert facts["experts_measured"] == 6
+    assert plain.loss is not None
+    assert level.loss == pytest.approx(3 * plain.loss)
+
+
+def test_by_role_adds_up_and_fused_matrices_are_found(tmp_path: Path) -> None:
+    sizes = experts()
+    document = as_document(sensitivity(sizes, by_role=True), tmp_path)
+    whole, _ = from_sensitivity(document, sizes, per_role=False)
+    apart, _ = from_sensitivity(document, sizes, per_role=True)
+    assert apart.roles[:3] == (("gate",), ("up",), ("down",))
+    assert apart.loss is not None
+    assert apart.loss.reshape(-1, 3, len(RATES)).sum(axis=1) == pytest.approx(whole.loss)
+    fused = [
+        type(e)(e.key, {"gate_up": 4096, "down": 2048},
+                {"gate_up": e.sizes["gate"] + e.sizes["up"], "down": e.sizes["down"]},
+                e.n_bytes, e.mean_abs)
+        for e in sizes
+    ]  # fmt: skip
+    items, _ = from_sensitivity(document, fused, per_role=True)
+    assert items.loss is not None
+    assert items.loss[0] == pytest.approx(apart.loss[0] + apart.loss[1])
+
+
+def drop_expert(content: dict[str, Any]) -> None:
+    del content["experts"][5]
+
+
+def other_model(content: dict[str, Any]) -> None:
+    content["experts"][2]["mean_abs"] *= 1.01
+
+
+def short_list(content: dict[str, Any]) -> None:
+    content["experts"][0]["predicted_kl"] = [0.1]
+
+
+def not_a_number(content: dict[str, Any]) -> None:
+    content["experts"][0]["predicted_kl"][1] = None
+
+
+def descending(content: dict[str, Any]) -> None:
+    content["bounds"].reverse()
+
+
+def no_experts(content: dict[str, Any]) -> None:
+    content["experts"] = {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_expert, "no sensitivity of layer 2 expert 1"),
+        (other_model, "layer 1 expert 2 .* another model"),
+        (short_list, "layer 1 expert 0: predicted_kl: expected 4 numbers"),
+        (not_a_number, "expected a finite number, found None"),
+        (descending, "bounds: expected ascending numbers"),
+        (no_experts, "experts: expected a list"),
+    ],
+)
+def test_damaged_sensitivity(
+    damage: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+) -> None:
+    sizes = experts()
+    content = copy.deepcopy(sensitivity(sizes))
+    damage(content)
+    with pytest.raises(PlanError, match=rf"moebound.sensitivity.json: .*{message}"):
+        from_sensitivity(as_document(content, tmp_path), sizes, per_role=False)
+
+
+def test_files_that_are_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for text, message in (
+        ("{", "no JSON"), ("[]", "expected format"), ('{"format": "moebound.plan"}', "found"),
+        ('{"format": "moebound.sensitivity", "version": 9}', "version 9"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(PlanError, match=message):
+            read_document(path, "moebound.sensitivity", 1)
+    with pytest.raises(PlanError, match=r"none.json: cannot be read"):
+        read_document(tmp_path / "none.json", "moebound.sensitivity", 1)
+
+
+ROWS: list[dict[str, Any]] = [
+    {"layer": 1, "source": "bound", "rate": 0.1, "kl": 0.001, "seed": 0},
+    {"layer": 1, "source": "bound", "rate": 0.8, "kl": 0.064, "seed": 0},
+    {"layer": 1, "source": "gaussian", "rate": 0.8, "kl": 9.0, "seed": 0},
+    {"layer": 3, "source": "bound", "rate": 0.8, "kl": 0.01, "seed": 0},
+    {"layer": 3, "source": "bound", "rate": 0.8, "kl": 0.03, "seed": 1},
+    {"experts": [3], "source": "bound", "rate": 0.8, "kl": 5.0},
+]
+
+
+def test_a_studys_layers() -> None:
+    assert curves_from_study(ROWS) == {1: {0.1: 0.001, 0.8: 0.064}, 3: {0.8: 0.02}}
+    assert curves_from_study(ROWS[2:3]) == {1: {0.8: 9.0}}
+    with pytest.raises(PlanError, match="no condition that changes a whole layer"):
+        curves_from_study(ROWS[5:])
+
+
+def test_a_layers_loss_is_divided_among_its_experts(tmp_path: Path) -> None:
+    sizes = experts()
+    items, facts = from_study(ROWS, sizes)
+    assert facts == {"study_layers": [1, 3]}
+    assert items.loss is not None
+    by_layer = items.loss.reshape(3, 4, -1).sum(axis=1)
+    at = items.loss_at(np.full(12, 0.8))
+    assert at is not None
+    assert at.reshape(3, 4).sum(axis=1)[[0, 2]] == pytest.approx([0.064, 0.02], rel=1e-3)
+    assert ((by_layer[1] - by_layer[0]) * (by_layer[1] - by_layer[2]) <= 0).all()
+    share = shares_from_profile(as_document(profile(sizes), tmp_path), [e.key for e in sizes])
+    uneven, _ = from_study(ROWS, sizes, share=share)
+    assert uneven.loss is not None
+    ratio = uneven.loss[0] / uneven.loss[1]
+    assert ratio == pytest.approx(share[ExpertKey(1, 0)] / share[ExpertKey(1, 1)])
+
+
+def test_rows_of_a_killed_study(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"layer": 1}\n{"layer": 2}\n{"lay')
+    assert read_rows(tmp_path) == [{"layer": 1}, {"layer": 2}]
+    path.write_text('{"lay\n{"layer": 2}\n')
+    with pytest.raises(PlanError, match="line 1: no JSON"):
+        read_rows(tmp_path)
+    path.write_text("")
+    with pytest.raises(PlanError, match="no finished rows"):
+        read_rows(tmp_path)
+
+
+def test_shares(tmp_path: Path) -> None:
+    sizes = experts()
+    content = profile(sizes)
+    content["layers"][0]["counts"] = [0, 0, 6, 0]
+    keys = [expert.key for expert in sizes]
+    share = shares_from_profile(as_document(content, tmp_path), keys)
+    assert [share[ExpertKey(1, e)] for e in range(4)] == [0.1, 0.1, 0.7, 0.1]
+    content["layers"][1]["counts"] = [1, 2]
+    with pytest.raises(PlanError, match="no counts of layer 2 expert 2, layer 2 expert 3"):
+        shares_from_profile(as_document(content, tmp_path), keys)
