@@ -1,0 +1,96 @@
+"""Quantizers as error sources: what they leave, and what they cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moebound.errors import BackendUnavailable, MoeboundError
+from moebound.sensitivity.noise import Changed, generators_for, parse_source
+from moebound.types import ExpertKey, TensorStats
+
+
+def apply(name: str, matrix: torch.Tensor) -> Changed:
+    draws = generators_for(0, ExpertKey(1, 0))
+    return parse_source(name).apply({"gate": matrix}, None, TensorStats(), draws)
+
+
+def weights(*shape: int, seed: int = 0) -> torch.Tensor:
+    return 0.02 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("rtn:int4:g64", 4 + 20 / 64), ("rtn:int3:g128", 3 + 19 / 128), ("rtn:int8:g32", 8 + 24 / 32)],
+)
+def test_every_byte_is_counted(name: str, bits: float) -> None:
+    matrix = weights(64, 128)
+    assert apply(name, matrix).n_bytes == pytest.approx(bits * matrix.numel() / 8)
+
+
+def test_a_group_by_hand() -> None:
+    # Scale 6 / 3 = 2, zero point 1: the integers 0, 1, 2, 3 stand for -2, 0, 2, 4.
+    matrix = torch.tensor([[-2.0, -0.9, 0.9, 4.0]])
+    found = apply("rtn:int2:g4", matrix).matrices["gate"]
+    assert found.tolist() == [[-2.0, 0.0, 0.0, 4.0]]
+
+
+@given(seed=st.integers(0, 1000), bits=st.integers(2, 8), group=st.integers(2, 70))
+def test_no_weight_moves_by_more_than_a_step(seed: int, bits: int, group: int) -> None:
+    matrix = weights(5, 13, seed=seed)
+    found = apply(f"rtn:int{bits}:g{group}", matrix).matrices["gate"]
+    assert found.shape == matrix.shape
+    for start in range(0, matrix.numel(), group):
+        part = matrix.flatten()[start : start + group]
+        step = (part.clamp(min=0).max() - part.clamp(max=0).min()) / (2**bits - 1)
+        error = (found.flatten()[start : start + group] - part).abs().max()
+        # Half a step of rounding, half of the zero point's; float16 rounds the step.
+        assert error <= 1.01 * step * (1 + 2.0**bits * 2**-11) + 1e-7
+
+
+def test_what_no_scale_can_stand_for() -> None:
+    matrix = torch.zeros(2, 64)
+    assert torch.equal(apply("rtn:int4:g64", matrix).matrices["gate"], matrix)
+
+
+def test_entropy_coding_keeps_the_weights_and_counts_real_bytes() -> None:
+    # Few weights a row that are far from zero leave most integers unused.
+    matrix = weights(256, 256)
+    matrix[:, ::64] = 1.0
+    plain, coded = (apply(f"rtn:int4:g64{end}", matrix) for end in ("", ":coded"))
+    assert torch.equal(plain.matrices["gate"], coded.matrices["gate"])
+    assert plain.n_bytes is not None
+    assert coded.n_bytes is not None
+    assert coded.n_bytes < 0.6 * plain.n_bytes
+
+
+def test_hqq_is_the_library_and_beats_rounding_to_nearest() -> None:
+    pytest.importorskip("hqq.core.quantize", reason="pip install 'moebound[compare]'")
+    matrix = weights(64, 128)
+    hqq, rtn = (apply(f"{method}:int3:g64", matrix) for method in ("hqq", "rtn"))
+    assert hqq.n_bytes == pytest.approx((3 + 32 / 64) * matrix.numel() / 8)
+
+    def error(found: Changed) -> float:
+        return float(np.sqrt(((found.matrices["gate"] - matrix) ** 2).mean()))
+
+    assert error(hqq) < error(rtn)
+
+
+def test_without_hqq_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "hqq.core.quantize", None)
+    with pytest.raises(BackendUnavailable, match=r"pip install 'moebound\[compare\]'"):
+        apply("hqq:int4:g64", weights(8, 64))
+
+
+@pytest.mark.parametrize("name", ["rtn:int9:g64", "rtn:int4", "hqq:int4:g64:coded:x", "rtn:int4:g"])
+def test_what_is_no_quantizer_is_an_unknown_source(name: str) -> None:
+    with pytest.raises(MoeboundError, match="unknown"):
+        parse_source(name)
+
+
+def test_a_group_of_one_is_refused() -> None:
+    with pytest.raises(MoeboundError, match="2 weights or more"):
+        parse_source("rtn:int4:g1")
