@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from moebound.demo.builtin import resolve
 from moebound.demo.fidelity import compare
 from moebound.demo.models import load_tokenizer
 from moebound.demo.prompts import Batch, Sample, make_batch, read_samples
 from moebound.errors import CheckpointError
+from moebound.wordmath.builtin import resolve
 
 
 def batch_of(lengths: list[int], answers: int) -> Batch:

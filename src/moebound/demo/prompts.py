@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from moebound.evaluate.text import Batch, pad
+
+__all__ = ["Batch", "Sample", "make_batch", "read_samples"]
 
 PROMPTS_FILE = "sample_prompts.jsonl"
 
@@ -18,21 +20,6 @@ class Sample:
 
     prompt: str
     reference: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """All samples as prompt + solution + end, padded on the right. B samples, T tokens.
-
-    input_ids, attention_mask: [B, T]. Position t of a row predicts token t + 1, so the masks below
-    are [B, T - 1]: `predicts` are the positions whose next token is there (not padding), `answers`
-    those of them whose next token belongs to the solution or is its end.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    predicts: torch.Tensor
-    answers: torch.Tensor
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -47,13 +34,6 @@ def make_batch(samples: list[Sample], tokenizer: Any) -> Batch:
     solutions = tokenizer([sample.reference for sample in samples], add_special_tokens=False)[
         "input_ids"
     ]
-    rows = [p + s + [tokenizer.eos_token_id] for p, s in zip(prompts, solutions, strict=True)]
-    length = max(map(len, rows))
-    input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    answers = torch.zeros((len(rows), length - 1), dtype=torch.bool)
-    for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        input_ids[index, : len(row)] = torch.tensor(row)
-        attention_mask[index, : len(row)] = 1
-        answers[index, len(prompt) - 1 : len(row) - 1] = True
-    return Batch(input_ids, attention_mask, attention_mask[:, 1:].bool(), answers)
+    ends = [tokenizer.eos_token_id]
+    rows = [(p, s + ends) for p, s in zip(prompts, solutions, strict=True)]
+    return pad(rows, tokenizer.pad_token_id)

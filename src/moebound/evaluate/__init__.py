@@ -1,0 +1,15 @@
+"""Measuring a model: what it answers, what that is worth, how far it is from another model.
+
+loading.py      a checkpoint, store, hub id or built-in model, ready to run
+prompting.py    problems to token ids
+cache.py        keys and values that grow in place
+decoding.py     greedy decoding of a batch
+answering.py    greedy answers to many problems
+evaluation.py   counts, accuracies and intervals
+transcript.py   answers in a file, appended as they come; scores from them
+scoring.py      a task from beginning to end
+text.py         prompts with their solutions, to be read at once
+fidelity.py     KL and agreement to another model's predictions
+perplexity.py   how well a text is predicted
+statistics.py   intervals, paired tests, corrections
+"""

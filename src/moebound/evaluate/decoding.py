@@ -1,0 +1,160 @@
+"""Greedy decoding of one batch, with nothing in the loop that the model does not need.
+
+Prompts are padded on the left and masked, so a row's tokens see the row and nothing else: in exact
+arithmetic an answer does not depend on the rest of the batch. In floating point the sums of a
+matrix product may be taken in another order in another batch, and an exact tie of two tokens
+may then fall the other way; for the same prompts in the same order the answers are the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moebound.evaluate.cache import GrowingCache
+
+KEEP_SHARE = 0.75
+"""Finished rows are dropped once less than this share of the batch is at work."""
+
+Stopped = Callable[[list[int]], bool]
+"""Whether an answer, so far these tokens, has reached a stop text."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """tokens: the new ones, without the end mark. finished: it ended before the limit by itself;
+    False too where the model's output was no number any more (NaN)."""
+
+    tokens: tuple[int, ...]
+    finished: bool
+
+
+@torch.inference_mode()
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    ends: frozenset[int],
+    pad: int,
+    positions: int | None = None,
+    stopped: Stopped | None = None,
+) -> list[Decoded]:
+    """The most likely token, again and again, until an end mark, a stop text, or the limit.
+
+    prompts: token ids. ends: the end marks. pad: any token id, for padding (never seen). positions:
+    of prompt and answer together, at most; None for no such limit.
+    """
+    if not supports_cache(model):
+        room = [_room(len(prompt), max_new_tokens, positions) for prompt in prompts]
+        return _generate(model, prompts, room, ends=ends, pad=pad)
+    device = model.device
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    columns = torch.arange(longest, device=device)
+    mask = (columns >= longest - lengths.unsqueeze(1)).long()
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = bool((lengths != longest).any())
+
+    growing, taken = GrowingCache(model.config), _arguments(model)
+    rows = list(range(len(prompts)))  # the row of the batch -> the prompt
+    new: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    room = [_room(len(prompt), max_new_tokens, positions) for prompt in prompts]
+    at_work = [True] * len(prompts)
+    while True:
+        logits = _last_logits(model, ids, mask if padded else None, places, growing, taken)
+        best, chosen = logits.max(dim=-1)
+        tokens, sound = chosen.tolist(), torch.isfinite(best).tolist()
+        for row, (token, is_sound) in enumerate(zip(tokens, sound, strict=True)):
+            prompt = rows[row]
+            if not at_work[prompt]:
+                continue
+            if token in ends or not is_sound:
+                finished[prompt], at_work[prompt] = is_sound, False
+                continue
+            new[prompt].append(token)
+            if stopped is not None and stopped(new[prompt]):
+                finished[prompt], at_work[prompt] = True, False
+            elif len(new[prompt]) >= room[prompt]:
+                at_work[prompt] = False
+        busy = [row for row, prompt in enumerate(rows) if at_work[prompt]]
+        if not busy:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        places = places[:, -1:] + 1
+        ids = chosen.unsqueeze(1)
+        if len(busy) < KEEP_SHARE * len(rows) and growing.can_drop():
+            kept = torch.tensor(busy, device=device)
+            growing.keep(kept)
+            ids, mask, places = ids[kept], mask[kept], places[kept]
+            rows = [rows[row] for row in busy]
+    return [Decoded(tuple(t), done) for t, done in zip(new, finished, strict=True)]
+
+
+def _room(n_prompt: int, max_new_tokens: int, positions: int | None) -> int:
+    return max_new_tokens if positions is None else min(max_new_tokens, positions - n_prompt)
+
+
+def _last_logits(
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    places: torch.Tensor,
+    growing: GrowingCache,
+    taken: frozenset[str],
+) -> torch.Tensor:
+    """[rows, vocabulary]: what follows the last column. taken: what the model can be given."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+    if "position_ids" in taken:
+        inputs["position_ids"] = places
+    if "logits_to_keep" in taken:
+        inputs["logits_to_keep"] = 1
+    logits: torch.Tensor = model(**inputs, past_key_values=growing.cache).logits
+    return logits[:, -1]
+
+
+def _arguments(model: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(type(model).forward).parameters)
+
+
+def supports_cache(model: Any) -> bool:
+    """Whether the model takes transformers' ordinary cache; a few families have their own."""
+    taken = _arguments(model)
+    return bool(
+        "past_key_values" in taken
+        and hasattr(model, "_supports_default_dynamic_cache")
+        and model._supports_default_dynamic_cache()
+        and not model.config.is_encoder_decoder
+    )
+
+
+def _generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    room: Sequence[int],
+    *,
+    ends: frozenset[int],
+    pad: int,
+) -> list[Decoded]:
+    """The same by transformers' own loop, one prompt at a time: slow, right for every family."""
+    found = []
+    for prompt, limit in zip(prompts, room, strict=True):
+        ids = torch.tensor([list(prompt)], device=model.device)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=sorted(ends) or None,
+        )
+        tokens = out[0, len(prompt) :].tolist()
+        end = next((i for i, token in enumerate(tokens) if token in ends), None)
+        found.append(Decoded(tuple(tokens[:end]), end is not None))
+    return found

@@ -1,0 +1,184 @@
+"""Load what SRC names, whatever it is: a folder, a store, a hub id, or builtin:NAME."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from moebound.errors import CheckpointError, MoeboundError
+from moebound.runtime.batched import NAME as BATCHED
+from moebound.runtime.batched import register_batched
+from moebound.wordmath.builtin import PREFIX, resolve
+
+SMALL_EXPERT_WEIGHTS = 1 << 20
+"""Up to so many weights an expert, experts="auto" means "moebound-batched": larger experts leave
+nothing to gain from it."""
+
+DIGEST_SAMPLES = 4096
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Kind = Literal["builtin", "store", "checkpoint", "hub"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was loaded, for records. name: SRC, a folder by its last part. kind: what it is.
+    dtype, experts: what it is computed with. weights: a digest of the weights as they were loaded
+    (of a sample of each tensor), which tells two models of one name apart."""
+
+    name: str
+    kind: Kind
+    dtype: str
+    experts: str
+    weights: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model in evaluation mode with its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    source: Source
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.model.device
+        return found
+
+
+def load(
+    src: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    experts: str = "auto",
+) -> Loaded:
+    """Load a model and its tokenizer with plain transformers.
+
+    dtype: "float32" (exact for bf16 weights, so that no other rounding is measured than that of
+    the weights), "bfloat16", "float16", or "auto" for the checkpoint's own. device: as torch
+    spells it, or "auto" to spread over all there are (accelerate). experts: an implementation of
+    transformers, or "auto": "moebound-batched" where experts are small, else transformers' choice.
+
+    Runs no code from the checkpoint. Raises CheckpointError for what cannot be loaded, and what
+    loading a damaged store raises.
+    """
+    src = os.fspath(src)
+    path = resolve(src)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise MoeboundError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+    name = Path(src).resolve().name if Path(src).exists() else src
+    model = _load_model(src, path, dtype, device)
+    tokenizer = _load_tokenizer(src, path)
+    chosen = _choose_experts(model, experts)
+    kind = _kind(src, Path(path))
+    dtype_name = str(model.dtype).removeprefix("torch.")
+    source = Source(name, kind, dtype_name, chosen, _digest(model))
+    return Loaded(model, tokenizer, source)
+
+
+def _load_model(src: str, path: str, dtype: str, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from moebound.runtime import register
+
+    register()
+    options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else DTYPES[dtype]}
+    if device != "cpu":
+        options["device_map"] = device
+    if Path(path).is_dir():
+        options["local_files_only"] = True
+    try:
+        with _silence():
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except MoeboundError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"{src}: cannot be loaded as a language model: {error}") from error
+    model.train(False)
+    return model
+
+
+def _load_tokenizer(src: str, path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir())
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(f"{src}: its tokenizer cannot be loaded: {error}") from error
+
+
+def _choose_experts(model: Any, asked: str) -> str:
+    """Set the experts implementation; returns the name of the one that is in use."""
+    if asked == "auto":
+        asked = BATCHED if _largest_expert(model) <= SMALL_EXPERT_WEIGHTS else ""
+        if not model._can_set_experts_implementation():
+            asked = ""
+    if asked:
+        register_batched()
+        try:
+            model.set_experts_implementation(asked)
+        except (ValueError, RuntimeError) as error:
+            raise MoeboundError(f"experts implementation {asked!r}: {error}") from error
+    config = model.config.get_text_config(decoder=True)
+    return str(getattr(config, "_experts_implementation", None) or "its own")
+
+
+def _largest_expert(model: Any) -> int:
+    """Weights of the down projection of the largest expert; 0 for a dense model."""
+    sizes = [
+        parameter[0].numel()
+        for name, parameter in model.named_parameters()
+        if name.endswith("down_proj") and parameter.dim() == 3
+    ]
+    return max(sizes, default=0)
+
+
+def _digest(model: Any) -> str:
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        if parameter.device.type != "meta":  # offloaded
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, len(flat) // DIGEST_SAMPLES)].float().cpu().numpy()
+            found.update(sample.tobytes())
+    return found.hexdigest()[:16]
+
+
+def _kind(src: str, path: Path) -> Kind:
+    if src.startswith(PREFIX):
+        return "builtin"
+    if not path.is_dir():
+        return "hub"
+    from moebound.checkpoint.shards import read_json
+
+    config = read_json(path / "config.json")
+    settings = config.get("quantization_config")
+    is_store = isinstance(settings, dict) and settings.get("quant_method") == "moebound"
+    return "store" if is_store else "checkpoint"
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """transformers draws a progress bar for every load; many of them say nothing."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,179 @@
+"""Intervals and tests. Written out, as each is a few lines: no statistics package is needed.
+
+A difference between two models is always tested on the same problems, in pairs: what one problem
+is worth does not add to the noise. Over a suite of comparisons the p-values are corrected (Holm).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from moebound.types import Array
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """value: the estimate. low, high: its interval at `confidence`."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float = CONFIDENCE
+
+    def to_json(self) -> dict[str, float]:
+        return dict(vars(self))
+
+
+def wilson(successes: int, n: int, *, confidence: float = CONFIDENCE) -> Interval:
+    """A share with Wilson's score interval (1927): right for small n and for shares near 0 and 1.
+
+    NaN of everything for n = 0. Raises ValueError for counts that are none.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"expected 0 <= successes <= n, found {successes} of {n}")
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, confidence)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == n else min(1.0, centre + half)
+    return Interval(share, low, high, confidence)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same n problems. lost: right before, wrong after; gained: the reverse.
+    difference: share right after minus before, with its interval. p: two-sided, exact McNemar."""
+
+    n: int
+    lost: int
+    gained: int
+    difference: Interval
+    p: float
+
+    def to_json(self) -> dict[str, object]:
+        return {**vars(self), "difference": self.difference.to_json()}
+
+
+def paired(before: Sequence[bool], after: Sequence[bool]) -> Paired:
+    """Compare right and wrong, problem by problem. Raises ValueError for unequal lengths or none.
+
+    The interval is Newcombe's (1998, method 10): Wilson intervals of both shares, joined with
+    their correlation.
+    """
+    if len(before) != len(after) or not before:
+        raise ValueError(f"expected pairs, found {len(before)} and {len(after)}")
+    lost = sum(b and not a for b, a in zip(before, after, strict=True))
+    gained = sum(a and not b for b, a in zip(before, after, strict=True))
+    both = sum(a and b for b, a in zip(before, after, strict=True))
+    difference = _newcombe(both, lost, gained, len(before))
+    return Paired(len(before), lost, gained, difference, mcnemar(lost, gained))
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Two-sided exact p that problems change sides this unevenly by chance alone: a binomial test
+    with probability 1/2 on the problems that changed. 1 where none did."""
+    n, fewer = lost + gained, min(lost, gained)
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, 2 * tail / 2**n) if n < 1000 else min(1.0, math.exp(_log(2 * tail, n)))
+
+
+def _log(count: int, n: int) -> float:
+    """ln(count / 2^n) for integers too large for a float."""
+    shift = max(0, count.bit_length() - 64)
+    return math.log(count >> shift) + (shift - n) * math.log(2)
+
+
+def _newcombe(both: int, lost: int, gained: int, n: int) -> Interval:
+    neither = n - both - lost - gained
+    one, other = wilson(both + gained, n), wilson(both + lost, n)  # after, before
+    product = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
+    cross = both * neither - lost * gained
+    # With his continuity correction.
+    corrected = max(cross - n / 2, 0.0) if cross > 0 else float(cross)
+    phi = corrected / math.sqrt(product) if product else 0.0
+    value = one.value - other.value
+
+    def half(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+    low = value - half(one.value - one.low, other.high - other.value)
+    high = value + half(one.high - one.value, other.value - other.low)
+    return Interval(value, max(-1.0, low), min(1.0, high))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979), in the order given: calling significant
+    what stays below 0.05 is wrong anywhere in the suite with probability 0.05 at most."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected = [1.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def bootstrap(
+    values: Array, *, resamples: int = 2000, seed: int = 0, confidence: float = CONFIDENCE
+) -> Interval:
+    """The mean of values [problems] or [problems, seeds] with a percentile bootstrap interval.
+
+    Problems are drawn again, and noise seeds independently of them (Owen's pigeonhole bootstrap,
+    2007): several answers to one problem are no independent sample, nor are answers under one
+    draw of noise. A little too wide rather than too narrow. For a difference, give differences of
+    pairs. Deterministic for a seed. NaN for no values.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    table = table.reshape(len(table), -1)
+    if table.size == 0:
+        return Interval(math.nan, math.nan, math.nan, confidence)
+    rng = np.random.default_rng(seed)
+    n, n_seeds = table.shape
+    rows = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    columns = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples) / n_seeds
+    means = np.einsum("rs,rs->r", rows @ table, columns)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(table.mean()), float(low), float(high), confidence)
+
+
+def sign_flip(differences: Array, *, resamples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p that the mean of per-problem differences [problems] is so far from 0 by chance:
+    the share of random signs that give as much (the data's own signs counted as one of them).
+
+    With several noise seeds, give each problem's mean over the seeds. 1 where all are 0.
+    """
+    found = np.asarray(differences, dtype=np.float64).ravel()
+    found = found[found != 0]
+    if not len(found):
+        return 1.0
+    rng = np.random.default_rng(seed)
+    observed = abs(found.sum())
+    as_far, step = 0, max(1, 2_000_000 // len(found))
+    for start in range(0, resamples, step):
+        n = min(step, resamples - start)
+        signs = rng.integers(0, 2, size=(n, len(found)), dtype=np.int8) * 2.0 - 1
+        as_far += int((np.abs(signs @ found) >= observed * (1 - 1e-12)).sum())
+    return (as_far + 1) / (resamples + 1)
+
+
+def ratio_stderr(sums: Sequence[float], counts: Sequence[float]) -> float:
+    """Standard error of sum(sums) / sum(counts), rows being the sample (linearized). NaN for
+    fewer than two rows, and where a sum is infinite."""
+    a, b = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if len(a) < 2 or not np.isfinite(a).all():
+        return math.nan
+    residuals = a - a.sum() / b.sum() * b
+    return float(residuals.std(ddof=1) * math.sqrt(len(a)) / b.sum())

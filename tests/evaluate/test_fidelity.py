@@ -1,0 +1,102 @@
+"""The stored baseline gives what comparing whole distributions gives."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from moebound.errors import TaskError
+from moebound.evaluate.fidelity import Baseline, compare, log_probabilities
+from moebound.evaluate.loading import Loaded
+from moebound.evaluate.perplexity import perplexity
+from moebound.evaluate.text import answered_rows, batches, pad, solved_rows
+from moebound.tasks import get_task
+
+
+@pytest.fixture(scope="module")
+def changed(loaded: Loaded) -> Loaded:
+    model = copy.deepcopy(loaded.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers.9.mlp.experts" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return Loaded(model, loaded.tokenizer, loaded.source)
+
+
+def test_baseline_is_the_comparison_in_parts(loaded: Loaded, changed: Loaded) -> None:
+    task = get_task("wordmath")
+    rows = solved_rows(loaded.tokenizer, task, task.problems(9))
+    batch = pad(rows, 0)
+    p, q = (log_probabilities(one.model, batch) for one in (loaded, changed))
+    whole = compare(p, q, batch)
+    baseline = Baseline.of(loaded.model, rows)
+    found = baseline.compare(changed.model)
+    assert found.exact
+    assert found.per_prompt == whole.per_prompt
+    assert found.kl_nats == pytest.approx(whole.kl_nats, rel=1e-4)
+    assert found.answer_kl_nats == pytest.approx(whole.answer_kl_nats, rel=1e-4)
+    assert found.prompt_kl == pytest.approx(whole.prompt_kl, rel=1e-3)
+    assert found.top1_agreement == pytest.approx(whole.top1_agreement)
+    assert found.answer_kl_nats > 0
+    same = baseline.compare(loaded.model)
+    assert same.kl_nats == pytest.approx(0, abs=1e-9)
+    assert same.top1_agreement == same.answer_top1_agreement == 1
+
+    # Rare tokens taken as one: never more, and nearly all of it.
+    some = Baseline.of(loaded.model, rows, kept=40).compare(changed.model)
+    assert not some.exact
+    assert 0.8 * found.kl_nats < some.kl_nats <= found.kl_nats * (1 + 1e-4)
+    assert some.top1_agreement == found.top1_agreement
+
+
+def test_a_broken_model_is_infinitely_far(loaded: Loaded) -> None:
+    task = get_task("wordmath")
+    rows = solved_rows(loaded.tokenizer, task, task.problems(2))
+    baseline = Baseline.of(loaded.model, rows)
+    broken = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.nan)
+    assert baseline.compare(broken).kl_nats == math.inf
+
+
+def test_batches_hold_each_row_once_and_their_limit() -> None:
+    rows = [([1] * n, [2]) for n in (5, 1, 9, 3, 3)]
+    found = list(batches(rows, 12))
+    assert sorted(index for batch in found for index in batch) == list(range(5))
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * max(len(rows[i][0]) + 1 for i in batch) <= 12
+
+
+def test_own_answers_serve_where_there_is_no_reference(loaded: Loaded) -> None:
+    task = get_task("wordmath")
+    problems = task.problems(2)
+    [(prompt, solution), _] = answered_rows(loaded.tokenizer, task, problems, ["1 = 1", "2"])
+    assert loaded.tokenizer.decode(list(solution[:-1])).strip() == "1 = 1"
+    assert prompt
+    with pytest.raises(TaskError, match="2 problems, but 1"):
+        answered_rows(loaded.tokenizer, task, problems, ["1"])
+
+
+def test_perplexity_counts_each_token_once(loaded: Loaded, tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text(" ".join(p.prompt for p in get_task("wordmath").problems(6)), encoding="utf-8")
+    ids = loaded.tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
+    whole = perplexity(loaded, path)
+    assert whole.n_tokens == len(ids) - 1
+    with torch.inference_mode():
+        loss = loaded.model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+    assert whole.nats == pytest.approx(float(loss), rel=1e-4)
+    assert whole.value == pytest.approx(math.exp(whole.nats))
+    seen: list[int] = []
+    parts = perplexity(loaded, path, length=20, progress=lambda n, of: seen.append(n))
+    assert parts.n_tokens == whole.n_tokens
+    assert seen[-1] == len(ids)
+    assert perplexity(loaded, path, limit=11).n_tokens == 10
+    path.write_bytes(b"\xff")
+    with pytest.raises(TaskError, match="cannot be read as text"):
+        perplexity(loaded, path)

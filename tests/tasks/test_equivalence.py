@@ -1,0 +1,26 @@
+"""Mathematical equality, with an end to it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from moebound.tasks.equivalence import Checker
+
+
+def test_equal_and_not_and_never_for_ever() -> None:
+    checker = Checker(seconds=2)
+    try:
+        assert checker.same("$x^2+1$", "$1 + x^2$")[0]
+        assert checker.same("$2$", "$3$") == (False, "3")
+        assert checker.same("$2$", "no formula here") == (False, None)
+        begun = time.monotonic()
+        assert checker.same("$3$", "$10^{10^{10}}$") == (False, None)
+        assert time.monotonic() - begun < 10
+        found = []
+        thread = threading.Thread(target=lambda: found.append(checker.same("$2$", "$2.0$")[0]))
+        thread.start()
+        thread.join()
+        assert found == [True]  # another process, and not the main thread
+    finally:
+        checker.close()
