@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moebound.sensitivity.trace import LayerTrace, Trace
+from moebound.cache.trace import LayerTrace, Trace
 
 
 def drawn_trace(

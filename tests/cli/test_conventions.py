@@ -36,7 +36,10 @@ def leaf_commands(group: click.Group = cli, *path: str) -> list[tuple[tuple[str,
 
 def test_the_commands_that_others_rely_on() -> None:
     names = {" ".join(path) for path, _ in leaf_commands()}
-    assert names >= {"inspect", "compress", "verify", "decompress", "bench codec", "demo"}
+    assert names >= {
+        "inspect", "compress", "verify", "decompress", "bench codec", "demo", "eval", "study",
+        "report", "sensitivity", "plan", "profile",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("path", "command"), leaf_commands())

@@ -15,9 +15,11 @@ from moebound.cli.main import cli, main
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     ROOT / name
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/walkthrough.md",
-                 "src/moebound/wordmath/model/README.md", "bench/README.md",
-                 "recipes/wordmath/README.md")
+    for name in (
+        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md",
+        "recipes/wordmath/README.md", "src/moebound/wordmath/model/README.md",
+        *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    )
 ]  # fmt: skip
 
 

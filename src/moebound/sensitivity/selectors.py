@@ -10,9 +10,9 @@
   all            every expert
   1.12,3.40      a list: layer.expert, or any of the above, separated by commas
 
-L, A and B are decoder indices, as in ExpertKey: dense layers count. Use is that of a
-`RoutingProfile` (of the task at hand, not of another); of experts used equally often, the one with
-the lower index counts as used more.
+L, A and B are decoder indices, as in ExpertKey: dense layers count. Use is that of a `Profile` (of
+the task at hand, not of another); of experts used equally often, the one with the lower index
+counts as used more.
 """
 
 from __future__ import annotations
