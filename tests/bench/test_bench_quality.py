@@ -24,8 +24,8 @@ def test_bounded_ways_get_the_bytes_of_the_quantizer_and_no_more() -> None:
     assert quantizer.bits_per_weight == pytest.approx(4 + 20 / 64)
     for row in (bound, sz3):
         assert 0.97 < row.n_bytes / quantizer.n_bytes <= 1
-        assert row.largest_rate is not None
-    assert bound.largest_rate < sz3.largest_rate  # the better coder keeps the narrower bound
+    # The better coder keeps the narrower bound.
+    assert (bound.largest_rate or 9) < (sz3.largest_rate or 0)
     assert bound.fidelity.answer_kl_nats < 1
     assert said[-1].endswith("2/3")
     assert render_quality(report).row_count == 4

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from moebound.sensitivity.profile import Profile
 from moebound.cache.trace import load_trace
+from moebound.sensitivity.profile import Profile
 
 from .conftest import SRC, Run
 

@@ -11,11 +11,19 @@ import click
 from moebound import __version__
 from moebound.cli import exits
 from moebound.cli.bench import bench
+from moebound.cli.cache import cache
+from moebound.cli.card import card
 from moebound.cli.compress import compress
 from moebound.cli.decompress import decompress
 from moebound.cli.demo import demo
+from moebound.cli.eval import eval_command
 from moebound.cli.inspect import inspect
 from moebound.cli.output import write_json
+from moebound.cli.plan import plan
+from moebound.cli.profile import profile
+from moebound.cli.report import report
+from moebound.cli.sensitivity import sensitivity
+from moebound.cli.study import study
 from moebound.cli.verify import verify
 
 
@@ -27,6 +35,11 @@ def cli() -> None:
     \b
     moebound inspect SRC                     what is in a model or a store
     moebound compress SRC DST --rate 0.3     make the experts small, with a promise on every weight
+    moebound profile SRC --task T -o FILE    which experts a task uses, and how much
+    moebound study SRC --suite S --task T -o DIR   what errors in experts do to the model
+    moebound report DIR                      a page of what a study found
+    moebound sensitivity SRC --task T -o MAP what an error in each expert does to the model
+    moebound plan SRC --bpw 3 -o FILE        a bound for each expert, for compress --plan FILE
     moebound verify DST --against SRC        check the promise
     moebound decompress DST OUT              back to an ordinary checkpoint
 
@@ -38,7 +51,22 @@ def cli() -> None:
     """
 
 
-for command in (inspect, compress, verify, decompress, bench, demo):
+for command in (
+    inspect,
+    profile,
+    study,
+    report,
+    sensitivity,
+    plan,
+    compress,
+    verify,
+    decompress,
+    card,
+    cache,
+    bench,
+    demo,
+    eval_command,
+):
     cli.add_command(command)
 
 

@@ -138,7 +138,7 @@ def curves_from_study(
     if not of_source:
         raise PlanError(
             "the study has no condition that changes a whole layer, with its KL: run a suite that "
-            "has some (the paper's table 7), or measure with `moebound sensitivity`"
+            "has some (the paper's table 6), or measure with `moebound sensitivity`"
         )
     most = max(of_source, key=lambda name: len(of_source[name]))
     found: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
