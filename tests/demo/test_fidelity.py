@@ -78,7 +78,7 @@ def test_batch_covers_prompt_solution_and_end() -> None:
     tokenizer = load_tokenizer(folder)
     samples = read_samples(folder)
     assert len(samples) == 200
-    batch = make_batch([*samples[:3], Sample("Ava has 2 books .", "2 + 2 = 4 .")], tokenizer)
+    batch = make_batch([*samples[:3], Sample("Ava has 2 books.", "2 + 2 = 4.")], tokenizer)
     for row, (mask, answers) in enumerate(zip(batch.attention_mask, batch.answers, strict=True)):
         n = int(mask.sum())
         assert batch.input_ids[row, n - 1] == tokenizer.eos_token_id
@@ -86,7 +86,7 @@ def test_batch_covers_prompt_solution_and_end() -> None:
         target = batch.input_ids[row, 1:][answers]
         assert target[-1] == tokenizer.eos_token_id
     # What the masks select is the solution, and nothing of the prompt.
-    assert tokenizer.decode(target[:-1]).strip() == "2 + 2 = 4 ."
+    assert tokenizer.decode(target[:-1]).strip() == "2 + 2 = 4."
 
 
 def test_builtin_names() -> None:

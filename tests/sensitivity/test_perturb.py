@@ -275,6 +275,8 @@ def test_undone_by_ctrl_c_at_any_line_of_the_undoing(at: int) -> None:
                 signal.raise_signal(signal.SIGINT)
         return trace
 
+    # Where tests run in the background of a shell, SIGINT is ignored unless one says otherwise.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     old = sys.gettrace()
     interrupted = False
     sys.settrace(trace)
@@ -285,6 +287,7 @@ def test_undone_by_ctrl_c_at_any_line_of_the_undoing(at: int) -> None:
         interrupted = True
     finally:
         sys.settrace(old)
+        signal.signal(signal.SIGINT, handler)
     assert interrupted == (lines > at)
     assert not changed(before, model)
     with perturbed(chosen, "uniform", RATE):
