@@ -23,7 +23,8 @@ def tiny_wordmath(tmp_path: Path) -> str:
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers, config.n_routed_experts, config.num_experts_per_tok = 3, 8, 2
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    model.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, tmp_path)
     return str(tmp_path)

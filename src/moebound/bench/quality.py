@@ -180,13 +180,13 @@ def run(
                 codec=way.codec,
                 scheme=way.scheme,
             )
-            with _stored(checkpoint, plan) as (folder, about):
+            with stored(checkpoint, plan) as (folder, about):
                 measured(way.name, source.id, load(folder), **about)
     return QualityReport(src, task.name, len(problems), answers, tuple(rows), describe())
 
 
 @contextmanager
-def _stored(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[Path, dict[str, Any]]]:
+def stored(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A store on disk, checked, for as long as the `with` lasts; and what it came to."""
     work = Path(tempfile.mkdtemp(prefix="moebound-quality-"))
     try:
