@@ -1,12 +1,12 @@
 """The model's forward pass, written for training it on a few CPU cores.
 
-The same function of the same parameters as DeepseekV3ForCausalLM (a test compares them), but three
-times as fast for a model this small: tokens of all sequences lie in one [n, hidden] matrix without
-padding, products are in bfloat16, all experts of a layer are one batched product, every gather has
-a gather as its gradient, and what is left between products is compiled.
+The same function of the same parameters as DeepseekV3ForCausalLM (a test compares them), made fast
+for a model this small: tokens of all sequences lie in one [n, hidden] matrix without padding,
+products are in bfloat16, all experts of a layer are one batched product, every gather has a gather
+as its gradient, and what is left between products is compiled.
 
 One thing differs: an expert takes at most CAPACITY times its fair share of tokens; what is more is
-dropped. With balanced routing (see balance.py) that is next to nothing.
+dropped. With balanced routing (`balance` in train.py) that is next to nothing.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 
 if __name__ == "__main__" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-    # Each step frees and takes back hundreds of megabytes: keep them, a fifth of the time is page
+    # Each step frees and takes back hundreds of megabytes: keep them, a tenth of the time is page
     # faults otherwise. glibc reads these only when a process starts.
     import sys
 
@@ -27,6 +27,8 @@ import json
 import math
 import signal
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from transformers import DeepseekV3ForCausalLM
 
 import forward
 from architecture import config
-from batches import batch
+from batches import Batch, batch
 from evaluation import answers
 from moebound.wordmath.problems import LEVELS, test_problems
 from moebound.wordmath.tokenizer import vocabulary
@@ -47,7 +49,8 @@ WARM_UP = 100
 def main() -> None:
     args = arguments().parse_args()
     torch.set_num_threads(args.threads)
-    train(args)
+    with stop_on_signal() as stopped:
+        train(args, stopped)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -70,8 +73,8 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def train(args: argparse.Namespace) -> Any:
-    """Runs to the last step (or `stop_at`) and returns the model."""
+def train(args: argparse.Namespace, stopped: Sequence[int] = ()) -> Any:
+    """Runs to the last step, or `stop_at`, or until `stopped` is not empty. Returns the model."""
     torch.manual_seed(args.seed)
     shape = config(len(vocabulary()), layers=args.layers, experts=args.experts)
     model = DeepseekV3ForCausalLM(shape)
@@ -85,24 +88,17 @@ def train(args: argparse.Namespace) -> Any:
     saved = evaluated = marked = time.monotonic()
     marked_step = step
     last = min(args.steps, args.stop_at or args.steps)
-    stopped = stop_on_signal()
     while step < last and not stopped:
-        for optim in optims:
-            for group in optim.param_groups:
-                group["lr"] = args.lr * schedule(step, args.steps)
-        loss, loads = forward.loss(model, batch(args.seed, step, args.tokens, args.easy_share))
-        torch.autograd.backward([loss])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-            optim.zero_grad()
+        data = batch(args.seed, step, args.tokens, args.easy_share)
+        rate = args.lr * schedule(step, args.steps)
+        loss, loads = learn(model, optims, data, rate)
         balance(routers, loads, bias_speed(step))
         step += 1
         now = time.monotonic()
         if step % 20 == 0:
-            dropped = sum(max(0.0, x) for x in [overflow(load) for load in loads]) / len(loads)
+            dropped = sum(map(overflow, loads)) / len(loads)
             speed = (step - marked_step) * args.tokens / (now - marked)
-            log(step=step, loss=loss.item(), tokens_per_s=speed, dropped=dropped)
+            log(step=step, loss=loss, tokens_per_s=speed, dropped=dropped)
             marked, marked_step = now, step
         if now - saved > args.checkpoint_seconds:
             save(args.folder, model, optims, step)
@@ -110,18 +106,40 @@ def train(args: argparse.Namespace) -> Any:
         if args.evaluate_problems and now - evaluated > args.evaluate_seconds:
             evaluate(model, args.evaluate_problems, step, log)
             evaluated = marked = time.monotonic()
+            marked_step = step
     save(args.folder, model, optims, step)
     if args.evaluate_problems and not stopped:
         evaluate(model, args.evaluate_problems, step, log)
     return model
 
 
-def stop_on_signal() -> list[int]:
+def learn(
+    model: Any, optims: list[torch.optim.Optimizer], data: Batch, rate: float
+) -> tuple[float, list[torch.Tensor]]:
+    """One step. Returns the loss before it, and the loads of each layer's experts."""
+    for optim in optims:
+        for group in optim.param_groups:
+            group["lr"] = rate
+    loss, loads = forward.loss(model, data)
+    torch.autograd.backward([loss])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optim in optims:
+        optim.step()
+        optim.zero_grad()
+    return loss.item(), loads
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
     """A list that is empty until SIGTERM or SIGINT comes."""
     got: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: got.append(number))
-    return got
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, frame: got.append(number)) for number in numbers]
+    try:
+        yield got
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +118,13 @@ def test_muon_makes_singular_values_one() -> None:
     assert values.max() < 1.3
 
 
-def run(folder: Path, **changed: Any) -> Any:
+def run(folder: Path, stopped: Sequence[int] = (), **changed: Any) -> Any:
     import train
 
     argv = [str(folder), "--steps", "4", "--tokens", "256", "--layers", "2", "--experts", "8"]
     argv += ["--threads", "1", "--evaluate-problems", "0", "--no-compile"]
     args = train.arguments().parse_args(argv)
-    return train.train(argparse.Namespace(**{**vars(args), **changed}))
+    return train.train(argparse.Namespace(**{**vars(args), **changed}), stopped)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -134,6 +136,17 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tmp_path: Path, optimiz
     resumed = run(tmp_path / "parts", optimizer=optimizer)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_run_that_is_told_to_stop_saves_first(tmp_path: Path) -> None:
+    import train
+
+    with train.stop_on_signal() as stopped:
+        assert not stopped
+        os.kill(os.getpid(), signal.SIGTERM)
+        run(tmp_path, stopped=stopped)
+    assert stopped == [signal.SIGTERM]
+    assert (tmp_path / "checkpoint.pt").exists()
 
 
 def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
