@@ -54,9 +54,11 @@ def from_sensitivity(
 ) -> tuple[Items, dict[str, Any]]:
     """Items with the losses of a sensitivity map, and what a plan should say about them.
 
-    Where KL was measured too, on all experts or a sample, predictions are brought to that level,
-    layer by layer and rate by rate: measurement knows what second order leaves out, prediction
-    knows the experts apart.
+    Of a map that says which part of a loss comes from routers that change their mind (`flips_kl`),
+    the other part is taken: flips do not add up (a near tie flips once, and each expert that could
+    flip it is charged for it), so a plan that believes them spends its bytes in the wrong places.
+    Of a map that does not, predictions are brought to the level of what was measured, on all
+    experts or a sample, layer by layer and rate by rate.
     Raises PlanError for fields that are wrong, an expert that is missing, another model.
     """
     content, where = document.content, str(document.path)
@@ -81,10 +83,14 @@ def from_sensitivity(
         ]
     )
     level, n_measured = _level(entries, items.keys, len(rates), where)
+    smooth = all("flips_kl" in entry for entry in entries.values())
+    if smooth:
+        level = np.ones_like(level)
     facts: dict[str, Any] = {
         "sensitivity": document.describe(),
         "loss_exponent": exponent(rates, loss),
         "experts_measured": n_measured,
+        "losses": "smooth part" if smooth else "whole",
     }
     return items.with_loss(power_law(rates, loss * level, items.rates)), facts
 
@@ -199,18 +205,24 @@ def _entries(value: Any, where: str) -> dict[ExpertKey, Mapping[str, Any]]:
 def _loss(
     entry: Mapping[str, Any], roles: tuple[str, ...] | None, count: int, where: str
 ) -> Floats:
-    """[M] predicted KL of an expert, or of some of its projections."""
+    """[M] predicted KL of an expert, or of some of its projections, without that of flips."""
     if roles is None:
-        return np.array(numbers(entry.get("predicted_kl"), count, f"{where}: predicted_kl"))
+        return _smooth(entry, count, where)
     by_role, total = entry.get("by_role") or {}, np.zeros(count)
     for role in roles:
         # A checkpoint may keep in one matrix what the model's map has apart.
         for part in (role,) if role in by_role else _FUSED.get(role, (role,)):
             if part not in by_role:
                 raise PlanError(f"{where}: by_role: no {part!r}; plan a bound per expert instead")
-            what = f"{where}: by_role: {part}: predicted_kl"
-            total += numbers(by_role[part].get("predicted_kl"), count, what)
+            total += _smooth(by_role[part], count, f"{where}: by_role: {part}")
     return total
+
+
+def _smooth(entry: Mapping[str, Any], count: int, where: str) -> Floats:
+    loss = np.array(numbers(entry.get("predicted_kl"), count, f"{where}: predicted_kl"))
+    if entry.get("flips_kl") is None:
+        return loss
+    return np.maximum(loss - numbers(entry["flips_kl"], count, f"{where}: flips_kl"), 0.0)
 
 
 def _level(

@@ -19,11 +19,12 @@ Numbers = tuple[float, ...]
 @dataclass(frozen=True)
 class RoleLine:
     """One projection perturbed alone. mean_abs: its mean |weight|. n_bytes: encoded, by rate.
-    predicted_kl: by rate."""
+    predicted_kl, flips_kl: by rate, the second a part of the first."""
 
     mean_abs: float
     n_bytes: tuple[int, ...]
     predicted_kl: Numbers
+    flips_kl: Numbers
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class ExpertLine:
                     "mean_abs": line.mean_abs,
                     "bytes": list(line.n_bytes),
                     "predicted_kl": list(line.predicted_kl),
+                    "flips_kl": list(line.flips_kl),
                 }
                 for role, line in self.by_role.items()
             },
@@ -83,6 +85,7 @@ class ExpertLine:
                     float(line["mean_abs"]),
                     tuple(int(n) for n in line["bytes"]),
                     _numbers(line["predicted_kl"]),
+                    _numbers(line["flips_kl"]),
                 )
                 for role, line in data["by_role"].items()
             },

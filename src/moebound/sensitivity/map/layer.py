@@ -46,6 +46,7 @@ class LayerPrediction:
                     original.stats[role].mean_abs,
                     tuple(sizes[index][role] for sizes in self.n_bytes),
                     _floats(kl[:, variant, index]),
+                    _floats(self.flips[:, variant, index]),
                 )
                 for variant, role in enumerate(self.roles, start=1)
             }
