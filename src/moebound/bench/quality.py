@@ -112,7 +112,8 @@ class QualityReport:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": 1,
+            "format": "moebound.bench.quality",
+            "version": 1,
             "source": self.source,
             "task": self.task,
             "n_problems": self.n_problems,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +13,7 @@ from rich.console import RenderableType
 from moebound.cli import exits, wording
 from moebound.cli.options import CodecIds, Numbers
 from moebound.cli.output import Output, output_options, write_json
+from moebound.cli.steps import step_bar
 
 if TYPE_CHECKING:
     from moebound.demo.report import Report
@@ -63,7 +61,7 @@ def demo(
     from moebound.demo.run import CODECS, EXACT_CODEC, RATES, run
 
     command = shlex.join(["moebound", "demo", "-o", folder.name, *_options(rates, codecs, prompts)])
-    with _progress(output) as say:
+    with step_bar(output) as say:
         report = run(
             folder,
             rates=rates or RATES,
@@ -114,25 +112,3 @@ def _tables(report: Report) -> list[RenderableType]:
             ),
         ]  # fmt: skip
     return tables
-
-
-@contextlib.contextmanager
-def _progress(output: Output) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar where somebody watches; else a line a step, so that a log shows life."""
-    if not output.shows_progress:
-        yield lambda what, done, total: output.note(f"[{done}/{total}] {what}")
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    bar = Progress(
-        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
-        console=Console(file=sys.stderr), transient=True,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task("", total=None)
-
-        def say(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        yield say

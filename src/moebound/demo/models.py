@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moebound.demo.prompts import Sample
+from moebound.evaluate.loading import without_bars
 
 NEW_TOKENS = 48
 """Longer than every solution in the sample."""
@@ -29,7 +30,7 @@ def load_model(folder: Path) -> Any:
     from moebound.runtime import register
 
     register()
-    with _silence():
+    with without_bars():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True
         )
@@ -63,17 +64,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """transformers draws a progress bar for every load; a dozen of them say nothing."""
-    from transformers.utils import logging
-
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

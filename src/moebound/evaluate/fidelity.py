@@ -75,7 +75,7 @@ def log_probabilities(model: Any, batch: Batch) -> torch.Tensor:
 
 def compare(original: torch.Tensor, compressed: torch.Tensor, batch: Batch) -> Fidelity:
     """Both [B, T - 1, vocabulary], natural logarithms of probabilities."""
-    kl = _divergence(original, compressed)
+    kl = divergence(original, compressed)
     predicted = compressed.argmax(-1)
     sums = _Sums.empty(len(kl))
     sums.add(list(range(len(kl))), batch, kl, predicted == original.argmax(-1), predicted)
@@ -135,7 +135,7 @@ class Baseline:
             if part.tokens is not None:
                 logs = _with_rest(logs.gather(-1, part.tokens))
             kl = torch.zeros(predicted.shape, dtype=torch.float64)
-            kl[part.batch.predicts] = _divergence(part.logs.double(), logs).cpu()
+            kl[part.batch.predicts] = divergence(part.logs.double(), logs).cpu()
             predicted = predicted.cpu()
             agrees = torch.zeros(predicted.shape, dtype=torch.bool)
             agrees[part.batch.predicts] = predicted[part.batch.predicts] == part.best
@@ -143,8 +143,9 @@ class Baseline:
         return sums.fidelity(exact=self.exact)
 
 
-def _divergence(original: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-    """KL over the last axis. A model whose output is NaN is infinitely far."""
+def divergence(original: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+    """KL over the last axis, from logarithms of probabilities. A model whose output is NaN is
+    infinitely far."""
     # A probability of 0 contributes nothing, where 0 · (-inf - x) would be NaN.
     terms = torch.where(original > -torch.inf, original.exp() * (original - changed), 0.0)
     return torch.nan_to_num(terms.sum(-1), nan=math.inf, posinf=math.inf)

@@ -101,7 +101,7 @@ def _load_model(src: str, path: str, dtype: str, device: str) -> Any:
     if Path(path).is_dir():
         options["local_files_only"] = True
     try:
-        with _silence():
+        with without_bars():
             model = AutoModelForCausalLM.from_pretrained(path, **options)
     except MoeboundError:
         raise
@@ -171,7 +171,7 @@ def _kind(src: str, path: Path) -> Kind:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """transformers draws a progress bar for every load; many of them say nothing."""
     from transformers.utils import logging
 

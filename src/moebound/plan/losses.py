@@ -82,17 +82,17 @@ def from_sensitivity(
             for key, roles in zip(items.keys, items.roles, strict=True)
         ]
     )
-    level, n_measured = _level(entries, items.keys, len(rates), where)
+    power = exponent(rates, loss)
     smooth = all("flips_kl" in entry for entry in entries.values())
-    if smooth:
-        level = np.ones_like(level)
+    if not smooth:
+        loss = loss * _level(entries, items.keys, len(rates), where)
     facts: dict[str, Any] = {
         "sensitivity": document.describe(),
-        "loss_exponent": exponent(rates, loss),
-        "experts_measured": n_measured,
+        "loss_exponent": power,
+        "experts_measured": sum(e.get("measured_kl") is not None for e in entries.values()),
         "losses": "smooth part" if smooth else "whole",
     }
-    return items.with_loss(power_law(rates, loss * level, items.rates)), facts
+    return items.with_loss(power_law(rates, loss, items.rates)), facts
 
 
 def from_study(
@@ -230,22 +230,20 @@ def _level(
     keys: Sequence[ExpertKey],
     count: int,
     where: str,
-) -> tuple[Floats, int]:
+) -> Floats:
     """[N, M] measured over predicted KL, summed over the measured experts of each layer; 1 where
-    none was. And how many were."""
+    none was."""
     sums: dict[int, Floats] = defaultdict(lambda: np.zeros((2, count)))
-    n_measured = 0
     for key, entry in entries.items():
         if entry.get("measured_kl") is None:
             continue
-        n_measured += 1
         sums[key.layer][0] += [max(0.0, float(v)) for v in entry["measured_kl"]]
         sums[key.layer][1] += numbers(entry.get("predicted_kl"), count, f"{where}: {key}")
     level = {
         layer: np.where((both > 0).all(axis=0), both[0] / np.where(both[1] > 0, both[1], 1), 1.0)
         for layer, both in sums.items()
     }
-    return np.array([level.get(key.layer, np.ones(count)) for key in keys]), n_measured
+    return np.array([level.get(key.layer, np.ones(count)) for key in keys])
 
 
 def _as_arrays(curve: Mapping[float, float]) -> tuple[Floats, Floats]:

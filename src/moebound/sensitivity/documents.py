@@ -21,6 +21,15 @@ def save_json(path: Path, document: dict[str, Any]) -> None:
         raise
 
 
+def check_header(data: Any, form: str, version: int, name: str) -> None:
+    """Raises FormatError unless data is a JSON object of this format and version."""
+    found = data.get("format") if isinstance(data, dict) else type(data).__name__
+    if found != form:
+        raise FormatError(f"{name}: expected format {form!r}, found {found!r}")
+    if data.get("version") != version:
+        raise FormatError(f"{name}: version {data.get('version')!r}, this moebound reads {version}")
+
+
 def load_json(path: Path) -> Any:
     """Raises MoeboundError for a file that cannot be read, FormatError for one that is no JSON."""
     try:

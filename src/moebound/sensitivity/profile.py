@@ -16,7 +16,7 @@ from typing import Any
 from moebound.cache.trace import Trace
 from moebound.errors import FormatError, MoeboundError
 from moebound.sensitivity.balance import Balance, balance
-from moebound.sensitivity.documents import load_json, save_json
+from moebound.sensitivity.documents import check_header, load_json, save_json
 from moebound.sensitivity.usage import LayerUse
 
 FORMAT, VERSION = "moebound.profile", 1
@@ -152,13 +152,7 @@ class Profile:
 
         Raises FormatError for anything else, or a later version.
         """
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        if found != FORMAT:
-            raise FormatError(f"{name}: expected format {FORMAT!r}, found {found!r}")
-        if data.get("version") != VERSION:
-            raise FormatError(
-                f"{name}: profile version {data.get('version')!r}, this moebound reads {VERSION}"
-            )
+        check_header(data, FORMAT, VERSION, name)
         try:
             tasks = tuple(TaskUse.from_json(task) for task in data["tasks"])
             return cls(str(data["model"]), tasks)

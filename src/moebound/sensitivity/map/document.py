@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebound.errors import FormatError
-from moebound.sensitivity.documents import load_json, save_json
+from moebound.sensitivity.documents import check_header, load_json, save_json
 from moebound.types import ExpertKey
 
 FORMAT, VERSION = "moebound.sensitivity", 1
@@ -133,13 +133,7 @@ class SensitivityMap:
 
         Raises FormatError for anything else, or a later version.
         """
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        if found != FORMAT:
-            raise FormatError(f"{name}: expected format {FORMAT!r}, found {found!r}")
-        if data.get("version") != VERSION:
-            raise FormatError(
-                f"{name}: version {data.get('version')!r}, this moebound reads {VERSION}"
-            )
+        check_header(data, FORMAT, VERSION, name)
         try:
             return cls(
                 str(data["model"]),

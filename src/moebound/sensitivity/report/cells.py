@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moebound.evaluate.evaluation import DOWN_SHARE
 from moebound.evaluate.statistics import wilson
 from moebound.sensitivity.report.compare import LEVEL
 from moebound.sensitivity.report.read import NO_ERROR, Metric, Row, Study
@@ -18,9 +19,8 @@ from moebound.types import Array
 
 RANDOMISED = "randomise"
 CODEC_PREFIX = "codec:"
-NO_OUTPUT = 0.1
-"""Below this share of valid outputs a model counts as silent, and the tables have "/". As in
-`moebound eval` (evaluate/evaluation.py, DOWN_SHARE)."""
+NO_OUTPUT = DOWN_SHARE
+"""Below this share of valid outputs a model counts as silent, and the tables have "/"."""
 
 SOURCE_NAMES = {
     "gaussian-sd": "paper's Gaussian, sd ε",

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import numpy as np
 
 from moebound.errors import FormatError, MoeboundError
+from moebound.plan.documents import ROWS_FILE
 from moebound.types import Array
 
 FORMAT, VERSION = "moebound.study", 1
-STUDY_FILE, ROWS_FILE = "study.json", "rows.jsonl"
+STUDY_FILE = "study.json"
 NO_ERROR = "none"
 Metric = Literal["ica", "pia"]
 METRICS: tuple[Metric, ...] = ("ica", "pia")

@@ -18,11 +18,12 @@ from typing import Any
 
 from moebound.checkpoint.durable import disk_errors
 from moebound.errors import FormatError, MoeboundError
+from moebound.plan.documents import ROWS_FILE
 from moebound.sensitivity.documents import load_json, save_json
 from moebound.sensitivity.study.suite import Condition, ModelFacts
 
 FORMAT, VERSION = "moebound.study", 1
-STUDY_FILE, ROWS_FILE = "study.json", "rows.jsonl"
+STUDY_FILE = "study.json"
 ANSWERS_FILE, PROFILE_FILE = "answers.jsonl", "profile.json"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from moebound.errors import UnsupportedArchitectureError
+from moebound.evaluate.fidelity import divergence
 from moebound.sensitivity.live import LiveExperts
 from moebound.sensitivity.map.calibration import Calibration, calibration_of
 from moebound.sensitivity.study.flow import FlowSum, Heard, Listener
@@ -105,8 +106,7 @@ def _kl_sum(p: torch.Tensor, q: torch.Tensor) -> float:
     for start in range(0, len(p), _ROWS):
         a = torch.log_softmax(p[start : start + _ROWS].double(), -1)
         b = torch.log_softmax(q[start : start + _ROWS].double(), -1)
-        # A probability of 0 contributes nothing, where 0 · (-inf - x) would be NaN.
-        total += float(torch.where(a > -torch.inf, a.exp() * (a - b), 0.0).sum())
+        total += float(divergence(a, b).sum())
     return total
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from moebound.errors import MoeboundError
+from moebound.plan.documents import ROWS_FILE
 from moebound.sensitivity.profile import Profile, TaskUse
 from moebound.sensitivity.study.folder import (
     ANSWERS_FILE,
     PROFILE_FILE,
-    ROWS_FILE,
     Asked,
     missing,
     prepare,
