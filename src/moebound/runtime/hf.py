@@ -134,8 +134,7 @@ class MoeboundQuantizer(HfQuantizer):
                 f"{files[0].parent}: config.json says this is a store, but no shard has "
                 "compressed tensors"
             )
-        for _ in in_order(_check_whole, self._compressed, jobs=thread_count()):
-            pass
+        check_whole(self._compressed)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -240,6 +239,13 @@ def _with_decode(converter: Any) -> Any:
     )
     copy.scope_prefix, copy.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
     return copy
+
+
+def check_whole(tensors: list[TensorInfo]) -> None:
+    """Read these envelopes and check that they are whole. Raises FormatError or CorruptionError,
+    naming file and tensor."""
+    for _ in in_order(_check_whole, tensors, jobs=thread_count()):
+        pass
 
 
 def _check_whole(tensor: TensorInfo) -> None:
