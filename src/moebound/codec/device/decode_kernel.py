@@ -19,37 +19,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LANES = 32
-
-# Columns of `segments` [., 4], int64.
-S_ARRAY, S_FIRST_ROW, S_BEGIN, S_WORDS = range(4)
+# Columns of `segments` [., 4], int64: whose it is, its first row, first byte and number of words.
+S_ARRAY = tl.constexpr(0)
+S_FIRST_ROW = tl.constexpr(1)
+S_BEGIN = tl.constexpr(2)
+S_WORDS = tl.constexpr(3)
 SEGMENT_FIELDS = tl.constexpr(4)
 
-# Columns of `arrays` [., 16], int64. begins: of its part of the classes, tables and values.
-(
-    A_WEIGHTS,
-    A_COLUMNS,
-    A_ROWS_PER_SEGMENT,
-    A_LANES,
-    A_LOW_BITS,
-    A_TABLE_LOG,
-    A_TABLES,
-    A_CLASS_BASE,
-    A_ROW_CLASSES,
-    A_COLUMN_CLASSES,
-    A_TABLE_BEGIN,
-    A_VALUE_BEGIN,
-    A_EXACT_FROM,
-    A_LOWER,
-) = range(14)
+# Columns of `arrays` [., 16], int64: the header, and where the array's part of each section begins.
+A_WEIGHTS = tl.constexpr(0)
+A_COLUMNS = tl.constexpr(1)
+A_ROWS_PER_SEGMENT = tl.constexpr(2)
+A_LANES = tl.constexpr(3)
+A_LOW_BITS = tl.constexpr(4)
+A_TABLE_LOG = tl.constexpr(5)
+A_TABLES = tl.constexpr(6)
+A_CLASS_BASE = tl.constexpr(7)
+A_ROW_CLASSES = tl.constexpr(8)
+A_COLUMN_CLASSES = tl.constexpr(9)
+A_TABLE_BEGIN = tl.constexpr(10)
+A_VALUE_BEGIN = tl.constexpr(11)
+A_EXACT_FROM = tl.constexpr(12)  # the lowest symbol of an exact copy, or -1
+A_LOWER = tl.constexpr(13)  # where the low halves of an exact float32 copy begin, or -1
 ARRAY_FIELDS = tl.constexpr(16)
 
-# Columns of `tables` [., 4], int64.
-T_CUMULATIVE, T_SYMBOLS, T_LOG, T_BEGIN = range(4)
+# Columns of `tables` [., 4], int64: where its cumulative frequencies and its entries begin.
+T_CUMULATIVE = tl.constexpr(0)
+T_SYMBOLS = tl.constexpr(1)
+T_LOG = tl.constexpr(2)
+T_BEGIN = tl.constexpr(3)
 TABLE_FIELDS = tl.constexpr(4)
 
-# Bits of a segment's status.
-FIRST_STATE, WORDS_SHORT, WORDS_LEFT, LAST_STATE = 1, 2, 4, 8
+# Bits of a segment's status; launch.py has them in words.
+FIRST_STATE = tl.constexpr(1)
+WORDS_SHORT = tl.constexpr(2)
+WORDS_LEFT = tl.constexpr(4)
+LAST_STATE = tl.constexpr(8)
 
 
 @triton.jit
@@ -116,16 +121,16 @@ def decode_segments(
     segment = first_segment + tl.program_id(0) * SEGMENTS + own
     live = segment < last_segment
     s = segments + segment.to(tl.int64) * SEGMENT_FIELDS
-    array = tl.load(s + 0, mask=live, other=0)
-    first_row = tl.load(s + 1, mask=live, other=0)
-    n_words = tl.load(s + 3, mask=live, other=0).to(tl.int32)
+    array = tl.load(s + S_ARRAY, mask=live, other=0)
+    first_row = tl.load(s + S_FIRST_ROW, mask=live, other=0)
+    n_words = tl.load(s + S_WORDS, mask=live, other=0).to(tl.int32)
     a = arrays + array * ARRAY_FIELDS
-    n = tl.load(a + 0, mask=live, other=0)
-    columns = tl.load(a + 1, mask=live, other=0).to(tl.int32)
-    rows_per_segment = tl.load(a + 2, mask=live, other=0).to(tl.int32)
-    lanes = tl.load(a + 3, mask=live, other=1).to(tl.int32)
-    table_log = tl.load(a + 5, mask=live, other=1).to(tl.uint32)
-    table_at = tables + tl.load(a + 10, mask=live, other=0)
+    n = tl.load(a + A_WEIGHTS, mask=live, other=0)
+    columns = tl.load(a + A_COLUMNS, mask=live, other=0).to(tl.int32)
+    rows_per_segment = tl.load(a + A_ROWS_PER_SEGMENT, mask=live, other=0).to(tl.int32)
+    lanes = tl.load(a + A_LANES, mask=live, other=1).to(tl.int32)
+    table_log = tl.load(a + A_TABLE_LOG, mask=live, other=1).to(tl.uint32)
+    table_at = tables + tl.load(a + A_TABLE_BEGIN, mask=live, other=0)
     slots = (tl.full([SEGMENTS, 32], 1, tl.uint32) << table_log) - 1
     begin = first_row * columns
     n_here = tl.minimum(n - begin, rows_per_segment.to(tl.int64) * columns).to(tl.int32)
@@ -133,29 +138,29 @@ def decode_segments(
     # [begin, begin + n_here) are the segment's weights.
     address = tl.load(addresses + array, mask=live, other=0) + begin * ITEM
     out = address.to(tl.pointer_type(tl.uint16 if ITEM == 2 else tl.uint32))
-    states_at = compressed + tl.load(s + 2, mask=live, other=0)
+    states_at = compressed + tl.load(s + S_BEGIN, mask=live, other=0)
     words_at = states_at + 4 * lanes
     if CLASSES:
-        n_tables = tl.load(a + 6, mask=live, other=1).to(tl.int32)
-        base = tl.load(a + 7, mask=live, other=0).to(tl.int32)
-        row_class_at = classes + tl.load(a + 8, mask=live, other=0) + first_row
-        column_class_at = classes + tl.load(a + 9, mask=live, other=0)
+        n_tables = tl.load(a + A_TABLES, mask=live, other=1).to(tl.int32)
+        base = tl.load(a + A_CLASS_BASE, mask=live, other=0).to(tl.int32)
+        row_class_at = classes + tl.load(a + A_ROW_CLASSES, mask=live, other=0) + first_row
+        column_class_at = classes + tl.load(a + A_COLUMN_CLASSES, mask=live, other=0)
     if LOW_BITS > 0:
-        low_bits = tl.load(a + 4, mask=live, other=0).to(tl.int32)
+        low_bits = tl.load(a + A_LOW_BITS, mask=live, other=0).to(tl.int32)
         planes_at = words_at + ((2 * n_words + 3) // 4) * 4
         groups = (columns + 31) // 32
-    value_at = values + tl.load(a + 11, mask=live, other=0)
+    value_at = values + tl.load(a + A_VALUE_BEGIN, mask=live, other=0)
     if EXACT:
-        exact_from = tl.load(a + 12, mask=live, other=-1).to(tl.int32)
+        exact_from = tl.load(a + A_EXACT_FROM, mask=live, other=-1).to(tl.int32)
         if ITEM == 4:
-            lower = tl.load(a + 13, mask=live, other=-1)
+            lower = tl.load(a + A_LOWER, mask=live, other=-1)
             lower_at = compressed + lower + 2 * begin
 
     in_use = live & (lane < lanes)
     x = _u16(states_at + 4 * lane, in_use, ALIGNED)
     x = x | _u16(states_at + 4 * lane + 2, in_use, ALIGNED) << 16
     x = tl.where(in_use, x, 65536)
-    bad_start = tl.where(x < 65536, 1, 0)
+    bad_start = tl.where(x < 65536, FIRST_STATE, 0)
     taken = tl.zeros([SEGMENTS, 32], tl.int32)
     n_rows = tl.max(tl.max((n_here + columns - 1) // tl.maximum(columns, 1), axis=1), axis=0)
     n_steps = tl.max(tl.max((columns + lanes - 1) // lanes, axis=1), axis=0)
@@ -184,29 +189,29 @@ def decode_segments(
             x = tl.where(active, y, x)
             taken += together
 
-            bin = (entry & 0xFF).to(tl.int32)
+            cell = (entry & 0xFF).to(tl.int32)
             if LOW_BITS > 0:
                 group_at = planes_at + 4 * low_bits * (row * groups + column // 32)
-                bin = bin << low_bits
+                cell = cell << low_bits
                 for b in tl.static_range(LOW_BITS):
                     plane = group_at + 4 * b + column % 32 // 8
                     byte = tl.load(plane, mask=active & (b < low_bits), other=0).to(tl.int32)
-                    bin |= (byte >> column % 8 & 1) << b
+                    cell |= (byte >> column % 8 & 1) << b
             if EXACT:
                 is_exact = exact_from >= 0
-                value = tl.load(value_at + bin, mask=active & (exact_from < 0), other=0)
-                rotated = (bin + (exact_from << 8)).to(tl.uint32)
+                value = tl.load(value_at + cell, mask=active & (exact_from < 0), other=0)
+                rotated = (cell + (exact_from << 8)).to(tl.uint32)
                 pattern = (rotated >> 1 | rotated << 15) & 0xFFFF
                 if ITEM == 4:
                     below = _u16(lower_at + 2 * i, active & is_exact & (lower >= 0), False)
                     pattern = pattern << 16 | below
                 value = tl.where(is_exact, pattern.to(value.dtype), value)
             else:
-                value = tl.load(value_at + bin, mask=active, other=0)
+                value = tl.load(value_at + cell, mask=active, other=0)
             tl.store(out + i, value, mask=active)
 
-    words = tl.where(taken > n_words, 2, 0) + tl.where(taken < n_words, 4, 0)
-    bad_end = tl.where(x != 65536, 8, 0)
+    words = tl.where(taken > n_words, WORDS_SHORT, 0) + tl.where(taken < n_words, WORDS_LEFT, 0)
+    bad_end = tl.where(x != 65536, LAST_STATE, 0)
     wrong = tl.max(bad_start, axis=1, keep_dims=True) + tl.max(bad_end, axis=1, keep_dims=True)
     wrong = tl.broadcast_to(wrong, [SEGMENTS, 32]) + words
     tl.store(status + segment, wrong, mask=live & (lane == 0))
@@ -221,9 +226,9 @@ def expand_tables(
 ):
     """Write the entry of every slot of every table. Program (table, block of slots)."""
     t = tables + tl.program_id(0) * TABLE_FIELDS
-    begin_of = cumulative + tl.load(t + 0)
-    n_symbols = tl.load(t + 1).to(tl.int32)
-    n_slots = 1 << tl.load(t + 2).to(tl.int32)
+    begin_of = cumulative + tl.load(t + T_CUMULATIVE)
+    n_symbols = tl.load(t + T_SYMBOLS).to(tl.int32)
+    n_slots = 1 << tl.load(t + T_LOG).to(tl.int32)
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = slot < n_slots
     # The last symbol that begins at or before the slot: those without slots begin where it does,
@@ -236,7 +241,7 @@ def expand_tables(
     begin = tl.load(begin_of + symbol, mask=live, other=0).to(tl.int32)
     end = tl.load(begin_of + symbol + 1, mask=live, other=1).to(tl.int32)
     entry = symbol | (end - begin - 1) << 8 | (slot - begin) << 20
-    tl.store(entries + tl.load(t + 3) + slot, entry.to(tl.uint32), mask=live)
+    tl.store(entries + tl.load(t + T_BEGIN) + slot, entry.to(tl.uint32), mask=live)
 
 
 @triton.jit

@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Metadata:
-    """block: uint8. sections: first byte and behind the last. owners: of each segment, its array."""
+    """block: uint8. sections: first byte and behind the last. owners: each segment's array."""
 
     block: Numbers
     sections: dict[str, tuple[int, int]]

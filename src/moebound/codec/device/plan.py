@@ -1,4 +1,4 @@
-"""Decode many arrays with one launch: what the host prepares, and the launch.
+"""Decode many arrays with one launch: the plan.
 
     streams = [read_stream(data) for data in envelopes]
     plan = plan_decode(streams)
@@ -9,9 +9,8 @@
     launched.check()                                # waits; raises if a segment was damaged
 
 A plan is one block of numbers, about 10 kB for a matrix of an expert of Moonlight size, that is
-copied to the device once. Three kernels do the work: tables are expanded from frequencies, segments
-are decoded, patches laid over them. On the CPU the same runs under triton's interpreter
-(TRITON_INTERPRET=1 before triton is imported): that is for tests.
+copied to the device once. On the CPU the same runs under triton's interpreter (TRITON_INTERPRET=1
+before triton is imported): that is for tests.
 
 Arrays that no kernel decodes, of codecs other than `bound` and `lossless`, were decoded by
 `read_stream` on the host, and `launch` copies them.
@@ -21,34 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebound.codec.arrays import to_torch
 from moebound.codec.device import metadata
+from moebound.codec.device.launch import WARPS, Launched, PreparedDecode
 from moebound.codec.device.metadata import Metadata
-from moebound.codec.device.stream import Numbers, Stream, read_stream
-from moebound.errors import BackendUnavailable, CodecError, CorruptionError
+from moebound.codec.device.stream import Stream, read_stream
+from moebound.errors import CodecError
 
 if TYPE_CHECKING:
     import torch
 
 Bytes = bytes | bytearray | memoryview
-
-WARPS = 1
-"""Segments of a program, one a warp."""
-
-_MOST_SLOTS = 1 << 12
-_SLOTS, _PATCHES = 1024, 256
-"""Of a program."""
-
-_TROUBLES = (
-    (1, "a first state below 2^16"),
-    (2, "words end early"),
-    (4, "words are left over"),
-    (8, "a lane does not end as it began"),
-)
 
 
 @dataclass(frozen=True)
@@ -65,7 +50,8 @@ class DecodePlan:
     n_bytes: int
     aligned: bool
     metadata: Metadata
-    _on_device: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False)
+    on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+    """The metadata's block on each device that it was copied to."""
 
     def pack(self, envelopes: Sequence[Bytes], into: torch.Tensor) -> None:
         """Copy envelopes, those the plan was made of, to their offsets of a CPU tensor of uint8.
@@ -80,6 +66,16 @@ class DecodePlan:
                 raise CodecError(f"expected an envelope of {stream.n_bytes} bytes, not {len(data)}")
             target[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
+    def prepare(
+        self, compressed: torch.Tensor, outs: Sequence[torch.Tensor], *, warps: int = WARPS
+    ) -> PreparedDecode:
+        """Check the tensors of a launch, copy metadata to the device, allocate what kernels need.
+
+        As `launch`, up to running the kernels.
+        """
+        self._check_tensors(compressed, outs)
+        return PreparedDecode(self, compressed, outs, warps=warps)
+
     def launch(
         self, compressed: torch.Tensor, outs: Sequence[torch.Tensor], *, warps: int = WARPS
     ) -> Launched:
@@ -93,67 +89,7 @@ class DecodePlan:
         once `Launched.check` has found no damage; damaged bytes never make a kernel read or write
         elsewhere. Raises CodecError if a tensor does not fit, BackendUnavailable without triton.
         """
-        import torch
-
-        self._check_tensors(compressed, outs)
-        device = compressed.device
-        for stream, out in zip(self.streams, outs, strict=True):
-            if stream.decoded is not None:
-                out.view(-1).copy_(to_torch(stream.decoded))
-        numbers = self.metadata
-        if not len(numbers.owners):
-            return Launched(self, None, None)
-        kernels = _kernels(device)
-        sections = self._sections_on(device)
-        addresses = torch.tensor([out.data_ptr() for out in outs], dtype=torch.int64)
-        if device.type == "cuda":
-            addresses = addresses.pin_memory().to(device, non_blocking=True)
-        tables = torch.empty(numbers.n_slots, dtype=torch.uint32, device=device)
-        status = torch.empty(len(numbers.owners), dtype=torch.int32, device=device)
-        kernels.expand_tables[numbers.n_tables, _MOST_SLOTS // _SLOTS](
-            sections["tables"], sections["cumulative"], tables, BLOCK=_SLOTS, num_warps=4
-        )
-        for part in numbers.parts:
-            first, last = part.segments
-            kernels.decode_segments[-(-(last - first) // warps),](
-                compressed,
-                sections["segments"],
-                sections["arrays"],
-                addresses,
-                sections["classes"],
-                tables,
-                sections["values16" if part.item == 2 else "values32"],
-                status,
-                first,
-                last,
-                ITEM=part.item,
-                LOW_BITS=part.low_bits,
-                CLASSES=part.classes,
-                EXACT=part.exact,
-                ALIGNED=self.aligned,
-                BALLOT=device.type == "cuda",
-                SEGMENTS=warps,
-                num_warps=warps,
-            )
-            first, last = part.patches
-            if last > first:
-                kernels.lay_patches[-(-(last - first) // _PATCHES),](
-                    sections["positions"],
-                    sections["owners"],
-                    sections["patches"],
-                    addresses,
-                    first,
-                    last,
-                    ITEM=part.item,
-                    BLOCK=_PATCHES,
-                    num_warps=4,
-                )
-        event = None
-        if device.type == "cuda":
-            status = status.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        return Launched(self, status, event)
+        return self.prepare(compressed, outs, warps=warps).run()
 
     def _check_tensors(self, compressed: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
         import torch
@@ -180,55 +116,6 @@ class DecodePlan:
                     f"outs[{i}]: expected {stream.spec.size} contiguous values of {dtype} on "
                     f"{compressed.device}, found {tuple(out.shape)} of {out.dtype} on {out.device}"
                 )
-
-    def _sections_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The metadata on the device, copied there once, from pinned memory."""
-        import torch
-
-        if device not in self._on_device:
-            block = torch.from_numpy(self.metadata.block)
-            if device.type == "cuda":
-                block = block.pin_memory().to(device, non_blocking=True)
-            self._on_device[device] = block
-        block = self._on_device[device]
-        return {
-            name: block[begin:end].view(getattr(torch, metadata.DTYPES[name]))
-            for name, (begin, end) in self.metadata.sections.items()
-        }
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A decode that is on its way."""
-
-    plan: DecodePlan
-    _status: torch.Tensor | None
-    _event: torch.cuda.Event | None
-
-    @property
-    def done(self) -> bool:
-        """Whether the device has finished."""
-        return self._event is None or self._event.query()
-
-    def check(self) -> None:
-        """Wait, and raise CorruptionError if a segment was damaged. It names the first one."""
-        if self._event is not None:
-            self._event.synchronize()
-        wrong = np.empty(0, np.int32) if self._status is None else self._status.numpy()
-        damaged = np.flatnonzero(wrong)
-        if not len(damaged):
-            return
-        owners: Numbers = self.plan.metadata.owners
-        first = int(damaged[0])
-        i = int(owners[first])
-        segment = first - int(np.flatnonzero(owners == i)[0])
-        stream = self.plan.streams[i]
-        what = ", ".join(text for bit, text in _TROUBLES if wrong[first] & bit)
-        raise CorruptionError(
-            f"array {i} of {len(self.plan.streams)} (codec {stream.codec!r}, shape "
-            f"{stream.spec.shape}): segment {segment} of {np.count_nonzero(owners == i)} is "
-            f"damaged: {what}; {len(damaged)} damaged segments in all"
-        )
 
 
 def plan_decode(
@@ -294,20 +181,3 @@ def _in_a_row(streams: Sequence[Stream]) -> list[int]:
         offsets.append(at)
         at += stream.n_bytes
     return offsets
-
-
-def _kernels(device: torch.device) -> Any:
-    """The module of kernels. Raises BackendUnavailable if they cannot run on this device."""
-    try:
-        import triton
-    except ImportError:
-        raise BackendUnavailable(
-            "decoding on a device needs triton: pip install 'moebound[gpu]'"
-        ) from None
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise BackendUnavailable(
-            f"device {device}: expected a CUDA device; on the CPU use moebound.decode"
-        )
-    from moebound.codec.device import decode_kernel
-
-    return decode_kernel

@@ -43,7 +43,7 @@ class Coded:
         patterns rotated left by one.
     segments: [S] int64, the first byte of each segment, counted from the envelope's first byte.
     words: [S] int32, 16-bit words of each.
-    lower: where the low halves of an exact copy of float32 begin, uint16 each; -1 if there are none.
+    lower: where the low halves of an exact copy of float32 begin, uint16 each; -1 without them.
     """
 
     table_log: int
