@@ -34,8 +34,8 @@ _ARRAY_FIELDS = 16
 class Part:
     """The arrays of one item size: one launch decodes them.
 
-    item: bytes of a value. segments, patches: the first and behind the last, of all. low_bits: the
-    most of any array. classes, exact: whether any has classes, or is an exact copy.
+    item: bytes of a value. segments, patches: the first and behind the last, of all. low_bits: at
+    least those of any array. classes, exact: whether any has classes, or is an exact copy.
     """
 
     item: int
@@ -114,7 +114,7 @@ def build(streams: Sequence[Stream], offsets: Sequence[int]) -> Metadata:
                     item,
                     (first_segment, counts["segments"]),
                     (first_patch, counts["positions"]),
-                    max(coded.low_bits for _, _, coded in chosen),
+                    _rounded_up(max(coded.low_bits for _, _, coded in chosen)),
                     any(coded.n_tables > 1 for _, _, coded in chosen),
                     any(coded.exact for _, _, coded in chosen),
                 )
@@ -129,6 +129,11 @@ def build(streams: Sequence[Stream], offsets: Sequence[int]) -> Metadata:
         counts["tables"],
         n_slots,
     )
+
+
+def _rounded_up(low_bits: int) -> int:
+    """To one of few numbers: a kernel is compiled for each."""
+    return next(n for n in (0, 1, 2, 4, 8) if n >= low_bits)
 
 
 def _segments(i: int, coded: Coded, offset: int) -> Numbers:
