@@ -4,7 +4,7 @@ In this order:
 
     cases.py       experts of full size, encoded
     verify.py      every kind of payload decodes to the CPU's bits, and damage is found
-    throughput.py  kernels alone, by segment size, rate and warps
+    throughput.py  kernels alone, by segment size and rate
     transfer.py    copies, and decoding behind them, over the experts of a layer
     run.py         all of it: start reading there
     table.py       as text

@@ -23,11 +23,14 @@ KINDS = ("gaussian", "gaussian-rows-cols")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. warps: of a program; the first is used where others are not compared."""
+    """What is measured.
+
+    together: segments of a program; the first is used where others are not compared.
+    """
 
     rates: tuple[float, ...] = (0.05, 0.3, 0.8)
     segments: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 1 << 18)
-    warps: tuple[int, ...] = (1, 2, 4, 8)
+    together: tuple[int, ...] = (1, 4)
     experts: tuple[int, ...] = (1, 6, 64)
 
 
@@ -86,7 +89,7 @@ def run(settings: Settings | None = None, *, say: Callable[[str], None] | None =
 
 
 def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeRow]:
-    """Every segment size at every rate; warps and numbers of experts one by one."""
+    """Every segment size at every rate; programs and numbers of experts one by one."""
     rows = []
     middle = settings.rates[len(settings.rates) // 2]
     for kind in KINDS:
@@ -98,8 +101,8 @@ def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeR
                 for n_experts in settings.experts:
                     if n_experts > 6 and rate != middle:
                         continue
-                    for warps in settings.warps if rate == middle else settings.warps[:1]:
-                        rows.append(time_decode(coded, n_experts, warps))
+                    for together in settings.together if rate == middle else settings.together[:1]:
+                        rows.append(time_decode(coded, n_experts, together))
     return rows
 
 

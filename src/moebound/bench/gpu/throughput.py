@@ -58,7 +58,7 @@ class DecodeRow:
     n_experts: int
     n_segments: int
     n_tables: int
-    warps: int
+    together: int
     bits_per_weight: float
     metadata_bytes: int
     expand: Timing
@@ -79,7 +79,7 @@ class DecodeRow:
         }
 
 
-def prepared(coded: EncodedExpert, n_experts: int, warps: int) -> PreparedDecode:
+def prepared(coded: EncodedExpert, n_experts: int, together: int) -> PreparedDecode:
     """Decode so many copies of an expert, each from bytes of its own, into one tensor."""
     import torch
 
@@ -89,12 +89,12 @@ def prepared(coded: EncodedExpert, n_experts: int, warps: int) -> PreparedDecode
     plan.pack(list(coded.data) * n_experts, staging)
     outs = torch.empty(n_experts * EXPERT_WEIGHTS, dtype=torch.bfloat16, device="cuda")
     slots = torch.split(outs, [stream.spec.size for stream in streams])
-    return plan.prepare(staging.cuda(), slots, warps=warps)
+    return plan.prepare(staging.cuda(), slots, together=together)
 
 
-def time_decode(coded: EncodedExpert, n_experts: int, warps: int) -> DecodeRow:
+def time_decode(coded: EncodedExpert, n_experts: int, together: int) -> DecodeRow:
     """Decode once and check, then time."""
-    ready = prepared(coded, n_experts, warps)
+    ready = prepared(coded, n_experts, together)
     ready.run().check()
     numbers = ready.plan.metadata
     return DecodeRow(
@@ -104,7 +104,7 @@ def time_decode(coded: EncodedExpert, n_experts: int, warps: int) -> DecodeRow:
         n_experts,
         len(numbers.owners),
         numbers.n_tables,
-        warps,
+        together,
         coded.bits_per_weight,
         len(numbers.block),
         time_on_device(ready.expand, seconds=SECONDS / 4),

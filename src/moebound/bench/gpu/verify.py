@@ -29,20 +29,22 @@ class Check:
     found: str
 
 
-def verify(device: Any, *, warps: int = 4) -> list[Check]:
-    """Run every check on this device. warps: of the programs that have several."""
+def verify(device: Any, *, together: int = 4) -> list[Check]:
+    """Run every check on this device. together: segments of a program, where it has several."""
     envelopes = dict(_envelopes())
     checks = [_compare(name, [data], device) for name, data in envelopes.items()]
     for name in ("bf16 gaussian", "bf16 classes", "bf16 low bits", "lossless f32"):
         checks.append(_compare(f"{name}, anywhere", [envelopes[name]], device, offset=3))
-        checks.append(_compare(f"{name}, {warps} warps", [envelopes[name]], device, warps=warps))
-    checks.append(_compare("all at once", list(envelopes.values()), device, warps=warps))
+        checks.append(
+            _compare(f"{name}, {together} together", [envelopes[name]], device, together=together)
+        )
+    checks.append(_compare("all at once", list(envelopes.values()), device, together=together))
     checks.append(_damage(envelopes["bf16 gaussian"], device))
     return checks
 
 
 def _compare(
-    name: str, data: list[bytes], device: Any, *, warps: int = 1, offset: int | None = None
+    name: str, data: list[bytes], device: Any, *, together: int = 1, offset: int | None = None
 ) -> Check:
     """offset: where the bytes of one envelope stand, in place of where a plan puts them."""
     import torch
@@ -56,7 +58,7 @@ def _compare(
         for s in plan.streams
     ]
     outs = [b[128:-128] for b in blocks]
-    plan.launch(staging.to(device), outs, warps=warps).check()
+    plan.launch(staging.to(device), outs, together=together).check()
     for i, (envelope, block) in enumerate(zip(data, blocks, strict=True)):
         array = decode(envelope)
         assert isinstance(array, np.ndarray)

@@ -1,11 +1,12 @@
 """The decoder on the device: a row of 32 threads decodes one segment, as a warp.
 
-docs/format.md, section 4.6, in Triton. A tile is [SEGMENTS, 32]: a segment a row, a lane a column,
-and with as many segments as warps each warp has one and keeps its states in registers. A step
-decodes up to 32 weights. Lanes whose state fell below 2^16 take the next words in the order of
-their numbers, so where each reads is a count of the lanes before it that do: one ballot and a
-population count, as in DietGPU (github.com/facebookresearch/dietgpu); under the interpreter, which
-has no warps, a prefix sum.
+docs/format.md, section 4.6, in Triton. A tile is [SEGMENTS, 32]: a segment a row, a lane a column.
+On a GPU a program is one warp with one segment, whose states stay in registers: thread i is lane i,
+in the only layout that such a tile has. A step decodes up to 32 weights. Lanes whose state fell
+below 2^16 take the next words in the order of their numbers, so where each reads is a count of the
+lanes before it that do: one ballot and a population count, as in DietGPU
+(github.com/facebookresearch/dietgpu); under the interpreter, which has no warps and takes many
+segments at a time, a prefix sum.
 
 Nothing is computed in floating point: values are patterns from a table.
 
@@ -74,6 +75,7 @@ def _count_before(wants, BALLOT: tl.constexpr):
     wants: [SEGMENTS, 32] of 0 and 1, int32.
     """
     if BALLOT:
+        tl.static_assert(wants.shape[0] == 1, "a ballot is among the lanes of one segment")
         return tl.inline_asm_elementwise(
             """{
             .reg .pred p;
@@ -94,7 +96,7 @@ def _count_before(wants, BALLOT: tl.constexpr):
     return tl.cumsum(wants, axis=1) - wants, tl.sum(wants, axis=1, keep_dims=True) + wants * 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_segment", "last_segment"])
 def decode_segments(
     compressed,  # uint8
     segments,  # int64 [., 4]
@@ -111,11 +113,11 @@ def decode_segments(
     CLASSES: tl.constexpr,  # whether any array has more than one table
     EXACT: tl.constexpr,  # whether any array is an exact copy
     ALIGNED: tl.constexpr,  # whether all segments begin at even addresses
-    BALLOT: tl.constexpr,
-    SEGMENTS: tl.constexpr,  # a program's; equal to the number of warps
+    BALLOT: tl.constexpr,  # for one segment and one warp
+    SEGMENTS: tl.constexpr,  # a program's
 ):
     """Decode segments [first_segment, last_segment) of arrays whose values have ITEM bytes."""
-    # What holds for a segment stands in all 32 columns, so that no value ever changes its layout.
+    # What holds for a segment stands in all 32 columns, so that no value changes its layout.
     lane = tl.broadcast_to(tl.arange(0, 32)[None, :], [SEGMENTS, 32])
     own = tl.broadcast_to(tl.arange(0, SEGMENTS)[:, None], [SEGMENTS, 32])
     segment = first_segment + tl.program_id(0) * SEGMENTS + own
@@ -244,7 +246,7 @@ def expand_tables(
     tl.store(entries + tl.load(t + T_BEGIN) + slot, entry.to(tl.uint32), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "last"])
 def lay_patches(
     positions,  # int64, flat
     owners,  # int32, index of the array

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from moebound.codec.device.plan import DecodePlan
 
-WARPS = 1
-"""Segments of a program, one a warp."""
-
 _MOST_SLOTS = 1 << 12
 _SLOTS, _PATCHES = 1024, 256
 """Of a program."""
@@ -47,11 +44,12 @@ class PreparedDecode:
         compressed: torch.Tensor,
         outs: Sequence[torch.Tensor],
         *,
-        warps: int,
+        together: int,
     ) -> None:
         import torch
 
-        self.plan, self.compressed, self.outs, self.warps = plan, compressed, tuple(outs), warps
+        self.plan, self.compressed, self.outs = plan, compressed, tuple(outs)
+        self.together = together
         device, numbers = compressed.device, plan.metadata
         self._kernels = _kernels(device) if len(numbers.owners) else None
         self._sections = _sections_on(device, plan)
@@ -95,7 +93,7 @@ class PreparedDecode:
         for part in self.plan.metadata.parts:
             assert self._kernels is not None
             first, last = part.segments
-            self._kernels.decode_segments[-(-(last - first) // self.warps),](
+            self._kernels.decode_segments[-(-(last - first) // self.together),](
                 self.compressed,
                 self._sections["segments"],
                 self._sections["arrays"],
@@ -111,9 +109,9 @@ class PreparedDecode:
                 CLASSES=part.classes,
                 EXACT=part.exact,
                 ALIGNED=self.plan.aligned,
-                BALLOT=self.compressed.device.type == "cuda",
-                SEGMENTS=self.warps,
-                num_warps=self.warps,
+                BALLOT=self.compressed.device.type == "cuda" and self.together == 1,
+                SEGMENTS=self.together,
+                num_warps=self.together,
             )
 
     def patch(self) -> None:

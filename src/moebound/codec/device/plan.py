@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moebound.codec.device import metadata
-from moebound.codec.device.launch import WARPS, Launched, PreparedDecode
+from moebound.codec.device.launch import Launched, PreparedDecode
 from moebound.codec.device.metadata import Metadata
 from moebound.codec.device.stream import Stream, read_stream
 from moebound.errors import CodecError
@@ -67,29 +67,30 @@ class DecodePlan:
             target[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
     def prepare(
-        self, compressed: torch.Tensor, outs: Sequence[torch.Tensor], *, warps: int = WARPS
+        self, compressed: torch.Tensor, outs: Sequence[torch.Tensor], *, together: int = 1
     ) -> PreparedDecode:
         """Check the tensors of a launch, copy metadata to the device, allocate what kernels need.
 
         As `launch`, up to running the kernels.
         """
         self._check_tensors(compressed, outs)
-        return PreparedDecode(self, compressed, outs, warps=warps)
+        return PreparedDecode(self, compressed, outs, together=together)
 
     def launch(
-        self, compressed: torch.Tensor, outs: Sequence[torch.Tensor], *, warps: int = WARPS
+        self, compressed: torch.Tensor, outs: Sequence[torch.Tensor], *, together: int = 1
     ) -> Launched:
         """Decode every array into its tensor of `outs`, asynchronously on the current stream.
 
         compressed: flat uint8 on the device, with the envelopes at `offsets`. outs: contiguous
         tensors of the arrays' size and dtype on the same device, of any shape; views of a larger
-        one are fine. warps: of a program, a power of two; each decodes one segment.
+        one are fine. together: segments of a program, a power of two; on a GPU one is quickest, the
+        interpreter wants many.
 
         The caller keeps both as they are until the stream has run this. What is in outs is good
         once `Launched.check` has found no damage; damaged bytes never make a kernel read or write
         elsewhere. Raises CodecError if a tensor does not fit, BackendUnavailable without triton.
         """
-        return self.prepare(compressed, outs, warps=warps).run()
+        return self.prepare(compressed, outs, together=together).run()
 
     def _check_tensors(self, compressed: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
         import torch
