@@ -9,6 +9,7 @@
 
 #include "bound.h"
 #include "bound_layout.h"
+#include "bound_plan.h"
 #include "compare.h"
 #include "cpu.h"
 #include "float_env.h"
@@ -144,6 +145,34 @@ NB_MODULE(_native, m) {
     const Away away;
     moebound::decode_bound(info, buffer.data(), buffer.size(), out.data(), threads);
   }, "payload"_a, "out"_a, "source"_a, "bound"_a, "threads"_a);
+
+  m.def("bound_plan", [](nb::handle payload, size_t n, unsigned source, unsigned output, double bound) {
+    const Buffer buffer(payload);
+    const auto info = array_info(dtype_from(source), dtype_from(output), bound, n, 1);
+    moebound::PayloadPlan plan;
+    {
+      const Away away;
+      plan = moebound::plan_payload(info, buffer.data(), buffer.size());
+    }
+    moebound::Layout& layout = plan.layout;
+    nb::dict found;
+    found["table_log"] = layout.table_log;
+    found["lanes_log"] = layout.lanes_log;
+    found["low_bits"] = layout.low_bits;
+    found["n_tables"] = layout.n_tables;
+    found["columns"] = layout.columns;
+    found["rows_per_segment"] = layout.rows_per_segment;
+    found["symbol_low"] = layout.symbol_low;
+    found["n_symbols"] = layout.n_symbols;
+    found["class_base"] = layout.class_base;
+    found["row_classes"] = to_array(std::move(layout.row_classes));
+    found["column_classes"] = to_array(std::move(layout.column_classes));
+    found["frequencies"] = to_array(std::move(layout.frequencies));
+    found["segment_words"] = to_array(std::move(layout.segment_words));
+    found["segments"] = to_array(std::move(plan.segments));
+    found["values"] = to_array(std::move(plan.values));
+    return found;
+  }, "payload"_a, "n"_a, "source"_a, "output"_a, "bound"_a);
 
   m.def("grid", [](unsigned source, unsigned output, double bound, size_t n_cells, uint32_t up_to_source) {
     const moebound::DefaultFloatEnvironment environment;
