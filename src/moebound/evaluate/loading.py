@@ -167,4 +167,3 @@ def _kind(src: str, path: Path) -> Kind:
     settings = config.get("quantization_config")
     is_store = isinstance(settings, dict) and settings.get("quant_method") == "moebound"
     return "store" if is_store else "checkpoint"
-

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+import torch
+
 from moebound.errors import CacheError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -34,8 +36,10 @@ def parse_budget(budget: int | str, *, of: int) -> int:
     )
 
 
-def available_memory() -> int:
-    """Bytes that can be had without swapping."""
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device; on the CPU, without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:

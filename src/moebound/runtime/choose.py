@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +12,16 @@ from moebound.cache import Catalog
 from moebound.checkpoint.families import text_config
 from moebound.errors import CacheError
 from moebound.runtime.budget import available_memory, parse_budget
-from moebound.runtime.costs import Costs, Speeds, measure_compute, measure_speeds
-from moebound.runtime.images import Images
+from moebound.runtime.costs import (
+    Costs,
+    Speeds,
+    measure_compute,
+    measure_memory,
+    measure_speeds,
+    sample,
+)
+from moebound.runtime.delivery import CpuDelivery, Delivery
+from moebound.runtime.images import Image, Images
 from moebound.runtime.slots import Kind
 from moebound.runtime.tiers import DiskTier, RamTier, Tier, TierName
 from moebound.types import ExpertKey
@@ -50,11 +57,24 @@ class Way:
     def seconds(self) -> float:
         return self.costs.overlapped_s(self.hit_ratio)
 
-    def open_tier(self, *, drop_cache: bool) -> Tier:
-        """Reads everything, where it waits in RAM."""
-        if self.tier == "ram":
-            return RamTier(self.images)
-        return DiskTier(self.images, drop_cache=drop_cache)
+
+def open_tier(
+    name: TierName, images: Iterable[Image], device: torch.device, *, drop_cache: bool
+) -> Tier:
+    """Where these experts wait. Reads them now, if that is RAM."""
+    if name == "ram":
+        return RamTier(images, pinned=device.type == "cuda")
+    return DiskTier(images, drop_cache=drop_cache)
+
+
+def open_delivery(tier: Tier, images: Images, device: torch.device, *, cores: int) -> Delivery:
+    """How experts get from there to the device."""
+    if device.type == "cpu":
+        return CpuDelivery(tier, cores=cores)
+    from moebound.runtime.cuda import CudaDelivery
+
+    largest = max(image.n_bytes for image in images)
+    return CudaDelivery(tier, device, largest=largest, cores=cores)
 
 
 def choose(
@@ -64,6 +84,7 @@ def choose(
     *,
     budget: int | str | None,
     tier: TierName | Literal["auto"],
+    device: torch.device,
     cores: int,
     drop_cache: bool,
 ) -> list[Way]:
@@ -74,28 +95,29 @@ def choose(
     """
     decoded = sum(kind.n_bytes for kind in kinds.values())
     if budget is None:
-        n_bytes = min(decoded, int(available_memory() * FREE_SHARE))
+        n_bytes = min(decoded, int(available_memory(device) * FREE_SHARE))
     else:
         n_bytes = parse_budget(budget, of=decoded)
     layers, top_k = len({key.layer for key in kinds}), top_k_of(model.config.to_dict())
-    compute_s = measure_compute(max(kinds.values(), key=lambda kind: kind.n_bytes))
-    other_s = _other_s(model, layers)
+    compute_s = measure_compute(max(kinds.values(), key=lambda kind: kind.n_bytes), device)
+    # All weights that are not experts' are read once a token.
+    rest = sum(p.numel() * p.element_size() for p in model.parameters())
+    other_s = rest * measure_memory(device) / layers
+    on_host = device.type == "cpu"  # where compressed experts and decoded ones share a memory
     ways, least = list[Way](), list[int]()
     for name, images in sources.items():
         floor = catalog_of(images, kinds).smallest_budget(floor=1, working=top_k + 1)
-        measured: Speeds | None = None
+        probe = sample(images)
         tiers: tuple[TierName, ...] = ("disk", "ram") if tier == "auto" else (tier,)
         for at in tiers:
-            held = images.n_bytes if at == "ram" else 0
+            held = images.n_bytes if at == "ram" and on_host else 0
             room = min(n_bytes - held, decoded)
             least.append(floor + held)
             if room < floor:
                 continue
-            if measured is None:
-                measured = measure_speeds(
-                    images, DiskTier(images, drop_cache=drop_cache), kinds, threads=cores
-                )
-            speeds = measured if at == "disk" else measured.from_ram()
+            waiting = open_tier(at, probe, device, drop_cache=drop_cache)
+            delivery = open_delivery(waiting, images, device, cores=cores)
+            speeds = measure_speeds(probe, delivery, kinds, device)
             costs = Costs(speeds.read_s, speeds.decode_s, compute_s, other_s, layers, top_k)
             ways.append(Way(name, images, at, room, held, room / decoded, speeds, costs))
     if not ways:
@@ -130,14 +152,3 @@ def top_k_of(config: Mapping[str, Any]) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return 8  # no family known here leaves it out; a working set that does for most
-
-
-def _other_s(model: Any, n_layers: int) -> float:
-    """Seconds a layer and token for all weights that are not experts': they are read once."""
-    n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    probe = torch.zeros(16 << 20, dtype=torch.uint8)
-    begin = time.perf_counter()
-    for _ in range(4):
-        probe.clone()
-    per_byte = (time.perf_counter() - begin) / (4 * len(probe)) / 2
-    return float(n_bytes * per_byte / n_layers)

@@ -12,15 +12,15 @@ read in S / B seconds an expert and not decoded; they win where the link is fast
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from moebound.runtime.delivery import Delivery
 from moebound.runtime.images import Image, Images
-from moebound.runtime.slots import Kind, Slot, fill, read_into_slot
-from moebound.runtime.tiers import Tier
+from moebound.runtime.meter import Load, clock
+from moebound.runtime.slots import Kind, Slot
 from moebound.types import ExpertKey
 
 SAMPLE_BYTES = 96 << 20
@@ -64,65 +64,80 @@ class Speeds:
     read_s: float
     decode_s: float
 
-    def from_ram(self) -> Speeds:
-        """The same where nothing has to be read."""
-        return Speeds(float("inf"), self.decode, 0.0, self.decode_s)
-
 
 def measure_speeds(
-    images: Images, tier: Tier, kinds: Mapping[ExpertKey, Kind], *, threads: int
+    images: Sequence[Image],
+    delivery: Delivery,
+    kinds: Mapping[ExpertKey, Kind],
+    device: torch.device,
 ) -> Speeds:
-    """Bring in a few experts, spread over the model, and time it."""
-    sample = _sample(images)
-    buffer = tier.buffer()
-    read = decode = 0.0
-    for image in sample:
-        slot = _slot(kinds[image.key])
-        begin = time.perf_counter()
-        if image.encoded:
-            data = tier.bytes_of(image, buffer)
-            middle = time.perf_counter()
-            for part in image.parts:
-                fill(slot, part, data[part.start : part.stop], threads=threads)
-        else:
-            read_into_slot(slot, image)
-            middle = time.perf_counter()
-        end = time.perf_counter()
-        read, decode = read + middle - begin, decode + end - middle
-    n_bytes = sum(image.n_bytes for image in sample)
-    n_weights = sum(image.n_weights for image in sample)
-    encoded = any(image.encoded for image in sample)
+    """Bring in these experts, one after the other, and time it. The first is brought in twice:
+    what happens once only is not what is measured."""
+    workspace = delivery.workspace()
+    loads = list[Load]()
+    for image in (images[0], *images):
+        load = Load(image.key, image.n_bytes, image.n_weights, False, begun=clock())
+        delivery.bring(image, empty_slot(kinds[image.key], device), load, workspace)
+        loads.append(load)
+    loads = loads[1:]
+    read = sum(load.read - load.begun for load in loads)
+    decode = sum(load.done - load.read for load in loads)
+    encoded = any(image.encoded for image in images)
     return Speeds(
-        n_bytes / max(read, 1e-9),
-        n_weights / max(decode, 1e-9) if encoded else None,
-        read / len(sample),
-        decode / len(sample) if encoded else 0.0,
+        sum(load.n_bytes for load in loads) / max(read, 1e-9),
+        sum(load.n_weights for load in loads) / max(decode, 1e-9) if encoded else None,
+        read / len(loads),
+        decode / len(loads),
     )
 
 
-def measure_compute(kind: Kind, *, repeats: int = 5) -> float:
+def measure_compute(kind: Kind, device: torch.device, *, repeats: int = 5) -> float:
     """Seconds for the products of one expert and one token."""
-    slot = _slot(kind)
+    slot = empty_slot(kind, device)
     for weight in slot.weights.values():
         weight.zero_()
     first = slot.first.t() if kind.transposed else slot.first
     down = slot.down.t() if kind.transposed else slot.down
-    x = torch.zeros((1, first.shape[1]), dtype=kind.dtype)
+    x = torch.zeros((1, first.shape[1]), dtype=kind.dtype, device=device)
     times = []
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin = clock()
         inner = torch.nn.functional.linear(x, first)
         torch.nn.functional.linear(inner[:, : down.shape[1]], down)
-        times.append(time.perf_counter() - begin)
+        synchronize(device)
+        times.append(clock() - begin)
     return sorted(times)[len(times) // 2]
 
 
-def _sample(images: Images) -> list[Image]:
+def measure_memory(device: torch.device) -> float:
+    """Seconds to read a byte of the device's memory."""
+    probe = torch.zeros(16 << 20, dtype=torch.uint8, device=device)
+    times = []
+    for _ in range(5):
+        begin = clock()
+        probe.clone()
+        synchronize(device)
+        times.append(clock() - begin)
+    return min(times) / len(probe) / 2  # read and written
+
+
+def sample(images: Images) -> list[Image]:
+    """A few experts, spread over the model."""
     everything = list(images)
     size = max(1, images.n_bytes // len(everything))
     n = min(len(everything), max(MIN_SAMPLES, min(16, SAMPLE_BYTES // size)))
     return [everything[i * len(everything) // n] for i in range(n)]
 
 
-def _slot(kind: Kind) -> Slot:
-    return Slot(kind, {name: torch.empty(shape, dtype=kind.dtype) for name, shape in kind.shapes})
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def empty_slot(kind: Kind, device: torch.device) -> Slot:
+    """A slot outside of any pool."""
+    return Slot(
+        kind,
+        {n: torch.empty(s, dtype=kind.dtype, device=device) for n, s in kind.shapes},
+    )

@@ -72,7 +72,6 @@ class Fetcher:
                 self.foresight.look(layer, numbers, x)
             arrivals = ((order.key, self._arrived(order)) for order in orders)
             for key, slot in chain(found.hits.items(), arrivals):
-                slot.before_use()
                 compute(key.expert - first, slot)
                 slot.after_use()
                 self.cache.release((key,))

@@ -16,8 +16,7 @@ import torch
 from moebound.cache import ExpertCache
 from moebound.codec import thread_count
 from moebound.errors import CacheError, CheckpointError, MoeboundError
-from moebound.runtime.choose import catalog_of, choose
-from moebound.runtime.delivery import CpuDelivery
+from moebound.runtime.choose import catalog_of, choose, open_delivery, open_tier
 from moebound.runtime.fetcher import Fetcher
 from moebound.runtime.images import Images, open_images
 from moebound.runtime.loader import Loader
@@ -52,13 +51,15 @@ def load(
 
     source: a store, or an ordinary checkpoint folder, whose experts are then read as they are.
     ram_budget: bytes for experts, decoded and compressed together ("4GiB", "20%" of all experts
-        decoded); None for 70 % of what is free. Everything else comes on top: the other weights,
-        the KV cache, and the loading threads' buffers (`choice.buffer_bytes`).
+        decoded); None for 70 % of what is free. On a GPU, of its memory, and for decoded experts
+        only. Everything else comes on top: the other weights, the KV cache, and the loading
+        threads' buffers (`choice.buffer_bytes`).
     tier: where experts wait: "disk", "ram" (compressed, within the budget), or "auto" for the
         faster by prediction. dtype: "auto" for the checkpoint's own. policy: of the cache.
     predictor: "none", or one of `PREDICTORS`. raw: an ordinary checkpoint of the same model, to be
         used where reading it is predicted to be faster than decoding. threads: native threads, None
-        for all CPUs. drop_cache: keep the operating system from caching what was read.
+        for all CPUs. device: "cpu", or a CUDA device. drop_cache: keep the operating system from
+        caching what was read.
 
     Guarantee: logits are those of the decoded weights; bit for bit the same whatever the budget,
     tier, policy, predictor and timing; within float rounding those of stock transformers.
@@ -89,7 +90,8 @@ def load(
     live = live_experts(model)
     _check_experts(path, images, live)
     kinds = _kinds(live, model.dtype)
-    ways = choose(sources, kinds, model, budget=ram_budget, tier=tier, cores=cores,
+    place = torch.device(device)
+    ways = choose(sources, kinds, model, budget=ram_budget, tier=tier, device=place, cores=cores,
                   drop_cache=drop_cache)  # fmt: skip
     way = ways[0]
     meter = Meter()
@@ -99,14 +101,15 @@ def load(
         policy=policy,
         working=way.costs.top_k + 1,
     )
-    delivery = CpuDelivery(way.open_tier(drop_cache=drop_cache), cores=cores)
+    waiting = open_tier(way.tier, way.images, place, drop_cache=drop_cache)
+    delivery = open_delivery(waiting, way.images, place, cores=cores)
     n_loaders = _n_loaders(cores)
     loader = Loader(
         cache,
         way.images.by_key,
         kinds,
         delivery,
-        SlotPool(way.cache_bytes, torch.device(device), set(kinds.values())),
+        SlotPool(way.cache_bytes, place, set(kinds.values())),
         meter,
         n_threads=n_loaders,
     )

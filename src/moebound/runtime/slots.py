@@ -20,7 +20,7 @@ from moebound.errors import CorruptionError
 from moebound.runtime.images import Image, Part
 from moebound.runtime.meter import Load
 
-_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,12 @@ class Kind:
 class Slot:
     """Room for one expert. weights: by parameter. load: what loading it took.
 
-    ready, used: on a GPU, when the weights have come, and when the last computation with them has
-    ended; each side makes its stream wait for the other.
+    used: on a GPU, when the last computation with them will have ended.
     """
 
     kind: Kind
     weights: dict[str, torch.Tensor]
     load: Load | None = None
-    ready: torch.cuda.Event | None = None
     used: torch.cuda.Event | None = None
 
     @property
@@ -79,14 +77,9 @@ class Slot:
     def down(self) -> torch.Tensor:
         return self.weights["down_proj"]
 
-    def before_use(self) -> None:
-        """What is computed from now on waits for the weights."""
-        if self.ready is not None:
-            torch.cuda.current_stream().wait_event(self.ready)
-
     def after_use(self) -> None:
         """What overwrites the weights will wait for what has been computed until now."""
-        if self.ready is not None:
+        if self.down.device.type == "cuda":
             self.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.used.record()
 
@@ -102,11 +95,11 @@ class Slot:
             part.role != "gate_up" or part.layout.interleaved == kind.interleaved
         ):
             target = self.down if part.role == "down" else self.first
-        if target is None or target.dtype != _TORCH_DTYPES[part.dtype]:
+        if target is None or target.dtype != TORCH_DTYPES[part.dtype]:
             return None
-        return target if target.device.type == "cpu" else None
+        return target if target.is_contiguous() and target.shape == part.shape else None
 
-    def put(self, part: Part, weights: torch.Tensor) -> None:
+    def put(self, part: Part, weights: torch.Tensor, *, non_blocking: bool = False) -> None:
         """Copy the weights of a part, as on disk, to where they belong. Casts.
 
         Raises CorruptionError for a shape that this expert does not have.
@@ -127,7 +120,7 @@ class Slot:
                     f"tensor {part.name!r}: {role} projection of shape {list(values.shape)}, the "
                     f"model expects {list(target.shape)}"
                 )
-            target.copy_(values)
+            target.copy_(values, non_blocking=non_blocking)
 
     def _view(self, role: Role) -> torch.Tensor:
         """One projection as [out, in]."""
@@ -150,6 +143,11 @@ def _transposed(part: Part, slot: Slot) -> bool:
     return part.shape[0 if part.role != "down" else 1] == hidden
 
 
+def plain_weights(part: Part, data: memoryview) -> torch.Tensor:
+    """The weights of a part that is not compressed; shares the bytes' memory."""
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[part.dtype]).view(part.shape)
+
+
 def fill(slot: Slot, part: Part, data: memoryview, *, threads: int) -> None:
     """Decode a part's bytes (or copy its weights) into the slot.
 
@@ -158,9 +156,8 @@ def fill(slot: Slot, part: Part, data: memoryview, *, threads: int) -> None:
     """
     target = slot.whole(part)
     if part.stored is None:
-        weights = torch.frombuffer(data, dtype=_TORCH_DTYPES[part.dtype]).view(part.shape)
-        slot.put(part, weights)
-    elif target is not None and target.is_contiguous() and target.shape == part.shape:
+        slot.put(part, plain_weights(part, data))
+    elif target is not None:
         part.stored.decode_into(data, target, threads=threads)
     else:
         slot.put(part, to_torch(part.stored.decode(data, threads=threads)))
@@ -173,10 +170,9 @@ def read_into_slot(slot: Slot, image: Image, *, drop_cache: bool = False) -> Non
     """
     for span, part in zip(image.spans, image.parts, strict=True):
         target = slot.whole(part)
-        if target is not None and target.is_contiguous() and target.shape == part.shape:
-            weights = target
-        else:
-            weights = torch.empty(part.shape, dtype=_TORCH_DTYPES[part.dtype])
+        weights = (
+            torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype]) if target is None else target
+        )
         read_into(span, weights.view(torch.uint8).numpy().data, drop_cache=drop_cache)
         if weights is not target:
             slot.put(part, weights)

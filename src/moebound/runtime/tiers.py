@@ -7,9 +7,13 @@ in RAM they are there already.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
-from moebound.runtime.images import Image, Images
+import torch
+
+from moebound.runtime.images import Image
+from moebound.types import ExpertKey
 
 TierName = Literal["disk", "ram"]
 
@@ -34,7 +38,7 @@ class DiskTier(Tier):
 
     name: ClassVar[TierName] = "disk"
 
-    def __init__(self, images: Images, *, drop_cache: bool = False) -> None:
+    def __init__(self, images: Iterable[Image], *, drop_cache: bool = False) -> None:
         self.drop_cache = drop_cache
         self.held_bytes = 0
         self._largest = max((image.n_bytes for image in images if image.encoded), default=0)
@@ -49,17 +53,24 @@ class DiskTier(Tier):
 
 
 class RamTier(Tier):
-    """All images in RAM, as they are on disk. Reads them when it is made."""
+    """Images in RAM, as they are on disk. Reads them when it is made.
+
+    pinned: in memory that a GPU can read by itself.
+    """
 
     name: ClassVar[TierName] = "ram"
 
-    def __init__(self, images: Images) -> None:
-        self.held_bytes = images.n_bytes
-        self._bytes = dict[object, memoryview]()
+    def __init__(self, images: Iterable[Image], *, pinned: bool = False) -> None:
+        self._bytes = dict[ExpertKey, memoryview]()
         for image in images:
-            data = memoryview(bytearray(image.n_bytes))
+            if pinned:
+                block = torch.empty(image.n_bytes, dtype=torch.uint8, pin_memory=True)
+                data = block.numpy().data
+            else:
+                data = memoryview(bytearray(image.n_bytes))
             image.read(data, drop_cache=True)
             self._bytes[image.key] = data
+        self.held_bytes = sum(map(len, self._bytes.values()))
 
     def buffer(self) -> memoryview:
         return memoryview(b"")
