@@ -44,12 +44,14 @@ class PreparedDecode:
         compressed: torch.Tensor,
         outs: Sequence[torch.Tensor],
         *,
-        together: int,
+        together: int = 1,
+        ahead: bool = True,
     ) -> None:
         import torch
 
         self.plan, self.compressed, self.outs = plan, compressed, tuple(outs)
-        self.together = together
+        self.together, self.ahead = together, ahead
+        self._ballot = compressed.device.type == "cuda" and together == 1
         device, numbers = compressed.device, plan.metadata
         self._kernels = _kernels(device) if len(numbers.owners) else None
         self._sections = _sections_on(device, plan)
@@ -109,7 +111,8 @@ class PreparedDecode:
                 CLASSES=part.classes,
                 EXACT=part.exact,
                 ALIGNED=self.plan.aligned,
-                BALLOT=self.compressed.device.type == "cuda" and self.together == 1,
+                BALLOT=self._ballot,
+                AHEAD=self._ballot and self.ahead,
                 SEGMENTS=self.together,
                 num_warps=self.together,
             )
