@@ -68,7 +68,7 @@ def _u16(at, mask, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _count_before(wants, lower_lanes, BALLOT: tl.constexpr):
+def count_before(wants, lower_lanes, BALLOT: tl.constexpr):
     """How many lanes of the row with a lower number want a word, and how many all in all.
 
     wants: [SEGMENTS, 32] of 0 and 1, int32. lower_lanes: a bit for each lane with a lower number.
@@ -209,7 +209,7 @@ def decode_segments(
             tl.store(out + held_i, held, mask=held_active)
             y = ((entry >> 8 & 0xFFF) + 1) * (x >> table_log) + (entry >> 20)
             wants = active & (y < 65536)
-            before, together = _count_before(wants.to(tl.int32), lower_lanes, BALLOT)
+            before, together = count_before(wants.to(tl.int32), lower_lanes, BALLOT)
             if AHEAD:
                 word = _from_lane(ahead.to(tl.uint32), before)
             else:
