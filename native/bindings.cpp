@@ -1,91 +1,19 @@
-// The one file that knows Python. Arrays come in flat, contiguous and on the CPU; bfloat16 comes
-// as its uint16 bits. Everything long runs without the GIL.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+// The module `_native`. Files named bindings alone know Python.
+#include "bindings.h"
+
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
-#include <limits>
-
 #include "bound.h"
-#include "bound_layout.h"
-#include "bound_plan.h"
 #include "compare.h"
 #include "cpu.h"
-#include "float_env.h"
 #include "grid.h"
 #include "status.h"
 #include "xxh64.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
-
-namespace {
-
-using AnyArray = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using WritableArray = nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-template <class SomeArray>
-moebound::DType dtype_of(const SomeArray& a) {
-  using Code = nb::dlpack::dtype_code;
-  const auto type = a.dtype();
-  if (type.code == uint8_t(Code::UInt) && type.bits == 16) return moebound::DType::kBF16;
-  if (type.code == uint8_t(Code::Float) && type.bits == 16) return moebound::DType::kF16;
-  if (type.code == uint8_t(Code::Float) && type.bits == 32) return moebound::DType::kF32;
-  throw nb::type_error("expected uint16 (bfloat16 bits), float16 or float32");
-}
-
-void same_length(const AnyArray& a, const AnyArray& b) {
-  if (a.shape(0) != b.shape(0)) throw nb::value_error("arrays of different length");
-}
-
-// For the length of a kernel call: no GIL, and the default floating-point environment.
-struct Away {
-  nb::gil_scoped_release release;
-  moebound::DefaultFloatEnvironment environment;
-};
-
-// Holds a Py_buffer of bytes, bytearray or memoryview.
-class Buffer {
- public:
-  explicit Buffer(nb::handle object) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { PyBuffer_Release(&view_); }
-  const uint8_t* data() const { return static_cast<const uint8_t*>(view_.buf); }
-  size_t size() const { return size_t(view_.len); }
-
- private:
-  Py_buffer view_;
-};
-
-moebound::ArrayInfo array_info(moebound::DType source, moebound::DType output, double bound, size_t n,
-                               uint32_t columns) {
-  if (!(bound >= 0) || bound > std::numeric_limits<double>::max()) throw nb::value_error("bound");
-  if (bound == 0 && (source != output || source == moebound::DType::kF32)) {
-    throw nb::value_error("an exact copy: expected one 16-bit dtype");
-  }
-  if (n == 0 || columns == 0 || columns > moebound::kMaxColumns) throw nb::value_error("size");
-  return {source, output, bound, n, columns};
-}
-
-moebound::DType dtype_from(unsigned code) {
-  if (code > 2) throw nb::value_error("dtype code: expected 0 (BF16), 1 (F16) or 2 (F32)");
-  return moebound::DType(code);
-}
-
-template <class T>
-nb::ndarray<nb::numpy, T, nb::ndim<1>> to_array(std::vector<T> values) {
-  auto* kept = new std::vector<T>(std::move(values));
-  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  return nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner);
-}
-
-}  // namespace
-
 NB_MODULE(_native, m) {
+  bind_device(m);
+
   m.def("xxh64", [](nb::handle data, uint64_t seed) {
     const Buffer buffer(data);
     const Away away;
@@ -145,34 +73,6 @@ NB_MODULE(_native, m) {
     const Away away;
     moebound::decode_bound(info, buffer.data(), buffer.size(), out.data(), threads);
   }, "payload"_a, "out"_a, "source"_a, "bound"_a, "threads"_a);
-
-  m.def("bound_plan", [](nb::handle payload, size_t n, unsigned source, unsigned output, double bound) {
-    const Buffer buffer(payload);
-    const auto info = array_info(dtype_from(source), dtype_from(output), bound, n, 1);
-    moebound::PayloadPlan plan;
-    {
-      const Away away;
-      plan = moebound::plan_payload(info, buffer.data(), buffer.size());
-    }
-    moebound::Layout& layout = plan.layout;
-    nb::dict found;
-    found["table_log"] = layout.table_log;
-    found["lanes_log"] = layout.lanes_log;
-    found["low_bits"] = layout.low_bits;
-    found["n_tables"] = layout.n_tables;
-    found["columns"] = layout.columns;
-    found["rows_per_segment"] = layout.rows_per_segment;
-    found["symbol_low"] = layout.symbol_low;
-    found["n_symbols"] = layout.n_symbols;
-    found["class_base"] = layout.class_base;
-    found["row_classes"] = to_array(std::move(layout.row_classes));
-    found["column_classes"] = to_array(std::move(layout.column_classes));
-    found["frequencies"] = to_array(std::move(layout.frequencies));
-    found["segment_words"] = to_array(std::move(layout.segment_words));
-    found["segments"] = to_array(std::move(plan.segments));
-    found["values"] = to_array(std::move(plan.values));
-    return found;
-  }, "payload"_a, "n"_a, "source"_a, "output"_a, "bound"_a);
 
   m.def("grid", [](unsigned source, unsigned output, double bound, size_t n_cells, uint32_t up_to_source) {
     const moebound::DefaultFloatEnvironment environment;

@@ -166,16 +166,12 @@ def bench_quality(
     metavar="LIST",
     help="Weights of a segment, that one warp decodes.  [default: 4096 to 262144]",
 )
-@click.option(
-    "--together", type=Counts(), metavar="LIST", help="Segments of a program.  [default: 1,4]"
-)
 @click.option("--experts", type=Counts(), metavar="LIST", help="At a time.  [default: 1,6,64]")
 @output_options
 def bench_gpu(
     output: Output,
     rates: list[float] | None,
     segments: list[int] | None,
-    together: list[int] | None,
     experts: list[int] | None,
 ) -> int:
     """Decoding on a GPU: bits compared with the CPU's first, then kernels and copies timed.
@@ -185,7 +181,7 @@ def bench_gpu(
     """
     from moebound.bench.gpu import Settings, render_gpu, run
 
-    chosen = {"rates": rates, "segments": segments, "together": together, "experts": experts}
+    chosen = {"rates": rates, "segments": segments, "experts": experts}
     given = {name: tuple(values) for name, values in chosen.items() if values is not None}
     report = run(Settings(**given), say=output.note)  # type: ignore[arg-type]
     output.result(report.to_json(), *render_gpu(report))

@@ -28,7 +28,7 @@ def main(out: Path) -> None:
 
 def profile() -> None:
     coded = encode_expert(expert("gaussian"), "gaussian", 0.3, 16384)
-    ready = prepared(coded, 6, 1)
+    ready = prepared(coded, 6)
     for _ in range(4):
         ready.run().check()
 

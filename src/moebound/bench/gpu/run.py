@@ -23,14 +23,12 @@ KINDS = ("gaussian", "gaussian-rows-cols")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
-
-    together: segments of a program; the first is used where others are not compared.
-    """
+    """What is measured. variants: of the decoder, (together, ahead) of `DecodePlan.prepare`; the
+    first is used where they are not compared."""
 
     rates: tuple[float, ...] = (0.05, 0.3, 0.8)
     segments: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 1 << 18)
-    together: tuple[int, ...] = (1, 4)
+    variants: tuple[tuple[int, bool], ...] = ((1, True), (1, False), (4, False))
     experts: tuple[int, ...] = (1, 6, 64)
 
 
@@ -89,7 +87,7 @@ def run(settings: Settings | None = None, *, say: Callable[[str], None] | None =
 
 
 def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeRow]:
-    """Every segment size at every rate; programs and numbers of experts one by one."""
+    """Every segment size at every rate; variants and 64 experts at the middle one."""
     rows = []
     middle = settings.rates[len(settings.rates) // 2]
     for kind in KINDS:
@@ -101,8 +99,9 @@ def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeR
                 for n_experts in settings.experts:
                     if n_experts > 6 and rate != middle:
                         continue
-                    for together in settings.together if rate == middle else settings.together[:1]:
-                        rows.append(time_decode(coded, n_experts, together))
+                    compared = settings.variants if rate == middle else settings.variants[:1]
+                    for together, ahead in compared:
+                        rows.append(time_decode(coded, n_experts, together=together, ahead=ahead))
     return rows
 
 

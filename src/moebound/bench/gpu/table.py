@@ -23,7 +23,7 @@ def _decode(report: GpuReport) -> Table:
             f"{report.device_copy_gb_per_s:.0f} GB/s. {report.nvcomp or ''}"
         ),
     )
-    for name in ("matrices", "rate", "segment", "bits/weight", "experts", "segments", "together"):
+    for name in ("matrices", "rate", "segment", "bits/weight", "experts", "segments", "variant"):
         table.add_column(name, justify="left" if name == "matrices" else "right", no_wrap=True)
     for name in ("ms", "20 to 80 %", "Gw/s", "GB/s out"):
         table.add_column(name, justify="right")
@@ -39,7 +39,7 @@ def _decode(report: GpuReport) -> Table:
             f"{row.bits_per_weight:.3f}",
             str(row.n_experts),
             str(row.n_segments),
-            str(row.together),
+            f"{row.together}, ahead" if row.ahead else str(row.together),
             f"{1e3 * row.decode.p50_s:.3f}",
             f"{1e3 * row.decode.p20_s:.3f} to {1e3 * row.decode.p80_s:.3f}",
             f"{row.gweights_per_s:.1f}",
@@ -49,7 +49,7 @@ def _decode(report: GpuReport) -> Table:
 
 
 def _best(rows: list[DecodeRow]) -> list[DecodeRow]:
-    """The programs that were quickest, of each case."""
+    """The quickest variant of each case."""
     best: dict[tuple[str, float, int, int], DecodeRow] = {}
     for row in rows:
         case = (row.kind, row.rate, row.segment_weights, row.n_experts)

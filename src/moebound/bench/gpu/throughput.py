@@ -17,7 +17,7 @@ LEAST_REPEATS, MOST_REPEATS = 5, 50
 SECONDS = 0.15
 """Of repeats, for one thing that is timed."""
 
-_HEAD_START = 2_000_000
+_HEAD_START = 8_000_000
 """Cycles that the device idles first, so that no launch is waited for."""
 
 
@@ -49,6 +49,7 @@ def time_on_device(job: Callable[[], object], *, seconds: float = SECONDS) -> Ti
 class DecodeRow:
     """Decoding n_experts from bytes on the device to bfloat16 on the device.
 
+    together: segments of a program. ahead: whether a warp loads words a step early.
     decode: the kernel that decodes segments. expand: the one that expands tables, before it.
     """
 
@@ -59,6 +60,7 @@ class DecodeRow:
     n_segments: int
     n_tables: int
     together: int
+    ahead: bool
     bits_per_weight: float
     metadata_bytes: int
     expand: Timing
@@ -79,7 +81,9 @@ class DecodeRow:
         }
 
 
-def prepared(coded: EncodedExpert, n_experts: int, together: int) -> PreparedDecode:
+def prepared(
+    coded: EncodedExpert, n_experts: int, *, together: int = 1, ahead: bool = True
+) -> PreparedDecode:
     """Decode so many copies of an expert, each from bytes of its own, into one tensor."""
     import torch
 
@@ -89,12 +93,14 @@ def prepared(coded: EncodedExpert, n_experts: int, together: int) -> PreparedDec
     plan.pack(list(coded.data) * n_experts, staging)
     outs = torch.empty(n_experts * EXPERT_WEIGHTS, dtype=torch.bfloat16, device="cuda")
     slots = torch.split(outs, [stream.spec.size for stream in streams])
-    return plan.prepare(staging.cuda(), slots, together=together)
+    return plan.prepare(staging.cuda(), slots, together=together, ahead=ahead)
 
 
-def time_decode(coded: EncodedExpert, n_experts: int, together: int) -> DecodeRow:
+def time_decode(
+    coded: EncodedExpert, n_experts: int, *, together: int = 1, ahead: bool = True
+) -> DecodeRow:
     """Decode once and check, then time."""
-    ready = prepared(coded, n_experts, together)
+    ready = prepared(coded, n_experts, together=together, ahead=ahead)
     ready.run().check()
     numbers = ready.plan.metadata
     return DecodeRow(
@@ -105,6 +111,7 @@ def time_decode(coded: EncodedExpert, n_experts: int, together: int) -> DecodeRo
         len(numbers.owners),
         numbers.n_tables,
         together,
+        ahead,
         coded.bits_per_weight,
         len(numbers.block),
         time_on_device(ready.expand, seconds=SECONDS / 4),

@@ -6,7 +6,11 @@ In the order of travel:
     metadata.py       ... of many arrays, as numbers in one block
     plan.py           many arrays, one launch: start reading there
     launch.py         what is allocated and run, and what came of it
-    decode_kernel.py  the kernels, in Triton
+    decode_kernel.py  its kernels, in Triton
+    encode.py         the other way, to the same bytes as on the CPU
+    encode_kernel.py  its kernels
+
+`encode_on` is in `encode.py`; nothing else here imports torch before it is used.
 """
 
 from moebound.codec.device.launch import Launched, PreparedDecode

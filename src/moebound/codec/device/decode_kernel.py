@@ -60,40 +60,51 @@ LAST_STATE = tl.constexpr(8)
 
 @triton.jit
 def _u16(at, mask, ALIGNED: tl.constexpr):
-    """16 bits at these byte addresses, as uint32; 0 where masked."""
+    """uint16 at these byte addresses; 0 where masked."""
     if ALIGNED:
-        wide = at.to(tl.pointer_type(tl.uint16), bitcast=True)
-        return tl.load(wide, mask=mask, other=0).to(tl.uint32)
-    low = tl.load(at, mask=mask, other=0).to(tl.uint32)
-    return low | tl.load(at + 1, mask=mask, other=0).to(tl.uint32) << 8
+        return tl.load(at.to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask, other=0)
+    low = tl.load(at, mask=mask, other=0).to(tl.uint16)
+    return low | tl.load(at + 1, mask=mask, other=0).to(tl.uint16) << 8
 
 
 @triton.jit
-def _count_before(wants, BALLOT: tl.constexpr):
+def count_before(wants, lower_lanes, BALLOT: tl.constexpr):
     """How many lanes of the row with a lower number want a word, and how many all in all.
 
-    wants: [SEGMENTS, 32] of 0 and 1, int32.
+    wants: [SEGMENTS, 32] of 0 and 1, int32. lower_lanes: a bit for each lane with a lower number.
     """
     if BALLOT:
         tl.static_assert(wants.shape[0] == 1, "a ballot is among the lanes of one segment")
         return tl.inline_asm_elementwise(
             """{
             .reg .pred p;
-            .reg .b32 all, below;
+            .reg .b32 all, lower;
             setp.ne.s32 p, $2, 0;
             vote.sync.ballot.b32 all, p, 0xffffffff;
-            mov.u32 below, %lanemask_lt;
+            and.b32 lower, all, $3;
+            popc.b32 $0, lower;
             popc.b32 $1, all;
-            and.b32 below, below, all;
-            popc.b32 $0, below;
             }""",
-            "=r,=r,r",
-            [wants],
+            "=&r,=&r,r,r",
+            [wants, lower_lanes],
             dtype=(tl.int32, tl.int32),
             is_pure=False,
             pack=1,
         )
     return tl.cumsum(wants, axis=1) - wants, tl.sum(wants, axis=1, keep_dims=True) + wants * 0
+
+
+@triton.jit
+def _from_lane(x, lane):
+    """x of another lane of the same warp, each its own choice."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+        "=r,r,r",
+        [x, lane],
+        dtype=tl.uint32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=["first_segment", "last_segment"])
@@ -114,12 +125,14 @@ def decode_segments(
     EXACT: tl.constexpr,  # whether any array is an exact copy
     ALIGNED: tl.constexpr,  # whether all segments begin at even addresses
     BALLOT: tl.constexpr,  # for one segment and one warp
+    AHEAD: tl.constexpr,  # whether lanes load the next 32 words early and pass them on; with BALLOT
     SEGMENTS: tl.constexpr,  # a program's
 ):
     """Decode segments [first_segment, last_segment) of arrays whose values have ITEM bytes."""
     # What holds for a segment stands in all 32 columns, so that no value changes its layout.
     lane = tl.broadcast_to(tl.arange(0, 32)[None, :], [SEGMENTS, 32])
     own = tl.broadcast_to(tl.arange(0, SEGMENTS)[:, None], [SEGMENTS, 32])
+    lower_lanes = (tl.full([SEGMENTS, 32], 1, tl.uint32) << lane.to(tl.uint32)) - 1
     segment = first_segment + tl.program_id(0) * SEGMENTS + own
     live = segment < last_segment
     s = segments + segment.to(tl.int64) * SEGMENT_FIELDS
@@ -159,37 +172,54 @@ def decode_segments(
             lower_at = compressed + lower + 2 * begin
 
     in_use = live & (lane < lanes)
-    x = _u16(states_at + 4 * lane, in_use, ALIGNED)
-    x = x | _u16(states_at + 4 * lane + 2, in_use, ALIGNED) << 16
+    x = _u16(states_at + 4 * lane, in_use, ALIGNED).to(tl.uint32)
+    x = x | _u16(states_at + 4 * lane + 2, in_use, ALIGNED).to(tl.uint32) << 16
     x = tl.where(in_use, x, 65536)
     bad_start = tl.where(x < 65536, FIRST_STATE, 0)
     taken = tl.zeros([SEGMENTS, 32], tl.int32)
     n_rows = tl.max(tl.max((n_here + columns - 1) // tl.maximum(columns, 1), axis=1), axis=0)
     n_steps = tl.max(tl.max((columns + lanes - 1) // lanes, axis=1), axis=0)
+    # A warp waits for its oldest use of a load. So loads that no state depends on are issued a step
+    # early, and values are stored a step late: what is left to wait for is one look-up a step.
+    held = tl.zeros([SEGMENTS, 32], tl.uint16 if ITEM == 2 else tl.uint32)
+    held_i = lane
+    held_active = lane < 0
+    if AHEAD:
+        ahead = _u16(words_at + 2 * lane, lane < n_words, ALIGNED)
     for row in range(n_rows):
         row_begin = row * columns
         row_end = tl.minimum(row_begin + columns, n_here)
         if CLASSES:
             many = (n_tables > 1) & (row_begin < n_here)
             row_class = tl.load(row_class_at + row, mask=many, other=0).to(tl.int32) - base
+            column_class = tl.load(column_class_at + lane, mask=many & (lane < columns), other=0)
         for step in range(n_steps):
             column = step * lanes + lane
             i = row_begin + column
             active = (i < row_end) & (lane < lanes)
             slot = (x & slots).to(tl.int32)
             if CLASSES:
-                column_class = tl.load(column_class_at + column, mask=active & many, other=0)
                 table = tl.minimum(tl.maximum(row_class + column_class, 0), n_tables - 1)
                 slot += table << table_log.to(tl.int32)
+                further = column + lanes
+                column_class = tl.load(
+                    column_class_at + further, mask=many & (further < columns), other=0
+                )
             entry = tl.load(table_at + slot, mask=active, other=0)
+            tl.store(out + held_i, held, mask=held_active)
             y = ((entry >> 8 & 0xFFF) + 1) * (x >> table_log) + (entry >> 20)
             wants = active & (y < 65536)
-            before, together = _count_before(wants.to(tl.int32), BALLOT)
-            at = taken + before
-            word = _u16(words_at + 2 * at, wants & (at < n_words), ALIGNED)
+            before, together = count_before(wants.to(tl.int32), lower_lanes, BALLOT)
+            if AHEAD:
+                word = _from_lane(ahead.to(tl.uint32), before)
+            else:
+                at = taken + before
+                word = _u16(words_at + 2 * at, wants & (at < n_words), ALIGNED).to(tl.uint32)
             y = tl.where(wants, y << 16 | word, y)
             x = tl.where(active, y, x)
             taken += together
+            if AHEAD:
+                ahead = _u16(words_at + 2 * (taken + lane), taken + lane < n_words, ALIGNED)
 
             cell = (entry & 0xFF).to(tl.int32)
             if LOW_BITS > 0:
@@ -206,11 +236,13 @@ def decode_segments(
                 pattern = (rotated >> 1 | rotated << 15) & 0xFFFF
                 if ITEM == 4:
                     below = _u16(lower_at + 2 * i, active & is_exact & (lower >= 0), False)
-                    pattern = pattern << 16 | below
-                value = tl.where(is_exact, pattern.to(value.dtype), value)
+                    pattern = pattern << 16 | below.to(tl.uint32)
+                held = tl.where(is_exact, pattern.to(value.dtype), value)
             else:
-                value = tl.load(value_at + cell, mask=active, other=0)
-            tl.store(out + i, value, mask=active)
+                held = tl.load(value_at + cell, mask=active, other=0)
+            held_i = i
+            held_active = active
+    tl.store(out + held_i, held, mask=held_active)
 
     words = tl.where(taken > n_words, WORDS_SHORT, 0) + tl.where(taken < n_words, WORDS_LEFT, 0)
     bad_end = tl.where(x != 65536, LAST_STATE, 0)

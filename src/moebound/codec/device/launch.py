@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moebound.codec.arrays import to_torch
 from moebound.codec.device import metadata
-from moebound.errors import BackendUnavailable, CorruptionError
+from moebound.codec.device.triton_kernels import kernels
+from moebound.errors import CorruptionError
 
 if TYPE_CHECKING:
     import torch
@@ -44,14 +45,16 @@ class PreparedDecode:
         compressed: torch.Tensor,
         outs: Sequence[torch.Tensor],
         *,
-        together: int,
+        together: int = 1,
+        ahead: bool = True,
     ) -> None:
         import torch
 
         self.plan, self.compressed, self.outs = plan, compressed, tuple(outs)
-        self.together = together
+        self.together, self.ahead = together, ahead
+        self._ballot = compressed.device.type == "cuda" and together == 1
         device, numbers = compressed.device, plan.metadata
-        self._kernels = _kernels(device) if len(numbers.owners) else None
+        self._kernels = kernels(device).decode_kernel if len(numbers.owners) else None
         self._sections = _sections_on(device, plan)
         addresses = torch.tensor([out.data_ptr() for out in outs], dtype=torch.int64)
         if device.type == "cuda":
@@ -109,7 +112,8 @@ class PreparedDecode:
                 CLASSES=part.classes,
                 EXACT=part.exact,
                 ALIGNED=self.plan.aligned,
-                BALLOT=self.compressed.device.type == "cuda" and self.together == 1,
+                BALLOT=self._ballot,
+                AHEAD=self._ballot and self.ahead,
                 SEGMENTS=self.together,
                 num_warps=self.together,
             )
@@ -181,20 +185,3 @@ def _sections_on(device: torch.device, plan: DecodePlan) -> dict[str, torch.Tens
         name: block[begin:end].view(getattr(torch, metadata.DTYPES[name]))
         for name, (begin, end) in plan.metadata.sections.items()
     }
-
-
-def _kernels(device: torch.device) -> Any:
-    """The module of kernels. Raises BackendUnavailable if they cannot run on this device."""
-    try:
-        import triton
-    except ImportError:
-        raise BackendUnavailable(
-            "decoding on a device needs triton: pip install 'moebound[gpu]'"
-        ) from None
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise BackendUnavailable(
-            f"device {device}: expected a CUDA device; on the CPU use moebound.decode"
-        )
-    from moebound.codec.device import decode_kernel
-
-    return decode_kernel

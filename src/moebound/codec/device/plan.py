@@ -67,14 +67,19 @@ class DecodePlan:
             target[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
     def prepare(
-        self, compressed: torch.Tensor, outs: Sequence[torch.Tensor], *, together: int = 1
+        self,
+        compressed: torch.Tensor,
+        outs: Sequence[torch.Tensor],
+        *,
+        together: int = 1,
+        ahead: bool = True,
     ) -> PreparedDecode:
         """Check the tensors of a launch, copy metadata to the device, allocate what kernels need.
 
-        As `launch`, up to running the kernels.
+        As `launch`, up to running the kernels. ahead: whether a warp loads words a step early.
         """
         self._check_tensors(compressed, outs)
-        return PreparedDecode(self, compressed, outs, together=together)
+        return PreparedDecode(self, compressed, outs, together=together, ahead=ahead)
 
     def launch(
         self, compressed: torch.Tensor, outs: Sequence[torch.Tensor], *, together: int = 1
