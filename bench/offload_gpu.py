@@ -1,6 +1,6 @@
 """Run the offloading benchmark on a GPU, after `bench/gpu.sh` has built the package: a script.
 
-    python bench/offload_gpu.py OUT [layers]
+python bench/offload_gpu.py OUT [layers]
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def batched_experts(
     else:
         slots = torch.arange(len(tokens), device=tokens.device)
         outputs = _one_by_one(self, hidden_states.index_select(0, tokens), routed)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         outputs = self.post_expert_norm(outputs)
 
     place = torch.empty_like(slots)

@@ -121,10 +121,12 @@ class MoeboundQuantizer(HfQuantizer):
                 "compress it first (`moebound compress`), then load the store"
             )
         self._compressed: list[TensorInfo] = []
+        self._model: Any = None
         # Conversion, by id -> what the family has in its place, None where nothing.
         self._familys_own: dict[int, Any] = {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._model = model
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if any(file.suffix != ".safetensors" for file in files):
             raise StoreError(f"{files[0].parent}: a store has safetensors shards only")
@@ -137,7 +139,11 @@ class MoeboundQuantizer(HfQuantizer):
         check_whole(self._compressed)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        if model is None:  # not every version hands it over
+            model = self._model
         ways = _find_ways(self._compressed, weight_conversions, model)
         updated = list[Any]()
 
@@ -163,6 +169,7 @@ class MoeboundQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._model = None
         used = getattr(model, "_weight_conversions", None) or []
         own = [self._familys_own.get(id(entry), entry) for entry in used]
         model._weight_conversions = [entry for entry in own if entry is not None]

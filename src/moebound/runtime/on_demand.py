@@ -83,7 +83,7 @@ class LayerExperts:
             meter.add(compute_s=clock() - at)
 
         self._fetcher.visit(self.layer, self.first, chosen, weights, x, compute)
-        if module.has_post_expert_norm:
+        if getattr(module, "has_post_expert_norm", False):
             outputs = module.post_expert_norm(outputs)
         place = torch.empty_like(routed.order)
         place[routed.order] = torch.arange(len(place), device=place.device)

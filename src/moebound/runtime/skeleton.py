@@ -70,6 +70,7 @@ class SkeletonQuantizer(MoeboundQuantizer):
     """Takes the experts' parameters out before weights are loaded."""
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._model = model
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         routed = set(cast(SkeletonConfig, self.quantization_config).routed)
         self._compressed = [t for t in compressed_tensors(files) if t.name not in routed]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -43,9 +44,7 @@ def make_checkpoint(folder: Path, shapes: Shapes, *, seed: int = 0) -> Path:
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    from moebound.runtime.quiet import without_bars
-
-    config = DeepseekV3Config(
+    config: Any = DeepseekV3Config(  # type: ignore[call-arg]  # head_dim is one of its own
         vocab_size=shapes.vocab, hidden_size=shapes.hidden, intermediate_size=2 * shapes.hidden,
         moe_intermediate_size=shapes.intermediate, num_hidden_layers=shapes.layers + 1,
         num_attention_heads=16, num_key_value_heads=16, n_routed_experts=shapes.experts,
@@ -59,8 +58,9 @@ def make_checkpoint(folder: Path, shapes: Shapes, *, seed: int = 0) -> Path:
     part.mkdir(parents=True)
     # The model's own weights without experts: a twin with a single, tiny expert a layer.
     torch.manual_seed(seed)
-    small = DeepseekV3Config(**{**config.to_dict(), "moe_intermediate_size": 8})
-    model = DeepseekV3ForCausalLM(small).to(torch.bfloat16)
+    small: Any = DeepseekV3Config(**{**config.to_dict(), "moe_intermediate_size": 8})
+    model: Any = DeepseekV3ForCausalLM(small)
+    model.to(torch.bfloat16)
     own = {k: v for k, v in model.state_dict().items() if ".experts." not in k}
     shared = _shared_experts(shapes, np.random.default_rng(seed))
     homes = dict[str, str]()
@@ -81,10 +81,9 @@ def make_checkpoint(folder: Path, shapes: Shapes, *, seed: int = 0) -> Path:
                 shard.write(spec.name, data.view(np.uint8).reshape(-1).data)
                 homes[spec.name] = names[layer]
     write_index(part, homes, sum(file.stat().st_size for file in part.iterdir()))
-    with without_bars():
-        config.dtype = torch.bfloat16
-        config.architectures = ["DeepseekV3ForCausalLM"]
-        config.save_pretrained(part)
+    config.dtype = torch.bfloat16
+    config.architectures = ["DeepseekV3ForCausalLM"]
+    config.save_pretrained(part)
     part.rename(folder)
     return folder
 
@@ -116,7 +115,8 @@ def _shared_experts(shapes: Shapes, rng: np.random.Generator) -> dict[str, Array
 def _weights(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
     scale = np.exp(0.2 * rng.standard_normal((shape[0], 1), np.float32))
     scale = 0.02 * scale * np.exp(0.2 * rng.standard_normal((1, shape[1]), np.float32))
-    return (rng.standard_normal(shape, np.float32) * scale).astype(ml_dtypes.bfloat16)
+    weights: Array = (rng.standard_normal(shape, np.float32) * scale).astype(ml_dtypes.bfloat16)
+    return weights
 
 
 def _bits(tensor: object) -> Array:

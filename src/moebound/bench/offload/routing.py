@@ -23,8 +23,9 @@ class ForcedRouting:
     """Installs itself in the model. Raises CacheError if the trace's experts do not fit."""
 
     def __init__(self, model: Any, trace: Trace, *, top_k: int) -> None:
-        modules = live_experts(model).modules
-        n_experts = {layer: int(module.num_experts) for layer, module in modules.items()}
+        live = live_experts(model)
+        modules = live.modules
+        n_experts = {layer: len(live.in_layer(layer)) for layer in live.layers}
         self._choices = dict[int, Array]()
         for place, layer in enumerate(sorted(modules)):
             entry = trace.layers[place % len(trace.layers)]
