@@ -17,7 +17,7 @@ from moebound.runtime.serve.errors import ApiError, bad_request
 MAX_STOPS = 16
 
 # Field -> values that ask for nothing. None does so in all of them.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -39,7 +39,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-_IGNORED = frozenset({
+IGNORED = frozenset({
     "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
     "safety_identifier", "service_tier", "store", "user",
 })  # fmt: skip
@@ -130,10 +130,10 @@ class _Request(_Strict):
     def check_rest(self) -> None:
         """Raises ApiError for fields that are not carried out here, naming the first of them."""
         for name, value in (self.model_extra or {}).items():
-            if name in _UNSUPPORTED:
-                if value is not None and value not in _UNSUPPORTED[name]:
+            if name in UNSUPPORTED:
+                if value is not None and value not in UNSUPPORTED[name]:
                     raise _unsupported(name)
-            elif name not in _IGNORED:
+            elif name not in IGNORED:
                 raise bad_request(f"unknown field {name!r}", param=name, code="unknown_parameter")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options: only goes with stream: true", param="stream_options")

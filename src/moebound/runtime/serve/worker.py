@@ -127,17 +127,21 @@ class Worker:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._running = None
                 while not (self._waiting or self._closed):
                     self._changed.wait()
                 if not self._waiting:
                     return
                 job = self._running = self._waiting.popleft()
-            self._run(job)
+            last = self._run(job)
+            # Counted and out of the way first: who has an answer finds both when asking again.
+            with self._changed:
+                self._running = None
+            if last is not None:
+                job.notify(last)
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job) -> Event | None:
+        """Returns the last event, which is still to be sent; None for a job that was cancelled."""
         begun = time.perf_counter()
-        finish: Finish | None = None
         try:
             self._engine.begin_sequence()
             for piece in generate(
@@ -148,17 +152,18 @@ class Worker:
                 continues=job.continues,
                 should_stop=job.cancelled.is_set,
             ):
-                finish = piece.finish
-                if finish is None or finish.reason != "cancelled":
+                if piece.finish is None:
                     job.notify(piece)
         except Exception as error:
             log.error("a request failed", exc_info=error)
-            job.notify(error)
             self._leave(job, "failed", type(error).__name__, begun)
-            return
-        assert finish is not None  # of the last piece of any text
-        outcome: Outcome = "cancelled" if finish.reason == "cancelled" else "completed"
-        self._leave(job, outcome, finish.reason, begun, finish)
+            return error
+        assert piece.finish is not None  # of the last piece of any text
+        if piece.finish.reason == "cancelled":
+            self._leave(job, "cancelled", "while it ran", begun, piece.finish)
+            return None
+        self._leave(job, "completed", piece.finish.reason, begun, piece.finish)
+        return piece
 
     def _leave(
         self,
