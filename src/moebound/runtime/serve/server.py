@@ -24,22 +24,22 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket that has the address and does not listen yet: nobody else gets the address while the
     model is loaded. port: 0 for any that is free. Raises MoeboundError if it cannot be had."""
     try:
-        found = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG
-        )
-        family, kind, protocol, _, address = found[0]
-        bound = socket.socket(family, kind, protocol)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise MoeboundError(f"host {host!r}: {error.strerror or error}") from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise MoeboundError(
-            f"{host}:{port}: the address cannot be had: {error.strerror or error}"
-        ) from error
-    return bound
+    for family, kind, protocol, _, address in found:
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError as error:
+            bound.close()
+            refused = error
+        else:
+            return bound
+    raise MoeboundError(
+        f"{host}:{port}: the address cannot be had: {refused.strerror or refused}"
+    ) from refused
 
 
 def url(bound: socket.socket) -> str:
