@@ -13,7 +13,7 @@ from moebound.tasks.registry import get_task
 from moebound.wordmath import problems
 from moebound.wordmath.builtin import resolve
 from moebound.wordmath.formats import judge
-from moebound.wordmath.tokenizer import build_tokenizer
+from moebound.wordmath.tokenizer import CHAT_TEMPLATE, build_tokenizer
 
 FOLDER = Path(resolve("builtin:wordmath"))
 
@@ -31,6 +31,21 @@ def test_its_tokenizer_is_that_of_the_problems() -> None:
     built = json.loads(build_tokenizer().to_str())
     for part in ("model", "pre_tokenizer", "decoder", "added_tokens"):
         assert stored[part] == built[part]
+
+
+def test_a_chat_is_one_question() -> None:
+    from jinja2.exceptions import TemplateError
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(FOLDER)
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    question = problems.test_problems("wordmath", 1)[0].prompt
+    user = {"role": "user", "content": question}
+    chat = tokenizer.apply_chat_template([user], add_generation_prompt=True)
+    assert chat["input_ids"] == tokenizer(question)["input_ids"]
+    for messages in ([{**user, "role": "system"}, user], [{**user, "role": "assistant"}]):
+        with pytest.raises(TemplateError, match="expected one message"):
+            tokenizer.apply_chat_template(messages)
 
 
 @pytest.mark.parametrize("level", problems.LEVELS)

@@ -23,6 +23,7 @@ from moebound.cli.plan import plan
 from moebound.cli.profile import profile
 from moebound.cli.report import report
 from moebound.cli.sensitivity import sensitivity
+from moebound.cli.serve import serve
 from moebound.cli.study import study
 from moebound.cli.verify import verify
 
@@ -42,6 +43,7 @@ def cli() -> None:
     moebound plan SRC --bpw 3 -o FILE        a bound for each expert, for compress --plan FILE
     moebound verify DST --against SRC        check the promise
     moebound decompress DST OUT              back to an ordinary checkpoint
+    moebound serve DST                       answer requests, through the OpenAI API
 
     SRC is a folder with a Hugging Face checkpoint, a model id on the hub, or builtin:wordmath, a
     small model that comes with moebound.
@@ -66,6 +68,7 @@ for command in (
     bench,
     demo,
     eval_command,
+    serve,
 ):
     cli.add_command(command)
 

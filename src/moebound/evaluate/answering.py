@@ -11,6 +11,7 @@ from moebound.evaluate.decoding import Decoded, decode
 from moebound.evaluate.drafts import decode_drafted
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.prompting import encode_prompts
+from moebound.runtime.generation import end_tokens, n_positions
 from moebound.tasks.base import Problem, Task
 
 BATCH_BYTES = 2 << 30
@@ -69,7 +70,7 @@ def answer_in_batches(
     if batch is not None and batch < 1:
         raise TaskError(f"batch {batch}: expected 1 or more")
     prompts = encode_prompts(loaded.tokenizer, task, problems)
-    positions = _positions(loaded)
+    positions = n_positions(loaded.model)
     _check_fits(task, problems, prompts, positions)
     ends, pad = end_marks(loaded), _padding(loaded)
     if batch is None:
@@ -102,11 +103,7 @@ def _encoded(tokenizer: Any, drafts: Sequence[str]) -> list[list[int]]:
 
 def end_marks(loaded: Loaded) -> frozenset[int]:
     """The tokens that end an answer: those of the generation config and the tokenizer's."""
-    config = getattr(loaded.model, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    ends = set(found) if isinstance(found, (list, tuple)) else {found}
-    ends.add(loaded.tokenizer.eos_token_id)
-    return frozenset(int(end) for end in ends if end is not None)
+    return end_tokens(loaded.model, loaded.tokenizer)
 
 
 def _batch(loaded: Loaded, n_tokens: int) -> int:
@@ -153,10 +150,3 @@ def _check_fits(
                 f"task {task.name!r}, problem {problem.id!r}: its prompt of {len(prompt)} tokens "
                 f"leaves no room for an answer in the {positions} positions of the model"
             )
-
-
-def _positions(loaded: Loaded) -> int | None:
-    """How many tokens the model can read; None where its config does not say."""
-    config = loaded.model.config.get_text_config(decoder=True)
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None

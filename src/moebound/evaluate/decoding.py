@@ -8,14 +8,13 @@ may then fall the other way; for the same prompts in the same order the answers 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moebound.evaluate.cache import GrowingCache
+from moebound.runtime.growing_cache import GrowingCache, arguments, supports_cache
 
 KEEP_SHARE = 0.75
 """Finished rows are dropped once less than this share of the batch is at work."""
@@ -62,7 +61,7 @@ def decode(
     places = (mask.cumsum(1) - 1).clamp(min=0)
     padded = bool((lengths != longest).any())
 
-    growing, taken = GrowingCache(model.config), _arguments(model)
+    growing, taken = GrowingCache(model.config), arguments(model)
     rows = list(range(len(prompts)))  # the row of the batch -> the prompt
     new: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
@@ -127,21 +126,6 @@ def _last_logits(
         inputs["logits_to_keep"] = 1
     logits: torch.Tensor = model(**inputs, past_key_values=growing.cache).logits
     return logits[:, -1]
-
-
-def _arguments(model: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(type(model).forward).parameters)
-
-
-def supports_cache(model: Any) -> bool:
-    """Whether the model takes transformers' ordinary cache; a few families have their own."""
-    taken = _arguments(model)
-    return bool(
-        "past_key_values" in taken
-        and hasattr(model, "_supports_default_dynamic_cache")
-        and model._supports_default_dynamic_cache()
-        and not model.config.is_encoder_decoder
-    )
 
 
 def _generate(
