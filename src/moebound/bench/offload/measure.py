@@ -91,7 +91,7 @@ Stats = Callable[..., dict[str, Any]]
 
 
 def _offloaded(spec: dict[str, Any]) -> tuple[Any, Stats, Callable[[], None]]:
-    from moebound.runtime.load import load
+    from moebound.runtime.loading import load
 
     offloaded = load(spec["source"], drop_cache=spec["drop_cache"], **spec["options"])
 

@@ -24,7 +24,7 @@ from moebound.errors import (
     UnsupportedArchitectureError,
 )
 from moebound.runtime.costs import measure_speeds
-from moebound.runtime.load import load
+from moebound.runtime.loading import load
 from moebound.runtime.offloaded import Offloaded
 from moebound.store import compress, decompress, open_store
 from moebound.types import ErrorBound, ExpertKey

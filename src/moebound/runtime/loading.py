@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from moebound.cache import ExpertCache
+from moebound.checkpoint import local_folder
 from moebound.codec import thread_count
 from moebound.errors import CacheError, CheckpointError, MoeboundError
 from moebound.runtime.choose import catalog_of, choose, open_delivery, open_tier
@@ -73,12 +74,12 @@ def load(
     if dtype != "auto" and dtype not in DTYPES:
         raise MoeboundError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
     guess = _predictor(predictor)
-    path = Path(resolve(os.fspath(source)))
+    path = local_folder(resolve(os.fspath(source)))
     cores = thread_count() if threads is None else threads
     images = open_images(path)
     sources = {"compressed" if images.compressed else "raw": images}
     if raw is not None:
-        sources["raw"] = _same_model(images, open_images(Path(resolve(os.fspath(raw)))))
+        sources["raw"] = _same_model(images, open_images(local_folder(resolve(os.fspath(raw)))))
     model = load_skeleton(
         path,
         routed=images.tensors,
