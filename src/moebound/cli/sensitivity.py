@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 @click.option("--codec", type=CodecId(), default="bound", show_default=True,
               help="Whose error.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True,
-              help="Read the first N problems.")  # fmt: skip
+              help="Read N problems.")  # fmt: skip
+@click.option("--skip", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Leave out so many before them, to measure on later.")  # fmt: skip
 @click.option("--measure", type=click.Choice(["sample", "all", "none"]), default="sample",
               show_default=True,
               help="Of which experts to measure KL too, beside predicting it.")  # fmt: skip
@@ -49,6 +51,7 @@ def sensitivity(
     rates: list[float],
     codec: str,
     limit: int,
+    skip: int,
     measure: str,
     sample: int,
     ties: int,
@@ -77,7 +80,7 @@ def sensitivity(
     asked = get_task(task)
     loaded = load(src)
     with step_bar(output) as say:
-        build = Build.of(loaded, asked, limit, settings, out, say)
+        build = Build.of(loaded, asked, limit, settings, out, say, skip=skip)
         if build.rows.found:
             output.note(f"going on from {build.rows.path}")
         found = build.run()

@@ -34,7 +34,8 @@ _NARROW = {
     "bits per weight": "bits/w",
     "KL, nats": "KL",
     "Gweights/s": "Gw/s",
-    "against the original": "",
+    "problems": "",
+    "lost, gained": "lost, g.",
 }
 
 
@@ -47,13 +48,10 @@ def store_columns(report: Report) -> list[Column[StoreRow]]:
         Column("bits per weight", "experts", lambda row: f"{row.expert_bits_per_weight:.2f}"),
         Column("bits per weight", "model", lambda row: f"{row.model_bits_per_weight:.2f}"),
         Column("", "MB", lambda row: f"{row.expert_bytes / 1e6:.2f}"),
-        Column("", "times smaller", lambda row: f"{row.expert_ratio:.2f}"),
-        Column("KL, nats", "solutions", lambda row: f"{row.kl_nats:.5f}"),
-        Column("KL, nats", "± error", lambda row: f"{row.kl_stderr:.5f}"),
+        Column("KL, nats", "± error", lambda row: f"{row.kl_nats:.5f} ± {row.kl_stderr:.5f}"),
         Column("", "same token", lambda row: f"{100 * row.top1:.2f} %"),
         Column("right", f"of {report.n_problems}", lambda row: str(row.tally.pia)),
-        Column("against the original", "lost", lambda row: str(row.lost)),
-        Column("against the original", "gained", lambda row: str(row.gained)),
+        Column("problems", "lost, gained", lambda row: f"−{row.lost} +{row.gained}"),
     ]
 
 

@@ -7,8 +7,7 @@ from importlib.resources import files
 
 from moebound.demo import page_model, page_stores
 from moebound.demo.page_parts import code, facts, percent
-from moebound.demo.report import Report, StoreRow
-from moebound.demo.road import kept_rate
+from moebound.demo.report import Report
 from moebound.page import document
 
 
@@ -30,15 +29,6 @@ def render(report: Report) -> str:
         _facts(report),
     ]
     return document("moebound: the whole road on one model", sections, more_style=style)
-
-
-def first_row(report: Report) -> StoreRow | None:
-    """The row that the page speaks of first: the first lossy codec near the kept rate."""
-    lossy = [row for row in report.rows if row.rate is not None and not row.planned]
-    if not lossy:
-        return None
-    rate = kept_rate([row.rate for row in lossy if row.rate is not None])
-    return next(row for row in lossy if row.rate == rate)
 
 
 def _opening(report: Report) -> str:
@@ -66,7 +56,7 @@ def _opening(report: Report) -> str:
 
 def _in_short(report: Report) -> list[str]:
     """The first things to know, in figures of this run."""
-    found, first = [], first_row(report)
+    found, first = list[str](), page_stores.first_row(report)
     tally = report.original[report.task].total
     if first is not None and first.rate is not None:
         text = (
@@ -120,7 +110,7 @@ def _apart(report: Report) -> float:
 
 
 def _again(report: Report) -> str:
-    first = first_row(report)
+    first = page_stores.first_row(report)
     folder = f"stores/{first.name if first else report.rows[0].name}"
     return (
         "<section><h2>Make this page, use the result</h2>\n"

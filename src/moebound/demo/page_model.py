@@ -80,7 +80,7 @@ def routing(report: Report) -> str:
             ),
             "How evenly each layer's experts are used. Dashed: the imbalance that chance alone "
             "would give.",
-            wide=True,
+            wide=True, narrow=True,
         ),
     ]  # fmt: skip
     none = "none is never chosen" if not unused else f"{unused} are never chosen"
@@ -142,7 +142,7 @@ def sensitivity(report: Report) -> str:
         figure(
             heat,
             f"Each of {len(layers)} layers with an error in all of its experts, in all experts of "
-            "no other. Bright: predictions move far.",
+            "no other. Bright: predictions move far; white: not measured.",
             wide=True,
         )
         if heat

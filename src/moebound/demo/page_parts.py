@@ -35,10 +35,11 @@ def facts(items: Mapping[str, str]) -> str:
     return f"<dl>{found}</dl>"
 
 
-def figure(drawn: str, caption: str, *, wide: bool = False) -> str:
-    """caption: HTML."""
+def figure(drawn: str, caption: str, *, wide: bool = False, narrow: bool = False) -> str:
+    """caption: HTML. wide: to be scrolled where there is no room. narrow: not as wide as others, so
+    that letters are of one size."""
     inner = f'<div class="scroll">{drawn}</div>' if wide else drawn
-    kind = ' class="wide"' if wide else ""
+    kind = f' class="wide{" narrow" if narrow else ""}"' if wide else ""
     return f"<figure{kind}>{inner}<figcaption>{caption}</figcaption></figure>"
 
 

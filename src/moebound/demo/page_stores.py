@@ -11,6 +11,15 @@ from moebound.demo.report import Report, StoreRow
 from moebound.demo.road import MAP_RATES, kept_rate
 
 
+def first_row(report: Report) -> StoreRow | None:
+    """The row that the page speaks of first: the first lossy codec near the kept rate."""
+    lossy = [row for row in report.rows if row.rate is not None and not row.planned]
+    if not lossy:
+        return None
+    rate = kept_rate([row.rate for row in lossy if row.rate is not None])
+    return next(row for row in lossy if row.rate == rate)
+
+
 def times(planned: StoreRow, uniform: StoreRow) -> str:
     """ "<b>0.63 times as far</b>", and whether the errors of both allow to say so."""
     ratio = planned.kl_nats / uniform.kl_nats
@@ -43,9 +52,10 @@ def plan(report: Report) -> str:
         "The plan: bytes where errors hurt",
         "<p>One bound for all experts spends bytes where nobody feels the error. So it was "
         "predicted for every expert what its compression does to the model (from "
-        f"{report.map_problems} problems), and the bytes were divided so that the sum of losses is "
-        f"least. The plan gets as many bytes as one bound for all takes at rate {rate:g}; its "
-        f"bounds go from {values[0]:.2g} to {values[-1]:.2g}.</p>",
+        f"{report.map_problems} problems that nothing else on this page uses), and the bytes "
+        "were divided so that the sum of losses is least. The plan gets as many bytes as one bound "
+        f"for all takes at rate {rate:g}; its bounds go from {values[0]:.2g} to "
+        f"{values[-1]:.2g}.</p>",
         figure(
             plots.plan_picture(chosen, rate),
             "The bound of every expert, over the one rate for all. Red: kept closer; blue: let "
@@ -58,14 +68,14 @@ def plan(report: Report) -> str:
         ),
         f"<p>At the same bytes, the planned store's predictions are {times(stored, uniform)} from "
         "the original's as those of the uniform one.</p>"
-        '<p class="note">KL of the solutions\' tokens, ± standard error; the first '
-        f"{report.map_problems} of the {report.n_problems} problems are those that the plan was "
-        "made with. A plan protects what was measured: on the problems' own text, which the model "
-        f"does not write, the planned store is {stored.text_kl_nats / uniform.text_kl_nats:.1f} "
-        "times as far as the uniform one.</p>",
+        '<p class="note">KL of the solutions\' tokens, ± standard error, on '
+        f"{report.n_problems} problems. A plan protects what was measured: on the problems' own "
+        "text, which the model does not write, the planned store is "
+        f"{stored.text_kl_nats / uniform.text_kl_nats:.1f} times as far as the uniform one.</p>",
         how(
-            f"moebound sensitivity {source} --task {report.task} --limit {report.map_problems} "
-            f"--rates {','.join(f'{r:g}' for r in MAP_RATES)} --measure none --ties 0 -o map.json",
+            f"moebound sensitivity {source} --task {report.task} --skip {report.n_problems} "
+            f"--limit {report.map_problems} --rates {','.join(f'{r:g}' for r in MAP_RATES)} "
+            "--measure none --ties 0 -o map.json",
             f"moebound plan {source} --sensitivity map.json "
             f"--bpw {chosen.budget['bpw']:.4f} -o plan.json",
             f"moebound compress {source} planned --plan plan.json",
@@ -88,7 +98,7 @@ def table(report: Report) -> str:
         broken=lambda row: not row.verified,
     )
     total = report.original[report.task].total
-    first = report.rows[0]
+    first = first_row(report) or report.rows[0]
     rate = "" if first.rate is None else f" --rate {first.rate:g}"
     source = report.model.name
     return section(
@@ -116,6 +126,8 @@ def table(report: Report) -> str:
             "--answers original.jsonl",
             f"moebound eval small --task {report.task} --limit {report.n_problems} "
             "--baseline original.jsonl",
+            f"moebound bench quality {source} --task {report.task} --sensitivity map.json "
+            "--quantizers rtn:int4:g64",
         ),
     )
 

@@ -58,6 +58,7 @@ KEPT_RATE = 0.3
 """Near this rate are the store that the page speaks of first, and plan.json."""
 N_PROBLEMS = 128
 MAP_PROBLEMS = 32
+"""They come behind those that models are compared on: what a plan saves is measured on others."""
 MAP_RATES = (0.1, 0.5)
 MOST_WORKERS = 2
 N_SAMPLE_ANSWERS = 3
@@ -132,16 +133,16 @@ class _Road:
             study = self._study()
         with self._step("sensitivity map"):
             self._map(loaded)
-        uniform = cases(asked.codecs, asked.rates)
-        with self._step("stores, verified and compared"):
-            rows = self._measured(uniform)
-        with self._step("plans, their stores"):
-            plans = self._plans(checkpoint, rows)
-            planned = [
-                Case(PLANNED_CODEC, rate, min(asked.rates), plan=self._plan_file(rate))
-                for rate in plans
-            ]
-            rows += self._measured(planned)
+        with self._workers(Setup(SRC, TASK, asked.n_problems, self.folder.path)) as hands:
+            with self._step("stores, verified and compared"):
+                rows = self._measured(cases(asked.codecs, asked.rates), hands)
+            with self._step("plans, their stores"):
+                plans = self._plans(checkpoint, rows)
+                planned = [
+                    Case(PLANNED_CODEC, rate, min(asked.rates), plan=self._plan_file(rate))
+                    for rate in plans
+                ]
+                rows += self._measured(planned, hands)
         with self._step("damage"):
             damage = self._damage(rows[0].name)
         with self._step("speeds"):
@@ -203,26 +204,24 @@ class _Road:
         # Without jumps, which plans do not use, and without a sample to compare with.
         settings = Settings(rates=MAP_RATES, codec=PLANNED_CODEC, measure="none", n_ties=0)
         n = min(MAP_PROBLEMS, self.asked.n_problems)
-        Build.of(loaded, get_task(TASK), n, settings, path, self.say).run()
+        task, skip = get_task(TASK), self.asked.n_problems
+        Build.of(loaded, task, n, settings, path, self.say, skip=skip).run()
 
     def _workers(self, setup: Opens) -> Workers:
         if self.n_workers == 1:
             return InProcess(setup.with_threads(1).open())
         return Processes(setup, self.n_workers)
 
-    def _measured(self, wanted: Sequence[Case]) -> list[StoreRow]:
+    def _measured(self, wanted: Sequence[Case], hands: Workers) -> list[StoreRow]:
         """A row of each case, in their order; those that the folder has are not measured again."""
-        setup = Setup(SRC, TASK, self.asked.n_problems, self.folder.path)
         with disk_errors(self.folder.stores):
             self.folder.stores.mkdir(exist_ok=True)
         with Rows(self.folder.rows) as kept:
             todo = [case for case in wanted if case.name not in kept.found]
-            if todo:
-                with self._workers(setup) as hands:
-                    for row in hands.run(todo, {}):
-                        kept.append({KEY: row.name, **row.to_json()})
-                        done = len(wanted) - sum(case.name not in kept.found for case in wanted)
-                        self.say(f"store {row.name}", done, len(wanted))
+            for row in hands.run(todo, {}) if todo else ():
+                kept.append({KEY: row.name, **row.to_json()})
+                done = sum(case.name in kept.found for case in wanted)
+                self.say(f"store {row.name}", done, len(wanted))
             return [StoreRow.from_json(kept.found[case.name]) for case in wanted]
 
     def _plans(self, checkpoint: Checkpoint, rows: Sequence[StoreRow]) -> dict[float, Plan]:

@@ -88,9 +88,13 @@ class Build:
         settings: Settings,
         path: Path,
         say: Say = lambda *_: None,
+        *,
+        skip: int = 0,
     ) -> Build:
-        """A map of a loaded model, on the first `limit` problems of a task with their solutions."""
-        text = calibration_of(solved_rows(loaded.tokenizer, task, task.problems(limit)))
+        """A map of a loaded model, on `limit` problems of a task with their solutions, behind the
+        first `skip`: those are left for measuring what came of it."""
+        problems = task.problems(None if limit is None else skip + limit)[skip:]
+        text = calibration_of(solved_rows(loaded.tokenizer, task, problems))
         return cls(loaded.model, text, Named(loaded.source.name, task.name), settings, path, say)
 
     def run(self) -> SensitivityMap:
