@@ -142,7 +142,7 @@ def sensitivity(report: Report) -> str:
         figure(
             heat,
             f"Each of {len(layers)} layers with an error in all of its experts, in all experts of "
-            "no other. Bright: predictions move far; white: not measured.",
+            "no other. Bright: predictions move far; empty: not measured.",
             wide=True,
         )
         if heat
