@@ -164,7 +164,7 @@ def test_page_has_the_figures_their_commands_and_no_machine_paths(
     assert command in page
     for row in data["rows"]:
         assert f"<td>{row['expert_bits_per_weight']:.2f}</td>" in page
-        assert f"<td>{row['kl_nats']:.5f}</td>" in page
+        assert f"<td>{row['kl_nats']:.5f} ± " in page
     bits = data["rows"][0]["expert_bits_per_weight"]
     for said in (
         "moebound eval builtin:wordmath --task wordmath-hard --limit 6",
@@ -194,7 +194,8 @@ def test_commands_on_the_page_are_commands(page: str, capsys: pytest.CaptureFixt
         assert all(word in known for word in words if word.startswith("-")), words
         seen.add(command[-1])
     assert seen == {
-        "eval", "profile", "study", "report", "sensitivity", "plan", "compress", "verify", "codec",
+        "eval", "profile", "study", "report", "sensitivity", "plan", "compress", "verify", "quality",
+        "codec",
     }  # fmt: skip
 
 
@@ -215,4 +216,4 @@ def test_a_demo_that_was_stopped_goes_on(folder: Path, options: list[str]) -> No
     after = (folder / "stores.jsonl").read_bytes(), (folder / "study" / "rows.jsonl").read_bytes()
     assert before == after
     assert len(report.rows) == 5
-    assert not any(what.startswith(("store ", "layer ", "speed")) for what in said)
+    assert not any(what.startswith(("store ", "layer ", "speed: ")) for what in said)
