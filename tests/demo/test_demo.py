@@ -194,8 +194,8 @@ def test_commands_on_the_page_are_commands(page: str, capsys: pytest.CaptureFixt
         assert all(word in known for word in words if word.startswith("-")), words
         seen.add(command[-1])
     assert seen == {
-        "eval", "profile", "study", "report", "sensitivity", "plan", "compress", "verify", "quality",
-        "codec",
+        "eval", "profile", "study", "report", "sensitivity", "plan", "compress", "verify",
+        "quality", "codec",
     }  # fmt: skip
 
 

@@ -7,8 +7,7 @@ from html import escape
 from moebound.demo import plots
 from moebound.demo.columns import kept_over_asked, speed_columns, store_columns
 from moebound.demo.page_parts import code, figure, grouped_table, how, plain_table, section
-from moebound.demo.report import Report, StoreRow
-from moebound.demo.road import MAP_RATES, kept_rate
+from moebound.demo.report import Report, StoreRow, kept_rate
 
 
 def first_row(report: Report) -> StoreRow | None:
@@ -74,7 +73,7 @@ def plan(report: Report) -> str:
         f"{stored.text_kl_nats / uniform.text_kl_nats:.1f} times as far as the uniform one.</p>",
         how(
             f"moebound sensitivity {source} --task {report.task} --skip {report.n_problems} "
-            f"--limit {report.map_problems} --rates {','.join(f'{r:g}' for r in MAP_RATES)} "
+            f"--limit {report.map_problems} --rates {','.join(f'{r:g}' for r in report.map_rates)} "
             "--measure none --ties 0 -o map.json",
             f"moebound plan {source} --sensitivity map.json "
             f"--bpw {chosen.budget['bpw']:.4f} -o plan.json",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,14 @@ from moebound.evaluate.evaluation import Evaluation, Tally
 from moebound.plan import Plan
 from moebound.sensitivity.profile import Profile
 from moebound.sensitivity.report import Report as StudyReport
+
+KEPT_RATE = 0.3
+"""Near this rate are the store that the page speaks of first, and plan.json."""
+
+
+def kept_rate(rates: Sequence[float]) -> float:
+    """The one that the page speaks of first."""
+    return min(rates, key=lambda rate: abs(rate - KEPT_RATE))
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ class Report:
 
     command: what made it. task: what the model is profiled, studied and compared on, with
     n_problems. original: its answers, by task. profile, study, plans: what the steps left; plans by
-    the name of their store. map_problems: how many problems the sensitivity map has read. rows: in
+    the name of their store. map_problems, map_rates: what the sensitivity map is made from. rows: in
     the order of the cases. samples: answers at the coarsest bound, chosen as `road` says, and
     samples_of: which store's. speeds: on matrices of full size. environment: machine and versions.
     seconds: by step.
@@ -116,6 +124,7 @@ class Report:
     task: str
     n_problems: int
     map_problems: int
+    map_rates: tuple[float, ...]
     model: ModelFacts
     original: Mapping[str, Evaluation]
     profile: Profile
@@ -152,6 +161,7 @@ class Report:
             "task": self.task,
             "n_problems": self.n_problems,
             "map_problems": self.map_problems,
+            "map_rates": list(self.map_rates),
             "model": asdict(self.model),
             "original": {task: found.total.to_json() for task, found in self.original.items()},
             "verdicts": [

@@ -24,7 +24,14 @@ from moebound.checkpoint import Checkpoint, open_checkpoint
 from moebound.checkpoint.durable import disk_errors
 from moebound.codec import get_codec
 from moebound.demo.folder import Folder, begin
-from moebound.demo.report import Damage, ModelFacts, Report, SampleAnswer, StoreRow
+from moebound.demo.report import (
+    Damage,
+    ModelFacts,
+    Report,
+    SampleAnswer,
+    StoreRow,
+    kept_rate,
+)
 from moebound.demo.stores import Case, Setup, cases, weight_file_bytes
 from moebound.evaluate.evaluation import Evaluation
 from moebound.evaluate.loading import Loaded, load
@@ -54,8 +61,6 @@ RATES = (0.1, 0.3, 0.8)
 CODECS = ("bound", "sz3", "zfp")
 EXACT_CODEC = "lossless"
 PLANNED_CODEC = "bound"
-KEPT_RATE = 0.3
-"""Near this rate are the store that the page speaks of first, and plan.json."""
 N_PROBLEMS = 128
 MAP_PROBLEMS = 32
 """They come behind those that models are compared on: what a plan saves is measured on others."""
@@ -131,8 +136,9 @@ class _Road:
             profile = self._profile(loaded)
         with self._step("study"):
             study = self._study()
-        with self._step("sensitivity map"):
-            self._map(loaded)
+        if PLANNED_CODEC in asked.codecs:
+            with self._step("sensitivity map"):
+                self._map(loaded)
         with self._workers(Setup(SRC, TASK, asked.n_problems, self.folder.path)) as hands:
             with self._step("stores, verified and compared"):
                 rows = self._measured(cases(asked.codecs, asked.rates), hands)
@@ -153,6 +159,7 @@ class _Road:
             task=TASK,
             n_problems=asked.n_problems,
             map_problems=min(MAP_PROBLEMS, asked.n_problems),
+            map_rates=MAP_RATES,
             model=_model_facts(checkpoint, loaded.model),
             original=original,
             profile=profile,
@@ -298,11 +305,6 @@ class _Road:
 def _asked(pair: Any) -> tuple[Any, str]:
     problem, output = pair
     return problem, output.text
-
-
-def kept_rate(rates: Sequence[float]) -> float:
-    """The one that the page speaks of first."""
-    return min(rates, key=lambda rate: abs(rate - KEPT_RATE))
 
 
 @contextmanager
