@@ -114,8 +114,8 @@ class Report:
 
     command: what made it. task: what the model is profiled, studied and compared on, with
     n_problems. original: its answers, by task. profile, study, plans: what the steps left; plans by
-    the name of their store. map_problems, map_rates: what the sensitivity map is made from. rows: in
-    the order of the cases. samples: answers at the coarsest bound, chosen as `road` says, and
+    the name of their store. map_problems, map_rates: what the sensitivity map is made from. rows:
+    in the order of the cases. samples: answers at the coarsest bound, chosen as `road` says, and
     samples_of: which store's. speeds: on matrices of full size. environment: machine and versions.
     seconds: by step.
     """
