@@ -35,8 +35,8 @@ def test_every_family_writes_what_it_writes_without(name: str) -> None:
     plain = decode(model, prompts, max_new_tokens=LIMIT, ends=ends, pad=0)
     whole = [list(one.tokens) for one in plain]
     wrong = [[*tokens[:2], 91, *tokens[3:]] for tokens in whole]
-    none: list[list[int]] = [[] for _ in whole]
-    for drafts in (whole, wrong, none, [[*t, 7, 7] for t in whole]):
+    empty: list[list[int]] = [[] for _ in whole]
+    for drafts in (whole, wrong, empty, [[*t, 7, 7] for t in whole]):
         found = decode_drafted(model, prompts, drafts, max_new_tokens=LIMIT, ends=ends, pad_token=0)
         assert found == plain
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moebound.checkpoint import open_checkpoint
+from moebound.errors import CheckpointError
 from moebound.tasks.registry import get_task
 from moebound.wordmath import problems
 from moebound.wordmath.builtin import resolve
@@ -68,3 +69,9 @@ def test_it_solves_problems_it_has_not_seen() -> None:
     outputs = answer(load("builtin:wordmath"), task, asked)
     verdicts = [task.judge(p, o.text) for p, o in zip(asked, outputs, strict=True)]
     assert sum(v.ica for v in verdicts) >= 28
+
+
+def test_names_that_are_not_built_in() -> None:
+    assert resolve("some/folder") == "some/folder"
+    with pytest.raises(CheckpointError, match="builtin:wordmath"):
+        resolve("builtin:nosuch")

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,9 @@ class Setup:
     experts: str = "auto"
     threads: int | None = None
     batch: int | None = None
+
+    def with_threads(self, threads: int) -> Setup:
+        return replace(self, threads=threads)
 
     def open(self) -> Measurer:
         """Load the model. Raises CheckpointError, UnsupportedArchitectureError, TaskError."""
