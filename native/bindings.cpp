@@ -11,6 +11,7 @@
 #include "bound_layout.h"
 #include "compare.h"
 #include "cpu.h"
+#include "cuszp.h"
 #include "float_env.h"
 #include "grid.h"
 #include "status.h"
@@ -73,6 +74,16 @@ moebound::ArrayInfo array_info(moebound::DType source, moebound::DType output, d
 moebound::DType dtype_from(unsigned code) {
   if (code > 2) throw nb::value_error("dtype code: expected 0 (BF16), 1 (F16) or 2 (F32)");
   return moebound::DType(code);
+}
+
+moebound::CuszpMode cuszp_mode(unsigned code) {
+  if (code > 2) throw nb::value_error("mode code: expected 0 (fixed), 1 (plain) or 2 (outlier)");
+  return moebound::CuszpMode(code);
+}
+
+float cuszp_bound(float bound) {
+  if (!(bound >= 0x1p-126f && bound <= 0x1p125f)) throw nb::value_error("bound");
+  return bound;
 }
 
 template <class T>
@@ -144,6 +155,26 @@ NB_MODULE(_native, m) {
     const Away away;
     moebound::decode_bound(info, buffer.data(), buffer.size(), out.data(), threads);
   }, "payload"_a, "out"_a, "source"_a, "bound"_a, "threads"_a);
+
+  m.def("cuszp_encode", [](AnyArray array, float bound, unsigned mode, unsigned threads) {
+    const auto source = dtype_of(array);
+    const auto code = cuszp_mode(mode);
+    std::vector<uint8_t> stream;
+    {
+      const Away away;
+      stream = moebound::encode_cuszp(source, array.data(), array.shape(0), cuszp_bound(bound), code, threads);
+    }
+    return nb::bytes(stream.data(), stream.size());
+  }, "array"_a, "bound"_a, "mode"_a, "threads"_a);
+
+  m.def("cuszp_decode", [](nb::handle stream, WritableArray out, float bound, unsigned mode, unsigned threads) {
+    const Buffer buffer(stream);
+    const auto output = dtype_of(out);
+    const auto code = cuszp_mode(mode);
+    const Away away;
+    moebound::decode_cuszp(buffer.data(), buffer.size(), output, out.data(), out.shape(0), cuszp_bound(bound), code,
+                           threads);
+  }, "stream"_a, "out"_a, "bound"_a, "mode"_a, "threads"_a);
 
   m.def("grid", [](unsigned source, unsigned output, double bound, size_t n_cells, uint32_t up_to_source) {
     const moebound::DefaultFloatEnvironment environment;

@@ -1,0 +1,102 @@
+#include "cuszp.h"
+
+#include <algorithm>
+#include <string>
+
+#include "cpu.h"
+#include "cuszp_chunks.h"
+#include "cuszp_paths.h"
+#include "parallel.h"
+#include "status.h"
+
+namespace moebound {
+namespace {
+
+CuszpPath path() {
+#ifdef MOEBOUND_X86
+  switch (isa()) {
+    case Isa::kAvx512Search:
+    case Isa::kAvx512: return cuszp_avx512();
+    case Isa::kAvx2: return cuszp_avx2();
+    case Isa::kScalar: break;
+  }
+#endif
+  return {measure_chunk<AnyLanes>, write_chunk<AnyLanes>, decode_chunk<AnyLanes>};
+}
+
+size_t chunks_of(size_t n) { return n / kCuszpChunk + (n % kCuszpChunk ? 1 : 0); }
+
+// Values of chunk c.
+size_t values_in(size_t n, size_t c) { return std::min(kCuszpChunk, n - c * kCuszpChunk); }
+
+// Turns sizes into begins, the first of them `begin`; returns the end.
+size_t begins_from(std::vector<size_t>& sizes, size_t begin) {
+  for (size_t& size : sizes) {
+    const size_t end = begin + size;
+    size = begin;
+    begin = end;
+  }
+  return begin;
+}
+
+// Bytes of the payload of a chunk whose first n_blocks codes are of blocks in the array, and whose
+// other codes are 0. Throws Corrupt on codes that no encoder writes.
+size_t chunk_bytes(const uint8_t* codes, size_t n_blocks, CuszpMode mode) {
+  size_t n_bytes = 0;
+  for (size_t b = 0; b < kCuszpChunkBlocks; ++b) {
+    const uint8_t code = codes[b];
+    const bool known = code < 32 || (mode == CuszpMode::kOutlier && code >= 0x80);
+    if (!known) throw Corrupt("rate byte " + std::to_string(code) + ", which no block of this mode has");
+    if (b >= n_blocks && code) throw Corrupt("a rate other than 0 behind the last block");
+    n_bytes += CuszpRate::from_code(code).n_bytes();
+  }
+  return n_bytes;
+}
+
+}  // namespace
+
+std::vector<uint8_t> encode_cuszp(DType source, const void* values, size_t n, float bound, CuszpMode mode,
+                                  unsigned threads) {
+  const CuszpPath run = path();
+  const CuszpCoding coding(bound, mode);
+  const size_t n_chunks = chunks_of(n), n_table = n_chunks * kCuszpChunkBlocks;
+  const auto* const bytes = static_cast<const uint8_t*>(values);
+  const size_t stride = kCuszpChunk * item_size(source);
+  std::vector<uint8_t> stream(n_table);
+  std::vector<size_t> begins(n_chunks);
+  for_each_index(n_chunks, threads, [&](size_t c) {
+    begins[c] = run.measure(source, bytes + c * stride, values_in(n, c), coding, &stream[c * kCuszpChunkBlocks]);
+  });
+  stream.resize(begins_from(begins, n_table));
+  for_each_index(n_chunks, threads, [&](size_t c) {
+    run.write(source, bytes + c * stride, values_in(n, c), coding, &stream[c * kCuszpChunkBlocks],
+              stream.data() + begins[c]);
+  });
+  return stream;
+}
+
+void decode_cuszp(const uint8_t* stream, size_t n_bytes, DType output, void* out, size_t n, float bound, CuszpMode mode,
+                  unsigned threads) {
+  const size_t n_chunks = chunks_of(n), n_table = n_chunks * kCuszpChunkBlocks;
+  if (n_bytes < n_table) {
+    throw Corrupt(std::to_string(n_bytes) + " bytes, where the table of rates alone has " + std::to_string(n_table));
+  }
+  std::vector<size_t> begins(n_chunks);
+  for (size_t c = 0; c < n_chunks; ++c) {
+    const size_t n_blocks = (values_in(n, c) + kCuszpBlock - 1) / kCuszpBlock;
+    begins[c] = chunk_bytes(stream + c * kCuszpChunkBlocks, n_blocks, mode);
+  }
+  const size_t end = begins_from(begins, n_table);
+  if (end != n_bytes) {
+    throw Corrupt(std::to_string(n_bytes) + " bytes, where the rates say " + std::to_string(end));
+  }
+  const CuszpPath run = path();
+  const CuszpCoding coding(bound, mode);
+  const size_t stride = kCuszpChunk * item_size(output);
+  for_each_index(n_chunks, threads, [&](size_t c) {
+    run.decode(output, static_cast<uint8_t*>(out) + c * stride, values_in(n, c), coding,
+               stream + c * kCuszpChunkBlocks, stream + begins[c]);
+  });
+}
+
+}  // namespace moebound
