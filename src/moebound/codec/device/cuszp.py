@@ -12,122 +12,53 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moebound.codec.cuszp import BLOCK, MODES, check_bound, check_mode, table_n_bytes
+from moebound.codec.cuszp import BLOCK, CHUNK, MODES, check_bound, check_mode, table_n_bytes
 from moebound.errors import BackendUnavailable, CodecError, CorruptionError
 
 if TYPE_CHECKING:
     import torch
 
-TILE_BLOCKS = 32
-"""Blocks of a program."""
+CHUNK_BLOCKS = CHUNK // BLOCK
 
-_SUMMED_TILES = 32
-_WARPS = 4
+DEFAULT_WARPS, DEFAULT_ROUNDS = 4, 8
+"""Blocks that a program does at a time, one a warp, and how many times. Powers of two; their product
+divides a chunk."""
+
+_PLACING_WARPS = 4
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where the payloads of a stream are, by `place`.
+
+    begins: [chunks] int64, bytes from the stream's first. inside: [blocks] int32, bytes from the
+    chunk's. planes: [chunks] int32, the highest rate. n_bytes: of the whole stream.
+    """
+
+    begins: torch.Tensor
+    inside: torch.Tensor
+    planes: torch.Tensor
+    n_bytes: int
 
 
 def encode_stream(x: torch.Tensor, abs_bound: float, *, mode: str = "plain") -> torch.Tensor:
     """The stream of a contiguous float32 tensor, as a flat uint8 tensor on its device.
 
     abs_bound, mode: as `moebound.codec.cuszp.encode_stream` takes them. Waits once for the device,
-    to learn how many bytes there will be. Raises CodecError.
+    to learn how many bytes there will be. Raises BoundError, CodecError.
     """
     import torch
 
-    kernels = _kernels()
-    bound, code = check_bound(abs_bound), MODES.index(check_mode(mode))
+    check_bound(abs_bound)
+    check_mode(mode)
     if x.dtype != torch.float32 or not x.is_contiguous():
         raise CodecError(f"cuszp: expected a contiguous float32 tensor, found {x.dtype}")
-    n, n_table = x.numel(), table_n_bytes(x.numel())
-    if n == 0:
-        return torch.empty(0, dtype=torch.uint8, device=x.device)
-    reciprocal = 0.5 / bound  # of two float32 numbers, rounded to one on the way to the kernel
-    table = torch.empty(n_table, dtype=torch.uint8, device=x.device)
-    n_tiles = n_table // TILE_BLOCKS
-    sizes = torch.empty(n_tiles, dtype=torch.int64, device=x.device)
-    kernels.measure_blocks[n_tiles,](
-        x, table, sizes, n, n_table, reciprocal,
-        MODE=code, BLOCKS=TILE_BLOCKS, num_warps=_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
-    ends = torch.cumsum(sizes, 0)
-    stream = torch.empty(n_table + int(ends[-1]), dtype=torch.uint8, device=x.device)
-    stream[:n_table] = table
-    kernels.write_blocks[n_tiles,](
-        x, stream, ends - sizes, n, n_table, reciprocal, MODE=code,
-        ALIGNED=mode != "outlier", BLOCKS=TILE_BLOCKS, num_warps=_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    table = measure(x, abs_bound, mode)
+    placed = place(table, x.numel(), mode)
+    stream = torch.empty(placed.n_bytes, dtype=torch.uint8, device=x.device)
+    stream[: len(table)] = table
+    write(x, stream, placed, abs_bound, mode)
     return stream
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Where the payload of each tile of blocks begins; the stream's length agrees with its rates."""
-
-    begins: torch.Tensor
-    n_table: int
-
-
-def read_rates(stream: torch.Tensor, n: int, *, mode: str = "plain") -> Sums:
-    """Sum the table of a flat uint8 tensor, and compare the sum with the stream's length.
-
-    Waits once for the device. Raises CorruptionError on a table that no encoder writes.
-    """
-    import torch
-
-    kernels = _kernels()
-    code = MODES.index(check_mode(mode))
-    if stream.dtype != torch.uint8 or stream.ndim != 1 or not stream.is_contiguous():
-        raise CodecError(f"cuszp: expected flat contiguous uint8, found {stream.dtype}")
-    n_table = table_n_bytes(n)
-    if stream.numel() < n_table or (n == 0 and stream.numel()):
-        raise CorruptionError(
-            f"cuszp: {stream.numel()} bytes for {n} values: the table of rates has {n_table}"
-        )
-    n_tiles = n_table // TILE_BLOCKS
-    sizes = torch.empty(n_tiles, dtype=torch.int64, device=stream.device)
-    if n == 0:
-        return Sums(sizes, 0)
-    wrong = torch.zeros(1, dtype=torch.int32, device=stream.device)
-    kernels.sum_sizes[-(-n_tiles // _SUMMED_TILES),](
-        stream, sizes, wrong, -(-n // BLOCK), n_table,
-        MODE=code, BLOCKS=TILE_BLOCKS, TILES=_SUMMED_TILES, num_warps=_WARPS,
-    )  # fmt: skip
-    ends = torch.cumsum(sizes, 0)
-    total, n_wrong = (int(v) for v in torch.cat([ends[-1:], wrong.to(torch.int64)]).tolist())
-    if n_wrong:
-        raise CorruptionError(f"cuszp: the table of rates has bytes that mode {mode} never writes")
-    if n_table + total != stream.numel():
-        raise CorruptionError(
-            f"cuszp: {stream.numel()} bytes, where the rates say {n_table + total}"
-        )
-    return Sums(ends - sizes, n_table)
-
-
-def decode_blocks(
-    stream: torch.Tensor, sums: Sums, out: torch.Tensor, abs_bound: float, *, mode: str = "plain"
-) -> None:
-    """Decode into a contiguous tensor of float32, bfloat16 or float16, on the current stream.
-
-    sums: of this stream, for out's number of values. Does not wait. Values are cast to the
-    nearest, ties to even. Raises CodecError.
-    """
-    import torch
-
-    kernels = _kernels()
-    code, n = MODES.index(check_mode(mode)), out.numel()
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    if out.dtype not in names or not out.is_contiguous() or table_n_bytes(n) != sums.n_table:
-        raise CodecError(
-            f"cuszp: out: expected contiguous float32, bfloat16 or float16 and {sums.n_table} "
-            f"rates, found {out.dtype} and {table_n_bytes(n)}"
-        )
-    if n == 0:
-        return
-    kernels.decode_blocks[sums.n_table // TILE_BLOCKS,](
-        stream, sums.begins, out if out.dtype == torch.float32 else out.view(torch.uint16),
-        n, sums.n_table, 2.0 * check_bound(abs_bound),
-        MODE=code, DTYPE=names[out.dtype], ALIGNED=mode != "outlier" and stream.data_ptr() % 4 == 0,
-        BLOCKS=TILE_BLOCKS, num_warps=_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
 
 
 def decode_stream(
@@ -138,22 +69,142 @@ def decode_stream(
     mode: str = "plain",
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The n values of a stream, flat, on its device; float32 if no dtype is given.
+    """The n values of a flat uint8 tensor, flat, on its device.
 
-    Waits once for the device, to check the table before anything is read by it. Raises
-    CorruptionError on bytes that no encoder makes, CodecError.
+    dtype: float32, bfloat16 or float16, to which values are rounded, ties to even; float32 if None.
+    Waits once for the device: the sum of all rates is compared with the length of the stream before
+    anything is read by it. Raises CorruptionError on bytes that no encoder makes, BoundError,
+    CodecError.
     """
     import torch
 
-    sums = read_rates(stream, n, mode=mode)
+    check_bound(abs_bound)
+    check_mode(mode)
+    if stream.dtype != torch.uint8 or stream.ndim != 1 or not stream.is_contiguous():
+        raise CodecError(f"cuszp: expected flat contiguous uint8, found {stream.dtype}")
+    n_table = table_n_bytes(n)
+    if len(stream) < n_table:
+        raise CorruptionError(
+            f"cuszp: {len(stream)} bytes, where the table of rates alone has {n_table}"
+        )
+    placed = place(stream[:n_table], n, mode)
+    if placed.n_bytes != len(stream):
+        raise CorruptionError(
+            f"cuszp: {len(stream)} bytes, where the rates say {placed.n_bytes}"
+        )
     out = torch.empty(n, dtype=dtype or torch.float32, device=stream.device)
-    decode_blocks(stream, sums, out, abs_bound, mode=mode)
+    read(stream, placed, out, abs_bound, mode)
     return out
+
+
+def measure(x: torch.Tensor, abs_bound: float, mode: str) -> torch.Tensor:
+    """The table of rates of a stream. Does not wait for the device."""
+    import torch
+
+    n = x.numel()
+    table = torch.zeros(table_n_bytes(n), dtype=torch.uint8, device=x.device)
+    if n:
+        _launch("measure_blocks", n, x, table, n, _n_blocks(n), 0.5 / check_bound(abs_bound), MODE=mode)
+    return table
+
+
+def place(table: torch.Tensor, n: int, mode: str) -> Placed:
+    """Where the payloads are that a table of rates stands for. Waits for the device.
+
+    Raises CorruptionError on a table that no encoder writes.
+    """
+    import torch
+
+    n_chunks = len(table) // CHUNK_BLOCKS
+    inside = torch.empty(len(table), dtype=torch.int32, device=table.device)
+    sizes = torch.empty(n_chunks, dtype=torch.int64, device=table.device)
+    planes = torch.empty(n_chunks, dtype=torch.int32, device=table.device)
+    if n_chunks == 0:
+        return Placed(sizes, inside, planes, 0)
+    wrong = torch.zeros(1, dtype=torch.int32, device=table.device)
+    _kernels().place_blocks[n_chunks,](
+        table, inside, sizes, planes, wrong, _n_blocks(n),
+        MODE=MODES.index(mode), num_warps=_PLACING_WARPS,
+    )  # fmt: skip
+    ends = torch.cumsum(sizes, 0) + len(table)
+    n_bytes, n_wrong = torch.cat([ends[-1:], wrong.to(torch.int64)]).tolist()
+    if n_wrong:
+        raise CorruptionError(
+            f"cuszp: the rates of {n_wrong} chunks of {n_chunks} have bytes that no block of mode "
+            f"{mode} has"
+        )
+    return Placed(ends - sizes, inside, planes, n_bytes)
+
+
+def write(
+    x: torch.Tensor, stream: torch.Tensor, placed: Placed, abs_bound: float, mode: str
+) -> None:
+    """Write the payloads of a stream whose table is there. Does not wait for the device."""
+    n = x.numel()
+    if n:
+        _launch(
+            "write_blocks", n, x, stream, placed.begins, placed.inside, placed.planes, n,
+            _n_blocks(n), 0.5 / check_bound(abs_bound), MODE=mode, ALIGNED=_aligned(stream, mode),
+        )  # fmt: skip
+
+
+def read(
+    stream: torch.Tensor, placed: Placed, out: torch.Tensor, abs_bound: float, mode: str
+) -> None:
+    """Decode a stream of placed.n_bytes into a contiguous tensor. Does not wait for the device.
+
+    out: float32, bfloat16 or float16. Raises CodecError.
+    """
+    import torch
+
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    n = out.numel()
+    if out.dtype not in names or not out.is_contiguous():
+        raise CodecError(
+            f"cuszp: expected contiguous float32, bfloat16 or float16, found {out.dtype}"
+        )
+    if table_n_bytes(n) != len(placed.inside) or len(stream) != placed.n_bytes:
+        raise CodecError(
+            f"cuszp: {n} values and {len(stream)} bytes: expected a stream of {placed.n_bytes} "
+            f"bytes and {len(placed.inside)} blocks"
+        )
+    if n:
+        patterns = out if out.dtype == torch.float32 else out.view(torch.uint16)
+        _launch(
+            "decode_blocks", n, stream, placed.begins, placed.inside, placed.planes, patterns, n,
+            _n_blocks(n), 2.0 * check_bound(abs_bound), MODE=mode, DTYPE=names[out.dtype],
+            ALIGNED=_aligned(stream, mode),
+        )  # fmt: skip
+
+
+def _launch(kernel: str, n: int, *args: Any, MODE: str, **options: Any) -> None:
+    """One of the kernels that go over all blocks of n values."""
+    kernels = _kernels()
+    # Under the interpreter a program costs the same for one block as for all.
+    warps, rounds = (CHUNK_BLOCKS, 1) if kernels.INTERPRETED else (DEFAULT_WARPS, DEFAULT_ROUNDS)
+    getattr(kernels, kernel)[-(-_n_blocks(n) // (warps * rounds)),](
+        *args,
+        MODE=MODES.index(MODE),
+        BLOCKS=warps,
+        ROUNDS=rounds,
+        num_warps=1 if kernels.INTERPRETED else warps,
+        enable_fp_fusion=False,
+        **options,
+    )
+
+
+def _n_blocks(n: int) -> int:
+    return -(-n // BLOCK)
+
+
+def _aligned(stream: torch.Tensor, mode: str) -> bool:
+    """Whether every payload begins at a multiple of 4."""
+    return mode != "outlier" and stream.data_ptr() % 4 == 0
 
 
 def _kernels() -> Any:
     try:
         from moebound.codec.device import cuszp_kernels
     except ImportError as error:
-        raise BackendUnavailable("decoding on a GPU needs triton: pip install triton") from error
+        raise BackendUnavailable("cuszp on a device needs triton: pip install triton") from error
     return cuszp_kernels
