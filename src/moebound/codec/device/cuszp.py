@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 CHUNK_BLOCKS = CHUNK // BLOCK
 
-DEFAULT_WARPS, DEFAULT_ROUNDS = 4, 8
-"""Blocks that a program does at a time, one a warp, and how many times. Powers of two; their product
-divides a chunk."""
+SHAPE = (4, 8)
+"""Blocks that a program does at a time, one a warp, and how many times: powers of two, at most 32
+times, and their product divides a chunk."""
 
 _PLACING_WARPS = 4
 
@@ -181,7 +181,7 @@ def _launch(kernel: str, n: int, *args: Any, MODE: str, **options: Any) -> None:
     """One of the kernels that go over all blocks of n values."""
     kernels = _kernels()
     # Under the interpreter a program costs the same for one block as for all.
-    warps, rounds = (CHUNK_BLOCKS, 1) if kernels.INTERPRETED else (DEFAULT_WARPS, DEFAULT_ROUNDS)
+    warps, rounds = (CHUNK_BLOCKS, 1) if kernels.INTERPRETED else SHAPE
     getattr(kernels, kernel)[-(-_n_blocks(n) // (warps * rounds)),](
         *args,
         MODE=MODES.index(MODE),
