@@ -4,7 +4,6 @@
 #include <string>
 
 #include "cpu.h"
-#include "cuszp_chunks.h"
 #include "cuszp_paths.h"
 #include "parallel.h"
 #include "status.h"
@@ -12,16 +11,12 @@
 namespace moebound {
 namespace {
 
+// With AVX2 the decoder writes about as fast as memory takes it: AVX-512 would have little to add.
 CuszpPath path() {
 #ifdef MOEBOUND_X86
-  switch (isa()) {
-    case Isa::kAvx512Search:
-    case Isa::kAvx512: return cuszp_avx512();
-    case Isa::kAvx2: return cuszp_avx2();
-    case Isa::kScalar: break;
-  }
+  if (isa() != Isa::kScalar && can_run(Isa::kAvx2)) return cuszp_avx2();
 #endif
-  return {measure_chunk<AnyLanes>, write_chunk<AnyLanes>, decode_chunk<AnyLanes>};
+  return cuszp_scalar();
 }
 
 size_t chunks_of(size_t n) { return n / kCuszpChunk + (n % kCuszpChunk ? 1 : 0); }

@@ -3,21 +3,30 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "bit_matrix.h"
 #include "cuszp.h"
 #include "dtype.h"
+
+// Each path inlines its own copy: one that was compiled for AVX2 must not end up in another path.
+#define MOEBOUND_INLINE __attribute__((always_inline)) inline
 
 namespace moebound {
 
 constexpr size_t kCuszpBlock = 32, kCuszpChunkBlocks = 1024, kCuszpChunk = kCuszpBlock * kCuszpChunkBlocks;
 
-// How a block is stored: planes below its signs, bytes of its first value kept apart from them.
+// How a block is stored: planes behind its signs, bytes of its first value in front of them.
 struct CuszpRate {
   uint32_t planes, outlier_bytes;
 
-  __attribute__((always_inline)) size_t n_bytes() const { return planes | outlier_bytes ? 4 + 4 * size_t(planes) + outlier_bytes : 0; }
-  __attribute__((always_inline)) uint8_t code() const { return uint8_t(outlier_bytes ? 0x80u | (outlier_bytes - 1) << 5 | planes : planes); }
-  __attribute__((always_inline)) static CuszpRate from_code(uint8_t code) { return {code & 31u, code & 0x80u ? (code >> 5 & 3u) + 1 : 0}; }
+  MOEBOUND_INLINE size_t n_bytes() const {
+    return planes | outlier_bytes ? 4 + 4 * size_t(planes) + outlier_bytes : 0;
+  }
+  // Its byte of the table of rates.
+  MOEBOUND_INLINE uint8_t code() const {
+    return uint8_t(outlier_bytes ? 0x80u | (outlier_bytes - 1) << 5 | planes : planes);
+  }
+  MOEBOUND_INLINE static CuszpRate from_code(uint8_t code) {
+    return {code & 31u, code & 0x80u ? (code >> 5 & 3u) + 1 : 0};
+  }
 };
 
 // bound: ε. reciprocal: 0.5 / ε; step: 2 ε; all of them normal floats.
@@ -35,7 +44,7 @@ struct CuszpPath {
   void (*decode)(DType output, void* out, size_t n, const CuszpCoding&, const uint8_t* codes, const uint8_t* payload);
 };
 
+CuszpPath cuszp_scalar();
 CuszpPath cuszp_avx2();
-CuszpPath cuszp_avx512();
 
 }  // namespace moebound
