@@ -24,6 +24,9 @@ SHAPE = (4, 8)
 """Blocks that a program does at a time, one a warp, and how many times: powers of two, at most 32
 times, and their product divides a chunk."""
 
+INTERPRETED_SHAPE = (CHUNK_BLOCKS, 1)
+"""Under the interpreter: there a program costs the same for one block as for all."""
+
 _PLACING_WARPS = 4
 
 
@@ -180,8 +183,7 @@ def read(
 def _launch(kernel: str, n: int, *args: Any, MODE: str, **options: Any) -> None:
     """One of the kernels that go over all blocks of n values."""
     kernels = _kernels()
-    # Under the interpreter a program costs the same for one block as for all.
-    warps, rounds = (CHUNK_BLOCKS, 1) if kernels.INTERPRETED else SHAPE
+    warps, rounds = INTERPRETED_SHAPE if kernels.INTERPRETED else SHAPE
     getattr(kernels, kernel)[-(-_n_blocks(n) // (warps * rounds)),](
         *args,
         MODE=MODES.index(MODE),
