@@ -156,25 +156,30 @@ NB_MODULE(_native, m) {
     moebound::decode_bound(info, buffer.data(), buffer.size(), out.data(), threads);
   }, "payload"_a, "out"_a, "source"_a, "bound"_a, "threads"_a);
 
-  m.def("cuszp_encode", [](AnyArray array, float bound, unsigned mode, unsigned threads) {
+  m.def("cuszp_encode", [](AnyArray array, float bound, unsigned mode, bool whole_chunks, unsigned threads) {
     const auto source = dtype_of(array);
     const auto code = cuszp_mode(mode);
+    const auto table = moebound::CuszpTable(whole_chunks);
+    const float epsilon = cuszp_bound(bound);
     std::vector<uint8_t> stream;
     {
       const Away away;
-      stream = moebound::encode_cuszp(source, array.data(), array.shape(0), cuszp_bound(bound), code, threads);
+      stream = moebound::encode_cuszp(source, array.data(), array.shape(0), epsilon, code, table, threads);
     }
     return nb::bytes(stream.data(), stream.size());
-  }, "array"_a, "bound"_a, "mode"_a, "threads"_a);
+  }, "array"_a, "bound"_a, "mode"_a, "whole_chunks"_a, "threads"_a);
 
-  m.def("cuszp_decode", [](nb::handle stream, WritableArray out, float bound, unsigned mode, unsigned threads) {
+  m.def("cuszp_decode", [](nb::handle stream, WritableArray out, float bound, unsigned mode, bool whole_chunks,
+                           unsigned threads) {
     const Buffer buffer(stream);
     const auto output = dtype_of(out);
     const auto code = cuszp_mode(mode);
+    const auto table = moebound::CuszpTable(whole_chunks);
+    const float epsilon = cuszp_bound(bound);
     const Away away;
-    moebound::decode_cuszp(buffer.data(), buffer.size(), output, out.data(), out.shape(0), cuszp_bound(bound), code,
+    moebound::decode_cuszp(buffer.data(), buffer.size(), output, out.data(), out.shape(0), epsilon, code, table,
                            threads);
-  }, "stream"_a, "out"_a, "bound"_a, "mode"_a, "threads"_a);
+  }, "stream"_a, "out"_a, "bound"_a, "mode"_a, "whole_chunks"_a, "threads"_a);
 
   m.def("grid", [](unsigned source, unsigned output, double bound, size_t n_cells, uint32_t up_to_source) {
     const moebound::DefaultFloatEnvironment environment;

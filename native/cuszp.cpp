@@ -19,10 +19,15 @@ CuszpPath path() {
   return cuszp_scalar();
 }
 
-size_t chunks_of(size_t n) { return n / kCuszpChunk + (n % kCuszpChunk ? 1 : 0); }
+size_t ceil_divide(size_t a, size_t b) { return a / b + (a % b ? 1 : 0); }
 
 // Values of chunk c.
 size_t values_in(size_t n, size_t c) { return std::min(kCuszpChunk, n - c * kCuszpChunk); }
+
+// Bytes of the table of rates.
+size_t table_bytes(size_t n, CuszpTable table) {
+  return table == CuszpTable::kOfChunks ? ceil_divide(n, kCuszpChunk) * kCuszpChunkBlocks : ceil_divide(n, kCuszpBlock);
+}
 
 // Turns sizes into begins, the first of them `begin`; returns the end.
 size_t begins_from(std::vector<size_t>& sizes, size_t begin) {
@@ -34,15 +39,13 @@ size_t begins_from(std::vector<size_t>& sizes, size_t begin) {
   return begin;
 }
 
-// Bytes of the payload of a chunk whose first n_blocks codes are of blocks in the array, and whose
-// other codes are 0. Throws Corrupt on codes that no encoder writes.
-size_t chunk_bytes(const uint8_t* codes, size_t n_blocks, CuszpMode mode) {
+// Bytes of the payload of blocks with these codes. Throws Corrupt on codes that no encoder writes.
+size_t payload_bytes(const uint8_t* codes, size_t n_blocks, CuszpMode mode) {
   size_t n_bytes = 0;
-  for (size_t b = 0; b < kCuszpChunkBlocks; ++b) {
+  for (size_t b = 0; b < n_blocks; ++b) {
     const uint8_t code = codes[b];
     const bool known = code < 32 || (mode == CuszpMode::kOutlier && code >= 0x80);
     if (!known) throw Corrupt("rate byte " + std::to_string(code) + ", which no block of this mode has");
-    if (b >= n_blocks && code) throw Corrupt("a rate other than 0 behind the last block");
     n_bytes += CuszpRate::from_code(code).n_bytes();
   }
   return n_bytes;
@@ -51,10 +54,10 @@ size_t chunk_bytes(const uint8_t* codes, size_t n_blocks, CuszpMode mode) {
 }  // namespace
 
 std::vector<uint8_t> encode_cuszp(DType source, const void* values, size_t n, float bound, CuszpMode mode,
-                                  unsigned threads) {
+                                  CuszpTable table, unsigned threads) {
   const CuszpPath run = path();
   const CuszpCoding coding(bound, mode);
-  const size_t n_chunks = chunks_of(n), n_table = n_chunks * kCuszpChunkBlocks;
+  const size_t n_chunks = ceil_divide(n, kCuszpChunk), n_table = table_bytes(n, table);
   const auto* const bytes = static_cast<const uint8_t*>(values);
   const size_t stride = kCuszpChunk * item_size(source);
   std::vector<uint8_t> stream(n_table);
@@ -71,15 +74,18 @@ std::vector<uint8_t> encode_cuszp(DType source, const void* values, size_t n, fl
 }
 
 void decode_cuszp(const uint8_t* stream, size_t n_bytes, DType output, void* out, size_t n, float bound, CuszpMode mode,
-                  unsigned threads) {
-  const size_t n_chunks = chunks_of(n), n_table = n_chunks * kCuszpChunkBlocks;
+                  CuszpTable table, unsigned threads) {
+  const size_t n_chunks = ceil_divide(n, kCuszpChunk), n_table = table_bytes(n, table);
   if (n_bytes < n_table) {
     throw Corrupt(std::to_string(n_bytes) + " bytes, where the table of rates alone has " + std::to_string(n_table));
   }
   std::vector<size_t> begins(n_chunks);
   for (size_t c = 0; c < n_chunks; ++c) {
-    const size_t n_blocks = (values_in(n, c) + kCuszpBlock - 1) / kCuszpBlock;
-    begins[c] = chunk_bytes(stream + c * kCuszpChunkBlocks, n_blocks, mode);
+    begins[c] = payload_bytes(stream + c * kCuszpChunkBlocks, ceil_divide(values_in(n, c), kCuszpBlock), mode);
+  }
+  const auto not_zero = [](uint8_t code) { return code != 0; };
+  if (std::any_of(stream + ceil_divide(n, kCuszpBlock), stream + n_table, not_zero)) {
+    throw Corrupt("a rate other than 0 behind the last block");
   }
   const size_t end = begins_from(begins, n_table);
   if (end != n_bytes) {

@@ -52,7 +52,7 @@ def encode_stream(x: Array, abs_bound: float, *, mode: str = "plain") -> bytes:
         raise CodecError(f"cuszp: expected float32, found {x.dtype}")
     flat = np.ascontiguousarray(x).reshape(-1)
     code = MODES.index(check_mode(mode))
-    return _native.cuszp_encode(flat, check_bound(abs_bound), code, 1)  # type: ignore[no-any-return]
+    return _native.cuszp_encode(flat, check_bound(abs_bound), code, True, 1)  # type: ignore[no-any-return]
 
 
 def decode_stream(
@@ -68,7 +68,7 @@ def decode_stream(
     if n < 0 or len(data) < table_n_bytes(n):
         raise CorruptionError(f"cuszp: {len(data)} bytes cannot hold {n} values")
     out = np.empty(n, np.float32)
-    _decode(data, out, bound, mode, threads=1)
+    _decode(data, out, bound, mode, whole_chunks=True, threads=1)
     return out
 
 
@@ -92,7 +92,7 @@ def table_n_bytes(n: int) -> int:
 
 
 class CuszpCodec(Codec):
-    """cuSZp's stream behind one byte for the mode.
+    """cuSZp's stream behind one byte for the mode, without the zeros that fill up its table.
 
     bfloat16 and float16 are widened, which is exact, and values are rounded to the nearest after
     decoding, which is not; `strict.py` patches what that rounding, the quantizer's own and the
@@ -122,18 +122,20 @@ class CuszpCodec(Codec):
         if spec.source_dtype == "BF16":
             flat = flat.view(np.uint16)
         code = MODES.index(self.mode)
-        stream = _native.cuszp_encode(flat, _nearest_bound(spec), code, threads)
+        stream = _native.cuszp_encode(flat, _nearest_bound(spec), code, False, threads)
         return Payload(bytes([code]) + stream)
 
     def decompress(
         self, data: memoryview, spec: ArraySpec, out: Array, *, threads: int = 1
     ) -> None:
-        if not len(data) or data[0] >= len(MODES):
+        if not len(data) or data[0] >= len(MODES) or spec.abs_bound == 0.0:
             raise CorruptionError(
-                f"cuszp: expected a mode, 0 to {len(MODES) - 1}, found {bytes(data[:1])!r}"
+                f"cuszp: expected a mode, 0 to {len(MODES) - 1}, and a bound above 0, "
+                f"found {bytes(data[:1])!r} and {spec.abs_bound:g}"
             )
         values = out.view(np.uint16) if spec.dtype == "BF16" else out
-        _decode(data[1:], values, _nearest_bound(spec), MODES[data[0]], threads=threads)
+        bound, mode = _nearest_bound(spec), MODES[data[0]]
+        _decode(data[1:], values, bound, mode, whole_chunks=False, threads=threads)
 
     def __repr__(self) -> str:
         return f"CuszpCodec({self.mode!r})"
@@ -144,10 +146,19 @@ def _nearest_bound(spec: ArraySpec) -> float:
 
 
 def _decode(
-    data: bytes | bytearray | memoryview, out: Array, bound: float, mode: str, *, threads: int
+    data: bytes | bytearray | memoryview,
+    out: Array,
+    bound: float,
+    mode: str,
+    *,
+    whole_chunks: bool,
+    threads: int,
 ) -> None:
-    """out: float32, float16, or uint16 for bfloat16's patterns; flat."""
+    """out: float32, float16, or uint16 for bfloat16's patterns; flat.
+
+    whole_chunks: whether the table is filled up to them.
+    """
     try:
-        _native.cuszp_decode(data, out, bound, MODES.index(mode), threads)
+        _native.cuszp_decode(data, out, bound, MODES.index(mode), whole_chunks, threads)
     except _native.Corrupt as error:
         raise CorruptionError(f"cuszp: {error}") from None
