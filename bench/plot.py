@@ -20,7 +20,13 @@ from matplotlib import pyplot as plt
 from moebound.bench.codec import BenchReport
 from moebound.bench.report import Row
 
-COLORS = {"bound": "#0072b2", "sz3": "#d55e00", "zfp": "#009e73", "cuszp": "#cc79a7", "lossless": "#999999"}
+COLORS = {
+    "bound": "#0072b2",
+    "sz3": "#d55e00",
+    "zfp": "#009e73",
+    "cuszp": "#cc79a7",
+    "lossless": "#999999",
+}
 SETTINGS: Any = {
     "font.size": 9,
     "axes.spines.top": False,

@@ -28,7 +28,8 @@ from moebound.errors import BoundError, CodecError, CorruptionError
 from moebound.types import Array
 
 from .kernel import ISAS, using
-from .weights import bits, broken, gaussian
+from .make_fixtures import CASES, Case
+from .weights import DTYPES, bits, broken, gaussian
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format-cuszp.md").read_text(encoding="utf-8")
 EXAMPLES = [
@@ -122,7 +123,7 @@ def test_values_are_rounded_to_the_nearest(isa: str, mode: str, dtype: type) -> 
         x = (rng.standard_normal(3000) * scale).astype(np.float32)
         bound = float(np.float32(bound))
         spec = ArraySpec(x.shape, "BF16" if dtype is not np.float16 else "F16", "F32", bound)
-        out = np.empty(x.size, dtype)
+        out: Array = np.empty(x.size, dtype)
         with using(isa):
             payload = CuszpCodec(mode).compress(x, spec)
             CuszpCodec().decompress(memoryview(payload.data), spec, out)
@@ -134,14 +135,30 @@ def test_values_are_rounded_to_the_nearest(isa: str, mode: str, dtype: type) -> 
 @every_mode
 def test_the_payload_is_the_mode_and_the_stream_of_the_widened_values(mode: str) -> None:
     """Without the zeros that fill up the table, of 63 blocks here."""
-    for dtype in ("BF16", "F16", "F32"):
-        array = gaussian((40, 50), dtype)  # type: ignore[arg-type]
+    for dtype in DTYPES:
+        array = gaussian((40, 50), dtype)
         payload = bytes(parse(encode(array, 0.003, codec=f"cuszp:{mode}")).payload)
         assert payload[0] == MODES.index(mode)
         stream = encode_stream(array.astype(np.float32), 0.003, mode=mode)
         assert payload[1:64] == stream[:63]
         assert not any(stream[63:1024])
         assert payload[64:] == stream[1024:]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.codec.startswith("cuszp")], ids=lambda case: case.name
+)
+def test_the_reference_reads_stored_bytes(case: Case) -> None:
+    fixture = case.load()
+    parsed = parse(fixture.encoded)
+    spec, mode, payload = parsed.spec, MODES[parsed.payload[0]], bytes(parsed.payload[1:])
+    n_blocks = -(-spec.size // BLOCK)
+    stream = payload[:n_blocks].ljust(table_n_bytes(spec.size), b"\0") + payload[n_blocks:]
+    values = reference.decode_stream(stream, spec.size, spec.abs_bound, mode)
+    with np.errstate(over="ignore"):
+        found = values.astype(spec.numpy_dtype)
+    found[parsed.misses.astype(np.intp)] = parsed.values
+    assert np.array_equal(bits(found), bits(fixture.decoded))
 
 
 def test_all_modes_decode_to_the_same_values() -> None:

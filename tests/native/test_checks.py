@@ -25,7 +25,16 @@ def build(folder: Path, *options: str) -> Path:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, "-DMOEBOUND_CHECKS=ON", *options],
-        ["cmake", "--build", str(folder), "--target", "check_bound", "check_cuszp", "--parallel", "2"],
+        [
+            "cmake",
+            "--build",
+            str(folder),
+            "--target",
+            "check_bound",
+            "check_cuszp",
+            "--parallel",
+            "2",
+        ],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def _by_device(job: Callable[[], object], repeats: int = 20) -> Timing:
         job()
         mark.record()
     torch.cuda.synchronize()
-    return Timing.of([a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)])
+    return Timing.of([a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)])
 
 
 def _by_host(job: Callable[[], object], repeats: int = 10) -> Timing:
@@ -223,9 +224,9 @@ def _gpu() -> dict[str, Any]:
 def render(report: dict[str, Any]) -> Iterator[str]:
     """The rows as lines of text."""
     yield f"{report['environment']['gpu']}; {report['checks']} comparisons passed"
-    yield "mode     to        rate  shape   bits/weight  Gw/s: encode measure   write  decode    read"
+    parts = ("encode", "measure", "write", "decode", "read")
+    yield "mode     to        rate  shape   bits/weight  Gw/s:" + "".join(f"{p:>8}" for p in parts)
     for row in report["rows"]:
-        parts = ("encode", "measure", "write", "decode", "read")
         speeds = "".join(f"{row[f'{p}_gweights_per_s']:8.1f}" for p in parts)
         shape = f"{row['warps']}x{row['rounds']}"
         yield (

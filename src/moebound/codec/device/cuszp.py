@@ -92,9 +92,7 @@ def decode_stream(
         )
     placed = place(stream[:n_table], n, mode)
     if placed.n_bytes != len(stream):
-        raise CorruptionError(
-            f"cuszp: {len(stream)} bytes, where the rates say {placed.n_bytes}"
-        )
+        raise CorruptionError(f"cuszp: {len(stream)} bytes, where the rates say {placed.n_bytes}")
     out = torch.empty(n, dtype=dtype or torch.float32, device=stream.device)
     read(stream, placed, out, abs_bound, mode)
     return out
@@ -107,7 +105,9 @@ def measure(x: torch.Tensor, abs_bound: float, mode: str) -> torch.Tensor:
     n = x.numel()
     table = torch.zeros(table_n_bytes(n), dtype=torch.uint8, device=x.device)
     if n:
-        _launch("measure_blocks", n, x, table, n, _n_blocks(n), 0.5 / check_bound(abs_bound), MODE=mode)
+        _launch(
+            "measure_blocks", n, x, table, n, _n_blocks(n), 0.5 / check_bound(abs_bound), MODE=mode
+        )
     return table
 
 

@@ -68,7 +68,8 @@ def _quantize(x: Array, bound: np.float32) -> Ints:
         finite = np.where(np.isfinite(x), x, np.float32(0)).astype(np.float32)
         y = finite * (np.float32(0.5) / bound)
         shifted = np.clip(y + np.float32(0.5), -SATURATED, SATURATED)
-    return np.trunc(shifted).astype(np.int64) - (y < np.float32(-0.5))
+    bins: Ints = np.trunc(shifted).astype(np.int64) - (y < np.float32(-0.5))
+    return bins
 
 
 def _in_blocks(bins: Ints) -> Ints:

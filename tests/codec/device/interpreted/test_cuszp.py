@@ -83,7 +83,9 @@ def test_programs_of_several_rounds(mode: str, monkeypatch: pytest.MonkeyPatch) 
         found = on_device.encode_stream(torch.from_numpy(x), 0.003, mode=mode)
         assert found.numpy().tobytes() == stream
         decoded = on_device.decode_stream(found, x.size, 0.003, mode=mode)
-        assert np.array_equal(decoded.numpy(), on_cpu.decode_stream(stream, x.size, 0.003, mode=mode))
+        assert np.array_equal(
+            decoded.numpy(), on_cpu.decode_stream(stream, x.size, 0.003, mode=mode)
+        )
 
 
 @every_mode
@@ -113,7 +115,9 @@ def test_blocks_of_any_bits_decode_as_on_the_cpu(mode: str) -> None:
     """Rates that are sound, payloads that no encoder wrote: no error, and the same values."""
     rng = np.random.default_rng(5)
     codes = np.zeros(1024, np.uint8)
-    codes[:40] = rng.integers(0, 32, 40) | (rng.integers(0, 5, 40) << 5 | 0x80 if mode == "outlier" else 0)
+    codes[:40] = rng.integers(0, 32, 40) | (
+        rng.integers(0, 5, 40) << 5 | 0x80 if mode == "outlier" else 0
+    )
     rates, outliers = codes.astype(int) & 31, np.where(codes >= 128, (codes >> 5 & 3) + 1, 0)
     n_bytes = np.where((rates > 0) | (outliers > 0), 4 + 4 * rates + outliers, 0).sum()
     stream = codes.tobytes() + rng.bytes(int(n_bytes))
