@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebound import decode, encode
-from moebound.codec import parse
+from moebound.codec import parse, rounding
 from moebound.codec.base import ArraySpec
 from moebound.codec.cuszp import (
     BLOCK,
@@ -122,27 +123,47 @@ def test_values_are_rounded_to_the_nearest(isa: str, mode: str, dtype: type) -> 
     for scale, bound in ((1.0, 1e-4), (3e-5, 1e-8), (6e4, 5.0), (5e37, 1e36), (1e-38, 1e-37)):
         x = (rng.standard_normal(3000) * scale).astype(np.float32)
         bound = float(np.float32(bound))
+        stream = encode_stream(x, bound, mode=mode)
+        header = struct.pack("<Bf", MODES.index(mode), bound)
+        payload = header + stream[: -(-x.size // BLOCK)] + stream[table_n_bytes(x.size) :]
         spec = ArraySpec(x.shape, "BF16" if dtype is not np.float16 else "F16", "F32", bound)
         out: Array = np.empty(x.size, dtype)
         with using(isa):
-            payload = CuszpCodec(mode).compress(x, spec)
-            CuszpCodec().decompress(memoryview(payload.data), spec, out)
-        values = decode_stream(encode_stream(x, bound, mode=mode), x.size, bound, mode=mode)
+            CuszpCodec().decompress(memoryview(payload), spec, out)
+        values = decode_stream(stream, x.size, bound, mode=mode)
         with np.errstate(over="ignore"):
             assert np.array_equal(bits(out), bits(values.astype(dtype)))
 
 
 @every_mode
-def test_the_payload_is_the_mode_and_the_stream_of_the_widened_values(mode: str) -> None:
-    """Without the zeros that fill up the table, of 63 blocks here."""
+def test_a_payload_is_mode_bound_and_stream_without_padding(mode: str) -> None:
+    """The padding is that of the table, of 63 blocks here."""
     for dtype in DTYPES:
         array = gaussian((40, 50), dtype)
         payload = bytes(parse(encode(array, 0.003, codec=f"cuszp:{mode}")).payload)
-        assert payload[0] == MODES.index(mode)
-        stream = encode_stream(array.astype(np.float32), 0.003, mode=mode)
-        assert payload[1:64] == stream[:63]
+        code, bound = struct.unpack_from("<Bf", payload)
+        assert code == MODES.index(mode)
+        assert 0.0025 < bound <= np.float32(0.003)
+        stream = encode_stream(array.astype(np.float32), bound, mode=mode)
+        assert payload[5:68] == stream[:63]
         assert not any(stream[63:1024])
-        assert payload[64:] == stream[1024:]
+        assert payload[68:] == stream[1024:]
+
+
+@pytest.mark.parametrize("codec", ["cuszp:fixed", "sz3:nopred"])
+def test_where_rounding_breaks_the_bound_often_a_smaller_one_is_taken(
+    codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales = np.exp(0.5 * np.random.default_rng(0).standard_normal((64, 1)))
+    array = (gaussian((64, 512), "F32") * scales).astype(ml_dtypes.bfloat16)
+    bound = 0.05 * float(np.abs(array.astype(np.float64)).mean())
+    data = encode(array, bound, codec=codec)
+    monkeypatch.setattr(rounding, "_MAX_STEPS", 0)
+    at_asked = encode(array, bound, codec=codec)
+    assert len(data) < len(at_asked)
+    assert len(parse(data).misses) < len(parse(at_asked).misses)
+    assert len(parse(data).payload) >= len(parse(at_asked).payload)
+    assert not len(broken(array, np.asarray(decode(data)), bound))
 
 
 @pytest.mark.parametrize(
@@ -151,10 +172,11 @@ def test_the_payload_is_the_mode_and_the_stream_of_the_widened_values(mode: str)
 def test_the_reference_reads_stored_bytes(case: Case) -> None:
     fixture = case.load()
     parsed = parse(fixture.encoded)
-    spec, mode, payload = parsed.spec, MODES[parsed.payload[0]], bytes(parsed.payload[1:])
+    spec, payload = parsed.spec, bytes(parsed.payload[5:])
+    mode, bound = struct.unpack_from("<Bf", parsed.payload)
     n_blocks = -(-spec.size // BLOCK)
     stream = payload[:n_blocks].ljust(table_n_bytes(spec.size), b"\0") + payload[n_blocks:]
-    values = reference.decode_stream(stream, spec.size, spec.abs_bound, mode)
+    values = reference.decode_stream(stream, spec.size, bound, MODES[mode])
     with np.errstate(over="ignore"):
         found = values.astype(spec.numpy_dtype)
     found[parsed.misses.astype(np.intp)] = parsed.values
@@ -267,11 +289,14 @@ class TestDamage:
         with pytest.raises(CorruptionError):
             decode_stream(b"", -1, 0.1)
 
-    def test_a_mode_that_is_none(self) -> None:
+    @pytest.mark.parametrize(
+        "header",
+        [b"", b"\0\0\0\x80", *(struct.pack("<Bf", *h) for h in [(3, 0.1), (0, 0), (1, np.nan)])],
+    )
+    def test_headers_of_payloads(self, header: bytes) -> None:
         spec, out = ArraySpec((4,), "F32", "F32", 0.1), np.empty(4, np.float32)
-        for payload in (b"", b"\3" + bytes(1024)):
-            with pytest.raises(CorruptionError, match="expected a mode, 0 to 2"):
-                CuszpCodec().decompress(memoryview(payload), spec, out)
+        with pytest.raises(CorruptionError, match="cuszp: expected"):
+            CuszpCodec().decompress(memoryview(header + b"\0" * (len(header) // 5)), spec, out)
 
     def test_sums_of_damaged_differences_wrap_alike(self) -> None:
         rng = np.random.default_rng(3)

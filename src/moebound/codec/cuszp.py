@@ -18,12 +18,14 @@ Left out: the 2-D and 3-D layouts, float64, and the stream of version 1.
 
 from __future__ import annotations
 
+import struct
 from typing import ClassVar, Self
 
 import numpy as np
 
 from moebound import _native
 from moebound.codec.base import ArraySpec, Codec, Payload
+from moebound.codec.rounding import smallest_with_patch
 from moebound.errors import BoundError, CodecError, CorruptionError
 from moebound.types import Array
 
@@ -33,6 +35,9 @@ MODES = ("fixed", "plain", "outlier")
 BLOCK = 32
 CHUNK = 32 * 1024
 """Weights; the table of rates has a byte for each block of them, for whole chunks."""
+
+_HEADER = struct.Struct("<Bf")
+"""Of a payload: mode and ε."""
 
 SMALLEST_BOUND, LARGEST_BOUND = 2.0**-126, 2.0**125
 """Between them 2ε and 0.5/ε are normal float32 numbers, on every machine."""
@@ -92,12 +97,13 @@ def table_n_bytes(n: int) -> int:
 
 
 class CuszpCodec(Codec):
-    """cuSZp's stream behind one byte for the mode, without the zeros that fill up its table.
+    """cuSZp's stream behind its mode and ε, without the zeros that fill up its table.
 
     bfloat16 and float16 are widened, which is exact, and values are rounded to the nearest after
     decoding, which is not; `strict.py` patches what that rounding, the quantizer's own and the
-    ends of its range break. A bound beyond what the stream can have is quantized at the nearest
-    it can: what then breaks a smaller bound is patched, and a larger one is kept all the more.
+    ends of its range break. Where that is often, ε is a little smaller than asked (`rounding.py`).
+    A bound beyond what a stream can have is quantized at the nearest it can: what then breaks a
+    smaller bound is patched, and a larger one is kept all the more.
     """
 
     id: ClassVar[str] = "cuszp"
@@ -113,7 +119,7 @@ class CuszpCodec(Codec):
     @classmethod
     def most_weights(cls, n_bytes: int) -> int:
         """A byte of the table for each block."""
-        return max(0, n_bytes - 1) * BLOCK
+        return max(0, n_bytes - _HEADER.size) * BLOCK
 
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
         if spec.abs_bound == 0.0:
@@ -122,27 +128,31 @@ class CuszpCodec(Codec):
         if spec.source_dtype == "BF16":
             flat = flat.view(np.uint16)
         code = MODES.index(self.mode)
-        stream = _native.cuszp_encode(flat, _nearest_bound(spec), code, False, threads)
-        return Payload(bytes([code]) + stream)
+
+        def payload(within: float) -> bytes:
+            bound = check_bound(min(max(within, SMALLEST_BOUND), LARGEST_BOUND))
+            stream = _native.cuszp_encode(flat, bound, code, False, threads)
+            return _HEADER.pack(code, bound) + stream  # type: ignore[no-any-return]
+
+        return Payload(smallest_with_patch(self, x, spec, spec.abs_bound, payload))
 
     def decompress(
         self, data: memoryview, spec: ArraySpec, out: Array, *, threads: int = 1
     ) -> None:
-        if not len(data) or data[0] >= len(MODES) or spec.abs_bound == 0.0:
+        if len(data) < _HEADER.size:
+            raise CorruptionError(f"cuszp: expected a header of {_HEADER.size} bytes")
+        code, bound = _HEADER.unpack_from(data)
+        if code >= len(MODES) or not SMALLEST_BOUND <= bound <= LARGEST_BOUND:
             raise CorruptionError(
-                f"cuszp: expected a mode, 0 to {len(MODES) - 1}, and a bound above 0, "
-                f"found {bytes(data[:1])!r} and {spec.abs_bound:g}"
+                f"cuszp: expected mode 0 to {len(MODES) - 1} and a bound of 2^-126 to 2^125, "
+                f"found {code} and {bound:g}"
             )
         values = out.view(np.uint16) if spec.dtype == "BF16" else out
-        bound, mode = _nearest_bound(spec), MODES[data[0]]
-        _decode(data[1:], values, bound, mode, whole_chunks=False, threads=threads)
+        stream = data[_HEADER.size :]
+        _decode(stream, values, bound, MODES[code], whole_chunks=False, threads=threads)
 
     def __repr__(self) -> str:
         return f"CuszpCodec({self.mode!r})"
-
-
-def _nearest_bound(spec: ArraySpec) -> float:
-    return check_bound(min(max(spec.abs_bound, SMALLEST_BOUND), LARGEST_BOUND))
 
 
 def _decode(
