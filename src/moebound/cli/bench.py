@@ -40,7 +40,7 @@ def bench() -> None:
 @click.option(
     "--codecs",
     type=CodecIds(),
-    default="bound,sz3",
+    default="bound,sz3,cuszp:fixed",
     show_default=True,
     help="sz3 is the smallest of its algorithms; sz3:interp is that one.",
 )
