@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from moebound.bench.gpu.run import GpuReport
+from moebound.bench.gpu.benchmark import GpuReport
 from moebound.bench.gpu.throughput import DecodeRow
 
 
-def render_gpu(report: GpuReport) -> tuple[Table, Table]:
-    """The best of each segment size, and what copies cost."""
-    return _decode(report), _transfer(report)
+def render_gpu(report: GpuReport) -> tuple[Table, ...]:
+    """The best of each segment size, what encoding takes, and what copies cost."""
+    return _decode(report), _encode(report), _transfer(report)
 
 
 def _decode(report: GpuReport) -> Table:
@@ -56,6 +56,26 @@ def _best(rows: list[DecodeRow]) -> list[DecodeRow]:
         if case not in best or row.gweights_per_s > best[case].gweights_per_s:
             best[case] = row
     return list(best.values())
+
+
+def _encode(report: GpuReport) -> Table:
+    table = Table(
+        title="Encoding a matrix that is on the device, to the CPU's bytes",
+        caption="Total: wall clock of the host, from the tensor to bytes in host memory.",
+    )
+    for name in ("matrices", "rate", "segment", "coder ms", "coder Gw/s", "total ms", "total Gw/s"):
+        table.add_column(name, justify="left" if name == "matrices" else "right", no_wrap=True)
+    for row in report.encode:
+        table.add_row(
+            row.kind,
+            f"{row.rate:g}",
+            str(row.segment_weights),
+            f"{1e3 * row.code.p50_s:.3f}",
+            f"{row.n_weights / row.code.p50_s / 1e9:.1f}",
+            f"{1e3 * row.total.p50_s:.2f}",
+            f"{row.n_weights / row.total.p50_s / 1e9:.2f}",
+        )
+    return table
 
 
 def _transfer(report: GpuReport) -> Table:

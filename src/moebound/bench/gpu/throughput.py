@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -11,7 +12,10 @@ import numpy as np
 
 from moebound.bench.gpu.cases import EXPERT_WEIGHTS, EncodedExpert
 from moebound.bench.timing import Timing
+from moebound.codec import envelope
+from moebound.codec.arrays import to_torch
 from moebound.codec.device import PreparedDecode, plan_decode, read_stream
+from moebound.errors import MoeboundError
 
 LEAST_REPEATS, MOST_REPEATS = 5, 50
 SECONDS = 0.15
@@ -117,3 +121,69 @@ def time_decode(
         time_on_device(ready.expand, seconds=SECONDS / 4),
         time_on_device(ready.decode),
     )
+
+
+@dataclass(frozen=True)
+class EncodeRow:
+    """Encoding one matrix that is on the device.
+
+    total: host wall clock, from the tensor to the bytes in host memory. code: the kernel that codes
+    segments.
+    """
+
+    kind: str
+    rate: float
+    segment_weights: int
+    n_weights: int
+    total: Timing
+    code: Timing
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "total_gweights_per_s": self.n_weights / self.total.p50_s / 1e9,
+            "code_gweights_per_s": self.n_weights / self.code.p50_s / 1e9,
+        }
+
+
+def time_encode(coded: EncodedExpert) -> EncodeRow:
+    """Encode one matrix and compare with the CPU's bytes, then time.
+
+    Raises MoeboundError if they differ.
+    """
+    import torch
+
+    from moebound.codec.device.encode import Encoder, encode_on
+
+    tensor = to_torch(coded.matrices[0]).cuda()
+    spec = envelope.parse(coded.data[0]).spec
+
+    def encode() -> bytes:
+        return encode_on(tensor, spec.abs_bound, segment_weights=coded.segment_weights)
+
+    want, found = envelope.parse(coded.data[0]), envelope.parse(encode())
+    if want.payload != found.payload:
+        raise MoeboundError(f"{coded.kind}, rate {coded.rate:g}: not the CPU's bytes")
+    encoder = Encoder(tensor.view(torch.int16).view(-1), spec, coded.segment_weights)
+    encoder.choose()
+    return EncodeRow(
+        coded.kind,
+        coded.rate,
+        coded.segment_weights,
+        spec.size,
+        time_on_host(encode),
+        time_on_device(encoder.code),
+    )
+
+
+def time_on_host(job: Callable[[], object], *, repeats: int = 15) -> Timing:
+    """Wall clock of a job and of all that the device has to do for it. Two calls do not count."""
+    import torch
+
+    seconds = []
+    for _ in range(repeats + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        job()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return Timing.of(seconds[2:])

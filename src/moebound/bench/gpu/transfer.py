@@ -6,19 +6,14 @@ memory is pinned. Decoding runs on a second stream, a group of experts behind th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from moebound.bench.gpu.cases import EXPERT_WEIGHTS, EncodedExpert
-from moebound.bench.gpu.throughput import time_on_device
+from moebound.bench.gpu.throughput import time_on_device, time_on_host
 from moebound.bench.timing import Timing
 from moebound.codec.device import plan_decode, read_stream
-
-REPEATS = 15
 
 
 @dataclass(frozen=True)
@@ -148,17 +143,3 @@ class Pipeline:
         experts = self.outs.view(-1, EXPERT_WEIGHTS)
         if not torch.equal(experts, experts[:1].expand_as(experts)):
             raise RuntimeError("copies of one expert decoded to different values")
-
-
-def time_on_host(job: Callable[[], object]) -> Timing:
-    """Wall clock of the job and all the device has to do for it."""
-    import torch
-
-    seconds = []
-    for _ in range(REPEATS + 2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        job()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return Timing.of(list(np.array(seconds[2:])))

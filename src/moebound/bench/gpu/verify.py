@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from moebound.codec import envelope
 from moebound.codec.api import decode, encode
+from moebound.codec.arrays import to_torch
 from moebound.codec.bound import BoundCodec
 from moebound.codec.device import plan_decode, read_stream
 from moebound.codec.device.plan import torch_dtype
@@ -40,7 +42,25 @@ def verify(device: Any, *, together: int = 4) -> list[Check]:
         )
     checks.append(_compare("all at once", list(envelopes.values()), device, together=together))
     checks.append(_damage(envelopes["bf16 gaussian"], device))
+    checks += [_encoded(name, data, device) for name, data in envelopes.items() if "bf16" in name]
     return checks
+
+
+def _encoded(name: str, data: bytes, device: Any) -> Check:
+    """What the device makes of the decoded values is what the CPU makes of them."""
+    import torch
+
+    from moebound.codec.device.encode import encode_on
+
+    parsed = envelope.parse(data)
+    bound, segments = parsed.spec.abs_bound, 8192
+    if parsed.spec.dtype == "F32" or bound == 0:
+        return Check(f"encode {name}", True, "nothing to do")
+    array = decode(data)
+    tensor = array if isinstance(array, torch.Tensor) else to_torch(np.array(array))
+    want = encode(tensor, bound, codec=BoundCodec(segment_weights=segments))
+    found = encode_on(tensor.to(device), bound, segment_weights=segments)
+    return Check(f"encode {name}", found == want, "same bytes" if found == want else "differ")
 
 
 def _compare(
@@ -59,8 +79,8 @@ def _compare(
     ]
     outs = [b[128:-128] for b in blocks]
     plan.launch(staging.to(device), outs, together=together).check()
-    for i, (envelope, block) in enumerate(zip(data, blocks, strict=True)):
-        array = decode(envelope)
+    for i, (encoded, block) in enumerate(zip(data, blocks, strict=True)):
+        array = decode(encoded)
         assert isinstance(array, np.ndarray)
         bits = f"u{array.itemsize}"
         want = array.reshape(-1).view(bits)

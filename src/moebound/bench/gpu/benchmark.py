@@ -11,7 +11,7 @@ from typing import Any
 
 from moebound.bench.environment import describe
 from moebound.bench.gpu.cases import encode_expert, expert
-from moebound.bench.gpu.throughput import DecodeRow, time_decode
+from moebound.bench.gpu.throughput import DecodeRow, EncodeRow, time_decode, time_encode
 from moebound.bench.gpu.transfer import TransferRow, device_copy_gb_per_s, time_transfer
 from moebound.bench.gpu.verify import Check, verify
 from moebound.codec.bound import BoundCodec
@@ -40,6 +40,7 @@ class GpuReport:
     checks: list[Check]
     device_copy_gb_per_s: float
     decode: list[DecodeRow]
+    encode: list[EncodeRow]
     transfer: list[TransferRow]
     nvcomp: str | None
     seconds: float
@@ -52,6 +53,7 @@ class GpuReport:
             "checks": [vars(check) for check in self.checks],
             "device_copy_gb_per_s": self.device_copy_gb_per_s,
             "decode": [row.to_json() for row in self.decode],
+            "encode": [row.to_json() for row in self.encode],
             "transfer": [row.to_json() for row in self.transfer],
             "nvcomp": self.nvcomp,
             "seconds": self.seconds,
@@ -73,12 +75,15 @@ def run(settings: Settings | None = None, *, say: Callable[[str], None] | None =
     if failed:
         what = "; ".join(f"{check.name}: {check.found}" for check in failed)
         raise MoeboundError(f"{len(failed)} of {len(checks)} checks failed: {what}")
-    decode, transfer = _decode_rows(chosen, say), _transfer_rows(chosen, say)
+    decode = _decode_rows(chosen, say)
+    encode = _encode_rows(chosen, say)
+    transfer = _transfer_rows(chosen, say)
     return GpuReport(
         environment,
         checks,
         device_copy_gb_per_s(),
         decode,
+        encode,
         transfer,
         _nvcomp(),
         time.monotonic() - start,
@@ -87,21 +92,31 @@ def run(settings: Settings | None = None, *, say: Callable[[str], None] | None =
 
 
 def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeRow]:
-    """Every segment size at every rate; variants and 64 experts at the middle one."""
+    """Every segment size at every rate; variants and the most experts at the middle one."""
     rows = []
     middle = settings.rates[len(settings.rates) // 2]
+    few = settings.experts[:2]
     for kind in KINDS:
         matrices = expert(kind)
         for rate in settings.rates:
             for weights in settings.segments:
                 say(f"decode {kind}, rate {rate:g}, segments of {weights}")
                 coded = encode_expert(matrices, kind, rate, weights)
-                for n_experts in settings.experts:
-                    if n_experts > 6 and rate != middle:
-                        continue
-                    compared = settings.variants if rate == middle else settings.variants[:1]
-                    for together, ahead in compared:
+                for n_experts in settings.experts if rate == middle else few:
+                    compared = rate == middle and n_experts == few[-1]
+                    for together, ahead in settings.variants[: None if compared else 1]:
                         rows.append(time_decode(coded, n_experts, together=together, ahead=ahead))
+    return rows
+
+
+def _encode_rows(settings: Settings, say: Callable[[str], None]) -> list[EncodeRow]:
+    rows = []
+    for kind in KINDS:
+        matrices = expert(kind)
+        for rate in settings.rates:
+            say(f"encode {kind}, rate {rate:g}")
+            for weights in (min(settings.segments), _segments_for_copies(settings)):
+                rows.append(time_encode(encode_expert(matrices, kind, rate, weights)))
     return rows
 
 
