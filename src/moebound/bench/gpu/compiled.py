@@ -18,12 +18,10 @@ from moebound.errors import BackendUnavailable
 CAPABILITIES = (80, 90)
 
 _TYPES = {
-    "compressed": "*u8", "segments": "*i64", "arrays": "*i64", "addresses": "*i64",
-    "classes": "*u8", "tables": "*u32", "status": "*i32", "cumulative": "*u16", "entries": "*u32",
-    "positions": "*i64", "owners": "*i32", "patches": "*u32", "symbols": "*u8", "lows": "*u8",
+    "compressed": "*u8", "block": "*u8", "status": "*i32", "symbols": "*u8", "entries": "*u32",
     "row_classes": "*u8", "column_classes": "*u8", "words": "*u16", "n_words": "*i32",
-    "states": "*u32", "patterns": "*u16", "codes": "*u32", "missed": "*u8", "offsets": "*i64",
-    "out": "*u16",
+    "states": "*u32", "patterns": "*u16", "codes": "*u32", "missed": "*u8", "lows": "*u8",
+    "offsets": "*i64", "out": "*u16",
 }  # fmt: skip
 
 
@@ -38,25 +36,26 @@ class Variant:
 
 
 _DECODE = {
-    "ITEM": 2, "LOW_BITS": 0, "CLASSES": False, "EXACT": False, "ALIGNED": True, "BALLOT": True,
-    "AHEAD": True, "SEGMENTS": 1,
+    "ITEM": 2, "LOW_BITS": 0, "CLASSES": False, "EXACT": False, "ALIGNED": True, "WIDE": True,
+    "BALLOT": True, "AHEAD": True, "SEGMENTS": 1,
 }  # fmt: skip
 _ENCODE = {"TABLE_LOG": 12, "LANES": 32, "CLASSES": True, "BALLOT": True, "SEGMENTS": 1}
 
+_CLASSES = _DECODE | {"CLASSES": True, "WIDE": False}
+_EXACT = _CLASSES | {"EXACT": True, "LOW_BITS": 8}
+
 VARIANTS = (
     Variant("decode_segments", "one table", _DECODE),
-    Variant("decode_segments", "classes", _DECODE | {"CLASSES": True}),
+    Variant("decode_segments", "one table, narrow", _DECODE | {"WIDE": False}),
+    Variant("decode_segments", "classes", _CLASSES),
+    Variant("decode_segments", "classes, wide", _CLASSES | {"WIDE": True}),
     Variant("decode_segments", "low bits", _DECODE | {"LOW_BITS": 4}),
-    Variant("decode_segments", "float32", _DECODE | {"ITEM": 4, "CLASSES": True}),
-    Variant("decode_segments", "any address", _DECODE | {"CLASSES": True, "ALIGNED": False}),
-    Variant("decode_segments", "words when needed", _DECODE | {"CLASSES": True, "AHEAD": False}),
-    Variant("decode_segments", "exact", _DECODE | {"CLASSES": True, "EXACT": True, "LOW_BITS": 8}),
-    Variant(
-        "decode_segments",
-        "exact float32",
-        _DECODE | {"ITEM": 4, "CLASSES": True, "EXACT": True, "LOW_BITS": 8},
-    ),
-    Variant("expand_tables", "", {"BLOCK": 1024}, warps=4),
+    Variant("decode_segments", "float32", _CLASSES | {"ITEM": 4}),
+    Variant("decode_segments", "any address", _CLASSES | {"ALIGNED": False}),
+    Variant("decode_segments", "words when needed", _CLASSES | {"AHEAD": False}),
+    Variant("decode_segments", "exact", _EXACT),
+    Variant("decode_segments", "exact float32", _EXACT | {"ITEM": 4}),
+    Variant("expand_tables", "", {"WIDE": False, "BLOCK": 1024}, warps=4),
     Variant("lay_patches", "", {"ITEM": 2, "BLOCK": 256}, warps=4),
     Variant("look_up_codes", "", {"BLOCK": 1024}, warps=4),
     Variant("encode_segments", "classes", _ENCODE),
@@ -157,10 +156,8 @@ def loop_instructions(listing: str) -> int:
 
 
 def _type(name: str, variant: Variant) -> str:
-    if name == "tables" and variant.kernel == "expand_tables":
-        return "*i64"
-    if name == "values":
-        return "*u16" if variant.constants["ITEM"] == 2 else "*u32"
+    if name == "slots":
+        return "*u32" if variant.constants["WIDE"] else "*u8"
     return _TYPES.get(name, "i32")
 
 

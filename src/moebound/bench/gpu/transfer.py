@@ -130,7 +130,6 @@ class Pipeline:
         return launched
 
     def _decode(self, i: int) -> Any:
-        self.plans[i].on_device.clear()  # metadata travels each time, as for a new set of misses
         return self.plans[i].launch(self.landed[i], self.slots[i])
 
     def check(self) -> None:

@@ -16,7 +16,8 @@ from moebound.codec import envelope
 from moebound.codec.api import decode, encode
 from moebound.codec.arrays import to_torch
 from moebound.codec.bound import BoundCodec
-from moebound.codec.device import plan_decode, read_stream
+from moebound.codec.device import Schedule, plan_decode, read_stream
+from moebound.codec.device.launch import DEFAULT_SCHEDULE
 from moebound.codec.device.plan import torch_dtype
 from moebound.errors import CorruptionError
 from moebound.types import NUMPY_DTYPES, Array
@@ -31,16 +32,24 @@ class Check:
     found: str
 
 
-def verify(device: Any, *, together: int = 4) -> list[Check]:
-    """Run every check on this device. together: segments of a program, where it has several."""
+_SCHEDULES = {
+    "": Schedule(),
+    ", four together": Schedule(together=4),
+    ", wide": Schedule(wide=True, chunks=7),
+    ", narrow, in turns": Schedule(wide=False, programs=2, chunks=3),
+    ", words when needed": Schedule(ahead=False),
+}
+
+
+def verify(device: Any) -> list[Check]:
+    """Run every check on this device."""
     envelopes = dict(_envelopes())
     checks = [_compare(name, [data], device) for name, data in envelopes.items()]
-    for name in ("bf16 gaussian", "bf16 classes", "bf16 low bits", "lossless f32"):
+    for name in ("bf16 gaussian", "bf16 classes"):
         checks.append(_compare(f"{name}, anywhere", [envelopes[name]], device, offset=3))
-        checks.append(
-            _compare(f"{name}, {together} together", [envelopes[name]], device, together=together)
-        )
-    checks.append(_compare("all at once", list(envelopes.values()), device, together=together))
+        for label, schedule in _SCHEDULES.items():
+            checks.append(_compare(name + label, [envelopes[name]], device, schedule))
+    checks.append(_compare("all at once", list(envelopes.values()), device))
     checks.append(_damage(envelopes["bf16 gaussian"], device))
     checks += [_encoded(name, data, device) for name, data in envelopes.items() if "bf16" in name]
     return checks
@@ -64,7 +73,12 @@ def _encoded(name: str, data: bytes, device: Any) -> Check:
 
 
 def _compare(
-    name: str, data: list[bytes], device: Any, *, together: int = 1, offset: int | None = None
+    name: str,
+    data: list[bytes],
+    device: Any,
+    schedule: Schedule = DEFAULT_SCHEDULE,
+    *,
+    offset: int | None = None,
 ) -> Check:
     """offset: where the bytes of one envelope stand, in place of where a plan puts them."""
     import torch
@@ -78,7 +92,7 @@ def _compare(
         for s in plan.streams
     ]
     outs = [b[128:-128] for b in blocks]
-    plan.launch(staging.to(device), outs, together=together).check()
+    plan.launch(staging.to(device), outs, schedule).check()
     for i, (encoded, block) in enumerate(zip(data, blocks, strict=True)):
         array = decode(encoded)
         assert isinstance(array, np.ndarray)

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moebound.codec.device import plan_decode
+from moebound.codec.device import Schedule, plan_decode
 from moebound.codec.device.plan import torch_dtype
 
-TOGETHER = 32
+MANY = Schedule(together=32)
 
 
 def decoded(
@@ -29,7 +29,7 @@ def decoded(
         torch.full((stream.spec.size + 128,), -7.0, dtype=torch_dtype(stream))
         for stream in plan.streams
     ]
-    plan.launch(compressed, [block[64:-64] for block in blocks], together=TOGETHER).check()
+    plan.launch(compressed, [block[64:-64] for block in blocks], MANY).check()
     patterns = [block.view(_INTEGERS[block.element_size()]).numpy() for block in blocks]
     for guarded in patterns:
         assert len(set(guarded[:64].tolist() + guarded[-64:].tolist())) == 1

@@ -15,7 +15,7 @@ from moebound.codec.device import Stream, plan_decode, read_stream
 from moebound.errors import CorruptionError
 
 from ... import weights
-from .launching import TOGETHER
+from .launching import MANY
 
 DATA = encode(weights.gaussian((64, 512)), 0.005, codec=BoundCodec(segment_weights=1024))
 PLANES = encode(weights.gaussian((64, 512)), 0.0001, codec=BoundCodec(segment_weights=1024))
@@ -32,7 +32,7 @@ def launch(stream: Stream, compressed: torch.Tensor) -> tuple[torch.Tensor, str]
     """What came out, and what was said."""
     plan = plan_decode([stream], offsets=[stream.alignment_offset])
     out = torch.zeros(64, 512, dtype=torch.bfloat16)
-    launched = plan.launch(compressed, [out], together=TOGETHER)
+    launched = plan.launch(compressed, [out], MANY)
     try:
         launched.check()
     except CorruptionError as error:

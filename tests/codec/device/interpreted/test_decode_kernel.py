@@ -13,7 +13,7 @@ from moebound.types import NUMPY_DTYPES, Array, DType
 
 from ... import weights
 from ...make_fixtures import CASES
-from .launching import TOGETHER, decoded, patterns
+from .launching import MANY, decoded, patterns
 
 CODEC = BoundCodec(segment_weights=1024)
 SMALL = 1 << 12
@@ -95,7 +95,7 @@ def test_into_slots_of_one_tensor() -> None:
     compressed = torch.zeros(plan.n_bytes, dtype=torch.uint8)
     plan.pack(data, compressed)
     experts = torch.full((3, 80, 512), 5.0, dtype=torch.bfloat16)
-    plan.launch(compressed, [experts[1, :40], experts[1, 40:]], together=TOGETHER).check()
+    plan.launch(compressed, [experts[1, :40], experts[1, 40:]], MANY).check()
     want = np.concatenate([patterns(decode(envelope)) for envelope in data])
     np.testing.assert_array_equal(patterns(experts[1]), want)
     assert bool((experts[0] == 5).all() and (experts[2] == 5).all())
