@@ -13,7 +13,7 @@ from typing import Any
 from moebound.bench.gpu.cases import EXPERT_WEIGHTS, EncodedExpert
 from moebound.bench.gpu.throughput import time_on_device, time_on_host
 from moebound.bench.timing import Timing
-from moebound.codec.device import plan_decode, read_stream
+from moebound.codec.device import Launched, plan_decode, read_stream
 
 
 @dataclass(frozen=True)
@@ -110,27 +110,27 @@ class Pipeline:
         for staged, landed in zip(self.staged, self.landed, strict=True):
             landed.copy_(staged, non_blocking=True)
 
-    def in_turn(self) -> list[Any]:
+    def in_turn(self) -> list[Launched]:
         """All copies, then all decoding, on one stream."""
         self.copy()
-        return [self._decode(i) for i in range(len(self.plans))]
+        jobs = zip(self.plans, self.landed, self.slots, strict=True)
+        return [plan.launch(landed, slots) for plan, landed, slots in jobs]
 
-    def overlapped(self) -> list[Any]:
+    def overlapped(self) -> list[Launched]:
         """A group is decoded while the next is copied."""
         import torch
 
         self.copies.wait_stream(self.main)
         launched = []
-        for i, (staged, landed) in enumerate(zip(self.staged, self.landed, strict=True)):
+        jobs = zip(self.plans, self.staged, self.landed, self.slots, strict=True)
+        for plan, staged, landed, slots in jobs:
             with torch.cuda.stream(self.copies):
+                ready = plan.prepare(landed, slots)
                 landed.copy_(staged, non_blocking=True)
                 arrived = self.copies.record_event()
             self.main.wait_event(arrived)
-            launched.append(self._decode(i))
+            launched.append(ready.run())
         return launched
-
-    def _decode(self, i: int) -> Any:
-        return self.plans[i].launch(self.landed[i], self.slots[i])
 
     def check(self) -> None:
         """Raises if what arrives is damaged, or differs between copies of the same expert."""

@@ -58,7 +58,9 @@ DEFAULT_SCHEDULE = Schedule()
 class PreparedDecode:
     """A plan with its tensors, ready to run; it may run again. Made by `DecodePlan.prepare`.
 
-    Everything it allocates belongs to the stream that was current then; run it on the same one.
+    Metadata travels on the stream that was current then. Where compressed bytes are copied on a
+    stream of their own, prepare there and run on another that waits for them: else the metadata
+    would queue up behind the next bytes.
     """
 
     def __init__(
@@ -93,12 +95,19 @@ class PreparedDecode:
             if self._on_gpu
             else self._status
         )
+        self._stream = torch.cuda.current_stream(device) if self._on_gpu else None
         self._chunks = schedule.chunks or (_multiprocessors(device) if self._on_gpu else 1)
 
     def run(self) -> Launched:
-        """Enqueue everything on the current stream."""
+        """Enqueue everything on the current stream.
+
+        If that is another one than it was prepared on, the caller makes it wait for that one.
+        """
         import torch
 
+        if self._on_gpu and torch.cuda.current_stream(self.compressed.device) != self._stream:
+            for tensor in (self._block, self._slots, self._status):
+                tensor.record_stream(torch.cuda.current_stream(self.compressed.device))
         for stream, out in zip(self.plan.streams, self.outs, strict=True):
             if stream.decoded is not None:
                 out.view(-1).copy_(to_torch(stream.decoded))
