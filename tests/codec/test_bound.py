@@ -275,7 +275,7 @@ def test_rows_longer_than_a_segment(segment_weights: int, isa: str) -> None:
 
 @pytest.mark.parametrize(("name", "segment_weights"), [("gpu", 1 << 14), ("size", 1 << 18)])
 def test_segments_have_names(name: str, segment_weights: int) -> None:
-    array = weights.gaussian((300, 512))
+    array = gaussian((300, 512))
     want = encode(array, 0.01, codec=BoundCodec(segment_weights=segment_weights))
     assert encode(array, 0.01, codec=f"bound:segment={name}") == want
 
