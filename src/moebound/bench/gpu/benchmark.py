@@ -39,6 +39,9 @@ SCHEDULES = (
     Schedule(wide=True, programs=32),
     Schedule(wide=False, programs=32),
     Schedule(ahead=False),
+    Schedule(wide=True, prefetch=48),
+    Schedule(wide=True, prefetch=96),
+    Schedule(wide=False, prefetch=64),
 )
 """Compared at the middle rate; elsewhere the first."""
 

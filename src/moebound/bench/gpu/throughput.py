@@ -19,7 +19,7 @@ from moebound.codec.device.launch import DEFAULT_SCHEDULE
 from moebound.errors import MoeboundError
 
 LEAST_REPEATS, MOST_REPEATS = 5, 50
-SECONDS = 0.15
+SECONDS = 0.1
 """Of repeats, for one thing that is timed."""
 
 _HEAD_START = 8_000_000

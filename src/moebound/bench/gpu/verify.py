@@ -38,6 +38,7 @@ _SCHEDULES = {
     ", wide": Schedule(wide=True, chunks=7),
     ", narrow, in turns": Schedule(wide=False, programs=2, chunks=3),
     ", words when needed": Schedule(ahead=False),
+    ", words asked for": Schedule(prefetch=64),
 }
 
 

@@ -110,6 +110,19 @@ def _from_lane(x, lane):
 
 
 @triton.jit
+def _prefetch(at):
+    """Ask for what is at these addresses to be in the first-level cache soon."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [at.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _section(block, begin, KIND: tl.constexpr):
     """The numbers of one kind that begin at a byte of the block."""
     return (block + begin).to(tl.pointer_type(KIND), bitcast=True)
@@ -145,6 +158,7 @@ def decode_segments(
     WIDE: tl.constexpr,
     BALLOT: tl.constexpr,  # for one segment and one warp
     AHEAD: tl.constexpr,  # whether lanes load the next 32 words early and pass them on; with BALLOT
+    PREFETCH: tl.constexpr,  # with AHEAD: so many words later are asked for too; 0 for none
     SEGMENTS: tl.constexpr,  # a program's at a time
 ):
     """Decode segments [first_segment, first_segment + n_segments), of values of ITEM bytes."""
@@ -159,7 +173,7 @@ def decode_segments(
         _decode(
             compressed, segments, arrays, addresses, classes, symbols, values, slots, status,
             first_segment, first_of_chunk + turn, n_segments,
-            ITEM, LOW_BITS, CLASSES, EXACT, ALIGNED, WIDE, BALLOT, AHEAD, SEGMENTS,
+            ITEM, LOW_BITS, CLASSES, EXACT, ALIGNED, WIDE, BALLOT, AHEAD, PREFETCH, SEGMENTS,
         )  # fmt: skip
 
 
@@ -185,6 +199,7 @@ def _decode(
     WIDE: tl.constexpr,
     BALLOT: tl.constexpr,
     AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
     """Decode the segments of one tile."""
@@ -292,6 +307,9 @@ def _decode(
             taken += together
             if AHEAD:
                 ahead = _u16(words_at + 2 * (taken + lane), taken + lane < n_words, ALIGNED)
+                if PREFETCH > 0:
+                    later = tl.minimum(taken + lane + PREFETCH, n_words)
+                    _prefetch(words_at + 2 * later)
 
             cell = symbol
             if LOW_BITS > 0:

@@ -41,7 +41,8 @@ class Schedule:
     chunks: the segments are cut into so many runs, and programs that many apart share one, so that
         a multiprocessor meets few tables; 0 stands for the number of multiprocessors.
     programs: the most of a chunk; each takes several segments in turn where there are more.
-    ahead: whether a warp loads words a step early. wide: 4 bytes a slot of a table and one look-up,
+    ahead: whether a warp loads words a step early. prefetch: so many words later are
+        asked for too; 0 for none. wide: 4 bytes a slot of a table and one look-up,
         or 1 byte and a second one; None: wide where arrays have one table.
     """
 
@@ -49,6 +50,7 @@ class Schedule:
     chunks: int = 0
     programs: int = 1 << 20
     ahead: bool = True
+    prefetch: int = 0
     wide: bool | None = None
 
 
@@ -170,6 +172,7 @@ class PreparedDecode:
                 WIDE=self._wide,
                 BALLOT=ballot,
                 AHEAD=ballot and schedule.ahead,
+                PREFETCH=schedule.prefetch,
                 SEGMENTS=schedule.together,
                 num_warps=schedule.together,
             )
