@@ -23,4 +23,5 @@ if command -v ncu > /dev/null; then
     --section MemoryWorkloadAnalysis --section SourceCounters --section ComputeWorkloadAnalysis \
     "$python" -m moebound.bench.gpu "$out" --profile > "$out/ncu.txt" 2>&1 || echo "ncu: see $out/ncu.txt"
 fi
-cat "$out/gpu.txt"
+# The end of what is printed is what a caller with little room keeps.
+tail -c 11000 "$out/gpu.txt"

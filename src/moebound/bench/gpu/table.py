@@ -14,7 +14,13 @@ from moebound.codec.device.launch import DEFAULT_SCHEDULE
 
 def render_gpu(report: GpuReport) -> tuple[Table, ...]:
     """The best of each segment size, what the host and encoding take, what copies cost."""
-    return _decode(report), _host(report), _encode(report), _transfer(report)
+    return (
+        _decode(report),
+        _transfer(report),
+        _host(report),
+        _encode(report),
+        _schedules(report),
+    )
 
 
 def _decode(report: GpuReport) -> Table:
@@ -60,6 +66,30 @@ def _best(rows: list[DecodeRow]) -> list[DecodeRow]:
         if case not in best or row.gweights_per_s > best[case].gweights_per_s:
             best[case] = row
     return list(best.values())
+
+
+def _schedules(report: GpuReport) -> Table:
+    """Gweights/s of every schedule where all were compared."""
+    rows = [row for row in report.decode if row.schedule != DEFAULT_SCHEDULE]
+    segments = sorted({row.segment_weights for row in rows})
+    cases = sorted({(row.kind, row.rate, row.n_experts) for row in rows})
+    table = Table(title="Schedules, Gweights/s", caption="Columns: weights of a segment.")
+    for name in ("matrices", "experts", "schedule"):
+        table.add_column(name, no_wrap=True)
+    for weights in segments:
+        table.add_column(str(weights), justify="right")
+    for kind, rate, n_experts in cases:
+        table.add_section()
+        found = {
+            (row.schedule, row.segment_weights): row.gweights_per_s
+            for row in report.decode
+            if (row.kind, row.rate, row.n_experts) == (kind, rate, n_experts)
+        }
+        for schedule in dict.fromkeys(schedule for schedule, _ in found):
+            cells = [f"{found[schedule, w]:.1f}" for w in segments if (schedule, w) in found]
+            if len(cells) == len(segments):
+                table.add_row(kind, str(n_experts), _words(schedule), *cells)
+    return table
 
 
 def _words(schedule: Schedule) -> str:
