@@ -128,7 +128,8 @@ def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeR
                 say(f"decode {kind}, rate {rate:g}, segments of {weights}")
                 coded = encode_expert(matrices, kind, rate, weights)
                 for n_experts in settings.experts if rate == middle else settings.experts[:2]:
-                    compared = rate == middle and weights <= 32768
+                    most = 32768 if n_experts <= 6 else 8192
+                    compared = rate == middle and weights <= most
                     schedules = SCHEDULES if compared else SCHEDULES[:1]
                     rows += time_decode(coded, n_experts, schedules)
     return rows

@@ -86,9 +86,9 @@ def _schedules(report: GpuReport) -> Table:
             if (row.kind, row.rate, row.n_experts) == (kind, rate, n_experts)
         }
         for schedule in dict.fromkeys(schedule for schedule, _ in found):
-            cells = [f"{found[schedule, w]:.1f}" for w in segments if (schedule, w) in found]
-            if len(cells) == len(segments):
-                table.add_row(kind, str(n_experts), _words(schedule), *cells)
+            speeds = (found.get((schedule, weights)) for weights in segments)
+            cells = ["" if speed is None else f"{speed:.1f}" for speed in speeds]
+            table.add_row(kind, str(n_experts), _words(schedule), *cells)
     return table
 
 
