@@ -18,9 +18,10 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,pcie.link.gen
 cd "$site"
 "$python" -m moebound.bench.gpu "$out"
 if command -v ncu > /dev/null; then
-  timeout 100 ncu --clock-control none --kernel-name decode_segments --launch-skip 2 --launch-count 1 \
+  timeout 100 ncu --clock-control none --kernel-name decode_segments --launch-count 4 \
     --section SpeedOfLight --section WarpStateStats --section Occupancy --section LaunchStats \
     --section MemoryWorkloadAnalysis --section SourceCounters --section ComputeWorkloadAnalysis \
     "$python" -m moebound.bench.gpu "$out" --profile > "$out/ncu.txt" 2>&1 || echo "ncu: see $out/ncu.txt"
 fi
-cat "$out/gpu.txt"
+# The end of what is printed is what a caller with little room keeps.
+tail -c 11000 "$out/gpu.txt"

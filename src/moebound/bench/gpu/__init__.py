@@ -6,11 +6,11 @@ In this order:
     verify.py      every kind of payload decodes to the CPU's bits, and damage is found
     throughput.py  kernels alone, by segment size and rate
     transfer.py    copies, and decoding behind them, over the experts of a layer
-    run.py         all of it: start reading there
+    benchmark.py   all of it: start reading there
     table.py       as text
 """
 
-from moebound.bench.gpu.run import FORMAT, Settings, run
+from moebound.bench.gpu.benchmark import FORMAT, Settings, run
 from moebound.bench.gpu.table import render_gpu
 
 __all__ = ["FORMAT", "Settings", "render_gpu", "run"]

@@ -15,6 +15,7 @@ from rich.console import Console
 from moebound.bench.gpu import render_gpu, run
 from moebound.bench.gpu.cases import encode_expert, expert
 from moebound.bench.gpu.throughput import prepared
+from moebound.codec.device.launch import DEFAULT_SCHEDULE
 
 
 def main(out: Path) -> None:
@@ -27,10 +28,11 @@ def main(out: Path) -> None:
 
 
 def profile() -> None:
-    coded = encode_expert(expert("gaussian"), "gaussian", 0.3, 16384)
-    ready = prepared(coded, 6)
-    for _ in range(4):
-        ready.run().check()
+    for kind in ("gaussian", "gaussian-rows-cols"):
+        coded = encode_expert(expert(kind), kind, 0.3, 8192)
+        ready = prepared(coded, 6, DEFAULT_SCHEDULE)
+        for _ in range(2):
+            ready.run().check()
 
 
 if __name__ == "__main__":

@@ -6,19 +6,14 @@ memory is pinned. Decoding runs on a second stream, a group of experts behind th
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from moebound.bench.gpu.cases import EXPERT_WEIGHTS, EncodedExpert
-from moebound.bench.gpu.throughput import time_on_device
+from moebound.bench.gpu.throughput import time_on_device, time_on_host
 from moebound.bench.timing import Timing
-from moebound.codec.device import plan_decode, read_stream
-
-REPEATS = 15
+from moebound.codec.device import Launched, plan_decode, read_stream
 
 
 @dataclass(frozen=True)
@@ -115,28 +110,27 @@ class Pipeline:
         for staged, landed in zip(self.staged, self.landed, strict=True):
             landed.copy_(staged, non_blocking=True)
 
-    def in_turn(self) -> list[Any]:
+    def in_turn(self) -> list[Launched]:
         """All copies, then all decoding, on one stream."""
         self.copy()
-        return [self._decode(i) for i in range(len(self.plans))]
+        jobs = zip(self.plans, self.landed, self.slots, strict=True)
+        return [plan.launch(landed, slots) for plan, landed, slots in jobs]
 
-    def overlapped(self) -> list[Any]:
+    def overlapped(self) -> list[Launched]:
         """A group is decoded while the next is copied."""
         import torch
 
         self.copies.wait_stream(self.main)
         launched = []
-        for i, (staged, landed) in enumerate(zip(self.staged, self.landed, strict=True)):
+        jobs = zip(self.plans, self.staged, self.landed, self.slots, strict=True)
+        for plan, staged, landed, slots in jobs:
             with torch.cuda.stream(self.copies):
+                ready = plan.prepare(landed, slots)
                 landed.copy_(staged, non_blocking=True)
                 arrived = self.copies.record_event()
             self.main.wait_event(arrived)
-            launched.append(self._decode(i))
+            launched.append(ready.run())
         return launched
-
-    def _decode(self, i: int) -> Any:
-        self.plans[i].on_device.clear()  # metadata travels each time, as for a new set of misses
-        return self.plans[i].launch(self.landed[i], self.slots[i])
 
     def check(self) -> None:
         """Raises if what arrives is damaged, or differs between copies of the same expert."""
@@ -148,17 +142,3 @@ class Pipeline:
         experts = self.outs.view(-1, EXPERT_WEIGHTS)
         if not torch.equal(experts, experts[:1].expand_as(experts)):
             raise RuntimeError("copies of one expert decoded to different values")
-
-
-def time_on_host(job: Callable[[], object]) -> Timing:
-    """Wall clock of the job and all the device has to do for it."""
-    import torch
-
-    seconds = []
-    for _ in range(REPEATS + 2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        job()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return Timing.of(list(np.array(seconds[2:])))

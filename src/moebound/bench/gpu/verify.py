@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from moebound.codec import envelope
 from moebound.codec.api import decode, encode
+from moebound.codec.arrays import to_torch
 from moebound.codec.bound import BoundCodec
-from moebound.codec.device import plan_decode, read_stream
+from moebound.codec.device import Schedule, plan_decode, read_stream
+from moebound.codec.device.launch import DEFAULT_SCHEDULE
 from moebound.codec.device.plan import torch_dtype
 from moebound.errors import CorruptionError
 from moebound.types import NUMPY_DTYPES, Array
@@ -29,22 +32,54 @@ class Check:
     found: str
 
 
-def verify(device: Any, *, together: int = 4) -> list[Check]:
-    """Run every check on this device. together: segments of a program, where it has several."""
+_SCHEDULES = {
+    "": Schedule(),
+    ", four together": Schedule(together=4),
+    ", wide": Schedule(wide=True, chunks=7),
+    ", narrow, in turns": Schedule(wide=False, programs=2, chunks=3),
+    ", words when needed": Schedule(ahead=False),
+    ", words asked for": Schedule(prefetch=64),
+}
+
+
+def verify(device: Any) -> list[Check]:
+    """Run every check on this device."""
     envelopes = dict(_envelopes())
     checks = [_compare(name, [data], device) for name, data in envelopes.items()]
-    for name in ("bf16 gaussian", "bf16 classes", "bf16 low bits", "lossless f32"):
+    for name in ("bf16 gaussian", "bf16 classes"):
         checks.append(_compare(f"{name}, anywhere", [envelopes[name]], device, offset=3))
-        checks.append(
-            _compare(f"{name}, {together} together", [envelopes[name]], device, together=together)
-        )
-    checks.append(_compare("all at once", list(envelopes.values()), device, together=together))
+        for label, schedule in _SCHEDULES.items():
+            checks.append(_compare(name + label, [envelopes[name]], device, schedule))
+    checks.append(_compare("all at once", list(envelopes.values()), device))
     checks.append(_damage(envelopes["bf16 gaussian"], device))
+    checks += [_encoded(name, data, device) for name, data in envelopes.items() if "bf16" in name]
     return checks
 
 
+def _encoded(name: str, data: bytes, device: Any) -> Check:
+    """What the device makes of the decoded values is what the CPU makes of them."""
+    import torch
+
+    from moebound.codec.device.encode import encode_on
+
+    parsed = envelope.parse(data)
+    bound, segments = parsed.spec.abs_bound, 8192
+    if parsed.spec.dtype == "F32" or bound == 0:
+        return Check(f"encode {name}", True, "nothing to do")
+    array = decode(data)
+    tensor = array if isinstance(array, torch.Tensor) else to_torch(np.array(array))
+    want = encode(tensor, bound, codec=BoundCodec(segment_weights=segments))
+    found = encode_on(tensor.to(device), bound, segment_weights=segments)
+    return Check(f"encode {name}", found == want, "same bytes" if found == want else "differ")
+
+
 def _compare(
-    name: str, data: list[bytes], device: Any, *, together: int = 1, offset: int | None = None
+    name: str,
+    data: list[bytes],
+    device: Any,
+    schedule: Schedule = DEFAULT_SCHEDULE,
+    *,
+    offset: int | None = None,
 ) -> Check:
     """offset: where the bytes of one envelope stand, in place of where a plan puts them."""
     import torch
@@ -58,9 +93,9 @@ def _compare(
         for s in plan.streams
     ]
     outs = [b[128:-128] for b in blocks]
-    plan.launch(staging.to(device), outs, together=together).check()
-    for i, (envelope, block) in enumerate(zip(data, blocks, strict=True)):
-        array = decode(envelope)
+    plan.launch(staging.to(device), outs, schedule).check()
+    for i, (encoded, block) in enumerate(zip(data, blocks, strict=True)):
+        array = decode(encoded)
         assert isinstance(array, np.ndarray)
         bits = f"u{array.itemsize}"
         want = array.reshape(-1).view(bits)

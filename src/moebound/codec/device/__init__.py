@@ -13,7 +13,7 @@ In the order of travel:
 `encode_on` is in `encode.py`; nothing else here imports torch before it is used.
 """
 
-from moebound.codec.device.launch import Launched, PreparedDecode
+from moebound.codec.device.launch import Launched, PreparedDecode, Schedule
 from moebound.codec.device.plan import DecodePlan, decode_to, plan_decode
 from moebound.codec.device.stream import Stream, read_stream
 
@@ -21,6 +21,7 @@ __all__ = [
     "DecodePlan",
     "Launched",
     "PreparedDecode",
+    "Schedule",
     "Stream",
     "decode_to",
     "plan_decode",

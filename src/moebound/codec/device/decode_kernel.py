@@ -38,17 +38,19 @@ A_TABLES = tl.constexpr(6)
 A_CLASS_BASE = tl.constexpr(7)
 A_ROW_CLASSES = tl.constexpr(8)
 A_COLUMN_CLASSES = tl.constexpr(9)
-A_TABLE_BEGIN = tl.constexpr(10)
-A_VALUE_BEGIN = tl.constexpr(11)
+A_SLOTS_BEGIN = tl.constexpr(10)
+A_VALUES_BEGIN = tl.constexpr(11)
 A_EXACT_FROM = tl.constexpr(12)  # the lowest symbol of an exact copy, or -1
 A_LOWER = tl.constexpr(13)  # where the low halves of an exact float32 copy begin, or -1
+A_SYMBOLS = tl.constexpr(14)
+A_SYMBOLS_BEGIN = tl.constexpr(15)
 ARRAY_FIELDS = tl.constexpr(16)
 
-# Columns of `tables` [., 4], int64: where its cumulative frequencies and its entries begin.
-T_CUMULATIVE = tl.constexpr(0)
+# Columns of `tables` [., 4], int64: where its symbols and its slots begin.
+T_SYMBOLS_BEGIN = tl.constexpr(0)
 T_SYMBOLS = tl.constexpr(1)
 T_LOG = tl.constexpr(2)
-T_BEGIN = tl.constexpr(3)
+T_SLOTS_BEGIN = tl.constexpr(3)
 TABLE_FIELDS = tl.constexpr(4)
 
 # Bits of a segment's status; launch.py has them in words.
@@ -107,34 +109,106 @@ def _from_lane(x, lane):
     )
 
 
-@triton.jit(do_not_specialize=["first_segment", "last_segment"])
+@triton.jit
+def _prefetch(at):
+    """Ask for what is at these addresses to be in the first-level cache soon."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [at.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _section(block, begin, KIND: tl.constexpr):
+    """The numbers of one kind that begin at a byte of the block."""
+    return (block + begin).to(tl.pointer_type(KIND), bitcast=True)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "segments_at", "arrays_at", "addresses_at", "classes_at", "symbols_at", "values_at",
+        "first_segment", "n_segments", "n_each", "n_chunks", "n_programs",
+    ]
+)  # fmt: skip
 def decode_segments(
     compressed,  # uint8
-    segments,  # int64 [., 4]
-    arrays,  # int64 [., 16]
-    addresses,  # int64, of each array's first value
-    classes,  # uint8
-    tables,  # uint32: symbol | (frequency - 1) << 8 | (slot - cumulative frequency) << 20
-    values,  # uint16 or uint32 patterns
+    block,  # uint8, the metadata; where its sections begin:
+    segments_at,  # int64 [., 4]
+    arrays_at,  # int64 [., 16]
+    addresses_at,  # int64, of each array's first value
+    classes_at,  # uint8
+    symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
+    values_at,  # uint16 or uint32 patterns
+    slots,  # uint8 symbols; or uint32, WIDE: symbol | (frequency - 1) << 8 | bias << 20
     status,  # int32 [.], what is wrong with each segment; 0 is nothing
     first_segment,
-    last_segment,
+    n_segments,
+    n_each,  # segments of a chunk
+    n_chunks,  # programs p, p + n_chunks, p + 2 n_chunks ... share chunk p
+    n_programs,  # of a chunk
     ITEM: tl.constexpr,  # bytes of a value
     LOW_BITS: tl.constexpr,  # the most of any array
     CLASSES: tl.constexpr,  # whether any array has more than one table
     EXACT: tl.constexpr,  # whether any array is an exact copy
     ALIGNED: tl.constexpr,  # whether all segments begin at even addresses
+    WIDE: tl.constexpr,
     BALLOT: tl.constexpr,  # for one segment and one warp
     AHEAD: tl.constexpr,  # whether lanes load the next 32 words early and pass them on; with BALLOT
-    SEGMENTS: tl.constexpr,  # a program's
+    PREFETCH: tl.constexpr,  # with AHEAD: so many words later are asked for too; 0 for none
+    SEGMENTS: tl.constexpr,  # a program's at a time
 ):
-    """Decode segments [first_segment, last_segment) of arrays whose values have ITEM bytes."""
+    """Decode segments [first_segment, first_segment + n_segments), of values of ITEM bytes."""
+    segments = _section(block, segments_at, tl.int64)
+    arrays = _section(block, arrays_at, tl.int64)
+    addresses = _section(block, addresses_at, tl.int64)
+    symbols = _section(block, symbols_at, tl.uint32)
+    values = _section(block, values_at, tl.uint16 if ITEM == 2 else tl.uint32)
+    classes = block + classes_at
+    first_of_chunk = tl.program_id(0) % n_chunks * n_each
+    for turn in range(tl.program_id(0) // n_chunks, n_each, n_programs):
+        _decode(
+            compressed, segments, arrays, addresses, classes, symbols, values, slots, status,
+            first_segment, first_of_chunk + turn, n_segments,
+            ITEM, LOW_BITS, CLASSES, EXACT, ALIGNED, WIDE, BALLOT, AHEAD, PREFETCH, SEGMENTS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _decode(
+    compressed,
+    segments,
+    arrays,
+    addresses,
+    classes,
+    symbols,
+    values,
+    slots,
+    status,
+    first_segment,
+    turn,
+    n_segments,
+    ITEM: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    EXACT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BALLOT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """Decode the segments of one tile."""
     # What holds for a segment stands in all 32 columns, so that no value changes its layout.
     lane = tl.broadcast_to(tl.arange(0, 32)[None, :], [SEGMENTS, 32])
     own = tl.broadcast_to(tl.arange(0, SEGMENTS)[:, None], [SEGMENTS, 32])
     lower_lanes = (tl.full([SEGMENTS, 32], 1, tl.uint32) << lane.to(tl.uint32)) - 1
-    segment = first_segment + tl.program_id(0) * SEGMENTS + own
-    live = segment < last_segment
+    live = turn * SEGMENTS + own < n_segments
+    segment = first_segment + turn * SEGMENTS + own
     s = segments + segment.to(tl.int64) * SEGMENT_FIELDS
     array = tl.load(s + S_ARRAY, mask=live, other=0)
     first_row = tl.load(s + S_FIRST_ROW, mask=live, other=0)
@@ -145,8 +219,11 @@ def decode_segments(
     rows_per_segment = tl.load(a + A_ROWS_PER_SEGMENT, mask=live, other=0).to(tl.int32)
     lanes = tl.load(a + A_LANES, mask=live, other=1).to(tl.int32)
     table_log = tl.load(a + A_TABLE_LOG, mask=live, other=1).to(tl.uint32)
-    table_at = tables + tl.load(a + A_TABLE_BEGIN, mask=live, other=0)
-    slots = (tl.full([SEGMENTS, 32], 1, tl.uint32) << table_log) - 1
+    slots_at = slots + tl.load(a + A_SLOTS_BEGIN, mask=live, other=0)
+    slot_mask = (tl.full([SEGMENTS, 32], 1, tl.uint32) << table_log) - 1
+    if not WIDE:
+        n_symbols = tl.load(a + A_SYMBOLS, mask=live, other=0).to(tl.int32)
+        symbols_at = symbols + tl.load(a + A_SYMBOLS_BEGIN, mask=live, other=0)
     begin = first_row * columns
     n_here = tl.minimum(n - begin, rows_per_segment.to(tl.int64) * columns).to(tl.int32)
     n_here = tl.where(live, n_here, 0)
@@ -164,7 +241,7 @@ def decode_segments(
         low_bits = tl.load(a + A_LOW_BITS, mask=live, other=0).to(tl.int32)
         planes_at = words_at + ((2 * n_words + 3) // 4) * 4
         groups = (columns + 31) // 32
-    value_at = values + tl.load(a + A_VALUE_BEGIN, mask=live, other=0)
+    value_at = values + tl.load(a + A_VALUES_BEGIN, mask=live, other=0)
     if EXACT:
         exact_from = tl.load(a + A_EXACT_FROM, mask=live, other=-1).to(tl.int32)
         if ITEM == 4:
@@ -197,7 +274,7 @@ def decode_segments(
             column = step * lanes + lane
             i = row_begin + column
             active = (i < row_end) & (lane < lanes)
-            slot = (x & slots).to(tl.int32)
+            slot = (x & slot_mask).to(tl.int32)
             if CLASSES:
                 table = tl.minimum(tl.maximum(row_class + column_class, 0), n_tables - 1)
                 slot += table << table_log.to(tl.int32)
@@ -205,9 +282,19 @@ def decode_segments(
                 column_class = tl.load(
                     column_class_at + further, mask=many & (further < columns), other=0
                 )
-            entry = tl.load(table_at + slot, mask=active, other=0)
+            entry = tl.load(slots_at + slot, mask=active, other=0)
             tl.store(out + held_i, held, mask=held_active)
-            y = ((entry >> 8 & 0xFFF) + 1) * (x >> table_log) + (entry >> 20)
+            if WIDE:
+                symbol = (entry & 0xFF).to(tl.int32)
+                y = ((entry >> 8 & 0xFFF) + 1) * (x >> table_log) + (entry >> 20)
+            else:
+                symbol = entry.to(tl.int32)
+                which = symbol
+                if CLASSES:
+                    which += table * n_symbols
+                known = tl.load(symbols_at + which, mask=active, other=0)
+                bias = (x & slot_mask) - (known >> 12)
+                y = ((known & 0xFFF) + 1) * (x >> table_log) + bias
             wants = active & (y < 65536)
             before, together = count_before(wants.to(tl.int32), lower_lanes, BALLOT)
             if AHEAD:
@@ -220,8 +307,11 @@ def decode_segments(
             taken += together
             if AHEAD:
                 ahead = _u16(words_at + 2 * (taken + lane), taken + lane < n_words, ALIGNED)
+                if PREFETCH > 0:
+                    later = tl.minimum(taken + lane + PREFETCH, n_words)
+                    _prefetch(words_at + 2 * later)
 
-            cell = (entry & 0xFF).to(tl.int32)
+            cell = symbol
             if LOW_BITS > 0:
                 group_at = planes_at + 4 * low_bits * (row * groups + column // 32)
                 cell = cell << low_bits
@@ -251,39 +341,51 @@ def decode_segments(
     tl.store(status + segment, wrong, mask=live & (lane == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tables_at", "symbols_at"])
 def expand_tables(
-    tables,  # int64 [., 4]
-    cumulative,  # uint16, n_symbols + 1 of each table: the last is 2^log
-    entries,  # uint32, to be written
+    block,  # uint8, the metadata; where its sections begin:
+    tables_at,  # int64 [., 4]
+    symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
+    slots,  # to be written, as decode_segments reads them
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the entry of every slot of every table. Program (table, block of slots)."""
-    t = tables + tl.program_id(0) * TABLE_FIELDS
-    begin_of = cumulative + tl.load(t + T_CUMULATIVE)
+    """Write every slot of every table. Program (table, block of slots)."""
+    t = _section(block, tables_at, tl.int64) + tl.program_id(0) * TABLE_FIELDS
+    symbols = _section(block, symbols_at, tl.uint32) + tl.load(t + T_SYMBOLS_BEGIN)
     n_symbols = tl.load(t + T_SYMBOLS).to(tl.int32)
     n_slots = 1 << tl.load(t + T_LOG).to(tl.int32)
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = slot < n_slots
-    # The last symbol that begins at or before the slot: those without slots begin where it does,
-    # or behind.
+    # The last symbol that begins at or before the slot: those without slots begin where the next
+    # one does, or behind.
     symbol = tl.zeros([BLOCK], tl.int32)
+    known = tl.load(symbols + symbol, mask=live, other=0)
     for k in tl.static_range(8):
         further = symbol + (128 >> k)
-        begin = tl.load(begin_of + further, mask=live & (further < n_symbols), other=65535)
-        symbol = tl.where(begin.to(tl.int32) <= slot, further, symbol)
-    begin = tl.load(begin_of + symbol, mask=live, other=0).to(tl.int32)
-    end = tl.load(begin_of + symbol + 1, mask=live, other=1).to(tl.int32)
-    entry = symbol | (end - begin - 1) << 8 | (slot - begin) << 20
-    tl.store(entries + tl.load(t + T_BEGIN) + slot, entry.to(tl.uint32), mask=live)
+        there = live & (further < n_symbols)
+        candidate = tl.load(symbols + further, mask=there, other=0)
+        found = there & ((candidate >> 12).to(tl.int32) <= slot)
+        symbol = tl.where(found, further, symbol)
+        known = tl.where(found, candidate, known)
+    at = slots + tl.load(t + T_SLOTS_BEGIN) + slot
+    if WIDE:
+        bias = slot.to(tl.uint32) - (known >> 12)
+        entry = symbol.to(tl.uint32) | (known & 0xFFF) << 8 | bias << 20
+        tl.store(at, entry, mask=live)
+    else:
+        tl.store(at, symbol.to(tl.uint8), mask=live)
 
 
-@triton.jit(do_not_specialize=["first", "last"])
+@triton.jit(
+    do_not_specialize=["positions_at", "owners_at", "patches_at", "addresses_at", "first", "last"]
+)
 def lay_patches(
-    positions,  # int64, flat
-    owners,  # int32, index of the array
-    patches,  # uint32 patterns
-    addresses,  # int64, of each array's first value
+    block,  # uint8, the metadata; where its sections begin:
+    positions_at,  # int64, flat
+    owners_at,  # int32, index of the array
+    patches_at,  # uint32 patterns
+    addresses_at,  # int64, of each array's first value
     first,
     last,
     ITEM: tl.constexpr,
@@ -292,9 +394,9 @@ def lay_patches(
     """Put patches [first, last) where they belong."""
     i = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = i < last
-    owner = tl.load(owners + i, mask=live, other=0)
-    position = tl.load(positions + i, mask=live, other=0)
-    address = tl.load(addresses + owner, mask=live, other=0) + position * ITEM
-    out = address.to(tl.pointer_type(tl.uint16 if ITEM == 2 else tl.uint32))
-    value = tl.load(patches + i, mask=live, other=0)
+    owner = tl.load(_section(block, owners_at, tl.int32) + i, mask=live, other=0)
+    position = tl.load(_section(block, positions_at, tl.int64) + i, mask=live, other=0)
+    address = tl.load(_section(block, addresses_at, tl.int64) + owner, mask=live, other=0)
+    out = (address + position * ITEM).to(tl.pointer_type(tl.uint16 if ITEM == 2 else tl.uint32))
+    value = tl.load(_section(block, patches_at, tl.uint32) + i, mask=live, other=0)
     tl.store(out, value.to(tl.uint16) if ITEM == 2 else value, mask=live)

@@ -55,7 +55,7 @@ def encode_on(
         return encode(array, abs_bound, codec=codec)
     spec = ArraySpec(tuple(array.shape), dtype, dtype, float(abs_bound))
     flat = array.detach().contiguous().view(-1).view(torch.int16)
-    payload, values = _Encoder(flat, spec, segment_weights, together).run()
+    payload, values = Encoder(flat, spec, segment_weights, together).run()
     if may_be_exact(payload, spec):
         return encode(array, abs_bound, codec=codec)
     return envelope.build(
@@ -71,11 +71,14 @@ def encode_on(
     )
 
 
-class _Encoder:
-    """One array on its way. flat: [n] int16 patterns."""
+class Encoder:
+    """One array on its way, from top to bottom.
+
+    flat: [n] int16 patterns. symbols, lows, missed: [n] uint8, on the device, once look_up has run.
+    """
 
     def __init__(
-        self, flat: torch.Tensor, spec: ArraySpec, segment_weights: int, together: int
+        self, flat: torch.Tensor, spec: ArraySpec, segment_weights: int, together: int = 1
     ) -> None:
         self.flat, self.n, self.together = flat, flat.numel(), together
         self.columns = columns_of(spec.shape)
@@ -91,135 +94,98 @@ class _Encoder:
             int(finite.max()),
             segment_weights,
         )
+        self.symbols, self.lows, self.missed = (
+            torch.empty_like(flat, dtype=torch.uint8) for _ in range(3)
+        )
 
     def run(self) -> tuple[Payload, Numbers]:
         """The payload, and the patterns of the misses."""
-        symbols, lows, missed = self._symbols()
-        (misses,) = missed.nonzero(as_tuple=True)
-        self._choose_classes(symbols)
+        self.choose()
+        (misses,) = self.missed.nonzero(as_tuple=True)
+        values = self.flat[misses].cpu().numpy()
+        data = self.assemble(*self.code())
+        return Payload(data, misses.cpu().numpy().astype(np.uint64)), values
+
+    def choose(self) -> None:
+        """Everything that the header says, and every weight's symbol."""
+        rows = self._rows_of(self.flat, self.model.alphabet_rows())
+        counts = torch.bincount(rows.to(torch.int32) & 0xFFFF, minlength=_PATTERNS)
+        self.look_up(self.model.choose_alphabet(counts.cpu().numpy().astype(np.uint32)))
+        self._choose_classes()
         layout = self.model.layout()
-        row_classes, column_classes = (
+        self.row_classes, self.column_classes = (
             torch.from_numpy(layout[name]).to(self.flat.device)
             for name in ("row_classes", "column_classes")
         )
-        self._choose_tables(symbols, layout, row_classes, column_classes)
-        data = self._segments(symbols, lows, row_classes, column_classes)
-        values = self.flat[misses].cpu().numpy()
-        return Payload(data, misses.cpu().numpy().astype(np.uint64)), values
+        self._choose_tables(layout)
+        self.layout = self.model.layout()
+        self.n_segments = -(-self.n // (self.layout["rows_per_segment"] * self.columns))
+        frequencies = self.layout["frequencies"].reshape(self.layout["n_tables"], -1)
+        frequencies = frequencies.astype(np.uint32)
+        before = np.cumsum(frequencies, axis=1, dtype=np.uint32) - frequencies
+        entries = np.where(frequencies > 0, (frequencies - 1) | before << 12, 0)
+        self.entries = torch.from_numpy(entries.astype(np.uint32)).to(self.flat.device)
 
-    def _symbols(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rows = self._rows_of(self.flat, self.model.alphabet_rows())
-        counts = torch.bincount(rows.to(torch.int32) & 0xFFFF, minlength=_PATTERNS)
-        codes = self.model.choose_alphabet(counts.cpu().numpy().astype(np.uint32))
-        symbols, lows, missed = (torch.empty_like(self.flat, dtype=torch.uint8) for _ in range(3))
+    def look_up(self, codes: Numbers) -> None:
+        """Every weight's symbol and low bits."""
         self.kernels.look_up_codes[-(-self.n // _BLOCK),](
             self.flat.view(torch.uint16),
             torch.from_numpy(codes).to(self.flat.device),
-            symbols,
-            lows,
-            missed,
+            self.symbols,
+            self.lows,
+            self.missed,
             self.n,
             BLOCK=_BLOCK,
             num_warps=4,
         )
-        return symbols, lows, missed
 
-    def _choose_classes(self, symbols: torch.Tensor) -> None:
-        layout = self.model.layout()
-        n_whole = self.n // self.columns
-        magnitudes = (symbols.to(torch.int32) + layout["symbol_low"]).abs()
-        whole = magnitudes[: n_whole * self.columns].view(n_whole, self.columns)
-        rest = magnitudes[n_whole * self.columns :]
-        rows, columns = whole.sum(1), whole.sum(0)
-        if len(rest):
-            rows = torch.cat([rows, rest.sum()[None]])
-            columns[: len(rest)] += rest
-        sampled = self.model.class_rows()
-        on_host = np.empty(self.n, np.uint8)  # of which only these rows are touched
-        found = self._rows_of(symbols, sampled).cpu().numpy()
-        at = 0
-        for row in sampled.tolist():
-            end = min(self.n, (row + 1) * self.columns)
-            length = end - row * self.columns
-            on_host[row * self.columns : end] = found[at : at + length]
-            at += length
-        self.model.choose_classes(
-            rows.cpu().numpy().astype(np.uint64),
-            columns.cpu().numpy().astype(np.uint64),
-            on_host,
-            self.n,
-        )
-
-    def _choose_tables(
-        self,
-        symbols: torch.Tensor,
-        layout: dict[str, Any],
-        row_classes: torch.Tensor,
-        column_classes: torch.Tensor,
-    ) -> None:
-        n_symbols, n_tables = layout["n_symbols"], layout["n_tables"]
-        places = symbols.to(torch.int32)
-        if n_tables > 1:
-            table = row_classes.to(torch.int32)[:, None] + column_classes.to(torch.int32)
-            table = (table - layout["class_base"]).clamp_(0, n_tables - 1)
-            places += table.view(-1)[: self.n] * n_symbols
-        counts = torch.bincount(places, minlength=n_tables * n_symbols)
-        self.model.choose_tables(counts.cpu().numpy().astype(np.uint32))
-
-    def _segments(
-        self,
-        symbols: torch.Tensor,
-        lows: torch.Tensor,
-        row_classes: torch.Tensor,
-        column_classes: torch.Tensor,
-    ) -> bytes:
-        device = self.flat.device
-        layout = self.model.layout()
-        lanes, low_bits = 1 << layout["lanes_log"], layout["low_bits"]
-        rows_per_segment = layout["rows_per_segment"]
-        n_rows = -(-self.n // self.columns)
-        n_segments = -(-n_rows // rows_per_segment)
-        frequencies = layout["frequencies"].reshape(layout["n_tables"], -1).astype(np.uint32)
-        before = np.cumsum(frequencies, axis=1, dtype=np.uint32) - frequencies
-        entries = np.where(frequencies > 0, (frequencies - 1) | before << 12, 0).astype(np.uint32)
+    def code(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Words of each segment (at the end of its weights' places), how many, and its states."""
+        device, layout = self.flat.device, self.layout
         words = torch.empty(self.n, dtype=torch.uint16, device=device)
-        n_words = torch.empty(n_segments, dtype=torch.int32, device=device)
-        states = torch.empty(n_segments, 32, dtype=torch.uint32, device=device)
-        self.kernels.encode_segments[-(-n_segments // self.together),](
-            symbols,
-            torch.from_numpy(entries).to(device),
-            row_classes,
-            column_classes,
+        n_words = torch.empty(self.n_segments, dtype=torch.int32, device=device)
+        states = torch.empty(self.n_segments, 32, dtype=torch.uint32, device=device)
+        self.kernels.encode_segments[-(-self.n_segments // self.together),](
+            self.symbols,
+            self.entries,
+            self.row_classes,
+            self.column_classes,
             words,
             n_words,
             states,
             self.n,
             self.columns,
-            rows_per_segment,
-            n_segments,
+            layout["rows_per_segment"],
+            self.n_segments,
             layout["n_symbols"],
             layout["n_tables"],
             layout["class_base"],
             TABLE_LOG=layout["table_log"],
-            LANES=lanes,
+            LANES=1 << layout["lanes_log"],
             CLASSES=layout["n_tables"] > 1,
             BALLOT=device.type == "cuda" and self.together == 1,
             SEGMENTS=self.together,
-            num_warps=self.together if device.type == "cuda" else 1,
+            num_warps=self.together,
         )
+        return words, n_words, states
+
+    def assemble(self, words: torch.Tensor, n_words: torch.Tensor, states: torch.Tensor) -> bytes:
+        """The payload."""
+        device, layout = self.flat.device, self.layout
+        lanes, low_bits = 1 << layout["lanes_log"], layout["low_bits"]
         counts = n_words.cpu().numpy()
-        n_groups = np.full(n_segments, rows_per_segment * -(-self.columns // 32), np.int64)
-        in_last = self.n - (n_segments - 1) * rows_per_segment * self.columns
-        n_groups[-1] = in_last // self.columns * -(-self.columns // 32)
-        n_groups[-1] += -(-(in_last % self.columns) // 32)
+        per_row, rows_per_segment = -(-self.columns // 32), layout["rows_per_segment"]
+        n_groups = np.full(self.n_segments, rows_per_segment * per_row, np.int64)
+        in_last = self.n - (self.n_segments - 1) * rows_per_segment * self.columns
+        n_groups[-1] = in_last // self.columns * per_row + -(-(in_last % self.columns) // 32)
         halves = 2 * lanes + counts + counts % 2 + 2 * low_bits * n_groups
         offsets = np.concatenate([[0], np.cumsum(halves)])
         out = torch.empty(int(offsets[-1]), dtype=torch.uint16, device=device)
-        self.kernels.assemble_segments[n_segments,](
+        self.kernels.assemble_segments[self.n_segments,](
             states,
             words,
             n_words,
-            lows,
+            self.lows,
             torch.from_numpy(offsets[:-1]).to(device),
             out,
             self.n,
@@ -231,8 +197,41 @@ class _Encoder:
             GROUPS=_GROUPS,
             num_warps=4,
         )
-        header = self.model.header(counts.astype(np.uint32))
-        return bytes(header) + out.cpu().numpy().tobytes()
+        return bytes(self.model.header(counts.astype(np.uint32))) + out.cpu().numpy().tobytes()
+
+    def _choose_classes(self) -> None:
+        n_whole = self.n // self.columns
+        magnitudes = (self.symbols.to(torch.int32) + self.model.layout()["symbol_low"]).abs()
+        whole = magnitudes[: n_whole * self.columns].view(n_whole, self.columns)
+        rest = magnitudes[n_whole * self.columns :]
+        rows, columns = whole.sum(1), whole.sum(0)
+        if len(rest):
+            rows = torch.cat([rows, rest.sum()[None]])
+            columns[: len(rest)] += rest
+        sampled = self.model.class_rows()
+        on_host = np.empty(self.n, np.uint8)  # of which only these rows are touched
+        found = self._rows_of(self.symbols, sampled).cpu().numpy()
+        at = 0
+        for row in sampled.tolist():
+            begin, end = row * self.columns, min(self.n, (row + 1) * self.columns)
+            on_host[begin:end] = found[at : at + end - begin]
+            at += end - begin
+        self.model.choose_classes(
+            rows.cpu().numpy().astype(np.uint64),
+            columns.cpu().numpy().astype(np.uint64),
+            on_host,
+            self.n,
+        )
+
+    def _choose_tables(self, layout: dict[str, Any]) -> None:
+        n_symbols, n_tables = layout["n_symbols"], layout["n_tables"]
+        places = self.symbols.to(torch.int32)
+        if n_tables > 1:
+            table = self.row_classes.to(torch.int32)[:, None] + self.column_classes.to(torch.int32)
+            table = (table - layout["class_base"]).clamp_(0, n_tables - 1)
+            places += table.view(-1)[: self.n] * n_symbols
+        counts = torch.bincount(places, minlength=n_tables * n_symbols)
+        self.model.choose_tables(counts.cpu().numpy().astype(np.uint32))
 
     def _rows_of(self, flat: torch.Tensor, rows: Numbers) -> torch.Tensor:
         """These rows of a flat array, behind one another; the last one may be shorter."""

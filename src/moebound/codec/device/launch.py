@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moebound.codec.arrays import to_torch
-from moebound.codec.device import metadata
 from moebound.codec.device.triton_kernels import kernels
 from moebound.errors import CorruptionError
 
@@ -33,10 +33,36 @@ _TROUBLES = (
 )
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How segments are given to programs; every choice gives the same bits.
+
+    together: segments of a program at a time. On a GPU one is quickest; the interpreter wants many.
+    chunks: the segments are cut into so many runs, and programs that many apart share one, so that
+        a multiprocessor meets few tables; 0 stands for the number of multiprocessors.
+    programs: the most of a chunk; each takes several segments in turn where there are more.
+    ahead: whether a warp loads words a step early. prefetch: so many words later are
+        asked for too; 0 for none. wide: 4 bytes a slot of a table and one look-up,
+        or 1 byte and a second one; None: wide where arrays have one table.
+    """
+
+    together: int = 1
+    chunks: int = 0
+    programs: int = 1 << 20
+    ahead: bool = True
+    prefetch: int = 0
+    wide: bool | None = None
+
+
+DEFAULT_SCHEDULE = Schedule()
+
+
 class PreparedDecode:
     """A plan with its tensors, ready to run; it may run again. Made by `DecodePlan.prepare`.
 
-    Everything it allocates belongs to the stream that was current then; run it on the same one.
+    Metadata travels on the stream that was current then. Where compressed bytes are copied on a
+    stream of their own, prepare there and run on another that waits for them: else the metadata
+    would queue up behind the next bytes.
     """
 
     def __init__(
@@ -44,91 +70,125 @@ class PreparedDecode:
         plan: DecodePlan,
         compressed: torch.Tensor,
         outs: Sequence[torch.Tensor],
-        *,
-        together: int = 1,
-        ahead: bool = True,
+        schedule: Schedule,
     ) -> None:
         import torch
 
-        self.plan, self.compressed, self.outs = plan, compressed, tuple(outs)
-        self.together, self.ahead = together, ahead
-        self._ballot = compressed.device.type == "cuda" and together == 1
+        self.plan, self.compressed, self.outs, self.schedule = plan, compressed, outs, schedule
         device, numbers = compressed.device, plan.metadata
-        self._kernels = kernels(device).decode_kernel if len(numbers.owners) else None
-        self._sections = _sections_on(device, plan)
-        addresses = torch.tensor([out.data_ptr() for out in outs], dtype=torch.int64)
-        if device.type == "cuda":
-            addresses = addresses.pin_memory().to(device, non_blocking=True)
-        self._addresses = addresses
-        self._tables = torch.empty(numbers.n_slots, dtype=torch.uint32, device=device)
-        self._status = torch.empty(len(numbers.owners), dtype=torch.int32, device=device)
+        self._on_gpu = device.type == "cuda"
+        n_segments = len(numbers.owners)
+        self._kernels = kernels(device).decode_kernel if n_segments else None
+        # One copy, from pinned memory: the metadata with the addresses filled in.
+        block = torch.empty(len(numbers.block), dtype=torch.uint8, pin_memory=self._on_gpu)
+        filled = block.numpy()
+        filled[:] = numbers.block
+        begin, end = numbers.sections["addresses"]
+        filled[begin:end].view(np.int64)[:] = [out.data_ptr() for out in outs]
+        self._block = block.to(device, non_blocking=True)
+        self._at = {name: begin for name, (begin, _) in numbers.sections.items()}
+        one_table = not any(part.classes for part in numbers.parts)
+        self._wide = one_table if schedule.wide is None else schedule.wide
+        slot = torch.uint32 if self._wide else torch.uint8
+        self._slots = torch.empty(numbers.n_slots, dtype=slot, device=device)
+        self._status = torch.empty(n_segments, dtype=torch.int32, device=device)
+        self._found = (
+            torch.empty(n_segments, dtype=torch.int32, pin_memory=True)
+            if self._on_gpu
+            else self._status
+        )
+        self._stream = torch.cuda.current_stream(device) if self._on_gpu else None
+        self._chunks = schedule.chunks or (_multiprocessors(device) if self._on_gpu else 1)
 
     def run(self) -> Launched:
-        """Enqueue everything on the current stream."""
+        """Enqueue everything on the current stream.
+
+        If that is another one than it was prepared on, the caller makes it wait for that one.
+        """
         import torch
 
+        if self._on_gpu and torch.cuda.current_stream(self.compressed.device) != self._stream:
+            for tensor in (self._block, self._slots, self._status):
+                tensor.record_stream(torch.cuda.current_stream(self.compressed.device))
         for stream, out in zip(self.plan.streams, self.outs, strict=True):
             if stream.decoded is not None:
                 out.view(-1).copy_(to_torch(stream.decoded))
-        self.expand()
-        self.decode()
-        self.patch()
-        if self.compressed.device.type != "cuda":
+        if self._kernels is not None:
+            self.expand()
+            self.decode()
+            self.patch()
+        if not self._on_gpu:
             return Launched(self.plan, self._status, None)
-        status = self._status.to("cpu", non_blocking=True)
+        self._found.copy_(self._status, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        return Launched(self.plan, status, event)
+        return Launched(self.plan, self._found, event)
 
     def expand(self) -> None:
         """Expand the tables."""
-        if self._kernels is not None:
-            self._kernels.expand_tables[self.plan.metadata.n_tables, _MOST_SLOTS // _SLOTS](
-                self._sections["tables"],
-                self._sections["cumulative"],
-                self._tables,
-                BLOCK=_SLOTS,
-                num_warps=4,
-            )
+        assert self._kernels is not None
+        self._kernels.expand_tables[self.plan.metadata.n_tables, _MOST_SLOTS // _SLOTS](
+            self._block,
+            self._at["tables"],
+            self._at["symbols"],
+            self._slots,
+            WIDE=self._wide,
+            BLOCK=_SLOTS,
+            num_warps=4,
+        )
 
     def decode(self) -> None:
         """Decode all segments; the tables must be there."""
+        assert self._kernels is not None
+        at, schedule = self._at, self.schedule
+        ballot = self._on_gpu and schedule.together == 1
         for part in self.plan.metadata.parts:
-            assert self._kernels is not None
             first, last = part.segments
-            self._kernels.decode_segments[-(-(last - first) // self.together),](
+            n_tiles = -(-(last - first) // schedule.together)
+            n_chunks = min(self._chunks, n_tiles)
+            n_each = -(-n_tiles // n_chunks)
+            n_programs = min(n_each, schedule.programs)
+            self._kernels.decode_segments[n_chunks * n_programs,](
                 self.compressed,
-                self._sections["segments"],
-                self._sections["arrays"],
-                self._addresses,
-                self._sections["classes"],
-                self._tables,
-                self._sections["values16" if part.item == 2 else "values32"],
+                self._block,
+                at["segments"],
+                at["arrays"],
+                at["addresses"],
+                at["classes"],
+                at["symbols"],
+                at["values16" if part.item == 2 else "values32"],
+                self._slots,
                 self._status,
                 first,
-                last,
+                last - first,
+                n_each,
+                n_chunks,
+                n_programs,
                 ITEM=part.item,
                 LOW_BITS=part.low_bits,
                 CLASSES=part.classes,
                 EXACT=part.exact,
                 ALIGNED=self.plan.aligned,
-                BALLOT=self._ballot,
-                AHEAD=self._ballot and self.ahead,
-                SEGMENTS=self.together,
-                num_warps=self.together,
+                WIDE=self._wide,
+                BALLOT=ballot,
+                AHEAD=ballot and schedule.ahead,
+                PREFETCH=schedule.prefetch,
+                SEGMENTS=schedule.together,
+                num_warps=schedule.together,
             )
 
     def patch(self) -> None:
         """Lay the patches over what was decoded."""
+        assert self._kernels is not None
         for part in self.plan.metadata.parts:
             first, last = part.patches
             if last > first:
-                assert self._kernels is not None
                 self._kernels.lay_patches[-(-(last - first) // _PATCHES),](
-                    self._sections["positions"],
-                    self._sections["owners"],
-                    self._sections["patches"],
-                    self._addresses,
+                    self._block,
+                    self._at["positions"],
+                    self._at["owners"],
+                    self._at["patches"],
+                    self._at["addresses"],
                     first,
                     last,
                     ITEM=part.item,
@@ -171,17 +231,8 @@ class Launched:
         )
 
 
-def _sections_on(device: torch.device, plan: DecodePlan) -> dict[str, torch.Tensor]:
-    """The metadata on the device, copied there once, from pinned memory."""
+@cache
+def _multiprocessors(device: torch.device) -> int:
     import torch
 
-    if device not in plan.on_device:
-        block = torch.from_numpy(plan.metadata.block)
-        if device.type == "cuda":
-            block = block.pin_memory().to(device, non_blocking=True)
-        plan.on_device[device] = block
-    block = plan.on_device[device]
-    return {
-        name: block[begin:end].view(getattr(torch, metadata.DTYPES[name]))
-        for name, (begin, end) in plan.metadata.sections.items()
-    }
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -18,12 +18,13 @@ DTYPES: dict[str, str] = {
     "segments": "int64",
     "arrays": "int64",
     "tables": "int64",
+    "addresses": "int64",
     "positions": "int64",
     "owners": "int32",
     "patches": "uint32",
     "values32": "uint32",
+    "symbols": "uint32",
     "values16": "uint16",
-    "cumulative": "uint16",
     "classes": "uint8",
 }
 _ALIGNMENT = 16
@@ -48,7 +49,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Metadata:
-    """block: uint8. sections: first byte and behind the last. owners: each segment's array."""
+    """block: uint8. sections: the first byte of each, and the one behind its last. The addresses
+    are zeros, to be filled in where the arrays' memory is known. owners: each segment's array.
+    """
 
     block: Numbers
     sections: dict[str, tuple[int, int]]
@@ -82,13 +85,15 @@ def build(streams: Sequence[Stream], offsets: Sequence[int]) -> Metadata:
         for i, stream, coded in chosen:
             put("segments", _segments(i, coded, offsets[i]))
             owners.append(np.full(len(coded.segments), i))
-            table_begin = n_slots
-            for frequencies in coded.frequencies:
-                cumulative = np.concatenate([[0], np.cumsum(frequencies, dtype=np.int64)])
-                at = put("cumulative", cumulative)
-                put("tables", np.array([[at, len(frequencies), coded.table_log, n_slots]]))
-                n_slots += 1 << coded.table_log
-            arrays[i, :14] = (
+            n_tables, n_symbols = coded.frequencies.shape
+            symbols_begin, slots_begin = put("symbols", _symbols(coded)), n_slots
+            tables = np.empty((n_tables, 4), np.int64)
+            tables[:, 0] = symbols_begin + n_symbols * np.arange(n_tables)
+            tables[:, 1], tables[:, 2] = n_symbols, coded.table_log
+            tables[:, 3] = slots_begin + (np.arange(n_tables) << coded.table_log)
+            put("tables", tables)
+            n_slots += n_tables << coded.table_log
+            arrays[i] = (
                 stream.spec.size,
                 coded.columns,
                 coded.rows_per_segment,
@@ -99,10 +104,12 @@ def build(streams: Sequence[Stream], offsets: Sequence[int]) -> Metadata:
                 coded.class_base,
                 put("classes", coded.row_classes),
                 put("classes", coded.column_classes),
-                table_begin,
+                slots_begin,
                 put("values16" if item == 2 else "values32", coded.values),
                 coded.symbol_low if coded.exact else -1,
                 offsets[i] + coded.lower if coded.lower >= 0 else -1,
+                n_symbols,
+                symbols_begin,
             )
             if len(stream.positions):
                 put("positions", stream.positions)
@@ -120,6 +127,7 @@ def build(streams: Sequence[Stream], offsets: Sequence[int]) -> Metadata:
                 )
             )
     put("arrays", arrays)
+    put("addresses", np.zeros(len(streams), np.int64))
     block, sections = _joined(rows)
     return Metadata(
         block,
@@ -129,6 +137,14 @@ def build(streams: Sequence[Stream], offsets: Sequence[int]) -> Metadata:
         counts["tables"],
         n_slots,
     )
+
+
+def _symbols(coded: Coded) -> Numbers:
+    """Of each table and symbol: (frequency - 1) | cumulative frequency << 12."""
+    frequencies = coded.frequencies.astype(np.int64)
+    before = np.cumsum(frequencies, axis=1) - frequencies
+    found: Numbers = (np.maximum(frequencies - 1, 0) | before << 12).reshape(-1)
+    return found
 
 
 def _rounded_up(low_bits: int) -> int:

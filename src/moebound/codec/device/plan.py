@@ -19,13 +19,13 @@ Arrays that no kernel decodes, of codecs other than `bound` and `lossless`, were
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moebound.codec.device import metadata
-from moebound.codec.device.launch import Launched, PreparedDecode
+from moebound.codec.device.launch import DEFAULT_SCHEDULE, Launched, PreparedDecode, Schedule
 from moebound.codec.device.metadata import Metadata
 from moebound.codec.device.stream import Stream, read_stream
 from moebound.errors import CodecError
@@ -50,8 +50,6 @@ class DecodePlan:
     n_bytes: int
     aligned: bool
     metadata: Metadata
-    on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
-    """The metadata's block on each device that it was copied to."""
 
     def pack(self, envelopes: Sequence[Bytes], into: torch.Tensor) -> None:
         """Copy envelopes, those the plan was made of, to their offsets of a CPU tensor of uint8.
@@ -70,32 +68,32 @@ class DecodePlan:
         self,
         compressed: torch.Tensor,
         outs: Sequence[torch.Tensor],
-        *,
-        together: int = 1,
-        ahead: bool = True,
+        schedule: Schedule = DEFAULT_SCHEDULE,
     ) -> PreparedDecode:
         """Check the tensors of a launch, copy metadata to the device, allocate what kernels need.
 
-        As `launch`, up to running the kernels. ahead: whether a warp loads words a step early.
+        As `launch`, up to running the kernels.
         """
         self._check_tensors(compressed, outs)
-        return PreparedDecode(self, compressed, outs, together=together, ahead=ahead)
+        return PreparedDecode(self, compressed, outs, schedule)
 
     def launch(
-        self, compressed: torch.Tensor, outs: Sequence[torch.Tensor], *, together: int = 1
+        self,
+        compressed: torch.Tensor,
+        outs: Sequence[torch.Tensor],
+        schedule: Schedule = DEFAULT_SCHEDULE,
     ) -> Launched:
         """Decode every array into its tensor of `outs`, asynchronously on the current stream.
 
         compressed: flat uint8 on the device, with the envelopes at `offsets`. outs: contiguous
         tensors of the arrays' size and dtype on the same device, of any shape; views of a larger
-        one are fine. together: segments of a program, a power of two; on a GPU one is quickest, the
-        interpreter wants many.
+        one are fine. schedule: how the work is cut; it changes no bit.
 
         The caller keeps both as they are until the stream has run this. What is in outs is good
         once `Launched.check` has found no damage; damaged bytes never make a kernel read or write
         elsewhere. Raises CodecError if a tensor does not fit, BackendUnavailable without triton.
         """
-        return self.prepare(compressed, outs, together=together).run()
+        return self.prepare(compressed, outs, schedule).run()
 
     def _check_tensors(self, compressed: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
         import torch

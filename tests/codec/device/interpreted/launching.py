@@ -9,14 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moebound.codec.device import plan_decode
+from moebound.codec.device import Schedule, plan_decode
 from moebound.codec.device.plan import torch_dtype
 
-TOGETHER = 32
+MANY = Schedule(together=32)
 
 
 def decoded(
-    data: Sequence[bytes], *, offsets: Sequence[int] | None = None
+    data: Sequence[bytes],
+    *,
+    offsets: Sequence[int] | None = None,
+    schedule: Schedule = MANY,
 ) -> list[npt.NDArray[Any]]:
     """The bit patterns of each array, flat. Raises what `check` raises.
 
@@ -29,7 +32,7 @@ def decoded(
         torch.full((stream.spec.size + 128,), -7.0, dtype=torch_dtype(stream))
         for stream in plan.streams
     ]
-    plan.launch(compressed, [block[64:-64] for block in blocks], together=TOGETHER).check()
+    plan.launch(compressed, [block[64:-64] for block in blocks], schedule).check()
     patterns = [block.view(_INTEGERS[block.element_size()]).numpy() for block in blocks]
     for guarded in patterns:
         assert len(set(guarded[:64].tolist() + guarded[-64:].tolist())) == 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from moebound.codec.device import Stream, plan_decode, read_stream
 from moebound.errors import CorruptionError
 
 from ... import weights
-from .launching import TOGETHER
+from .fence import Fenced
+from .launching import MANY
 
 DATA = encode(weights.gaussian((64, 512)), 0.005, codec=BoundCodec(segment_weights=1024))
 PLANES = encode(weights.gaussian((64, 512)), 0.0001, codec=BoundCodec(segment_weights=1024))
@@ -32,7 +35,7 @@ def launch(stream: Stream, compressed: torch.Tensor) -> tuple[torch.Tensor, str]
     """What came out, and what was said."""
     plan = plan_decode([stream], offsets=[stream.alignment_offset])
     out = torch.zeros(64, 512, dtype=torch.bfloat16)
-    launched = plan.launch(compressed, [out], together=TOGETHER)
+    launched = plan.launch(compressed, [out], MANY)
     try:
         launched.check()
     except CorruptionError as error:
@@ -109,37 +112,13 @@ def test_nothing_is_read_outside_the_buffer() -> None:
 
 def test_the_fence_holds() -> None:
     """Else the test above could not fail."""
-    import os
-
-    child = os.fork()
-    if child == 0:
-        with Fenced(100) as fenced:
-            ctypes.string_at(fenced.data_ptr() + 100, 1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-
-
-class Fenced:
-    """A tensor of n_bytes that ends where the page behind cannot be read; nor can one before."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self.n_bytes = n_bytes
-
-    def __enter__(self) -> torch.Tensor:
-        page = mmap.PAGESIZE
-        inner = -(-self.n_bytes // page) * page
-        self.memory = mmap.mmap(-1, inner + 2 * page)
-        self.first = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        self.fences = (self.first, self.first + page + inner)
-        self._protect(0)
-        at = page + inner - self.n_bytes
-        return torch.frombuffer(self.memory, dtype=torch.uint8, count=self.n_bytes, offset=at)
-
-    def __exit__(self, *_: object) -> None:
-        self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
-
-    def _protect(self, how: int) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        for fence in self.fences:
-            assert libc.mprotect(ctypes.c_void_p(fence), mmap.PAGESIZE, how) == 0
+    module = Fenced.__module__
+    beyond = (
+        f"import ctypes; from {module} import Fenced\n"
+        "with Fenced(100) as fenced: ctypes.string_at(fenced.data_ptr() + {}, 1)"
+    )
+    ends = [
+        subprocess.run([sys.executable, "-c", beyond.format(at)], check=False).returncode
+        for at in (99, 100, 100 - 2 * mmap.PAGESIZE)
+    ]
+    assert ends == [0, -signal.SIGSEGV, -signal.SIGSEGV]

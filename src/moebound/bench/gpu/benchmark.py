@@ -11,24 +11,47 @@ from typing import Any
 
 from moebound.bench.environment import describe
 from moebound.bench.gpu.cases import encode_expert, expert
-from moebound.bench.gpu.throughput import DecodeRow, time_decode
+from moebound.bench.gpu.throughput import (
+    DecodeRow,
+    EncodeRow,
+    HostRow,
+    time_decode,
+    time_encode,
+    time_host,
+)
 from moebound.bench.gpu.transfer import TransferRow, device_copy_gb_per_s, time_transfer
 from moebound.bench.gpu.verify import Check, verify
 from moebound.codec.bound import BoundCodec
+from moebound.codec.device import Schedule
+from moebound.codec.device.launch import DEFAULT_SCHEDULE
 from moebound.errors import BackendUnavailable, MoeboundError
 
 FORMAT = 1
 KINDS = ("gaussian", "gaussian-rows-cols")
 
 
+SCHEDULES = (
+    DEFAULT_SCHEDULE,
+    Schedule(wide=True),
+    Schedule(wide=False),
+    Schedule(wide=True, chunks=1),
+    Schedule(wide=False, chunks=1),
+    Schedule(wide=True, programs=32),
+    Schedule(wide=False, programs=32),
+    Schedule(ahead=False),
+    Schedule(wide=True, prefetch=48),
+    Schedule(wide=True, prefetch=96),
+    Schedule(wide=False, prefetch=64),
+)
+"""Compared at the middle rate; elsewhere the first."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. variants: of the decoder, (together, ahead) of `DecodePlan.prepare`; the
-    first is used where they are not compared."""
+    """What is measured. segments: weights of each."""
 
     rates: tuple[float, ...] = (0.05, 0.3, 0.8)
     segments: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 1 << 18)
-    variants: tuple[tuple[int, bool], ...] = ((1, True), (1, False), (4, False))
     experts: tuple[int, ...] = (1, 6, 64)
 
 
@@ -40,6 +63,8 @@ class GpuReport:
     checks: list[Check]
     device_copy_gb_per_s: float
     decode: list[DecodeRow]
+    host: list[HostRow]
+    encode: list[EncodeRow]
     transfer: list[TransferRow]
     nvcomp: str | None
     seconds: float
@@ -52,6 +77,8 @@ class GpuReport:
             "checks": [vars(check) for check in self.checks],
             "device_copy_gb_per_s": self.device_copy_gb_per_s,
             "decode": [row.to_json() for row in self.decode],
+            "host": [row.to_json() for row in self.host],
+            "encode": [row.to_json() for row in self.encode],
             "transfer": [row.to_json() for row in self.transfer],
             "nvcomp": self.nvcomp,
             "seconds": self.seconds,
@@ -73,12 +100,16 @@ def run(settings: Settings | None = None, *, say: Callable[[str], None] | None =
     if failed:
         what = "; ".join(f"{check.name}: {check.found}" for check in failed)
         raise MoeboundError(f"{len(failed)} of {len(checks)} checks failed: {what}")
-    decode, transfer = _decode_rows(chosen, say), _transfer_rows(chosen, say)
+    decode = _decode_rows(chosen, say)
+    host, encode = _host_rows(chosen, say), _encode_rows(chosen, say)
+    transfer = _transfer_rows(chosen, say)
     return GpuReport(
         environment,
         checks,
         device_copy_gb_per_s(),
         decode,
+        host,
+        encode,
         transfer,
         _nvcomp(),
         time.monotonic() - start,
@@ -87,8 +118,8 @@ def run(settings: Settings | None = None, *, say: Callable[[str], None] | None =
 
 
 def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeRow]:
-    """Every segment size at every rate; variants and 64 experts at the middle one."""
-    rows = []
+    """Every segment size at every rate; schedules and the most experts at the middle one."""
+    rows: list[DecodeRow] = []
     middle = settings.rates[len(settings.rates) // 2]
     for kind in KINDS:
         matrices = expert(kind)
@@ -96,12 +127,32 @@ def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeR
             for weights in settings.segments:
                 say(f"decode {kind}, rate {rate:g}, segments of {weights}")
                 coded = encode_expert(matrices, kind, rate, weights)
-                for n_experts in settings.experts:
-                    if n_experts > 6 and rate != middle:
-                        continue
-                    compared = settings.variants if rate == middle else settings.variants[:1]
-                    for together, ahead in compared:
-                        rows.append(time_decode(coded, n_experts, together=together, ahead=ahead))
+                for n_experts in settings.experts if rate == middle else settings.experts[:2]:
+                    most = 32768 if n_experts <= 6 else 8192
+                    compared = rate == middle and weights <= most
+                    schedules = SCHEDULES if compared else SCHEDULES[:1]
+                    rows += time_decode(coded, n_experts, schedules)
+    return rows
+
+
+def _host_rows(settings: Settings, say: Callable[[str], None]) -> list[HostRow]:
+    say("the host's part")
+    middle = settings.rates[len(settings.rates) // 2]
+    return [
+        time_host(encode_expert(expert(kind), kind, middle, _segments_for_copies(settings)), n)
+        for kind in KINDS
+        for n in settings.experts
+    ]
+
+
+def _encode_rows(settings: Settings, say: Callable[[str], None]) -> list[EncodeRow]:
+    rows = []
+    for kind in KINDS:
+        matrices = expert(kind)
+        for rate in settings.rates:
+            say(f"encode {kind}, rate {rate:g}")
+            for weights in (min(settings.segments), _segments_for_copies(settings)):
+                rows.append(time_encode(encode_expert(matrices, kind, rate, weights)))
     return rows
 
 
