@@ -49,7 +49,8 @@ def test_a_body_that_is_no_json(shared: Live, path: str, body: Any) -> None:
     "body",
     [
         r'{"prompt": "a\ud800"}', r'{"prompt": "a", "stop": "\ud800"}',
-        r'{"prompt": "a", "\ud800": 1}', r'{"prompt": "a", "model": "\ud800"}', r'{"prompt": "a", "user": ["\ud800"]}',
+        r'{"prompt": "a", "\ud800": 1}', r'{"prompt": "a", "model": "\ud800"}',
+        r'{"prompt": "a", "user": ["\ud800"]}',
     ],
 )  # fmt: skip
 def test_half_of_a_surrogate_pair(shared: Live, body: str) -> None:
