@@ -58,7 +58,11 @@ def test_half_of_a_surrogate_pair(shared: Live, body: str) -> None:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "a"]), inner)
@@ -69,7 +73,7 @@ FIELDS = st.sampled_from([*ChatRequest.model_fields, *UNSUPPORTED, *IGNORED, "pr
 
 
 @given(st.dictionaries(FIELDS, VALUES, max_size=4), st.sampled_from([CHAT, COMPLETIONS]))
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @example({"prompt": [5], "messages": None}, COMPLETIONS)
 def test_no_body_is_too_strange(shared: Live, fields: dict[str, Any], path: str) -> None:
     usual = {"prompt": "a"} if path == COMPLETIONS else {"messages": [USER]}
