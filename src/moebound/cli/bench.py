@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moebound.cli import exits
-from moebound.cli.options import CodecIds, Numbers
+from moebound.cli.options import CodecIds, Counts, Numbers
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
@@ -155,4 +155,34 @@ def bench_quality(
             src, get_task(task), quantizers=names, sensitivity=document, limit=limit, say=say
         )
     output.result(report.to_json(), render_quality(report))
+    return exits.OK
+
+
+@bench.command("gpu")
+@click.option("--rates", type=Numbers(), help="Bounds, relative to the mean |weight|.")
+@click.option(
+    "--segments",
+    type=Counts(),
+    metavar="LIST",
+    help="Weights of a segment, that one warp decodes.  [default: 4096 to 262144]",
+)
+@click.option("--experts", type=Counts(), metavar="LIST", help="At a time.  [default: 1,6,64]")
+@output_options
+def bench_gpu(
+    output: Output,
+    rates: list[float] | None,
+    segments: list[int] | None,
+    experts: list[int] | None,
+) -> int:
+    """Decoding on a GPU: bits compared with the CPU's first, then kernels and copies timed.
+
+    The experts are synthetic ones of Moonlight's size. Needs a CUDA device and
+    pip install 'moebound[gpu]'.
+    """
+    from moebound.bench.gpu import Settings, render_gpu, run
+
+    chosen = {"rates": rates, "segments": segments, "experts": experts}
+    given = {name: tuple(values) for name, values in chosen.items() if values is not None}
+    report = run(Settings(**given), say=output.note)  # type: ignore[arg-type]
+    output.result(report.to_json(), *render_gpu(report))
     return exits.OK

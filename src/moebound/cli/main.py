@@ -17,6 +17,7 @@ from moebound.cli.compress import compress
 from moebound.cli.decompress import decompress
 from moebound.cli.demo import demo
 from moebound.cli.eval import eval_command
+from moebound.cli.generate import generate
 from moebound.cli.inspect import inspect
 from moebound.cli.output import write_json
 from moebound.cli.plan import plan
@@ -43,6 +44,7 @@ def cli() -> None:
     moebound plan SRC --bpw 3 -o FILE        a bound for each expert, for compress --plan FILE
     moebound verify DST --against SRC        check the promise
     moebound decompress DST OUT              back to an ordinary checkpoint
+    moebound generate DST --prompt TEXT      text, with experts decoded as they are needed
     moebound serve DST                       answer requests, through the OpenAI API
 
     SRC is a folder with a Hugging Face checkpoint, a model id on the hub, or builtin:wordmath, a
@@ -68,6 +70,7 @@ for command in (
     bench,
     demo,
     eval_command,
+    generate,
     serve,
 ):
     cli.add_command(command)

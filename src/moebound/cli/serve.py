@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from moebound.cli import exits, wording
+from moebound.cli.offload import load_offloaded, offload_options
 from moebound.cli.output import Output, output_options
 from moebound.errors import BackendUnavailable, MoeboundError
-
-if TYPE_CHECKING:
-    from moebound.runtime.serve.engine import Engine
 
 KEY_VARIABLE = "MOEBOUND_API_KEY"
 
@@ -40,10 +38,7 @@ KEY_VARIABLE = "MOEBOUND_API_KEY"
               metavar="SECONDS", help="What the running request is given at shutdown.")  # fmt: skip
 @click.option("--chat-template", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               metavar="FILE", help="Jinja, in place of the tokenizer's own.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-              default="auto", show_default=True, help="What to compute with.")  # fmt: skip
-@click.option("--device", default="cpu", show_default=True,
-              help="Where: cpu, cuda, or auto for all there are.")  # fmt: skip
+@offload_options
 @output_options
 def serve(
     output: Output,
@@ -58,8 +53,7 @@ def serve(
     max_body_bytes: int,
     grace: float,
     chat_template: Path | None,
-    dtype: str,
-    device: str,
+    offload: dict[str, Any],
 ) -> int:
     """Serve SRC, a store or a checkpoint, to clients of the OpenAI API.
 
@@ -94,8 +88,7 @@ def serve(
                 f"warning: {host} is reachable from elsewhere, and there is no API key: whoever "
                 "reaches it can use it"
             )
-        output.note(f"loading {src}")
-        with closing(_engine(src, dtype, device)) as engine:
+        with closing(load_offloaded(src, offload, output)) as engine:
             url = server.url(bound)
             document = {"url": url, "model": config.name, "pid": os.getpid()}
 
@@ -120,14 +113,6 @@ def serve(
             )  # fmt: skip
     output.note(_summary(found))
     return exits.OK
-
-
-def _engine(src: str, dtype: str, device: str) -> Engine:
-    from moebound.evaluate.loading import load
-    from moebound.runtime.serve.engine import PlainEngine
-
-    loaded = load(src, dtype=dtype, device=device)
-    return PlainEngine(loaded.model, loaded.tokenizer, loaded.source.to_json())
 
 
 def _name(src: str) -> str:

@@ -99,14 +99,24 @@ class BoundCodec(Codec):
 
     def _or_exact(self, payload: Payload, x: Array, spec: ArraySpec, threads: int) -> Payload:
         """An exact copy instead, where the bound is so tight that it is smaller."""
-        item_bits = 8 * x.dtype.itemsize
-        n_bytes = len(payload.data) + len(payload.misses) * (x.dtype.itemsize + 1)
-        if spec.dtype != spec.source_dtype or 8 * n_bytes < 0.6 * item_bits * spec.size:
+        if not may_be_exact(payload, spec):
             return payload
         exact = LosslessCodec().compress(x, spec, threads=threads)
-        if len(exact.data) + 1 >= n_bytes:
+        if len(exact.data) + 1 >= _kept_bytes(payload, spec):
             return payload
         return Payload(bytes([EXACT]) + exact.data)
 
     def __repr__(self) -> str:
         return f"BoundCodec(segment_weights={self.segment_weights})"
+
+
+def may_be_exact(payload: Payload, spec: ArraySpec) -> bool:
+    """Whether a payload is so large that an exact copy may be smaller."""
+    item_bits = 8 * spec.numpy_dtype.itemsize
+    too_large = 8 * _kept_bytes(payload, spec) >= 0.6 * item_bits * spec.size
+    return spec.dtype == spec.source_dtype and too_large
+
+
+def _kept_bytes(payload: Payload, spec: ArraySpec) -> int:
+    """With what a miss costs, about."""
+    return len(payload.data) + len(payload.misses) * (spec.numpy_dtype.itemsize + 1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moebound.demo.prompts import Sample
-from moebound.evaluate.loading import without_bars
+from moebound.runtime.quiet import without_bars
 
 NEW_TOKENS = 48
 """Longer than every solution in the sample."""

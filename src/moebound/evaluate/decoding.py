@@ -37,7 +37,7 @@ def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     ends: frozenset[int],
     pad: int,
     positions: int | None = None,
@@ -45,11 +45,12 @@ def decode(
 ) -> list[Decoded]:
     """The most likely token, again and again, until an end mark, a stop text, or the limit.
 
-    prompts: token ids. ends: the end marks. pad: any token id, for padding (never seen). positions:
-    of prompt and answer together, at most; None for no such limit.
+    prompts: token ids. max_new_tokens: of every answer, or of each. ends: the end marks. pad: any
+    token id, for padding (never seen). positions: of prompt and answer together, at most; None for
+    no such limit.
     """
+    room = rooms(prompts, max_new_tokens, positions)
     if not supports_cache(model):
-        room = [_room(len(prompt), max_new_tokens, positions) for prompt in prompts]
         return _generate(model, prompts, room, ends=ends, pad=pad)
     device = model.device
     longest = max(map(len, prompts))
@@ -64,7 +65,6 @@ def decode(
     rows = list(range(len(prompts)))  # the row of the batch -> the prompt
     new: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
-    room = [_room(len(prompt), max_new_tokens, positions) for prompt in prompts]
     at_work = [True] * len(prompts)
     while True:
         logits = _last_logits(model, ids, mask if padded else None, places, growing, taken)
@@ -96,8 +96,18 @@ def decode(
     return [Decoded(tuple(t), done) for t, done in zip(new, finished, strict=True)]
 
 
-def _room(n_prompt: int, max_new_tokens: int, positions: int | None) -> int:
-    return max_new_tokens if positions is None else min(max_new_tokens, positions - n_prompt)
+def rooms(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], positions: int | None
+) -> list[int]:
+    """How many tokens each answer may have."""
+    limits = (
+        [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    )
+    if positions is None:
+        return limits
+    return [
+        min(limit, positions - len(prompt)) for limit, prompt in zip(limits, prompts, strict=True)
+    ]
 
 
 def _last_logits(

@@ -36,10 +36,8 @@ class Workers(ABC):
         """One call of a method of `Measurer`, by the first worker."""
 
     @abstractmethod
-    def run(
-        self, conditions: Sequence[Condition], profile: Mapping[str, Any]
-    ) -> Iterator[Measured]:
-        """Measure all, in any order. profile: as `use_profile` takes it."""
+    def run(self, conditions: Sequence[Condition], known: Mapping[str, Any]) -> Iterator[Measured]:
+        """Measure all, in any order. known: as `Measurer.use` takes it."""
 
     @abstractmethod
     def close(self) -> None:
@@ -68,10 +66,8 @@ class InProcess(Workers):
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._measurer, method)(*args)
 
-    def run(
-        self, conditions: Sequence[Condition], profile: Mapping[str, Any]
-    ) -> Iterator[Measured]:
-        self._measurer.use_profile(profile)
+    def run(self, conditions: Sequence[Condition], known: Mapping[str, Any]) -> Iterator[Measured]:
+        self._measurer.use(known)
         for condition in conditions:
             yield self._measurer.run(condition)
 
@@ -95,14 +91,12 @@ class Processes(Workers):
         first.send(method, *args)
         return first.receive()
 
-    def run(
-        self, conditions: Sequence[Condition], profile: Mapping[str, Any]
-    ) -> Iterator[Measured]:
+    def run(self, conditions: Sequence[Condition], known: Mapping[str, Any]) -> Iterator[Measured]:
         left = list(reversed(conditions))
         workers = self._grow(min(self.count, len(left)))
         busy: dict[Connection, _Process] = {}
         for worker in workers:
-            worker.send("use_profile", profile)
+            worker.send("use", known)
             busy[worker.connection] = worker
         while busy:
             for connection in wait(list(busy)):
@@ -112,7 +106,7 @@ class Processes(Workers):
                     worker.send("run", left.pop())
                 else:
                     del busy[worker.connection]
-                if found is not None:  # use_profile has nothing to say
+                if found is not None:  # `use` has nothing to say
                     yield found
 
     def _grow(self, count: int) -> list[_Process]:
