@@ -30,6 +30,7 @@ class Settings:
 
     shapes: Shapes = field(default_factory=Shapes)
     rate: float = 0.3
+    codec: str = "bound"
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     tiers: tuple[str, ...] = ("disk", "ram")
     policies: tuple[str, ...] = ("lfu",)
@@ -100,7 +101,8 @@ def cases(settings: Settings) -> Iterator[Case]:
 def run(settings: Settings, work: Path, *, say: Say | None = None) -> OffloadReport:
     """Make what is needed below `work`, and run every case in a process of its own."""
     raw = make_checkpoint(work / "raw", settings.shapes)
-    places = {"raw": raw, "compressed": make_store(raw, work / "store", settings.rate)}
+    store = work / f"store-{settings.codec.replace(':', '-')}-{settings.rate:g}"
+    places = {"raw": raw, "compressed": make_store(raw, store, settings.rate, settings.codec)}
     trace = work / "trace.npz"
     if settings.trace is None:
         _zipf(settings).draw().save(trace)

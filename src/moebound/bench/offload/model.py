@@ -88,10 +88,10 @@ def make_checkpoint(folder: Path, shapes: Shapes, *, seed: int = 0) -> Path:
     return folder
 
 
-def make_store(checkpoint: Path, folder: Path, rate: float) -> Path:
+def make_store(checkpoint: Path, folder: Path, rate: float, codec: str = "bound") -> Path:
     """The checkpoint's store at this rate, if it is not there. Returns the folder."""
     if not (folder / "config.json").exists():
-        compress(open_checkpoint(checkpoint), folder, bound=ErrorBound(rate, "rate"))
+        compress(open_checkpoint(checkpoint), folder, bound=ErrorBound(rate, "rate"), codec=codec)
     return folder
 
 

@@ -94,4 +94,4 @@ class Foresight:
         n_layers = max(1, len(self._layers.order))
         busy_s = max(0.0, meter.step_s - sum(meter.stall_s.values())) / meter.steps / n_layers
         loading = recall * misses * load_s
-        self.active = bool(precision > loading / (loading + busy_s)) if loading else True
+        self.active = bool(precision * (loading + busy_s) > loading)
