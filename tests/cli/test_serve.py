@@ -15,7 +15,7 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **options: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("moebound.evaluate.loading.load", fail)
+    monkeypatch.setattr("moebound.runtime.loading.load", fail)
 
 
 def test_a_key_that_is_empty_does_not_open_the_server(

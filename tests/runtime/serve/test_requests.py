@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from moebound.evaluate.loading import Loaded
 from moebound.runtime.serve.engine import PlainEngine
+from moebound.runtime.serve.schema import IGNORED, UNSUPPORTED, ChatRequest
 
 from .live import NAME, QUESTION, Live, chat_body, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"Content-Type": "application/json"}
+USER = {"role": "user", "content": "a"}
 
 
 def refused(live: Live, path: str, body: Any, status: int = 400) -> dict[str, Any]:
@@ -41,6 +45,45 @@ def test_a_body_that_is_no_json(shared: Live, path: str, body: Any) -> None:
     assert refused(shared, path, body)["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        r'{"prompt": "a\ud800"}', r'{"prompt": "a", "stop": "\ud800"}',
+        r'{"prompt": "a", "\ud800": 1}', r'{"prompt": "a", "model": "\ud800"}',
+        r'{"prompt": "a", "user": ["\ud800"]}',
+    ],
+)  # fmt: skip
+def test_half_of_a_surrogate_pair(shared: Live, body: str) -> None:
+    assert "surrogate" in refused(shared, COMPLETIONS, body)["message"]
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "a"]), inner)
+    ),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from([*ChatRequest.model_fields, *UNSUPPORTED, *IGNORED, "prompt", "x"])
+
+
+@given(st.dictionaries(FIELDS, VALUES, max_size=4), st.sampled_from([CHAT, COMPLETIONS]))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example({"prompt": [5], "messages": None}, COMPLETIONS)
+def test_no_body_is_too_strange(shared: Live, fields: dict[str, Any], path: str) -> None:
+    usual = {"prompt": "a"} if path == COMPLETIONS else {"messages": [USER]}
+    with shared.client() as client:
+        found = client.post(path, json={"max_tokens": 1, **usual, **fields})
+    assert found.status_code in (200, 400, 404), found.text
+    if found.status_code != 200:
+        assert found.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("body", ["[]", "1", '"text"', "null", "[1, 2]"])
 def test_json_that_is_no_object(shared: Live, body: str) -> None:
     assert "JSON object" in refused(shared, CHAT, body)["message"]
@@ -54,9 +97,6 @@ def test_a_body_of_another_type(shared: Live) -> None:
         )
     assert found.status_code == 400
     assert "application/json" in found.json()["error"]["message"]
-
-
-USER = {"role": "user", "content": "a"}
 
 
 @pytest.mark.parametrize(

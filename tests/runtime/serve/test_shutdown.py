@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from moebound.cli.main import main
 from moebound.errors import MoeboundError
 from moebound.runtime.serve.engine import PlainEngine
 from moebound.runtime.serve.server import bind, is_loopback, url
@@ -20,15 +23,26 @@ from moebound.runtime.serve.server import bind, is_loopback, url
 from .live import PATIENCE_S, Gate, Live, chat_body, events, running, texts, until
 from .test_queue import ask, fill
 
-COMMAND = [sys.executable, "-m", "moebound.cli.main", "serve", "builtin:wordmath"]
+SERVE = [sys.executable, "-m", "moebound.cli.main", "serve"]
+KEY = "a-key"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer of the built-in model, compressed."""
+    path = tmp_path_factory.mktemp("serve") / "small"
+    args = ["compress", "builtin:wordmath", str(path), "--rate", "0.1", "--layers", "1", "-q"]
+    assert main(args) == 0
+    return path
 
 
 @pytest.fixture
-def command() -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def command(store: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """`moebound serve --json` in a process of its own, and the document it prints."""
     process = subprocess.Popen(
-        [*COMMAND, "--port", "0", "--json"],
+        [*SERVE, str(store), "--port", "0", "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "MOEBOUND_API_KEY": KEY},
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -49,9 +63,12 @@ def test_a_signal_is_no_failure(
 ) -> None:
     process, document = command
     assert document["pid"] == process.pid
-    assert document["model"] == "builtin:wordmath"
+    assert document["model"] == "small"
     chat = document["url"] + "/chat/completions"
-    assert httpx.post(chat, json=chat_body(), timeout=PATIENCE_S).status_code == 200
+    assert httpx.post(chat, json=chat_body()).status_code == 401
+    headers = {"Authorization": f"Bearer {KEY}"}
+    found = httpx.post(chat, json=chat_body(), headers=headers, timeout=PATIENCE_S)
+    assert "\\boxed{25}" in found.json()["choices"][0]["message"]["content"]
     process.send_signal(sig)
     stdout, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
@@ -64,8 +81,9 @@ def test_the_address_is_taken_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = subprocess.run(
-            [*COMMAND, "--port", str(port), "--json"], capture_output=True, text=True, check=False
-        )
+            [*SERVE, "builtin:wordmath", "--port", str(port), "--json"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
     assert done.returncode == 2
     assert f"127.0.0.1:{port}" in json.loads(done.stdout)["error"]["message"]
     assert "loading" not in done.stderr

@@ -78,10 +78,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
         why = found.get("ctx", {}).get("error", "")
         return bad_request(f"the body is no JSON: {why}", code="invalid_json").response()
     param = ".".join(map(str, found["loc"][1:])) or None
-    if param is None:
-        message = "the body is no JSON object; send one with Content-Type: application/json"
-        return bad_request(message).response()
     message = str(found["msg"]).removeprefix("Value error, ")
+    if param is None:
+        if found["type"] != "value_error":
+            message = "the body is no JSON object; send one with Content-Type: application/json"
+        return bad_request(message).response()
     return bad_request(f"{param}: {message}", param=param).response()
 
 

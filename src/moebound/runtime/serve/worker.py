@@ -188,4 +188,7 @@ class Worker:
             total_s=now - job.accepted,
         )
         self.stats.add(record)
-        self._on_record(record)
+        try:
+            self._on_record(record)
+        except Exception as error:  # a log that cannot be written must not end the thread
+            log.error("a record was lost", exc_info=error)
