@@ -18,8 +18,8 @@ from moebound.bench.offload.model import Shapes
 
 def main(out: Path, layers: int) -> None:
     settings = Settings(
-        shapes=Shapes(layers=layers), budgets=(0.15, 0.5, 1.0), tiers=("ram", "disk"),
-        device="cuda", peers=("stock",), tokens=48, warm=16, prompt=16,
+        shapes=Shapes(layers=layers), codec="bound:segment=gpu", budgets=(0.15, 0.5),
+        tiers=("ram", "disk"), device="cuda", peers=("stock",), tokens=48, warm=16, prompt=16,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as work:
         report = run(settings, Path(work), say=lambda *step: print(*step, file=sys.stderr))
