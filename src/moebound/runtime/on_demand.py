@@ -76,10 +76,10 @@ class LayerExperts:
         rows = x.index_select(0, routed.order // n_chosen)
         outputs = torch.empty((len(rows), x.shape[1]), dtype=x.dtype, device=x.device)
 
-        def compute(expert: int, slot: Slot) -> None:
+        def compute(expert: int, slot: Slot | None) -> None:
             at = clock()
             part = slice(ends[expert] - routed.loads[expert], ends[expert])
-            outputs[part] = expert_output(module, expert, slot, rows[part])
+            outputs[part] = 0 if slot is None else expert_output(module, expert, slot, rows[part])
             meter.add(compute_s=clock() - at)
 
         self._fetcher.visit(self.layer, self.first, chosen, weights, x, compute)
