@@ -10,7 +10,7 @@ import torch
 
 from moebound.cache import ExpertCache
 from moebound.cache.claim import Claim
-from moebound.cache.visits import gather
+from moebound.cache.visits import gather, leading_first
 from moebound.errors import CacheError, MoeboundError
 from moebound.runtime.fallback import CoarseCopies, Grade, Grades, shares_before
 from moebound.runtime.loader import Loader, Order
@@ -70,12 +70,19 @@ class Fetcher:
         """
         index = chosen.cpu().numpy()
         gates: Array = weights.detach().float().cpu().numpy()
-        experts, tokens, leading = gather(index, gates, decode=self.decoding)
-        numbers = [int(expert) + first for expert in experts]
-        found = self.cache.visit(layer, numbers, tokens=tokens.tolist(), leading=leading)
+        if len(index) == 1:
+            experts, leading = leading_first(index[0].tolist(), gates[0].tolist())
+            leading = leading if self.decoding else len(experts)
+            tokens: list[int] | None = None
+        else:
+            some, counts, leading = gather(index, gates, decode=self.decoding)
+            experts, tokens = some.tolist(), counts.tolist()
+        numbers = [expert + first for expert in experts]
+        found = self.cache.visit(layer, numbers, tokens=tokens, leading=leading)
         self.meter.add(accesses=len(numbers), hits=len(found.hits))
         pinned = dict.fromkeys(found.keys)
         grades = self._graded(found.missing, first, index, gates)
+        computed = 0.0
         orders = self.loader.demand(key for key, grade in grades.items() if grade == "full")
         try:
             if self.decoding:
@@ -83,15 +90,19 @@ class Fetcher:
             aside = self._aside(grades)
             arrivals = ((order.key, self._arrived(order)) for order in orders)
             for key, slot in chain(found.hits.items(), arrivals):
+                begin = clock()
                 compute(key.expert - first, slot)
+                computed += clock() - begin
                 slot.after_use()
-                self.cache.release((key,))
-                del pinned[key]
+                if orders:  # others may be waiting for its room
+                    self.cache.release((key,))
+                    del pinned[key]
             for key, coming in aside.items():
                 self._compute_aside(key, first, coming, compute)
         finally:
             self.loader.cancel(orders)
             self.cache.release(pinned)
+            self.meter.add(compute_s=computed)
 
     def _graded(
         self, missing: Sequence[ExpertKey], first: int, chosen: Array, gates: Array
