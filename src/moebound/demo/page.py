@@ -116,17 +116,20 @@ def _table(report: Report) -> str:
         "<b>solutions</b>: only where the model was trained, on the solution. <b>top-1</b>: the "
         "most likely token is the same. <b>right</b>: at every step of the reference solution the "
         "most likely token is the reference's, so that greedy decoding gives it, in the format "
-        f"asked; the original gets {report.model.reproduced}. {_sz3_note(report)}</p></section>"
+        f"asked; the original gets {report.model.reproduced}. {_notes(report)}</p></section>"
     )
 
 
-def _sz3_note(report: Report) -> str:
-    if not any(row.codec == "sz3" for row in report.rows):
-        return ""
-    return (
-        "<b>sz3</b>: the real library without prediction, its smallest on weights, patched where "
-        "rounding to bf16 would break the bound."
-    )
+def _notes(report: Report) -> str:
+    notes = {
+        "sz3": "<b>sz3</b>: the real library without prediction, its smallest on weights, patched "
+        "where rounding to bf16 would break the bound.",
+        "cuszp:fixed": "<b>cuszp:fixed</b>: the stream of cuSZp without differences, its smallest "
+        "on weights, patched likewise. It has no entropy coder: 32 weights take the bits of the "
+        "largest.",
+    }
+    found = {row.codec for row in report.rows}
+    return " ".join(note for codec, note in notes.items() if codec in found)
 
 
 def _plots(report: Report) -> str:

@@ -33,7 +33,7 @@ from moebound.types import ErrorBound
 from moebound.wordmath.builtin import resolve
 
 RATES = (0.1, 0.3, 0.8, 1.5)
-CODECS = ("bound", "sz3")
+CODECS = ("bound", "sz3", "cuszp:fixed")
 EXACT_CODEC = "lossless"
 STORE_FOLDER = "store"
 KEPT_RATE = 0.3
