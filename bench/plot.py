@@ -20,7 +20,13 @@ from matplotlib import pyplot as plt
 from moebound.bench.codec import BenchReport
 from moebound.bench.report import Row
 
-COLORS = {"bound": "#0072b2", "sz3": "#d55e00", "zfp": "#009e73", "lossless": "#999999"}
+COLORS = {
+    "bound": "#0072b2",
+    "sz3": "#d55e00",
+    "zfp": "#009e73",
+    "cuszp": "#cc79a7",
+    "lossless": "#999999",
+}
 SETTINGS: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -46,7 +52,7 @@ def plot_sizes(report: BenchReport) -> Any:
                 continue
             rates = [row.rate for row in rows]
             over = [row.over_entropy_bits for row in rows]
-            color = COLORS.get(asked)
+            color = COLORS.get(asked.partition(":")[0])
             axis.plot(rates, over, marker="o", markersize=3, label=asked, color=color)
             if asked == "sz3":
                 own = [

@@ -12,6 +12,7 @@
 #include "xxh64.h"
 
 NB_MODULE(_native, m) {
+  bind_cuszp(m);
   bind_device(m);
 
   m.def("xxh64", [](nb::handle data, uint64_t seed) {

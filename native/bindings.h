@@ -75,5 +75,6 @@ nb::ndarray<nb::numpy, T, nb::ndim<1>> to_array(std::vector<T> values) {
   return nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner);
 }
 
-// The bindings of what a GPU needs: bindings_device.cpp.
+// The bindings of one file each: bindings_cuszp.cpp, and what a GPU needs in bindings_device.cpp.
+void bind_cuszp(nb::module_& m);
 void bind_device(nb::module_& m);

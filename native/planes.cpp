@@ -2,23 +2,11 @@
 
 #include <cstring>
 
+#include "bit_matrix.h"
 #include "bound_layout.h"
 #include "bytes.h"
 
 namespace moebound {
-namespace {
-
-// Eight bytes as an 8 × 8 matrix of bits, transposed (Hacker's Delight, section 7-3).
-uint64_t transpose_bits(uint64_t x) {
-  uint64_t t = (x ^ x >> 7) & 0x00AA00AA00AA00AAull;
-  x ^= t ^ t << 7;
-  t = (x ^ x >> 14) & 0x0000CCCC0000CCCCull;
-  x ^= t ^ t << 14;
-  t = (x ^ x >> 28) & 0x00000000F0F0F0F0ull;
-  return x ^ t ^ t << 28;
-}
-
-}  // namespace
 
 void put_planes_any(const uint8_t* low, size_t count, uint32_t low_bits, uint8_t* planes) {
   uint8_t padded[kGroup] = {};

@@ -101,6 +101,12 @@ def _coarse(shape: tuple[int, ...], dtype: DType) -> Array:
     return (whole / 32).astype(NUMPY_DTYPES[dtype])
 
 
+def _smooth(shape: tuple[int, ...], dtype: DType) -> Array:
+    """A walk far from zero."""
+    steps = np.random.default_rng(20251126).standard_normal(shape) * 1e-4
+    return (1 + np.cumsum(steps).reshape(shape)).astype(NUMPY_DTYPES[dtype])
+
+
 CASES = [
     Case("bound_bf16", "bound", lambda: _weights((60, 64), "BF16"), 0.003),
     Case("bound_bf16_32_lanes", "bound:segment=9000", lambda: _coarse((260, 127), "BF16"), 0.02),
@@ -119,6 +125,10 @@ CASES = [
     Case("lossless_f32", "lossless", lambda: _weights((30, 40), "F32", odd=True), 1.0),
     Case("raw_bf16", "raw", lambda: _weights((5, 7), "BF16", odd=True), 1.0),
     Case("raw_f32", "raw", lambda: _weights((5, 7), "F32"), 1.0),
+    Case("cuszp_plain_bf16", "cuszp", lambda: _weights((40, 50), "BF16"), 0.004),
+    Case("cuszp_fixed_f16", "cuszp:fixed", lambda: _weights((777,), "F16", odd=True), 0.001),
+    Case("cuszp_outlier_f32", "cuszp:outlier", lambda: _smooth((30, 40), "F32"), 1e-4),
+    Case("cuszp_f32_to_bf16", "cuszp:fixed", lambda: _weights((40, 50), "F32"), 0.002, "BF16"),
     Case("sz3_bf16", "sz3", lambda: _weights((40, 50), "BF16", odd=True), 0.004),
     Case("zfp_f32", "zfp", lambda: _weights((40, 50), "F32", odd=True), 0.004),
 ]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from moebound import codec_ids, decode, encode
+from moebound.codec.cuszp import MODES, CuszpCodec
 from moebound.codec.registry import get_codec
 from moebound.codec.sz3 import ALGORITHMS
 from moebound.errors import FormatError
@@ -26,7 +27,8 @@ EXAMPLES = settings(
 
 
 def _names() -> list[str]:
-    return [*codec_ids(), *(f"sz3:{algorithm}" for algorithm in ALGORITHMS)]
+    cuszp = (f"cuszp:{mode}" for mode in MODES if mode != CuszpCodec().mode)
+    return [*codec_ids(), *(f"sz3:{algorithm}" for algorithm in ALGORITHMS), *cuszp]
 
 
 every_codec = pytest.mark.parametrize("codec", _names())

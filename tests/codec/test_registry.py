@@ -16,7 +16,7 @@ from moebound.codec.raw import RawCodec
 from moebound.codec.registry import codec_class, codec_ids, get_codec, register_codec
 from moebound.errors import BackendUnavailable, CodecError
 
-BUILT_IN = ["bound", "lossless", "raw", "sz3", "zfp"]
+BUILT_IN = ["bound", "cuszp", "lossless", "raw", "sz3", "zfp"]
 
 
 class Plug(RawCodec):

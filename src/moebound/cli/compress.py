@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     "--codec",
     type=CodecId(),
     default=None,
-    help="bound, sz3, zfp, lossless, raw; options follow a colon, as in sz3:interp.  "
+    help="bound, sz3, zfp, cuszp, lossless, raw; options follow a colon, as in sz3:interp.  "
     "[default: bound, or the plan's]",
 )
 @click.option("--layers", type=IndexSet(), help="Only these layers, as in 0-3,7.")

@@ -16,6 +16,7 @@ ENTRY_POINTS = "moebound.codecs"
 
 _BUILT_IN = {
     "bound": "moebound.codec.bound:BoundCodec",
+    "cuszp": "moebound.codec.cuszp:CuszpCodec",
     "sz3": "moebound.codec.sz3:SZ3Codec",
     "zfp": "moebound.codec.zfp:ZfpCodec",
     "lossless": "moebound.codec.lossless:LosslessCodec",

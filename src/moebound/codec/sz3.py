@@ -18,8 +18,9 @@ pysz 1.1.0, 1-D / 2-D where they differ (3-D was never better than the better of
 so arrays go to SZ3 as matrices: leading axes are collapsed into one.
 
 Where rounding to 16 bits would break the bound often, SZ3 is given a slightly smaller one, as long
-as that makes stream and patch together smaller. (A [2048, 1408] bf16 matrix, Student-t with row
-scales, rate 0.3: stream + patch is 3.236 + 0.215 bits per weight at ε, 3.272 + 0.001 at 0.97 ε.)
+as that makes stream and patch together smaller (`rounding.py`). (A [2048, 1408] bf16 matrix,
+Student-t with row scales, rate 0.3: stream + patch is 3.236 + 0.215 bits per weight at ε,
+3.272 + 0.001 at 0.97 ε.)
 
 Left out: SZ3's OpenMP mode (worse ratios, and streams that depend on the thread count) and its
 own ways of stating a bound. pysz holds the GIL, so threads do not help either.
@@ -27,7 +28,6 @@ own ways of stating a bound. pysz holds the GIL, so threads do not help either.
 
 from __future__ import annotations
 
-import math
 import struct
 from math import prod
 from types import ModuleType
@@ -36,8 +36,7 @@ from typing import ClassVar, Self
 import numpy as np
 
 from moebound.codec.base import ArraySpec, Codec, Payload
-from moebound.codec.measure import violations
-from moebound.codec.patch import positions_n_bytes
+from moebound.codec.rounding import smallest_with_patch
 from moebound.errors import BackendUnavailable, CodecError, CorruptionError
 from moebound.types import Array
 
@@ -50,8 +49,6 @@ ALGORITHMS = {
 }
 """Option -> name in pysz.szAlgorithm."""
 
-_STEP = 0.97
-_MAX_STEPS = 8
 _MAGIC = 0xF342F310
 _LOSSLESS = 4
 _SZ3_ERRORS = (
@@ -107,37 +104,13 @@ class SZ3Codec(Codec):
         # SZ3 takes NaN and 0 for "lossless" without a word; the bound here is neither. A bound
         # wider than the data promises nothing more, and overflows SZ3's noise estimate.
         bound = min(spec.abs_bound, 2.0 * largest) or 1.0
-        stream = _compress(values, bound, algorithm, spec)
-        if spec.dtype == "F32" or algorithm == "lossless":
-            return Payload(stream)
-        return Payload(self._narrowed(x, values, bound, algorithm, spec, stream))
-
-    def _narrowed(
-        self, x: Array, values: Array, bound: float, algorithm: str, spec: ArraySpec, stream: bytes
-    ) -> bytes:
-        """The stream at the bound, in steps of _STEP, at which stream and patch are smallest.
-
-        x: as the caller has it; values: the same in finite float32; stream: at `bound`.
-        """
-        n_patch = self._patch_n_bytes(x, stream, spec)
-        # A step costs log2(1/_STEP) bits a weight: with less of a patch there is nothing to win.
-        for _ in range(_MAX_STEPS):
-            if 8 * n_patch <= -math.log2(_STEP) * spec.size:
-                break
-            bound *= _STEP
-            narrower = _compress(values, bound, algorithm, spec)
-            n_patch_narrower = self._patch_n_bytes(x, narrower, spec)
-            if len(narrower) + n_patch_narrower >= len(stream) + n_patch:
-                break
-            stream, n_patch = narrower, n_patch_narrower
-        return stream
-
-    def _patch_n_bytes(self, x: Array, stream: bytes, spec: ArraySpec) -> int:
-        """Bytes that the envelope's patch will take beside this stream."""
-        decoded = np.empty(spec.size, spec.numpy_dtype)
-        self.decompress(memoryview(stream), spec, decoded)
-        count = len(violations(x, decoded, spec.abs_bound))
-        return positions_n_bytes(spec.size, count) + count * decoded.itemsize if count else 0
+        if algorithm == "lossless":
+            return Payload(_compress(values, bound, algorithm, spec))
+        return Payload(
+            smallest_with_patch(
+                self, x, spec, bound, lambda within: _compress(values, within, algorithm, spec)
+            )
+        )
 
     def decompress(
         self, data: memoryview, spec: ArraySpec, out: Array, *, threads: int = 1

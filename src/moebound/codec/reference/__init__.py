@@ -14,6 +14,8 @@ kernel to the same bytes, and both to stored ones.
     tables.py   ... and the frequencies
     encode.py   the encoder
 
+cuszp.py, apart from these, is codec `cuszp`: docs/format-cuszp.md.
+
 Decoding is fixed by the format. An encoder may choose otherwise and be understood; this one chooses
 as the kernel does, in integers and exactly rounded float64, so that the bytes are the same too.
 

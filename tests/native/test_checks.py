@@ -1,5 +1,6 @@
-"""Builds check_bound.cpp and lets it loose on the kernel: every path against the scalar one, on
-good bytes and on damaged ones, under sanitizers. A long run: `check_bound CASES MUTATIONS SEED`."""
+"""Builds check_bound.cpp and check_cuszp.cpp and lets them loose on the kernel: every path against
+the scalar one, on good bytes and on damaged ones, under sanitizers. A long run: `check_bound CASES
+MUTATIONS SEED`."""
 
 from __future__ import annotations
 
@@ -20,15 +21,24 @@ pytestmark = [
 
 
 def build(folder: Path, *options: str) -> Path:
-    """Configures and builds check_bound; returns the program."""
+    """Configures and builds the programs; returns their folder."""
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, "-DMOEBOUND_CHECKS=ON", *options],
-        ["cmake", "--build", str(folder), "--target", "check_bound", "--parallel", "2"],
+        [
+            "cmake",
+            "--build",
+            str(folder),
+            "--target",
+            "check_bound",
+            "check_cuszp",
+            "--parallel",
+            "2",
+        ],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder / "native" / "check_bound"
+    return folder / "native"
 
 
 def has_simde(folder: Path) -> bool:
@@ -52,14 +62,25 @@ def check(program: Path, cases: int, mutations: int, seed: int) -> str:
     return done.stdout
 
 
-def test_damaged_bytes_under_sanitizers(tmp_path: Path) -> None:
-    said = check(build(tmp_path, "-DMOEBOUND_SANITIZE=ON"), 400, 20, 20261122)
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("sanitized"), "-DMOEBOUND_SANITIZE=ON")
+
+
+def test_damaged_payloads_of_bound_under_sanitizers(sanitized: Path) -> None:
+    said = check(sanitized / "check_bound", 400, 20, 20261122)
     assert said.startswith("400 arrays")
+
+
+def test_damaged_streams_of_cuszp_under_sanitizers(sanitized: Path) -> None:
+    said = check(sanitized / "check_cuszp", 300, 20, 20261126)
+    assert said.startswith("300 arrays")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is x86-64")
 def test_the_avx512_path_in_plain_c(tmp_path: Path) -> None:
     if not has_simde(tmp_path):
         pytest.skip("SIMDe is not installed (Debian: libsimde-dev)")
-    said = check(build(tmp_path / "build", "-DMOEBOUND_EMULATE_AVX512=ON"), 300, 10, 20261123)
+    built = build(tmp_path / "build", "-DMOEBOUND_EMULATE_AVX512=ON")
+    said = check(built / "check_bound", 300, 10, 20261123)
     assert "avx512" in said
