@@ -132,6 +132,8 @@ def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeR
                     compared = rate == middle and weights <= most
                     schedules = SCHEDULES if compared else SCHEDULES[:1]
                     rows += time_decode(coded, n_experts, schedules)
+                    if compared and weights == _segments_for_copies(settings):
+                        rows += time_decode(coded, n_experts, SCHEDULES[:1], aligned=False)
     return rows
 
 

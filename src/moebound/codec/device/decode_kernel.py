@@ -61,12 +61,31 @@ LAST_STATE = tl.constexpr(8)
 
 
 @triton.jit
-def _u16(at, mask, ALIGNED: tl.constexpr):
-    """uint16 at these byte addresses; 0 where masked."""
+def _halves(at, mask, ALIGNED: tl.constexpr):
+    """What `_u16` makes 16 bits of, as it was loaded; 0 where masked."""
     if ALIGNED:
-        return tl.load(at.to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask, other=0)
-    low = tl.load(at, mask=mask, other=0).to(tl.uint16)
-    return low | tl.load(at + 1, mask=mask, other=0).to(tl.uint16) << 8
+        low = tl.load(at.to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask, other=0)
+        high = low
+    else:
+        low = tl.load(at, mask=mask, other=0)
+        high = tl.load(at + 1, mask=mask, other=0)
+    return low, high
+
+
+@triton.jit
+def _joined(low, high, ALIGNED: tl.constexpr):
+    """16 bits as uint32. Apart from the load: whoever joins has to wait for it."""
+    joined = low.to(tl.uint32)
+    if not ALIGNED:
+        joined |= high.to(tl.uint32) << 8
+    return joined
+
+
+@triton.jit
+def _u16(at, mask, ALIGNED: tl.constexpr):
+    """16 bits at these byte addresses, as uint32; 0 where masked."""
+    low, high = _halves(at, mask, ALIGNED)
+    return _joined(low, high, ALIGNED)
 
 
 @triton.jit
@@ -249,8 +268,8 @@ def _decode(
             lower_at = compressed + lower + 2 * begin
 
     in_use = live & (lane < lanes)
-    x = _u16(states_at + 4 * lane, in_use, ALIGNED).to(tl.uint32)
-    x = x | _u16(states_at + 4 * lane + 2, in_use, ALIGNED).to(tl.uint32) << 16
+    x = _u16(states_at + 4 * lane, in_use, ALIGNED)
+    x = x | _u16(states_at + 4 * lane + 2, in_use, ALIGNED) << 16
     x = tl.where(in_use, x, 65536)
     bad_start = tl.where(x < 65536, FIRST_STATE, 0)
     taken = tl.zeros([SEGMENTS, 32], tl.int32)
@@ -262,7 +281,7 @@ def _decode(
     held_i = lane
     held_active = lane < 0
     if AHEAD:
-        ahead = _u16(words_at + 2 * lane, lane < n_words, ALIGNED)
+        ahead, ahead_high = _halves(words_at + 2 * lane, lane < n_words, ALIGNED)
     for row in range(n_rows):
         row_begin = row * columns
         row_end = tl.minimum(row_begin + columns, n_here)
@@ -298,15 +317,16 @@ def _decode(
             wants = active & (y < 65536)
             before, together = count_before(wants.to(tl.int32), lower_lanes, BALLOT)
             if AHEAD:
-                word = _from_lane(ahead.to(tl.uint32), before)
+                word = _from_lane(_joined(ahead, ahead_high, ALIGNED), before)
             else:
                 at = taken + before
-                word = _u16(words_at + 2 * at, wants & (at < n_words), ALIGNED).to(tl.uint32)
+                word = _u16(words_at + 2 * at, wants & (at < n_words), ALIGNED)
             y = tl.where(wants, y << 16 | word, y)
             x = tl.where(active, y, x)
             taken += together
             if AHEAD:
-                ahead = _u16(words_at + 2 * (taken + lane), taken + lane < n_words, ALIGNED)
+                at = taken + lane
+                ahead, ahead_high = _halves(words_at + 2 * at, at < n_words, ALIGNED)
                 if PREFETCH > 0:
                     later = tl.minimum(taken + lane + PREFETCH, n_words)
                     _prefetch(words_at + 2 * later)
@@ -326,7 +346,7 @@ def _decode(
                 pattern = (rotated >> 1 | rotated << 15) & 0xFFFF
                 if ITEM == 4:
                     below = _u16(lower_at + 2 * i, active & is_exact & (lower >= 0), False)
-                    pattern = pattern << 16 | below.to(tl.uint32)
+                    pattern = pattern << 16 | below
                 held = tl.where(is_exact, pattern.to(value.dtype), value)
             else:
                 held = tl.load(value_at + cell, mask=active, other=0)
