@@ -30,19 +30,7 @@ FORMAT = 1
 KINDS = ("gaussian", "gaussian-rows-cols")
 
 
-SCHEDULES = (
-    DEFAULT_SCHEDULE,
-    Schedule(wide=True),
-    Schedule(wide=False),
-    Schedule(wide=True, chunks=1),
-    Schedule(wide=False, chunks=1),
-    Schedule(wide=True, programs=32),
-    Schedule(wide=False, programs=32),
-    Schedule(ahead=False),
-    Schedule(wide=True, prefetch=48),
-    Schedule(wide=True, prefetch=96),
-    Schedule(wide=False, prefetch=64),
-)
+SCHEDULES = (DEFAULT_SCHEDULE, Schedule(wide=True), Schedule(wide=False), Schedule(together=4))
 """Compared at the middle rate; elsewhere the first."""
 
 

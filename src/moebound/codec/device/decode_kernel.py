@@ -129,19 +129,6 @@ def _from_lane(x, lane):
 
 
 @triton.jit
-def _prefetch(at):
-    """Ask for what is at these addresses to be in the first-level cache soon."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [at.to(tl.int64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _section(block, begin, KIND: tl.constexpr):
     """The numbers of one kind that begin at a byte of the block."""
     return (block + begin).to(tl.pointer_type(KIND), bitcast=True)
@@ -150,7 +137,7 @@ def _section(block, begin, KIND: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "segments_at", "arrays_at", "addresses_at", "classes_at", "symbols_at", "values_at",
-        "first_segment", "n_segments", "n_each", "n_chunks", "n_programs",
+        "first_segment", "n_segments",
     ]
 )  # fmt: skip
 def decode_segments(
@@ -166,9 +153,6 @@ def decode_segments(
     status,  # int32 [.], what is wrong with each segment; 0 is nothing
     first_segment,
     n_segments,
-    n_each,  # segments of a chunk
-    n_chunks,  # programs p, p + n_chunks, p + 2 n_chunks ... share chunk p
-    n_programs,  # of a chunk
     ITEM: tl.constexpr,  # bytes of a value
     LOW_BITS: tl.constexpr,  # the most of any array
     CLASSES: tl.constexpr,  # whether any array has more than one table
@@ -176,9 +160,7 @@ def decode_segments(
     ALIGNED: tl.constexpr,  # whether all segments begin at even addresses
     WIDE: tl.constexpr,
     BALLOT: tl.constexpr,  # for one segment and one warp
-    AHEAD: tl.constexpr,  # whether lanes load the next 32 words early and pass them on; with BALLOT
-    PREFETCH: tl.constexpr,  # with AHEAD: so many words later are asked for too; 0 for none
-    SEGMENTS: tl.constexpr,  # a program's at a time
+    SEGMENTS: tl.constexpr,  # a program's
 ):
     """Decode segments [first_segment, first_segment + n_segments), of values of ITEM bytes."""
     segments = _section(block, segments_at, tl.int64)
@@ -187,47 +169,13 @@ def decode_segments(
     symbols = _section(block, symbols_at, tl.uint32)
     values = _section(block, values_at, tl.uint16 if ITEM == 2 else tl.uint32)
     classes = block + classes_at
-    first_of_chunk = tl.program_id(0) % n_chunks * n_each
-    for turn in range(tl.program_id(0) // n_chunks, n_each, n_programs):
-        _decode(
-            compressed, segments, arrays, addresses, classes, symbols, values, slots, status,
-            first_segment, first_of_chunk + turn, n_segments,
-            ITEM, LOW_BITS, CLASSES, EXACT, ALIGNED, WIDE, BALLOT, AHEAD, PREFETCH, SEGMENTS,
-        )  # fmt: skip
-
-
-@triton.jit
-def _decode(
-    compressed,
-    segments,
-    arrays,
-    addresses,
-    classes,
-    symbols,
-    values,
-    slots,
-    status,
-    first_segment,
-    turn,
-    n_segments,
-    ITEM: tl.constexpr,
-    LOW_BITS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    EXACT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr,
-    BALLOT: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-):
-    """Decode the segments of one tile."""
     # What holds for a segment stands in all 32 columns, so that no value changes its layout.
     lane = tl.broadcast_to(tl.arange(0, 32)[None, :], [SEGMENTS, 32])
     own = tl.broadcast_to(tl.arange(0, SEGMENTS)[:, None], [SEGMENTS, 32])
     lower_lanes = (tl.full([SEGMENTS, 32], 1, tl.uint32) << lane.to(tl.uint32)) - 1
-    live = turn * SEGMENTS + own < n_segments
-    segment = first_segment + turn * SEGMENTS + own
+    tile = tl.program_id(0) * SEGMENTS + own
+    live = tile < n_segments
+    segment = first_segment + tile
     s = segments + segment.to(tl.int64) * SEGMENT_FIELDS
     array = tl.load(s + S_ARRAY, mask=live, other=0)
     first_row = tl.load(s + S_FIRST_ROW, mask=live, other=0)
@@ -280,7 +228,7 @@ def _decode(
     held = tl.zeros([SEGMENTS, 32], tl.uint16 if ITEM == 2 else tl.uint32)
     held_i = lane
     held_active = lane < 0
-    if AHEAD:
+    if BALLOT:
         ahead, ahead_high = _halves(words_at + 2 * lane, lane < n_words, ALIGNED)
     for row in range(n_rows):
         row_begin = row * columns
@@ -316,7 +264,7 @@ def _decode(
                 y = ((known & 0xFFF) + 1) * (x >> table_log) + bias
             wants = active & (y < 65536)
             before, together = count_before(wants.to(tl.int32), lower_lanes, BALLOT)
-            if AHEAD:
+            if BALLOT:
                 word = _from_lane(_joined(ahead, ahead_high, ALIGNED), before)
             else:
                 at = taken + before
@@ -324,12 +272,9 @@ def _decode(
             y = tl.where(wants, y << 16 | word, y)
             x = tl.where(active, y, x)
             taken += together
-            if AHEAD:
+            if BALLOT:
                 at = taken + lane
                 ahead, ahead_high = _halves(words_at + 2 * at, at < n_words, ALIGNED)
-                if PREFETCH > 0:
-                    later = tl.minimum(taken + lane + PREFETCH, n_words)
-                    _prefetch(words_at + 2 * later)
 
             cell = symbol
             if LOW_BITS > 0:
