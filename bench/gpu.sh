@@ -9,7 +9,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:?folder for results}" && cd "$1" && pwd)
-export TRITON_DEFAULT_FP_FUSION=0
 python=${PYTHON:-python3}
 site=$(mktemp -d)
 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$site" .

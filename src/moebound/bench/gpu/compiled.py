@@ -114,7 +114,9 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
         attrs=aligned,
     )
     compiled = triton_compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.warps}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": variant.warps, "enable_fp_fusion": False},
     )
     usage, listing = _inspect(compiled.asm["cubin"])
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}

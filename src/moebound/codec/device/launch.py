@@ -127,6 +127,7 @@ class PreparedDecode:
             WIDE=self._wide,
             BLOCK=_SLOTS,
             num_warps=4,
+            enable_fp_fusion=False,
         )
 
     def decode(self) -> None:
@@ -157,6 +158,7 @@ class PreparedDecode:
                 BALLOT=self._on_gpu and schedule.together == 1,
                 SEGMENTS=schedule.together,
                 num_warps=schedule.together,
+                enable_fp_fusion=False,
             )
 
     def patch(self) -> None:
@@ -176,6 +178,7 @@ class PreparedDecode:
                     ITEM=part.item,
                     BLOCK=_PATCHES,
                     num_warps=4,
+                    enable_fp_fusion=False,
                 )
 
 
