@@ -33,6 +33,13 @@ _OPTIONS = (
     click.option("--raw", type=click.Path(exists=True, path_type=Path), metavar="CHECKPOINT",
                  help="The same model uncompressed, used where reading it is predicted to be "
                       "faster than decoding."),
+    click.option("--coarse", type=click.Path(exists=True, path_type=Path), metavar="STORE",
+                 help="The same model under a wider bound: on a miss, experts that matter little "
+                      "are read from it. Texts then depend on what is in memory."),
+    click.option("--coarse-above", type=click.FloatRange(0, 1), default=0.6, show_default=True,
+                 help="They matter little with this share of a token's gate weights before them."),
+    click.option("--skip-above", type=click.FloatRange(0, 1),
+                 help="On a miss, experts behind this share are left out.  [default: none is]"),
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
                  default="auto", show_default=True, help="What to compute with."),
     click.option("--device", default="cpu", show_default=True, help="Where: cpu or cuda."),
@@ -50,12 +57,16 @@ def offload_options(command: F) -> Callable[..., int]:
         policy: str,
         prefetch: str,
         raw: Path | None,
+        coarse: Path | None,
+        coarse_above: float,
+        skip_above: float | None,
         dtype: str,
         device: str,
         **options: Any,
     ) -> int:
         offload = {"ram_budget": ram_budget, "tier": tier, "policy": policy, "predictor": prefetch,
-                   "raw": raw, "dtype": dtype, "device": device}  # fmt: skip
+                   "raw": raw, "coarse": coarse, "coarse_above": coarse_above,
+                   "skip_above": skip_above, "dtype": dtype, "device": device}  # fmt: skip
         return command(*args, offload=offload, **options)
 
     found: Callable[..., int] = wrapped
@@ -109,6 +120,9 @@ def stats_facts(stats: dict[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if seconds is not None:
         rows.append(("forward pass", f"{1e3 * seconds:.2f} ms on average, {stats['steps']} passes"))
+    if any(stats["fallback"].values()):
+        coarse, skipped = stats["fallback"]["coarse"], stats["fallback"]["skipped"]
+        rows.append(("fallback", f"{coarse} coarse copies, {skipped} experts left out"))
     if prefetch["predictor"] != "none":
         state = "on" if prefetch["active"] else "switched off: it did not pay"
         precision, recall = (

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 
 import torch
 
-from moebound.codec.device import plan_decode, read_stream
+from moebound.codec.device import DecodePlan, plan_decode, read_stream
 from moebound.errors import CorruptionError, FormatError
 from moebound.runtime.delivery import Delivery
 from moebound.runtime.images import Image, Part
 from moebound.runtime.meter import Load, clock
 from moebound.runtime.slots import TORCH_DTYPES, Slot, fill, plain_weights
-from moebound.runtime.tiers import Tier
+from moebound.runtime.tiers import RamTier, Tier
+from moebound.types import ExpertKey
 
 
 @dataclass(eq=False)
@@ -56,6 +57,7 @@ class CudaDelivery(Delivery):
             else decode_on_device
         )
         self._decoding = threading.BoundedSemaphore(cores)
+        self._plans = dict[ExpertKey, DecodePlan]()
 
     def workspace(self) -> Workspace:
         with torch.cuda.device(self._device):
@@ -94,16 +96,25 @@ class CudaDelivery(Delivery):
                 aside.append((part, target))
             outs.append(target)
         try:
-            streams = [read_stream(data[part.start : part.stop]) for part in image.parts]
-            for part, stream in zip(image.parts, streams, strict=True):
-                if stream.spec.shape != part.shape or stream.spec.dtype != part.dtype:
-                    raise CorruptionError(f"tensor {part.name!r}: another shape than certified")
-            plan = plan_decode(streams, offsets=[part.start for part in image.parts])
-            plan.launch(workspace.arriving, outs).check()
+            self._plan(image, data).launch(workspace.arriving, outs).check()
         except FormatError as error:
             raise type(error)(f"{image.spans[0].file}: {error}") from error
         for part, weights in aside:
             slot.put(part, weights)
+
+    def _plan(self, image: Image, data: memoryview) -> DecodePlan:
+        """Headers read, checksums checked; once, where bytes are in RAM and stay as they are."""
+        known = self._plans.get(image.key)
+        if known is not None:
+            return known
+        streams = [read_stream(data[part.start : part.stop]) for part in image.parts]
+        for part, stream in zip(image.parts, streams, strict=True):
+            if stream.spec.shape != part.shape or stream.spec.dtype != part.dtype:
+                raise CorruptionError(f"tensor {part.name!r}: another shape than certified")
+        plan = plan_decode(streams, offsets=[part.start for part in image.parts])
+        if isinstance(self._tier, RamTier):
+            self._plans[image.key] = plan
+        return plan
 
     def _decode_here(self, image: Image, slot: Slot, data: memoryview) -> None:
         weights = {

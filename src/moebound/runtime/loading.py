@@ -18,6 +18,7 @@ from moebound.checkpoint import local_folder
 from moebound.codec import thread_count
 from moebound.errors import CacheError, CheckpointError, MoeboundError
 from moebound.runtime.choose import catalog_of, choose, open_delivery, open_tier
+from moebound.runtime.fallback import CoarseCopies, Grades
 from moebound.runtime.fetcher import Fetcher
 from moebound.runtime.images import Images, open_images
 from moebound.runtime.loader import Loader
@@ -45,6 +46,9 @@ def load(
     policy: str = "lfu",
     predictor: str = "none",
     raw: str | os.PathLike[str] | None = None,
+    coarse: str | os.PathLike[str] | None = None,
+    coarse_above: float = 0.6,
+    skip_above: float | None = None,
     threads: int | None = None,
     drop_cache: bool = False,
 ) -> Offloaded:
@@ -62,8 +66,12 @@ def load(
         for all CPUs. device: "cpu", or a CUDA device. drop_cache: keep the operating system from
         caching what was read.
 
+    coarse, coarse_above, skip_above: graded fallback on a miss, off by default (`fallback.py`):
+        `coarse` is a store of the same model under a wider bound.
+
     Guarantee: logits are those of the decoded weights; bit for bit the same whatever the budget,
-    tier, policy, predictor and timing; within float rounding those of stock transformers.
+    tier, policy, predictor and timing; within float rounding those of stock transformers. With a
+    graded fallback none of this holds, beyond the bound of the coarse store.
 
     Raises CacheError for a budget below the least (the message has it), CheckpointError and
     UnsupportedArchitectureError for a model that cannot be run so, and what opening a damaged
@@ -77,6 +85,13 @@ def load(
     path = local_folder(resolve(os.fspath(source)))
     cores = thread_count() if threads is None else threads
     images = open_images(path)
+    grades, coarser = None, None
+    if coarse is not None:
+        coarser = _same_sizes(
+            images, open_images(local_folder(resolve(os.fspath(coarse)))), "coarse"
+        )
+    if coarse is not None or skip_above is not None:
+        grades = Grades(None if coarse is None else coarse_above, skip_above)
     sources = {"compressed" if images.compressed else "raw": images}
     if raw is not None:
         sources["raw"] = _same_model(images, open_images(local_folder(resolve(os.fspath(raw)))))
@@ -114,8 +129,21 @@ def load(
         meter,
         n_threads=n_loaders,
     )
+    copies = None
+    if coarser is not None:
+        disk = open_tier("disk", coarser, place, drop_cache=drop_cache)
+        copies = CoarseCopies(
+            coarser.by_key, kinds, open_delivery(disk, coarser, place, cores=cores), place
+        )
     layers = _layers(model, live, way.costs.top_k)
-    fetcher = Fetcher(cache, loader, meter, Foresight(guess, layers, cache, meter, loader.expect))
+    fetcher = Fetcher(
+        cache,
+        loader,
+        meter,
+        Foresight(guess, layers, cache, meter, loader.expect),
+        grades=grades,
+        coarse=copies,
+    )
     for entry in live.stacks:
         entry.module.moebound = LayerExperts(  # type: ignore[assignment]  # no submodule
             entry.layer, entry.first, fetcher
@@ -142,12 +170,16 @@ def _same_model(store: Images, plain: Images) -> Images:
     """`plain`, if it has the same experts of the same sizes."""
     if plain.compressed:
         raise CheckpointError(f"{plain.path}: raw: expected an ordinary checkpoint, found a store")
-    sizes = [{image.key: image.n_weights for image in images} for images in (store, plain)]
+    return _same_sizes(store, plain, "raw")
+
+
+def _same_sizes(images: Images, others: Images, option: str) -> Images:
+    sizes = [{image.key: image.n_weights for image in found} for found in (images, others)]
     if sizes[0] != sizes[1]:
         raise CheckpointError(
-            f"{plain.path}: raw: its experts are not those of {store.path} (number or sizes)"
+            f"{others.path}: {option}: its experts are not those of {images.path} (number or sizes)"
         )
-    return plain
+    return others
 
 
 def _check_experts(path: Path, images: Images, live: LiveExperts) -> None:

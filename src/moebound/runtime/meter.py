@@ -59,6 +59,7 @@ class Meter:
     predicted: int = 0
     predicted_right: int = 0
     skipped: int = 0
+    coarse: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def loaded(self, load: Load) -> None:

@@ -108,6 +108,7 @@ class Offloaded:
                     found["predicted_right"], found["predicted_right"] + accesses - hits
                 ),
             },
+            "fallback": {"coarse": found["coarse"], "skipped": found["skipped"]},
             "seconds_per_step": found["step_s"] / found["steps"] if found["steps"] else None,
             "stall_s": found["stall_s"],
             **{

@@ -69,28 +69,53 @@ class LayerExperts:
         self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """As `on_demand_experts`."""
-        begin, meter = clock(), self._fetcher.meter
+        begin = clock()
+        one = len(x) == 1
+        result = (self._one_token if one else self._many)(module, x, chosen, weights)
+        self._fetcher.meter.add(experts_s=clock() - begin)
+        return result
+
+    def _many(
+        self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         n_tokens, n_chosen = chosen.shape
         routed = sort_by_expert(chosen.reshape(-1), module.num_experts)
         ends = list(accumulate(routed.loads))
         rows = x.index_select(0, routed.order // n_chosen)
         outputs = torch.empty((len(rows), x.shape[1]), dtype=x.dtype, device=x.device)
 
-        def compute(expert: int, slot: Slot) -> None:
-            at = clock()
+        def compute(expert: int, slot: Slot | None) -> None:
             part = slice(ends[expert] - routed.loads[expert], ends[expert])
-            outputs[part] = expert_output(module, expert, slot, rows[part])
-            meter.add(compute_s=clock() - at)
+            outputs[part] = 0 if slot is None else expert_output(module, expert, slot, rows[part])
 
         self._fetcher.visit(self.layer, self.first, chosen, weights, x, compute)
-        if getattr(module, "has_post_expert_norm", False):
-            outputs = module.post_expert_norm(outputs)
+        outputs = _normed(module, outputs)
         place = torch.empty_like(routed.order)
         place[routed.order] = torch.arange(len(place), device=place.device)
         found = outputs.index_select(0, place).view(n_tokens, n_chosen, -1)
-        result = (found * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-        meter.add(experts_s=clock() - begin)
-        return result
+        return (found * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def _one_token(
+        self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The same without sorting: each expert has one row."""
+        places = {expert: place for place, expert in enumerate(chosen[0].tolist())}
+        outputs = torch.zeros((chosen.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
+
+        def compute(expert: int, slot: Slot | None) -> None:
+            place = places[expert]
+            outputs[place] = 0 if slot is None else expert_output(module, expert, slot, x)[0]
+
+        self._fetcher.visit(self.layer, self.first, chosen, weights, x, compute)
+        outputs = _normed(module, outputs)
+        return (outputs * weights[0].unsqueeze(-1)).sum(0, keepdim=True).to(x.dtype)
+
+
+def _normed(module: Any, outputs: torch.Tensor) -> torch.Tensor:
+    if getattr(module, "has_post_expert_norm", False):
+        normed: torch.Tensor = module.post_expert_norm(outputs)
+        return normed
+    return outputs
 
 
 def expert_output(module: Any, expert: int, slot: Slot, rows: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from moebound.errors import CorruptionError
 from moebound.runtime.serve.engine import PlainEngine
 
 from .live import NAME, PATIENCE_S, Gate, InThread, Live, chat_body, events, running, texts, until
@@ -159,11 +160,12 @@ def test_a_silent_stream_says_that_it_lives(
     assert "42 - 17 = 25." in texts(events(asked.result()))
 
 
+@pytest.mark.parametrize("error", [RuntimeError, CorruptionError])
 def test_a_model_that_fails_is_an_error_and_the_next_is_served(
-    live: Live, engine: PlainEngine
+    live: Live, engine: PlainEngine, error: type[Exception]
 ) -> None:
     def fail(*_: Any) -> None:
-        raise RuntimeError("secret details")
+        raise error("/secret/details")
 
     hook = engine.model.register_forward_pre_hook(fail)
     answers = [ask(live, stream=stream).result() for stream in (False, True)]
@@ -171,6 +173,7 @@ def test_a_model_that_fails_is_an_error_and_the_next_is_served(
     for answer in answers:
         assert answer.status_code == 500
         assert answer.json()["error"]["type"] == "server_error"
+        assert error.__name__ in answer.text
         assert "secret" not in answer.text
     hook = engine.model.lm_head.register_forward_hook(lambda *a: a[2] * float("nan"))
     broken = ask(live).result()

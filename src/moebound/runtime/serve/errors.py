@@ -45,11 +45,11 @@ def shutting_down() -> ApiError:
 
 
 def failed(error: Exception) -> ApiError:
-    """What a text came to that could not be generated. Only errors made on purpose say more than
-    what they are called: the others may name anything."""
+    """What a text came to that could not be generated. Only errors of generation itself say more
+    than what they are called: others name files of this machine."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, MoeboundError):
+    if type(error) is MoeboundError:
         message = str(error)
     else:
         message = f"internal error: {type(error).__name__}; the server's log has more"
