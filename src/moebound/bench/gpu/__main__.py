@@ -17,7 +17,6 @@ from moebound.bench.gpu.cases import encode_expert, expert
 from moebound.bench.gpu.throughput import prepared
 from moebound.codec.device.launch import DEFAULT_SCHEDULE
 
-
 QUICK = Settings(rates=(0.3,), segments=(8192, 16384), experts=(1, 6))
 
 
