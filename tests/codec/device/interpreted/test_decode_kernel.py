@@ -16,7 +16,7 @@ from ...make_fixtures import CASES, Case
 from .launching import MANY, decoded, patterns
 
 CODEC = BoundCodec(segment_weights=1024)
-MOST_STEPS = 1700
+MOST_STEPS = 1250
 """Of a stored example that decodes in seconds here."""
 
 
