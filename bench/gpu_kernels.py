@@ -1,6 +1,6 @@
 """Compile every kernel of codec/device for GPUs that need not be here, and record what they use.
 
-    TRITON_DEFAULT_FP_FUSION=0 .venv/bin/python bench/gpu_kernels.py
+    python bench/gpu_kernels.py
 
 Writes bench/results/gpu-kernels.json: registers, shared memory and spills as the bundled cuobjdump
 reports them, and how many instructions one step of a loop has in the bundled nvdisasm's listing.

@@ -30,19 +30,7 @@ FORMAT = 1
 KINDS = ("gaussian", "gaussian-rows-cols")
 
 
-SCHEDULES = (
-    DEFAULT_SCHEDULE,
-    Schedule(wide=True),
-    Schedule(wide=False),
-    Schedule(wide=True, chunks=1),
-    Schedule(wide=False, chunks=1),
-    Schedule(wide=True, programs=32),
-    Schedule(wide=False, programs=32),
-    Schedule(ahead=False),
-    Schedule(wide=True, prefetch=48),
-    Schedule(wide=True, prefetch=96),
-    Schedule(wide=False, prefetch=64),
-)
+SCHEDULES = (DEFAULT_SCHEDULE, Schedule(wide=True), Schedule(wide=False), Schedule(together=4))
 """Compared at the middle rate; elsewhere the first."""
 
 
@@ -132,6 +120,8 @@ def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeR
                     compared = rate == middle and weights <= most
                     schedules = SCHEDULES if compared else SCHEDULES[:1]
                     rows += time_decode(coded, n_experts, schedules)
+                    if compared and weights == _segments_for_copies(settings):
+                        rows += time_decode(coded, n_experts, SCHEDULES[:1], aligned=False)
     return rows
 
 

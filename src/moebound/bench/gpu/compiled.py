@@ -37,7 +37,7 @@ class Variant:
 
 _DECODE = {
     "ITEM": 2, "LOW_BITS": 0, "CLASSES": False, "EXACT": False, "ALIGNED": True, "WIDE": True,
-    "BALLOT": True, "AHEAD": True, "PREFETCH": 0, "SEGMENTS": 1,
+    "BALLOT": True, "SEGMENTS": 1,
 }  # fmt: skip
 _ENCODE = {"TABLE_LOG": 12, "LANES": 32, "CLASSES": True, "BALLOT": True, "SEGMENTS": 1}
 
@@ -47,13 +47,11 @@ _EXACT = _CLASSES | {"EXACT": True, "LOW_BITS": 8}
 VARIANTS = (
     Variant("decode_segments", "one table", _DECODE),
     Variant("decode_segments", "one table, narrow", _DECODE | {"WIDE": False}),
-    Variant("decode_segments", "one table, prefetch", _DECODE | {"PREFETCH": 64}),
     Variant("decode_segments", "classes", _CLASSES),
     Variant("decode_segments", "classes, wide", _CLASSES | {"WIDE": True}),
     Variant("decode_segments", "low bits", _DECODE | {"LOW_BITS": 4}),
     Variant("decode_segments", "float32", _CLASSES | {"ITEM": 4}),
     Variant("decode_segments", "any address", _CLASSES | {"ALIGNED": False}),
-    Variant("decode_segments", "words when needed", _CLASSES | {"AHEAD": False}),
     Variant("decode_segments", "exact", _EXACT),
     Variant("decode_segments", "exact float32", _EXACT | {"ITEM": 4}),
     Variant("expand_tables", "", {"WIDE": False, "BLOCK": 1024}, warps=4),
@@ -116,7 +114,9 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
         attrs=aligned,
     )
     compiled = triton_compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.warps}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": variant.warps, "enable_fp_fusion": False},
     )
     usage, listing = _inspect(compiled.asm["cubin"])
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}

@@ -49,7 +49,7 @@ def _decode(report: GpuReport) -> Table:
             f"{row.bits_per_weight:.3f}",
             str(row.n_experts),
             str(row.n_segments),
-            _words(row.schedule),
+            _words(row.schedule) + ("" if row.aligned else ", odd addresses"),
             f"{1e3 * row.decode.p50_s:.3f}",
             f"{1e3 * row.decode.p20_s:.3f} to {1e3 * row.decode.p80_s:.3f}",
             f"{row.gweights_per_s:.1f}",
@@ -60,9 +60,9 @@ def _decode(report: GpuReport) -> Table:
 
 def _best(rows: list[DecodeRow]) -> list[DecodeRow]:
     """The quickest schedule of each case."""
-    best: dict[tuple[str, float, int, int], DecodeRow] = {}
+    best: dict[tuple[str, float, int, int, bool], DecodeRow] = {}
     for row in rows:
-        case = (row.kind, row.rate, row.segment_weights, row.n_experts)
+        case = (row.kind, row.rate, row.segment_weights, row.n_experts, row.aligned)
         if case not in best or row.gweights_per_s > best[case].gweights_per_s:
             best[case] = row
     return list(best.values())
@@ -83,7 +83,7 @@ def _schedules(report: GpuReport) -> Table:
         found = {
             (row.schedule, row.segment_weights): row.gweights_per_s
             for row in report.decode
-            if (row.kind, row.rate, row.n_experts) == (kind, rate, n_experts)
+            if (row.kind, row.rate, row.n_experts, row.aligned) == (kind, rate, n_experts, True)
         }
         for schedule in dict.fromkeys(schedule for schedule, _ in found):
             speeds = (found.get((schedule, weights)) for weights in segments)

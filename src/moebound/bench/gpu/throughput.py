@@ -55,6 +55,7 @@ class DecodeRow:
     """Decoding n_experts from bytes on the device to bfloat16 on the device.
 
     decode: the kernel that decodes segments. expand: the one that expands tables, before it.
+    aligned: whether words stand at even addresses.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class DecodeRow:
     n_segments: int
     n_tables: int
     schedule: Schedule
+    aligned: bool
     bits_per_weight: float
     metadata_bytes: int
     expand: Timing
@@ -84,12 +86,16 @@ class DecodeRow:
         }
 
 
-def prepared(coded: EncodedExpert, n_experts: int, schedule: Schedule) -> PreparedDecode:
+def prepared(
+    coded: EncodedExpert, n_experts: int, schedule: Schedule, *, aligned: bool = True
+) -> PreparedDecode:
     """Decode so many copies of an expert, each from bytes of its own, into one tensor."""
     import torch
 
     streams = [read_stream(data) for data in coded.data] * n_experts
     plan = plan_decode(streams)
+    if not aligned:
+        plan = plan_decode(streams, offsets=[offset + 1 for offset in plan.offsets])
     staging = torch.empty(plan.n_bytes, dtype=torch.uint8)
     plan.pack(list(coded.data) * n_experts, staging)
     outs = torch.empty(n_experts * EXPERT_WEIGHTS, dtype=torch.bfloat16, device="cuda")
@@ -98,10 +104,10 @@ def prepared(coded: EncodedExpert, n_experts: int, schedule: Schedule) -> Prepar
 
 
 def time_decode(
-    coded: EncodedExpert, n_experts: int, schedules: Sequence[Schedule]
+    coded: EncodedExpert, n_experts: int, schedules: Sequence[Schedule], *, aligned: bool = True
 ) -> list[DecodeRow]:
     """Decode once with every schedule and check, then time."""
-    first = prepared(coded, n_experts, schedules[0])
+    first = prepared(coded, n_experts, schedules[0], aligned=aligned)
     rows = []
     for schedule in schedules:
         ready = first.plan.prepare(first.compressed, first.outs, schedule)
@@ -116,6 +122,7 @@ def time_decode(
                 len(numbers.owners),
                 numbers.n_tables,
                 schedule,
+                ready.plan.aligned,
                 coded.bits_per_weight,
                 len(numbers.block),
                 time_on_device(ready.expand, seconds=SECONDS / 4),

@@ -33,12 +33,9 @@ class Check:
 
 
 _SCHEDULES = {
-    "": Schedule(),
+    ", wide": Schedule(wide=True),
+    ", narrow": Schedule(wide=False),
     ", four together": Schedule(together=4),
-    ", wide": Schedule(wide=True, chunks=7),
-    ", narrow, in turns": Schedule(wide=False, programs=2, chunks=3),
-    ", words when needed": Schedule(ahead=False),
-    ", words asked for": Schedule(prefetch=64),
 }
 
 

@@ -61,12 +61,31 @@ LAST_STATE = tl.constexpr(8)
 
 
 @triton.jit
-def _u16(at, mask, ALIGNED: tl.constexpr):
-    """uint16 at these byte addresses; 0 where masked."""
+def _halves(at, mask, ALIGNED: tl.constexpr):
+    """What `_u16` makes 16 bits of, as it was loaded; 0 where masked."""
     if ALIGNED:
-        return tl.load(at.to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask, other=0)
-    low = tl.load(at, mask=mask, other=0).to(tl.uint16)
-    return low | tl.load(at + 1, mask=mask, other=0).to(tl.uint16) << 8
+        low = tl.load(at.to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask, other=0)
+        high = low
+    else:
+        low = tl.load(at, mask=mask, other=0)
+        high = tl.load(at + 1, mask=mask, other=0)
+    return low, high
+
+
+@triton.jit
+def _joined(low, high, ALIGNED: tl.constexpr):
+    """16 bits as uint32. Apart from the load: whoever joins has to wait for it."""
+    joined = low.to(tl.uint32)
+    if not ALIGNED:
+        joined |= high.to(tl.uint32) << 8
+    return joined
+
+
+@triton.jit
+def _u16(at, mask, ALIGNED: tl.constexpr):
+    """16 bits at these byte addresses, as uint32; 0 where masked."""
+    low, high = _halves(at, mask, ALIGNED)
+    return _joined(low, high, ALIGNED)
 
 
 @triton.jit
@@ -110,19 +129,6 @@ def _from_lane(x, lane):
 
 
 @triton.jit
-def _prefetch(at):
-    """Ask for what is at these addresses to be in the first-level cache soon."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [at.to(tl.int64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _section(block, begin, KIND: tl.constexpr):
     """The numbers of one kind that begin at a byte of the block."""
     return (block + begin).to(tl.pointer_type(KIND), bitcast=True)
@@ -131,7 +137,7 @@ def _section(block, begin, KIND: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "segments_at", "arrays_at", "addresses_at", "classes_at", "symbols_at", "values_at",
-        "first_segment", "n_segments", "n_each", "n_chunks", "n_programs",
+        "first_segment", "n_segments",
     ]
 )  # fmt: skip
 def decode_segments(
@@ -147,9 +153,6 @@ def decode_segments(
     status,  # int32 [.], what is wrong with each segment; 0 is nothing
     first_segment,
     n_segments,
-    n_each,  # segments of a chunk
-    n_chunks,  # programs p, p + n_chunks, p + 2 n_chunks ... share chunk p
-    n_programs,  # of a chunk
     ITEM: tl.constexpr,  # bytes of a value
     LOW_BITS: tl.constexpr,  # the most of any array
     CLASSES: tl.constexpr,  # whether any array has more than one table
@@ -157,9 +160,7 @@ def decode_segments(
     ALIGNED: tl.constexpr,  # whether all segments begin at even addresses
     WIDE: tl.constexpr,
     BALLOT: tl.constexpr,  # for one segment and one warp
-    AHEAD: tl.constexpr,  # whether lanes load the next 32 words early and pass them on; with BALLOT
-    PREFETCH: tl.constexpr,  # with AHEAD: so many words later are asked for too; 0 for none
-    SEGMENTS: tl.constexpr,  # a program's at a time
+    SEGMENTS: tl.constexpr,  # a program's
 ):
     """Decode segments [first_segment, first_segment + n_segments), of values of ITEM bytes."""
     segments = _section(block, segments_at, tl.int64)
@@ -168,47 +169,13 @@ def decode_segments(
     symbols = _section(block, symbols_at, tl.uint32)
     values = _section(block, values_at, tl.uint16 if ITEM == 2 else tl.uint32)
     classes = block + classes_at
-    first_of_chunk = tl.program_id(0) % n_chunks * n_each
-    for turn in range(tl.program_id(0) // n_chunks, n_each, n_programs):
-        _decode(
-            compressed, segments, arrays, addresses, classes, symbols, values, slots, status,
-            first_segment, first_of_chunk + turn, n_segments,
-            ITEM, LOW_BITS, CLASSES, EXACT, ALIGNED, WIDE, BALLOT, AHEAD, PREFETCH, SEGMENTS,
-        )  # fmt: skip
-
-
-@triton.jit
-def _decode(
-    compressed,
-    segments,
-    arrays,
-    addresses,
-    classes,
-    symbols,
-    values,
-    slots,
-    status,
-    first_segment,
-    turn,
-    n_segments,
-    ITEM: tl.constexpr,
-    LOW_BITS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    EXACT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WIDE: tl.constexpr,
-    BALLOT: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-):
-    """Decode the segments of one tile."""
     # What holds for a segment stands in all 32 columns, so that no value changes its layout.
     lane = tl.broadcast_to(tl.arange(0, 32)[None, :], [SEGMENTS, 32])
     own = tl.broadcast_to(tl.arange(0, SEGMENTS)[:, None], [SEGMENTS, 32])
     lower_lanes = (tl.full([SEGMENTS, 32], 1, tl.uint32) << lane.to(tl.uint32)) - 1
-    live = turn * SEGMENTS + own < n_segments
-    segment = first_segment + turn * SEGMENTS + own
+    tile = tl.program_id(0) * SEGMENTS + own
+    live = tile < n_segments
+    segment = first_segment + tile
     s = segments + segment.to(tl.int64) * SEGMENT_FIELDS
     array = tl.load(s + S_ARRAY, mask=live, other=0)
     first_row = tl.load(s + S_FIRST_ROW, mask=live, other=0)
@@ -249,8 +216,8 @@ def _decode(
             lower_at = compressed + lower + 2 * begin
 
     in_use = live & (lane < lanes)
-    x = _u16(states_at + 4 * lane, in_use, ALIGNED).to(tl.uint32)
-    x = x | _u16(states_at + 4 * lane + 2, in_use, ALIGNED).to(tl.uint32) << 16
+    x = _u16(states_at + 4 * lane, in_use, ALIGNED)
+    x = x | _u16(states_at + 4 * lane + 2, in_use, ALIGNED) << 16
     x = tl.where(in_use, x, 65536)
     bad_start = tl.where(x < 65536, FIRST_STATE, 0)
     taken = tl.zeros([SEGMENTS, 32], tl.int32)
@@ -261,8 +228,8 @@ def _decode(
     held = tl.zeros([SEGMENTS, 32], tl.uint16 if ITEM == 2 else tl.uint32)
     held_i = lane
     held_active = lane < 0
-    if AHEAD:
-        ahead = _u16(words_at + 2 * lane, lane < n_words, ALIGNED)
+    if BALLOT:
+        ahead, ahead_high = _halves(words_at + 2 * lane, lane < n_words, ALIGNED)
     for row in range(n_rows):
         row_begin = row * columns
         row_end = tl.minimum(row_begin + columns, n_here)
@@ -297,19 +264,17 @@ def _decode(
                 y = ((known & 0xFFF) + 1) * (x >> table_log) + bias
             wants = active & (y < 65536)
             before, together = count_before(wants.to(tl.int32), lower_lanes, BALLOT)
-            if AHEAD:
-                word = _from_lane(ahead.to(tl.uint32), before)
+            if BALLOT:
+                word = _from_lane(_joined(ahead, ahead_high, ALIGNED), before)
             else:
                 at = taken + before
-                word = _u16(words_at + 2 * at, wants & (at < n_words), ALIGNED).to(tl.uint32)
+                word = _u16(words_at + 2 * at, wants & (at < n_words), ALIGNED)
             y = tl.where(wants, y << 16 | word, y)
             x = tl.where(active, y, x)
             taken += together
-            if AHEAD:
-                ahead = _u16(words_at + 2 * (taken + lane), taken + lane < n_words, ALIGNED)
-                if PREFETCH > 0:
-                    later = tl.minimum(taken + lane + PREFETCH, n_words)
-                    _prefetch(words_at + 2 * later)
+            if BALLOT:
+                at = taken + lane
+                ahead, ahead_high = _halves(words_at + 2 * at, at < n_words, ALIGNED)
 
             cell = symbol
             if LOW_BITS > 0:
@@ -326,7 +291,7 @@ def _decode(
                 pattern = (rotated >> 1 | rotated << 15) & 0xFFFF
                 if ITEM == 4:
                     below = _u16(lower_at + 2 * i, active & is_exact & (lower >= 0), False)
-                    pattern = pattern << 16 | below.to(tl.uint32)
+                    pattern = pattern << 16 | below
                 held = tl.where(is_exact, pattern.to(value.dtype), value)
             else:
                 held = tl.load(value_at + cell, mask=active, other=0)

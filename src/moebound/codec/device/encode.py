@@ -137,6 +137,7 @@ class Encoder:
             self.n,
             BLOCK=_BLOCK,
             num_warps=4,
+            enable_fp_fusion=False,
         )
 
     def code(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -166,6 +167,7 @@ class Encoder:
             BALLOT=device.type == "cuda" and self.together == 1,
             SEGMENTS=self.together,
             num_warps=self.together,
+            enable_fp_fusion=False,
         )
         return words, n_words, states
 
@@ -196,6 +198,7 @@ class Encoder:
             BLOCK=_BLOCK,
             GROUPS=_GROUPS,
             num_warps=4,
+            enable_fp_fusion=False,
         )
         return bytes(self.model.header(counts.astype(np.uint32))) + out.cpu().numpy().tobytes()
 

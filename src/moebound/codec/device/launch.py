@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,24 +34,18 @@ _TROUBLES = (
 
 @dataclass(frozen=True)
 class Schedule:
-    """How segments are given to programs; every choice gives the same bits.
+    """How kernels do it; every choice gives the same bits.
 
-    together: segments of a program at a time. On a GPU one is quickest; the interpreter wants many.
-    chunks: the segments are cut into so many runs, and programs that many apart share one, so that
-        a multiprocessor meets few tables; 0 stands for the number of multiprocessors.
-    programs: the most of a chunk; each takes several segments in turn where there are more.
-    ahead: whether a warp loads words a step early. prefetch: so many words later are
-        asked for too; 0 for none. wide: 4 bytes a slot of a table and one look-up,
-        or 1 byte and a second one; None: wide where arrays have one table.
+    together: segments of a program. On a GPU one is quickest; the interpreter wants many.
+    wide: 4 bytes a slot of a table and one look-up, or 1 byte and a second one; None: wide where
+        all tables together have MOST_WIDE bytes at most, so that the nearest cache holds them.
     """
 
     together: int = 1
-    chunks: int = 0
-    programs: int = 1 << 20
-    ahead: bool = True
-    prefetch: int = 0
     wide: bool | None = None
 
+
+MOST_WIDE = 1 << 16
 
 DEFAULT_SCHEDULE = Schedule()
 
@@ -87,8 +80,8 @@ class PreparedDecode:
         filled[begin:end].view(np.int64)[:] = [out.data_ptr() for out in outs]
         self._block = block.to(device, non_blocking=True)
         self._at = {name: begin for name, (begin, _) in numbers.sections.items()}
-        one_table = not any(part.classes for part in numbers.parts)
-        self._wide = one_table if schedule.wide is None else schedule.wide
+        few = 4 * numbers.n_slots <= MOST_WIDE
+        self._wide = few if schedule.wide is None else schedule.wide
         slot = torch.uint32 if self._wide else torch.uint8
         self._slots = torch.empty(numbers.n_slots, dtype=slot, device=device)
         self._status = torch.empty(n_segments, dtype=torch.int32, device=device)
@@ -98,7 +91,6 @@ class PreparedDecode:
             else self._status
         )
         self._stream = torch.cuda.current_stream(device) if self._on_gpu else None
-        self._chunks = schedule.chunks or (_multiprocessors(device) if self._on_gpu else 1)
 
     def run(self) -> Launched:
         """Enqueue everything on the current stream.
@@ -135,20 +127,16 @@ class PreparedDecode:
             WIDE=self._wide,
             BLOCK=_SLOTS,
             num_warps=4,
+            enable_fp_fusion=False,
         )
 
     def decode(self) -> None:
         """Decode all segments; the tables must be there."""
         assert self._kernels is not None
         at, schedule = self._at, self.schedule
-        ballot = self._on_gpu and schedule.together == 1
         for part in self.plan.metadata.parts:
             first, last = part.segments
-            n_tiles = -(-(last - first) // schedule.together)
-            n_chunks = min(self._chunks, n_tiles)
-            n_each = -(-n_tiles // n_chunks)
-            n_programs = min(n_each, schedule.programs)
-            self._kernels.decode_segments[n_chunks * n_programs,](
+            self._kernels.decode_segments[-(-(last - first) // schedule.together),](
                 self.compressed,
                 self._block,
                 at["segments"],
@@ -161,20 +149,16 @@ class PreparedDecode:
                 self._status,
                 first,
                 last - first,
-                n_each,
-                n_chunks,
-                n_programs,
                 ITEM=part.item,
                 LOW_BITS=part.low_bits,
                 CLASSES=part.classes,
                 EXACT=part.exact,
                 ALIGNED=self.plan.aligned,
                 WIDE=self._wide,
-                BALLOT=ballot,
-                AHEAD=ballot and schedule.ahead,
-                PREFETCH=schedule.prefetch,
+                BALLOT=self._on_gpu and schedule.together == 1,
                 SEGMENTS=schedule.together,
                 num_warps=schedule.together,
+                enable_fp_fusion=False,
             )
 
     def patch(self) -> None:
@@ -194,6 +178,7 @@ class PreparedDecode:
                     ITEM=part.item,
                     BLOCK=_PATCHES,
                     num_warps=4,
+                    enable_fp_fusion=False,
                 )
 
 
@@ -229,10 +214,3 @@ class Launched:
             f"{stream.spec.shape}): segment {segment} of {np.count_nonzero(owners == i)} is "
             f"damaged: {what}; {len(damaged)} damaged segments in all"
         )
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    import torch
-
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -85,8 +85,8 @@ def build(streams: Sequence[Stream], offsets: Sequence[int]) -> Metadata:
         for i, stream, coded in chosen:
             put("segments", _segments(i, coded, offsets[i]))
             owners.append(np.full(len(coded.segments), i))
-            n_tables, n_symbols = coded.frequencies.shape
-            symbols_begin, slots_begin = put("symbols", _symbols(coded)), n_slots
+            n_tables, n_symbols = coded.symbols.shape
+            symbols_begin, slots_begin = put("symbols", coded.symbols.reshape(-1)), n_slots
             tables = np.empty((n_tables, 4), np.int64)
             tables[:, 0] = symbols_begin + n_symbols * np.arange(n_tables)
             tables[:, 1], tables[:, 2] = n_symbols, coded.table_log
@@ -137,14 +137,6 @@ def build(streams: Sequence[Stream], offsets: Sequence[int]) -> Metadata:
         counts["tables"],
         n_slots,
     )
-
-
-def _symbols(coded: Coded) -> Numbers:
-    """Of each table and symbol: (frequency - 1) | cumulative frequency << 12."""
-    frequencies = coded.frequencies.astype(np.int64)
-    before = np.cumsum(frequencies, axis=1) - frequencies
-    found: Numbers = (np.maximum(frequencies - 1, 0) | before << 12).reshape(-1)
-    return found
 
 
 def _rounded_up(low_bits: int) -> int:

@@ -38,9 +38,9 @@ class Coded:
 
     table_log ... class_base: of the header. columns: of the matrix that rows and columns mean.
     row_classes, column_classes: uint8, empty if there is one table.
-    frequencies: [n_tables, n_symbols] uint16.
-    values: uint32 patterns by symbol << low_bits | low; empty for an exact copy, whose bins are
-        patterns rotated left by one.
+    symbols: [n_tables, n_symbols] uint32, (frequency - 1) | cumulative frequency << 12.
+    values: patterns by symbol << low_bits | low, uint16 or uint32; empty for an exact copy, whose
+        bins are patterns rotated left by one.
     segments: [S] int64, the first byte of each segment, counted from the envelope's first byte.
     words: [S] int32, 16-bit words of each.
     lower: where the low halves of an exact copy of float32 begin, uint16 each; -1 without them.
@@ -56,7 +56,7 @@ class Coded:
     class_base: int
     row_classes: Numbers
     column_classes: Numbers
-    frequencies: Numbers
+    symbols: Numbers
     values: Numbers
     segments: Numbers
     words: Numbers
@@ -167,9 +167,17 @@ def _coded(parsed: Envelope, begin: int) -> Coded:
         class_base=found["class_base"],
         row_classes=found["row_classes"],
         column_classes=found["column_classes"],
-        frequencies=found["frequencies"].reshape(n_tables, -1),
-        values=found["values"],
+        symbols=_symbols(found["frequencies"].reshape(n_tables, -1)),
+        values=found["values"].astype(np.uint32 if spec.dtype == "F32" else np.uint16),
         segments=found["segments"].astype(np.int64) + begin,
         words=found["segment_words"].astype(np.int32),
         lower=lower,
     )
+
+
+def _symbols(frequencies: Numbers) -> Numbers:
+    """What the device knows of each symbol of each table; one without slots is never asked for."""
+    f = frequencies.astype(np.uint32)
+    before = f.cumsum(axis=1, dtype=np.uint32) - f
+    symbols: Numbers = np.maximum(f, 1) - np.uint32(1) | before << np.uint32(12)
+    return symbols

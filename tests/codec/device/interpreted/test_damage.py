@@ -6,6 +6,7 @@ import mmap
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,13 +113,14 @@ def test_nothing_is_read_outside_the_buffer() -> None:
 
 def test_the_fence_holds() -> None:
     """Else the test above could not fail."""
-    module = Fenced.__module__
     beyond = (
-        f"import ctypes; from {module} import Fenced\n"
+        "import ctypes; from fence import Fenced\n"
         "with Fenced(100) as fenced: ctypes.string_at(fenced.data_ptr() + {}, 1)"
     )
     ends = [
-        subprocess.run([sys.executable, "-c", beyond.format(at)], check=False).returncode
+        subprocess.run(
+            [sys.executable, "-c", beyond.format(at)], cwd=Path(__file__).parent, check=False
+        ).returncode
         for at in (99, 100, 100 - 2 * mmap.PAGESIZE)
     ]
     assert ends == [0, -signal.SIGSEGV, -signal.SIGSEGV]
