@@ -68,6 +68,13 @@ def test_memory(report: OffloadReport) -> None:
         assert found["rss_peak_bytes"] <= stock - 0.6 * saved
 
 
+def test_policies_of_the_trace(report: OffloadReport) -> None:
+    (found,) = report.policies
+    assert found["budget"] == 0.35
+    assert found["hit_ratios"][found["policy"]] == found["hit_ratio"]
+    assert 0 < found["share_of_limit"] <= 1
+
+
 def test_table_and_bound(report: OffloadReport) -> None:
     console = Console(width=200, file=io.StringIO())
     console.print(render_offload(report))

@@ -14,7 +14,7 @@ from typing import Any
 
 from moebound.bench.environment import describe
 from moebound.bench.offload.model import Shapes, make_checkpoint, make_store
-from moebound.cache import ZipfTrace, load_trace
+from moebound.cache import ZipfTrace, load_trace, one_by_one, simulate, uniform
 from moebound.errors import MoeboundError
 
 FORMAT, VERSION = "moebound.bench.offload", 1
@@ -71,11 +71,16 @@ class Case:
 
 @dataclass(frozen=True)
 class OffloadReport:
-    """Rows, one a case: the case's fields and what `measure` found, or its error."""
+    """rows: one a case, the case's fields and what `measure` found, or its error.
+
+    policies: what the cache simulator says of this trace, one a budget: the policy that moves the
+    fewest bytes, its hit ratio, and its share of the hits that are possible (Belady).
+    """
 
     settings: dict[str, Any]
     environment: dict[str, Any]
     expert_bytes: dict[str, int]
+    policies: list[dict[str, Any]]
     rows: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
@@ -122,7 +127,33 @@ def run(settings: Settings, work: Path, *, say: Say | None = None) -> OffloadRep
         rows.append({**asdict(case), **_run(spec, work, settings.timeout_s)})
     sizes = {name: _expert_bytes(place) for name, place in places.items()}
     plain = {**asdict(settings), "trace": str(settings.trace or _zipf(settings))}
-    return OffloadReport(plain, describe(), sizes, rows)
+    return OffloadReport(plain, describe(), sizes, _policies(trace, settings), rows)
+
+
+def _policies(trace: Path, settings: Settings) -> list[dict[str, Any]]:
+    """By budgets that hold something back; the least that a cache can work with is left out too."""
+    found = one_by_one(load_trace(trace))
+    catalog = uniform(found, 1)
+    least = catalog.smallest_budget(floor=1, working=settings.shapes.top_k + 1)
+    totals = {share: int(share * catalog.total_bytes) for share in settings.budgets if share < 1}
+    budgets = {share: total for share, total in totals.items() if total >= least}
+    if not budgets:
+        return []
+    simulated = simulate(found, catalog, list(budgets.values()), jobs=1,
+                         working=settings.shapes.top_k + 1)  # fmt: skip
+    rows = []
+    for share, total in budgets.items():
+        best = simulated.best(total)
+        rows.append(
+            {
+                "budget": share,
+                "policy": best.policy,
+                "hit_ratio": best.hit_ratio,
+                "share_of_limit": simulated.limit(total).share(best),
+                "hit_ratios": {r.policy: r.hit_ratio for r in simulated.at(total)},
+            }
+        )
+    return rows
 
 
 def _zipf(settings: Settings) -> ZipfTrace:

@@ -15,8 +15,9 @@ def render_offload(report: OffloadReport) -> Table:
     raw, small = report.expert_bytes["raw"], report.expert_bytes["compressed"]
     table = Table(
         title=f"Experts of {raw / 1e9:.2f} GB, {small / 1e9:.2f} GB compressed",
-        caption="Milliseconds a token (median, 99th percentile) and to the first one; hits: of "
-        "experts asked for; MB: moved a token; bound: overlapped, from the run's own speeds.",
+        caption=_policies(report) + "Milliseconds a token (median, 99th percentile) and to the "
+        "first one; hits: of experts asked for; MB: moved a token; bound: overlapped, from the "
+        "run's own speeds.",
     )
     for name in ("run", "budget", "policy", "ms/token", "p99", "first", "hits", "MB/token",
                  "raw : this", "of bound", "peak GB"):  # fmt: skip
@@ -24,6 +25,15 @@ def render_offload(report: OffloadReport) -> Table:
     for row in report.rows:
         table.add_row(*_cells(row, report.rows))
     return table
+
+
+def _policies(report: OffloadReport) -> str:
+    found = [
+        f"{100 * row['budget']:g} %: {row['policy']} ({100 * row['share_of_limit']:.0f} % of "
+        "Belady's hits)"
+        for row in report.policies
+    ]
+    return f"Best policy for this trace, simulated: {', '.join(found)}. " if found else ""
 
 
 def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
