@@ -41,16 +41,16 @@ def test_bounded_ways_get_the_bytes_of_the_quantizer_within_a_percent_or_two(
         limit=4,
         say=lambda what, done, total: said.append(f"{what} {done}/{total}"),
     )
-    quantizer, bound, sz3 = report.rows
-    assert [row.method for row in report.rows] == ["rtn:int4:g64", "bound", "sz3"]
+    quantizer, bound, sz3, cuszp = report.rows
+    assert [row.method for row in report.rows] == ["rtn:int4:g64", "bound", "sz3", "cuszp"]
     assert quantizer.bits_per_weight == pytest.approx(4 + 20 / 64)
-    for row in (bound, sz3):
+    for row in (bound, sz3, cuszp):
         assert row.n_bytes == pytest.approx(quantizer.n_bytes, rel=0.02)
     # The better coder keeps the narrower bound.
-    assert (bound.largest_rate or 9) < (sz3.largest_rate or 0)
+    assert (bound.largest_rate or 9) < (sz3.largest_rate or 0) < (cuszp.largest_rate or 0)
     assert bound.fidelity.answer_kl_nats < 1
-    assert said[-1].endswith("2/3")
-    assert render_quality(report).row_count == 4
+    assert said[-1].endswith("3/4")
+    assert render_quality(report).row_count == 5
     assert report.to_json()["rows"][1]["to_original"]["pia"]["n"] == 4
 
 

@@ -1,10 +1,10 @@
 """At equal bytes: what a model loses to each way of making its experts small.
 
 Quantizers set the sizes: each comes to so many bytes, all of them counted (`quantizers.py`). Then
-every bounded way is given the bytes of one of them, to within a percent: `bound` and `sz3` with
-one rate for all experts, and `bound` with a plan. Those are real stores, written, checked and
-loaded; the quantizers' weights are put into the model in place. All are compared to the original
-on the same problems.
+every bounded way is given the bytes of one of them, to within a percent: `bound`, `sz3` and
+`cuszp` with one rate for all experts, and `bound` with a plan. Those are real stores, written,
+checked and loaded; the quantizers' weights are put into the model in place. All are compared to
+the original on the same problems.
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ class Way:
     scheme: Scheme
 
 
-UNIFORM = (Way("bound", "bound", "uniform"), Way("sz3", "sz3", "uniform"))
+UNIFORM = (
+    Way("bound", "bound", "uniform"),
+    Way("sz3", "sz3", "uniform"),
+    Way("cuszp", "cuszp:fixed", "uniform"),
+)
 PLANNED = Way("bound, planned", "bound", "sensitivity")
 
 

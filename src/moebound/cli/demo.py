@@ -57,8 +57,8 @@ def demo(
     Which experts its task uses, where errors hurt, a bound for every expert, compressed models side
     by side, verified and compared, and what codecs do on matrices of full size. Writes index.html
     (a page that needs no network), demo.json, and beside them what the commands profile, study,
-    sensitivity, plan and compress write. Takes about five minutes on two cores; stopped and started
-    again, it goes on from where it was.
+    sensitivity, plan and compress write. Takes some 500 s of CPU time, mostly in two processes;
+    stopped and started again, it goes on from where it was.
     """
     # Threads of torch that spin while they wait would keep other programs from their work; it is
     # read once, when torch is loaded.

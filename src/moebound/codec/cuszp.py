@@ -9,7 +9,15 @@ for the speed of a GPU. Without an entropy coder, every weight of a block pays f
     plain    the difference to the bin before it in the block
     outlier  as plain, and a large first value of a block is kept apart
 
-All three decode to the same values. `encode_stream` and `decode_stream` have the bare stream, as
+All three decode to the same values. Bits per weight, 2048x1408 bf16 N(0,1) with row scales, patch
+included (bench/results/cuszp.json has more):
+
+    rate   entropy   fixed   plain   outlier
+    0.05   5.737     6.674   7.130   7.130
+    0.3    3.165     4.156   4.574   4.573
+    0.8    1.826     2.965   3.373   3.373
+
+`encode_stream` and `decode_stream` have the bare stream, as
 the library gives and takes it; docs/format-cuszp.md has its bytes, and what is done otherwise
 here; `reference/cuszp.py` is the same in NumPy.
 

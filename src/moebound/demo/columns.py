@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from moebound.bench.report import BenchReport
-from moebound.bench.report import Row as SpeedRow
-from moebound.demo.report import Report, StoreRow
+if TYPE_CHECKING:  # the command line's help must not load all that a report is made of
+    from moebound.bench.report import BenchReport
+    from moebound.bench.report import Row as SpeedRow
+    from moebound.demo.report import Report, StoreRow
 
 R = TypeVar("R")
 

@@ -6,7 +6,7 @@ from html import escape
 from importlib.resources import files
 
 from moebound.demo import page_model, page_stores
-from moebound.demo.page_parts import code, facts, percent
+from moebound.demo.page_parts import code, facts
 from moebound.demo.report import Report
 from moebound.page import document
 
@@ -97,7 +97,8 @@ def _limit(report: Report) -> str:
         f'<p class="limit">The model has {m.n_parameters / 1e6:.1f} million parameters and one '
         "narrow kind of task; how much a larger model loses at the same rate has to be measured on "
         f"that model. {report.n_problems} problems tell accuracies apart that differ by about "
-        f"{percent(_apart(report))}; KL sees far less, and says less. An expert matrix here has "
+        f"{100 * _apart(report):.0f} points; KL sees far smaller changes, but does not say what "
+        "they mean for answers. An expert matrix here has "
         f"{m.weights_per_matrix:,} weights, so headers and tables weigh more in the bits than they "
         "would in a large one.</p></section>"
     )

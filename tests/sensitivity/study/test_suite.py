@@ -202,3 +202,13 @@ def test_a_wrong_file_is_named(tmp_path: Path, content: str, said: str) -> None:
 def test_a_suite_that_is_not_there() -> None:
     with pytest.raises(MoeboundError, match="expected paper, quick or a JSON file"):
         get_suite("papers")
+
+
+def test_one_more_codec_keeps_the_conditions_there_were() -> None:
+    """A study that was begun before a codec was added goes on."""
+    suite = get_suite("paper")
+    earlier = [source for source in suite.sources if source != "codec:cuszp"]
+    assert len(earlier) < len(suite.sources)
+    before = {c.id: c for c in suite.conditions(MOONLIGHT, TASKS, sources=earlier)}
+    now = {c.id: c for c in suite.conditions(MOONLIGHT, TASKS)}
+    assert before.items() < now.items()
