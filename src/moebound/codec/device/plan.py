@@ -87,8 +87,8 @@ class DecodePlan:
 
         compressed: flat uint8 on the device, with the envelopes at `offsets`. outs: contiguous
         tensors of the arrays' size and dtype on the same device, of any shape; views of a larger
-        one are fine; that device has to be the current one. schedule: how the work is cut; it changes
-        no bit.
+        one are fine; the device has to be the current one. schedule: how the work is cut; it
+        changes no bit.
 
         The caller keeps both as they are until the stream has run this. What is in outs is good
         once `Launched.check` has found no damage; damaged bytes never make a kernel read or write
