@@ -9,8 +9,8 @@
     launched.check()                                # waits; raises if a segment was damaged
 
 A plan is one block of numbers, 7 to 15 kB for a matrix of an expert of Moonlight size, that travels
-to the device with each launch; plans may be kept, and launched again. On the CPU the same runs under
-triton's interpreter (TRITON_INTERPRET=1 before triton is imported): that is for tests.
+to the device with each launch; plans may be kept, and launched again. On the CPU the same runs
+under triton's interpreter (TRITON_INTERPRET=1 before triton is imported): that is for tests.
 
 Arrays that no kernel decodes, of codecs other than `bound` and `lossless`, were decoded by
 `read_stream` on the host, and `launch` copies them.
