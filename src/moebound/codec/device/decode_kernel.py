@@ -142,15 +142,15 @@ def _section(block, begin, KIND: tl.constexpr):
 )  # fmt: skip
 def decode_segments(
     compressed,  # uint8
-    block,  # uint8, the metadata; where its sections begin:
-    segments_at,  # int64 [., 4]
+    block,  # uint8, the metadata
+    slots,  # uint8 symbols; or uint32, WIDE: symbol | (frequency - 1) << 8 | bias << 20
+    status,  # int32 [.], what is wrong with each segment; 0 is nothing
+    segments_at,  # where the sections of the block begin: int64 [., 4]
     arrays_at,  # int64 [., 16]
     addresses_at,  # int64, of each array's first value
     classes_at,  # uint8
     symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
     values_at,  # uint16 or uint32 patterns
-    slots,  # uint8 symbols; or uint32, WIDE: symbol | (frequency - 1) << 8 | bias << 20
-    status,  # int32 [.], what is wrong with each segment; 0 is nothing
     first_segment,
     n_segments,
     ITEM: tl.constexpr,  # bytes of a value
@@ -308,10 +308,10 @@ def decode_segments(
 
 @triton.jit(do_not_specialize=["tables_at", "symbols_at"])
 def expand_tables(
-    block,  # uint8, the metadata; where its sections begin:
-    tables_at,  # int64 [., 4]
-    symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
+    block,  # uint8, the metadata
     slots,  # to be written, as decode_segments reads them
+    tables_at,  # where the sections of the block begin: int64 [., 4]
+    symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -346,8 +346,8 @@ def expand_tables(
     do_not_specialize=["positions_at", "owners_at", "patches_at", "addresses_at", "first", "last"]
 )
 def lay_patches(
-    block,  # uint8, the metadata; where its sections begin:
-    positions_at,  # int64, flat
+    block,  # uint8, the metadata
+    positions_at,  # where the sections of the block begin: int64, flat
     owners_at,  # int32, index of the array
     patches_at,  # uint32 patterns
     addresses_at,  # int64, of each array's first value

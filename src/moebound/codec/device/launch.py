@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moebound.codec.arrays import to_torch
-from moebound.codec.device.triton_kernels import kernels
+from moebound.codec.device.triton_kernels import kernels, launch
 from moebound.errors import CorruptionError
 
 if TYPE_CHECKING:
@@ -119,66 +119,69 @@ class PreparedDecode:
     def expand(self) -> None:
         """Expand the tables."""
         assert self._kernels is not None
-        self._kernels.expand_tables[self.plan.metadata.n_tables, _MOST_SLOTS // _SLOTS](
-            self._block,
-            self._at["tables"],
-            self._at["symbols"],
-            self._slots,
-            WIDE=self._wide,
-            BLOCK=_SLOTS,
+        launch(
+            self._kernels.expand_tables,
+            (self.plan.metadata.n_tables, _MOST_SLOTS // _SLOTS),
+            (self._block, self._slots),
+            (self._at["tables"], self._at["symbols"]),
+            {"WIDE": self._wide, "BLOCK": _SLOTS},
             num_warps=4,
-            enable_fp_fusion=False,
         )
 
     def decode(self) -> None:
         """Decode all segments; the tables must be there."""
         assert self._kernels is not None
-        at, schedule = self._at, self.schedule
+        at, together = self._at, self.schedule.together
         for part in self.plan.metadata.parts:
             first, last = part.segments
-            self._kernels.decode_segments[-(-(last - first) // schedule.together),](
-                self.compressed,
-                self._block,
-                at["segments"],
-                at["arrays"],
-                at["addresses"],
-                at["classes"],
-                at["symbols"],
-                at["values16" if part.item == 2 else "values32"],
-                self._slots,
-                self._status,
-                first,
-                last - first,
-                ITEM=part.item,
-                LOW_BITS=part.low_bits,
-                CLASSES=part.classes,
-                EXACT=part.exact,
-                ALIGNED=self.plan.aligned,
-                WIDE=self._wide,
-                BALLOT=self._on_gpu and schedule.together == 1,
-                SEGMENTS=schedule.together,
-                num_warps=schedule.together,
-                enable_fp_fusion=False,
+            launch(
+                self._kernels.decode_segments,
+                (-(-(last - first) // together), 1),
+                (self.compressed, self._block, self._slots, self._status),
+                (
+                    at["segments"],
+                    at["arrays"],
+                    at["addresses"],
+                    at["classes"],
+                    at["symbols"],
+                    at["values16" if part.item == 2 else "values32"],
+                    first,
+                    last - first,
+                ),
+                {
+                    "ITEM": part.item,
+                    "LOW_BITS": part.low_bits,
+                    "CLASSES": part.classes,
+                    "EXACT": part.exact,
+                    "ALIGNED": self.plan.aligned,
+                    "WIDE": self._wide,
+                    "BALLOT": self._on_gpu and together == 1,
+                    "SEGMENTS": together,
+                },
+                num_warps=together,
             )
 
     def patch(self) -> None:
         """Lay the patches over what was decoded."""
         assert self._kernels is not None
+        at = self._at
         for part in self.plan.metadata.parts:
             first, last = part.patches
             if last > first:
-                self._kernels.lay_patches[-(-(last - first) // _PATCHES),](
-                    self._block,
-                    self._at["positions"],
-                    self._at["owners"],
-                    self._at["patches"],
-                    self._at["addresses"],
-                    first,
-                    last,
-                    ITEM=part.item,
-                    BLOCK=_PATCHES,
+                launch(
+                    self._kernels.lay_patches,
+                    (-(-(last - first) // _PATCHES), 1),
+                    (self._block,),
+                    (
+                        at["positions"],
+                        at["owners"],
+                        at["patches"],
+                        at["addresses"],
+                        first,
+                        last,
+                    ),
+                    {"ITEM": part.item, "BLOCK": _PATCHES},
                     num_warps=4,
-                    enable_fp_fusion=False,
                 )
 
 

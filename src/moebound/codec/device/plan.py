@@ -8,9 +8,9 @@
     ...
     launched.check()                                # waits; raises if a segment was damaged
 
-A plan is one block of numbers, about 10 kB for a matrix of an expert of Moonlight size, that is
-copied to the device once. On the CPU the same runs under triton's interpreter (TRITON_INTERPRET=1
-before triton is imported): that is for tests.
+A plan is one block of numbers, 7 to 15 kB for a matrix of an expert of Moonlight size, that travels
+to the device with each launch; plans may be kept, and launched again. On the CPU the same runs
+under triton's interpreter (TRITON_INTERPRET=1 before triton is imported): that is for tests.
 
 Arrays that no kernel decodes, of codecs other than `bound` and `lossless`, were decoded by
 `read_stream` on the host, and `launch` copies them.
@@ -87,7 +87,8 @@ class DecodePlan:
 
         compressed: flat uint8 on the device, with the envelopes at `offsets`. outs: contiguous
         tensors of the arrays' size and dtype on the same device, of any shape; views of a larger
-        one are fine. schedule: how the work is cut; it changes no bit.
+        one are fine; the device has to be the current one. schedule: how the work is cut; it
+        changes no bit.
 
         The caller keeps both as they are until the stream has run this. What is in outs is good
         once `Launched.check` has found no damage; damaged bytes never make a kernel read or write
