@@ -33,7 +33,8 @@ def smallest_with_patch(
     """The stream at `bound`, or in steps of _STEP below it, at which stream and patch are smallest.
 
     x: as the caller has it. stream_at: a payload of `codec` for it, at most so far from it before
-    rounding. threads: to decode with. The first bound from which the next step does not gain is taken.
+    rounding. threads: to decode with. The first bound from which the next step does not gain is
+    taken.
     """
     stream = stream_at(bound)
     if spec.dtype == "F32":
