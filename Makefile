@@ -1,4 +1,4 @@
-# make demo   set everything up and run the main job on a real model; leaves demo/index.html
+# make demo   set everything up and go the whole road on a real model; leaves demo/index.html
 # make test   set everything up and run all tests
 # make lint   ruff and mypy, strict
 # make bench  the codec benchmark, a table on the terminal

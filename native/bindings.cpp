@@ -1,101 +1,20 @@
-// The one file that knows Python. Arrays come in flat, contiguous and on the CPU; bfloat16 comes
-// as its uint16 bits. Everything long runs without the GIL.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+// The module `_native`. Files named bindings alone know Python.
+#include "bindings.h"
+
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
-#include <limits>
-
 #include "bound.h"
-#include "bound_layout.h"
 #include "compare.h"
 #include "cpu.h"
-#include "cuszp.h"
-#include "float_env.h"
 #include "grid.h"
 #include "status.h"
 #include "xxh64.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
-
-namespace {
-
-using AnyArray = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using WritableArray = nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-template <class SomeArray>
-moebound::DType dtype_of(const SomeArray& a) {
-  using Code = nb::dlpack::dtype_code;
-  const auto type = a.dtype();
-  if (type.code == uint8_t(Code::UInt) && type.bits == 16) return moebound::DType::kBF16;
-  if (type.code == uint8_t(Code::Float) && type.bits == 16) return moebound::DType::kF16;
-  if (type.code == uint8_t(Code::Float) && type.bits == 32) return moebound::DType::kF32;
-  throw nb::type_error("expected uint16 (bfloat16 bits), float16 or float32");
-}
-
-void same_length(const AnyArray& a, const AnyArray& b) {
-  if (a.shape(0) != b.shape(0)) throw nb::value_error("arrays of different length");
-}
-
-// For the length of a kernel call: no GIL, and the default floating-point environment.
-struct Away {
-  nb::gil_scoped_release release;
-  moebound::DefaultFloatEnvironment environment;
-};
-
-// Holds a Py_buffer of bytes, bytearray or memoryview.
-class Buffer {
- public:
-  explicit Buffer(nb::handle object) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { PyBuffer_Release(&view_); }
-  const uint8_t* data() const { return static_cast<const uint8_t*>(view_.buf); }
-  size_t size() const { return size_t(view_.len); }
-
- private:
-  Py_buffer view_;
-};
-
-moebound::ArrayInfo array_info(moebound::DType source, moebound::DType output, double bound, size_t n,
-                               uint32_t columns) {
-  if (!(bound >= 0) || bound > std::numeric_limits<double>::max()) throw nb::value_error("bound");
-  if (bound == 0 && (source != output || source == moebound::DType::kF32)) {
-    throw nb::value_error("an exact copy: expected one 16-bit dtype");
-  }
-  if (n == 0 || columns == 0 || columns > moebound::kMaxColumns) throw nb::value_error("size");
-  return {source, output, bound, n, columns};
-}
-
-moebound::DType dtype_from(unsigned code) {
-  if (code > 2) throw nb::value_error("dtype code: expected 0 (BF16), 1 (F16) or 2 (F32)");
-  return moebound::DType(code);
-}
-
-moebound::CuszpMode cuszp_mode(unsigned code) {
-  if (code > 2) throw nb::value_error("mode code: expected 0 (fixed), 1 (plain) or 2 (outlier)");
-  return moebound::CuszpMode(code);
-}
-
-float cuszp_bound(float bound) {
-  if (!(bound >= 0x1p-126f && bound <= 0x1p125f)) throw nb::value_error("bound");
-  return bound;
-}
-
-template <class T>
-nb::ndarray<nb::numpy, T, nb::ndim<1>> to_array(std::vector<T> values) {
-  auto* kept = new std::vector<T>(std::move(values));
-  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
-  return nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner);
-}
-
-}  // namespace
-
 NB_MODULE(_native, m) {
+  bind_cuszp(m);
+  bind_device(m);
+
   m.def("xxh64", [](nb::handle data, uint64_t seed) {
     const Buffer buffer(data);
     const Away away;
@@ -155,31 +74,6 @@ NB_MODULE(_native, m) {
     const Away away;
     moebound::decode_bound(info, buffer.data(), buffer.size(), out.data(), threads);
   }, "payload"_a, "out"_a, "source"_a, "bound"_a, "threads"_a);
-
-  m.def("cuszp_encode", [](AnyArray array, float bound, unsigned mode, bool whole_chunks, unsigned threads) {
-    const auto source = dtype_of(array);
-    const auto code = cuszp_mode(mode);
-    const auto table = moebound::CuszpTable(whole_chunks);
-    const float epsilon = cuszp_bound(bound);
-    std::vector<uint8_t> stream;
-    {
-      const Away away;
-      stream = moebound::encode_cuszp(source, array.data(), array.shape(0), epsilon, code, table, threads);
-    }
-    return nb::bytes(stream.data(), stream.size());
-  }, "array"_a, "bound"_a, "mode"_a, "whole_chunks"_a, "threads"_a);
-
-  m.def("cuszp_decode", [](nb::handle stream, WritableArray out, float bound, unsigned mode, bool whole_chunks,
-                           unsigned threads) {
-    const Buffer buffer(stream);
-    const auto output = dtype_of(out);
-    const auto code = cuszp_mode(mode);
-    const auto table = moebound::CuszpTable(whole_chunks);
-    const float epsilon = cuszp_bound(bound);
-    const Away away;
-    moebound::decode_cuszp(buffer.data(), buffer.size(), output, out.data(), out.shape(0), epsilon, code, table,
-                           threads);
-  }, "stream"_a, "out"_a, "bound"_a, "mode"_a, "whole_chunks"_a, "threads"_a);
 
   m.def("grid", [](unsigned source, unsigned output, double bound, size_t n_cells, uint32_t up_to_source) {
     const moebound::DefaultFloatEnvironment environment;

@@ -5,6 +5,7 @@
 
 #include "bound.h"
 #include "bound_layout.h"
+#include "bound_plan.h"
 #include "cpu.h"
 #include "grid.h"
 #include "parallel.h"
@@ -63,26 +64,9 @@ void fill_tables(const Layout& layout, DecodePlan& plan) {
   }
 }
 
-// The patterns of every bin the symbols can name, by symbol << low_bits | low.
-std::vector<uint32_t> bin_values(const Layout& layout, const Grid& grid, uint32_t sign) {
-  const int64_t first = int64_t(layout.symbol_low) << layout.low_bits;
-  const size_t n = size_t(layout.n_symbols) << layout.low_bits;
-  std::vector<uint32_t> values(n);
-  for (size_t i = 0; i < n; ++i) {
-    const int64_t bin = first + int64_t(i);
-    // Bins beyond the grid are never coded; they are there because low bits come in full ranges.
-    const size_t m = std::min<size_t>(size_t(bin < 0 ? -bin : bin), grid.values.size() - 1);
-    values[i] = grid.values[m] | (bin < 0 ? sign : 0);
-  }
-  return values;
-}
-
 void fill_values(const ArrayInfo& info, const Layout& layout, DecodePlan& plan) {
   if (info.bound == 0) {
-    if (layout.low_bits != kExactLowBits || layout.symbol_low < 0 ||
-        uint32_t(layout.symbol_low) + layout.n_symbols > 256) {
-      throw Corrupt("not an exact copy's layout");
-    }
+    check_exact(layout);
     plan.values16.resize(size_t(layout.n_symbols) << kExactLowBits);
     for (size_t i = 0; i < plan.values16.size(); ++i) {
       plan.values16[i] = unrotated(uint16_t((size_t(layout.symbol_low) << kExactLowBits) + i));
@@ -90,12 +74,7 @@ void fill_values(const ArrayInfo& info, const Layout& layout, DecodePlan& plan) 
     plan.values32.assign(plan.values16.begin(), plan.values16.end());
     return;
   }
-  const int64_t first = int64_t(layout.symbol_low) << layout.low_bits;
-  const int64_t last = first + (int64_t(layout.n_symbols) << layout.low_bits) - 1;
-  if (std::max(-first, last) >= int64_t(kMaxCells) + (int64_t(1) << layout.low_bits)) {
-    throw Corrupt("bins beyond the largest grid");
-  }
-  const Grid grid = make_grid(info.source, info.output, info.bound, size_t(std::max(-first, last)) + 1);
+  const Grid grid = grid_of(info, layout);
   plan.values32 = bin_values(layout, grid, info.output == DType::kF32 ? F32::kSign : BF16::kSign);
   if (info.output == DType::kF32) return;
   plan.values16.assign(plan.values32.begin(), plan.values32.end());

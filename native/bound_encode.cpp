@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 
 #include "bound.h"
 #include "bound_layout.h"
@@ -15,9 +16,6 @@
 
 namespace moebound {
 namespace {
-
-constexpr size_t kAlphabetSample = 1 << 18;  // weights that choose the alphabet
-constexpr size_t kClassSample = 1 << 15;     // weights that judge the classes
 
 EncodeSegment encoder() {
 #ifdef MOEBOUND_X86
@@ -83,9 +81,6 @@ Segment make_segment(const EncodePlan& plan, const Symbols& symbols, size_t firs
   return segment;
 }
 
-// Few lanes for few weights: each state costs about 24 bits.
-uint32_t lanes_log_for(size_t n) { return n < 1u << 13 ? 0 : n < 1u << 15 ? 2 : kMaxLanesLog; }
-
 // Every weight's cell, and the alphabet that is cheapest for them.
 Symbols symbols_within_bound(const ArrayInfo& info, const void* source, Alphabet& alphabet) {
   const Quantizer quantizer(info, source);
@@ -121,18 +116,13 @@ EncodedBound encode_bound(const ArrayInfo& info, const void* source, const Encod
   Symbols symbols = info.bound > 0 ? symbols_within_bound(info, source, alphabet)
                                    : exact_symbols(info, source, alphabet);
 
-  Layout layout;
-  layout.columns = info.columns;
-  layout.lanes_log = lanes_log_for(n);
-  layout.low_bits = alphabet.low_bits;
-  layout.symbol_low = alphabet.symbol_low;
-  layout.n_symbols = alphabet.n_symbols;
+  Layout layout = start_layout(info, alphabet, options.segment_weights);
   const size_t rows = layout.rows(n);
-  const size_t most_rows = std::max<size_t>(1, options.segment_weights / layout.columns);
-  const size_t n_segments = (rows + most_rows - 1) / most_rows;
-  layout.rows_per_segment = uint32_t((rows + n_segments - 1) / n_segments);
-  choose_classes(symbols, alphabet, n, sample_rows(info, kClassSample), layout);
-  choose_tables(symbols, n, layout);
+  const MagnitudeSums sums = magnitude_sums(symbols.symbol, alphabet.symbol_low, n, layout);
+  choose_classes(sums, symbols.symbol, n, sample_rows(info, kClassSample), layout);
+  std::vector<size_t> all_rows(rows);
+  std::iota(all_rows.begin(), all_rows.end(), size_t(0));
+  choose_tables(count_symbols(symbols.symbol, layout, n, all_rows), n, layout);
 
   const EncodePlan plan{&layout, n, symbols.symbol, encode_entries(layout),
                         table_starts(layout, layout.n_symbols)};

@@ -69,29 +69,14 @@ struct Scales {
   std::vector<int> row, column;  // levels, empty if there is nothing to tell apart
 };
 
-Scales measure_scales(const Symbols& symbols, const Alphabet& alphabet, size_t n, const Layout& layout) {
-  const size_t columns = layout.columns, rows = layout.rows(n);
-#ifdef MOEBOUND_X86
-  const auto add = isa() == Isa::kScalar ? magnitude_sums_any : magnitude_sums_avx2;
-#else
-  const auto add = magnitude_sums_any;
-#endif
-  // A row's sum fits 32 bits (2^16 columns, magnitudes below 2^16), and so do a few thousand rows'.
-  constexpr size_t kRowsAtOnce = 1 << 12;
-  std::vector<uint64_t> row_sums(rows), column_sums(columns);
-  std::vector<uint32_t> block_sums(columns);
-  std::vector<size_t> row_counts(rows), column_counts(columns);
-  uint64_t total = 0;
-  for (size_t row = 0; row < rows; ++row) {
-    row_counts[row] = row_end(layout, row, n);
-    row_sums[row] = add(symbols.symbol + row * columns, row_counts[row], alphabet.symbol_low, block_sums.data());
-    total += row_sums[row];
-    if ((row + 1) % kRowsAtOnce && row + 1 < rows) continue;
-    for (size_t j = 0; j < columns; ++j) column_sums[j] += std::exchange(block_sums[j], 0);
-  }
+Scales scales_of(const MagnitudeSums& sums, size_t n, const Layout& layout) {
+  const uint64_t total = std::accumulate(sums.row.begin(), sums.row.end(), uint64_t(0));
   if (!total) return {};
+  const size_t columns = layout.columns;
+  std::vector<size_t> row_counts(sums.row.size()), column_counts(columns);
+  for (size_t row = 0; row < row_counts.size(); ++row) row_counts[row] = row_end(layout, row, n);
   for (size_t j = 0; j < columns; ++j) column_counts[j] = (n - j + columns - 1) / columns;
-  return {levels(row_sums, row_counts, total, n), levels(column_sums, column_counts, total, n)};
+  return {levels(sums.row, row_counts, total, n), levels(sums.column, column_counts, total, n)};
 }
 
 // Which of the two scales tell tables apart.
@@ -152,35 +137,8 @@ void apply(const Scales& scales, Option option, size_t n, Layout& layout) {
   layout.class_base = uint32_t(std::max(0, range.low - row_low - column_low));
 }
 
-// How often each table codes each symbol in these rows: [n_tables][n_symbols].
-std::vector<uint32_t> count_symbols(const Symbols& symbols, const Layout& layout, size_t n,
-                                    const std::vector<size_t>& rows) {
-  // Four sets of counters: a run of one symbol does not wait for its own last count.
-  constexpr size_t kSets = 4;
-  const size_t size = size_t(layout.n_tables) * layout.n_symbols;
-  std::vector<uint32_t> counts(kSets * size);
-  uint32_t* const set = counts.data();
-  const TableStarts starts = table_starts(layout, layout.n_symbols);
-  for (const size_t row : rows) {
-    const uint32_t* start_at = starts.of_row(row);
-    const uint8_t* s = symbols.symbol + row * layout.columns;
-    const size_t end = row_end(layout, row, n);
-    size_t j = 0;
-    for (; j + kSets <= end; j += kSets) {
-      ++set[start_at[j] + s[j]];
-      ++set[start_at[j + 1] + s[j + 1] + size];
-      ++set[start_at[j + 2] + s[j + 2] + 2 * size];
-      ++set[start_at[j + 3] + s[j + 3] + 3 * size];
-    }
-    for (; j < end; ++j) ++set[start_at[j] + s[j]];
-  }
-  for (size_t i = size; i < kSets * size; ++i) set[i % size] += set[i];
-  counts.resize(size);
-  return counts;
-}
-
 // Bits for all n weights under the layout's classes, judged from the sampled rows.
-Cost class_cost(const Symbols& symbols, const Layout& layout, size_t n, const std::vector<size_t>& rows) {
+Cost class_cost(const uint8_t* symbols, const Layout& layout, size_t n, const std::vector<size_t>& rows) {
   uint64_t n_counted = 0;
   for (const size_t row : rows) n_counted += row_end(layout, row, n);
   const std::vector<uint32_t> counts = count_symbols(symbols, layout, n, rows);
@@ -303,10 +261,70 @@ Alphabet choose_alphabet(const std::vector<uint32_t>& counts, uint64_t n_counted
   return best;
 }
 
-void choose_classes(const Symbols& symbols, const Alphabet& alphabet, size_t n,
+Layout start_layout(const ArrayInfo& info, const Alphabet& alphabet, size_t segment_weights) {
+  Layout layout;
+  layout.columns = info.columns;
+  // Few lanes for few weights: each state costs about 24 bits.
+  layout.lanes_log = info.n < 1u << 13 ? 0 : info.n < 1u << 15 ? 2 : kMaxLanesLog;
+  layout.low_bits = alphabet.low_bits;
+  layout.symbol_low = alphabet.symbol_low;
+  layout.n_symbols = alphabet.n_symbols;
+  const size_t rows = layout.rows(info.n);
+  const size_t most_rows = std::max<size_t>(1, segment_weights / layout.columns);
+  const size_t n_segments = (rows + most_rows - 1) / most_rows;
+  layout.rows_per_segment = uint32_t((rows + n_segments - 1) / n_segments);
+  return layout;
+}
+
+MagnitudeSums magnitude_sums(const uint8_t* symbols, int32_t symbol_low, size_t n, const Layout& layout) {
+  const size_t columns = layout.columns, rows = layout.rows(n);
+#ifdef MOEBOUND_X86
+  const auto add = isa() == Isa::kScalar ? magnitude_sums_any : magnitude_sums_avx2;
+#else
+  const auto add = magnitude_sums_any;
+#endif
+  // A row's sum fits 32 bits (2^16 columns, magnitudes below 2^16), and so do a few thousand rows'.
+  constexpr size_t kRowsAtOnce = 1 << 12;
+  MagnitudeSums sums{std::vector<uint64_t>(rows), std::vector<uint64_t>(columns)};
+  std::vector<uint32_t> block_sums(columns);
+  for (size_t row = 0; row < rows; ++row) {
+    sums.row[row] = add(symbols + row * columns, row_end(layout, row, n), symbol_low, block_sums.data());
+    if ((row + 1) % kRowsAtOnce && row + 1 < rows) continue;
+    for (size_t j = 0; j < columns; ++j) sums.column[j] += std::exchange(block_sums[j], 0);
+  }
+  return sums;
+}
+
+std::vector<uint32_t> count_symbols(const uint8_t* symbols, const Layout& layout, size_t n,
+                                    const std::vector<size_t>& rows) {
+  // Four sets of counters: a run of one symbol does not wait for its own last count.
+  constexpr size_t kSets = 4;
+  const size_t size = size_t(layout.n_tables) * layout.n_symbols;
+  std::vector<uint32_t> counts(kSets * size);
+  uint32_t* const set = counts.data();
+  const TableStarts starts = table_starts(layout, layout.n_symbols);
+  for (const size_t row : rows) {
+    const uint32_t* start_at = starts.of_row(row);
+    const uint8_t* s = symbols + row * layout.columns;
+    const size_t end = row_end(layout, row, n);
+    size_t j = 0;
+    for (; j + kSets <= end; j += kSets) {
+      ++set[start_at[j] + s[j]];
+      ++set[start_at[j + 1] + s[j + 1] + size];
+      ++set[start_at[j + 2] + s[j + 2] + 2 * size];
+      ++set[start_at[j + 3] + s[j + 3] + 3 * size];
+    }
+    for (; j < end; ++j) ++set[start_at[j] + s[j]];
+  }
+  for (size_t i = size; i < kSets * size; ++i) set[i % size] += set[i];
+  counts.resize(size);
+  return counts;
+}
+
+void choose_classes(const MagnitudeSums& sums, const uint8_t* symbols, size_t n,
                     const std::vector<size_t>& sampled_rows, Layout& layout) {
   layout.n_tables = 1;
-  const Scales scales = measure_scales(symbols, alphabet, n, layout);
+  const Scales scales = scales_of(sums, n, layout);
   if (scales.row.empty()) return;
   constexpr Option kOptions[] = {{false, false}, {true, false}, {false, true}, {true, true}};
   Option best = kOptions[0];
@@ -323,10 +341,7 @@ void choose_classes(const Symbols& symbols, const Alphabet& alphabet, size_t n,
   apply(scales, best, n, layout);
 }
 
-void choose_tables(const Symbols& symbols, size_t n, Layout& layout) {
-  std::vector<size_t> rows(layout.rows(n));
-  std::iota(rows.begin(), rows.end(), size_t(0));
-  std::vector<uint32_t> counts = count_symbols(symbols, layout, n, rows);
+void choose_tables(std::vector<uint32_t> counts, size_t n, Layout& layout) {
   layout.mantissa_bits = n < 1u << 17 ? 3 : 6;  // what rounding costs against what bits cost
   std::vector<uint16_t> f(counts.size());
   std::vector<uint8_t> rests(layout.n_tables);

@@ -26,9 +26,6 @@ const typename T::Bits* as(const void* source) {
   return static_cast<const typename T::Bits*>(source);
 }
 
-// A weight's code: symbol | low << 8, and this bit if the code only stands in for the weight.
-constexpr uint32_t kMiss = 1u << 16;
-
 template <class CodeAt>
 void put_codes(size_t n, const CodeAt& code_at, Symbols& symbols) {
   constexpr size_t kChunk = 256;
@@ -154,12 +151,7 @@ std::vector<uint32_t> Quantizer::histogram(const std::vector<size_t>& rows, uint
 }
 
 Symbols Quantizer::symbols(const Alphabet& alphabet) const {
-  const uint32_t low_mask = (1u << alphabet.low_bits) - 1;
-  const auto code = [&](int32_t bin) -> uint32_t {
-    const int32_t symbol = bin == kNoBin ? -1 : (bin >> alphabet.low_bits) - alphabet.symbol_low;
-    if (symbol < 0 || symbol >= int32_t(alphabet.n_symbols)) return alphabet.stand_in | kMiss;
-    return uint32_t(symbol) | (uint32_t(bin) & low_mask) << 8;
-  };
+  const auto code = [&](int32_t bin) { return code_of(bin, alphabet); };
   Symbols result = room_for_symbols(info_.n, alphabet.low_bits > 0);
   if (info_.source == DType::kF32) {
     const auto* patterns = as<F32>(source_);

@@ -19,6 +19,15 @@ struct Alphabet {
   uint8_t stand_in = 0;  // the symbol coded in place of a miss
 };
 
+// A weight's code: symbol | low << 8, and this bit if the code only stands in for the weight.
+constexpr uint32_t kMiss = 1u << 16;
+
+inline uint32_t code_of(int32_t bin, const Alphabet& alphabet) {
+  const int32_t symbol = bin == kNoBin ? -1 : (bin >> alphabet.low_bits) - alphabet.symbol_low;
+  if (symbol < 0 || symbol >= int32_t(alphabet.n_symbols)) return alphabet.stand_in | kMiss;
+  return uint32_t(symbol) | (uint32_t(bin) & ((1u << alphabet.low_bits) - 1)) << 8;
+}
+
 // The coded part of every weight, in this thread's scratch memory: one at a time, until
 // release_symbols().
 struct Symbols {
@@ -45,6 +54,9 @@ class Quantizer {
   Symbols symbols(const Alphabet& alphabet) const;
 
   size_t n_cells() const { return grid_.values.size(); }
+
+  // 16-bit sources: bin of every pattern.
+  const std::vector<int32_t>& bins() const { return bins_; }
 
  private:
   int32_t bin_of_f32(uint32_t pattern) const;

@@ -17,7 +17,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 from architecture import config
 from moebound.wordmath.problems import LEVELS, Level, WordProblem, test_problems
-from moebound.wordmath.tokenizer import BOS, EOS, PAD, SPECIAL, build_tokenizer
+from moebound.wordmath.tokenizer import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL, build_tokenizer
 
 MAX_NEW_TOKENS = 112
 N_SAMPLES = 200
@@ -53,6 +53,7 @@ def export(run: Path, folder: Path) -> None:
         unk_token="<unk>",
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
     tokenizer.save_pretrained(folder)
     for level in LEVELS:

@@ -14,7 +14,7 @@ from moebound.errors import (
     StoreError,
     UnsupportedArchitectureError,
 )
-from moebound.runtime import register
+from moebound.runtime import load, register
 from moebound.types import ErrorBound, ExpertKey
 
 register()  # from_pretrained on a store, whichever package is imported first
@@ -39,4 +39,5 @@ __all__ = [
     "codec_ids",
     "decode",
     "encode",
+    "load",
 ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moebound.cache import ZipfTrace, gather, one_by_one, uniform
-from moebound.cache.visits import LayerTrace, Trace, Visits
+from moebound.cache.visits import LayerTrace, Trace, Visits, leading_first
 from moebound.errors import CacheError
 
 from .drawn import trace_of
@@ -82,3 +84,24 @@ def test_one_by_one_takes_a_batch_apart() -> None:
     ]  # fmt: skip
     drawn = ZipfTrace(layers=1, experts=4, top_k=1, tokens=50, sequences=2, prompt=5).draw()
     assert (one_by_one(drawn).step == drawn.step).all()  # has no batches
+
+
+@given(
+    gates=st.lists(st.floats(0.0625, 1.0, width=32), min_size=1, max_size=8),
+    seed=st.integers(0, 100),
+)
+def test_one_token_without_arrays(gates: list[float], seed: int) -> None:
+    experts = np.random.default_rng(seed).permutation(12)[: len(gates)]
+    index, weights = experts[None].astype(np.int16), np.array([gates], np.float32)
+    whole, tokens, leading = gather(index, weights, decode=True)
+    found, n_leading = leading_first(experts.tolist(), weights[0].tolist())
+    assert sorted(found) == sorted(whole.tolist())
+    assert (tokens == 1).all()
+    assert abs(n_leading - leading) <= 1  # where a share is 0.6, up to rounding
+    by_gate = [weights[0][list(experts).index(expert)] for expert in found]
+    assert by_gate == sorted(by_gate, reverse=True)
+
+
+def test_one_token_by_hand() -> None:
+    assert leading_first([5, 2, 9], [0.1, 0.7, 0.2]) == ([2, 9, 5], 1)
+    assert leading_first([5, 2, -1], [0.5, 0.5, 0.0]) == ([2, 5], 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from moebound.types import ErrorBound
 
@@ -125,6 +126,16 @@ def test_decompress(run: Run, store: Path, tmp_path: Path) -> None:
     assert again.code == 2
     assert str(out) in again.stderr
     assert run("decompress", store, out, "--overwrite").code == 0
+
+
+def test_bench_gpu_needs_a_gpu(run: Run) -> None:
+    pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    ran = run("bench", "gpu", "--json", "--rates", "0.3", "--experts", "1,2")
+    assert (ran.code, ran.stdout) == (2, "")
+    assert "no CUDA device" in ran.stderr
+    assert run("bench", "gpu", "--segments", "0").code == 2
 
 
 def test_bench_codec(run: Run) -> None:

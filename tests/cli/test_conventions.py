@@ -38,7 +38,7 @@ def test_the_commands_that_others_rely_on() -> None:
     names = {" ".join(path) for path, _ in leaf_commands()}
     assert names >= {
         "inspect", "compress", "verify", "decompress", "bench codec", "demo", "eval", "study",
-        "report", "sensitivity", "plan", "profile",
+        "report", "sensitivity", "plan", "profile", "serve",
     }  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def commands(document: Path) -> list[list[str]]:
     text = document.read_text(encoding="utf-8")
     lines = [line for block in blocks(document, "sh") for line in block.splitlines()]
     lines += re.findall(r"`(moebound [a-z][^`]*)`", text.replace("\n", " "))
-    split = [shlex.split(line.partition(">")[0], comments=True) for line in lines]
-    return [words[1:] for words in split if words and words[0] == "moebound"]
+    ours = [line.partition(">")[0] for line in lines if line.startswith("moebound ")]
+    return [shlex.split(line, comments=True)[1:] for line in ours]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

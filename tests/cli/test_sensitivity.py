@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moebound.sensitivity.map.document import SensitivityMap
+from moebound.tasks import get_task
 from moebound.wordmath.builtin import resolve
 
 from .conftest import Run
@@ -56,6 +57,20 @@ def test_tables(run: Run, small: Path, tmp_path: Path) -> None:
     assert "16 at 1 bounds" in ran.stdout
     assert "all experts: predicted" in ran.stdout
     assert "layer 2" in ran.stderr
+
+
+def test_problems_that_are_left_for_later(run: Run, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "map.json"
+    ran = run("sensitivity", small, "--task", "wordmath", "-o", out, "--rates", "0.5", "--skip", 3,
+              "--limit", 2, "--measure", "none", "--ties", 0)  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    found = SensitivityMap.load(out)
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    read = get_task("wordmath").problems(5)[3:]
+    # Every token of a solution, and the mark behind it.
+    lengths = [len(tokenizer(p.reference, add_special_tokens=False)["input_ids"]) for p in read]
+    assert (found.n_prompts, found.n_positions) == (2, sum(lengths) + 2)
+    assert all(kl == 0 for line in found.experts for kl in line.flips_kl)
 
 
 @pytest.mark.parametrize(

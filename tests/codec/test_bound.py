@@ -273,6 +273,13 @@ def test_rows_longer_than_a_segment(segment_weights: int, isa: str) -> None:
     assert not len(broken(array, _decode(encoded), 0.01))
 
 
+@pytest.mark.parametrize(("name", "segment_weights"), [("gpu", 1 << 14), ("size", 1 << 18)])
+def test_segments_have_names(name: str, segment_weights: int) -> None:
+    array = gaussian((300, 512))
+    want = encode(array, 0.01, codec=BoundCodec(segment_weights=segment_weights))
+    assert encode(array, 0.01, codec=f"bound:segment={name}") == want
+
+
 @pytest.mark.parametrize(
     "options", ["segment", "segment=", "segment=0", "segment=-1", "segment=1e3", "rows=3", "3"]
 )

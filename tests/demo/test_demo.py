@@ -12,15 +12,38 @@ import pytest
 
 from moebound.cli.main import main
 from moebound.demo.columns import kept_over_asked
+from moebound.demo.road import Asked, run
+from moebound.plan import Plan
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
+N = 6
+SUITE = {
+    "problems": 4,
+    "read": 3,
+    "seeds": 2,
+    "sources": ["gaussian-sd", "codec:bound"],
+    "conditions": [
+        {"selector": "layer:@0", "rate": 0.8, "table": "6"},
+        {"selector": "layer:@1", "rate": 0.8, "table": "6", "answers": False},
+        {"selector": "most-used:@0", "rate": [0.3, 0.5, 0.8], "table": "3", "answers": False},
+    ],
+}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp("suite") / "few.json"
+    path.write_text(json.dumps(SUITE))
+    return [
+        "--rates", "1.5,0.3", "--codecs", "bound,lossless", "--prompts", str(N),
+        "--suite", str(path), "-q",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, options: list[str]) -> Path:
     out = tmp_path_factory.mktemp("demo") / "page"
-    args = ["--rates", "0.3,1.5", "--codecs", "bound,lossless", "--prompts", "6", "-q"]
-    assert main(["demo", "-o", str(out), *args]) == 0
+    assert main(["demo", "-o", str(out), *options]) == 0
     return out
 
 
@@ -31,34 +54,65 @@ def data(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "index.html").read_text(encoding="utf-8")
+
+
 def test_rows_say_what_was_asked_and_kept(data: dict[str, Any]) -> None:
-    fine, coarse, exact = data["rows"]
     assert data["ok"] is True
-    assert [(row["codec"], row["rate"]) for row in data["rows"]] == [
-        ("bound", 0.3), ("bound", 1.5), ("lossless", None),
+    assert [(row["name"], row["rate"]) for row in data["rows"]] == [
+        ("bound-0.3", 0.3), ("bound-1.5", 1.5), ("lossless", None),
+        ("planned-0.3", 0.3), ("planned-1.5", 1.5),
     ]  # fmt: skip
-    for row in (fine, coarse):
+    fine, coarse, exact, *planned = data["rows"]
+    for row in (fine, coarse, *planned):
         assert row["verified"]
-        assert 0 < row["kept_rate"] <= row["rate"]
+        assert 0 < row["worst"] <= 1
         assert 0 < row["kl_nats"] < 1
-        assert row["decode_gweights_per_s"] > 0
+        assert row["tally"]["n"] == N
+        assert (
+            row["tally"]["pia"]
+            == data["original"]["wordmath-hard"]["pia"] - row["lost"] + (row["gained"])
+        )
         # What is not compressed makes the whole model's bits more than the experts'.
         assert row["expert_bits_per_weight"] < row["model_bits_per_weight"] < 16
     assert coarse["expert_bits_per_weight"] < fine["expert_bits_per_weight"]
     assert coarse["kl_nats"] > fine["kl_nats"]
-    assert exact["worst"] == exact["kl_nats"] == 0
-    assert exact["top1_agreement"] == 1
-    assert exact["reproduced"] == data["model"]["reproduced"]
+    assert exact["worst"] == exact["kl_nats"] == exact["lost"] == exact["gained"] == 0
+    assert exact["top1"] == 1
+    for uniform, row in zip((fine, coarse), planned, strict=True):
+        assert row["expert_bytes"] == row["predicted_bytes"] <= uniform["expert_bytes"]
+        assert row["expert_bytes"] > 0.99 * uniform["expert_bytes"]
+
+
+def test_every_step_leaves_what_its_command_leaves(folder: Path, data: dict[str, Any]) -> None:
+    assert {entry.name for entry in folder.iterdir()} == {
+        "answers", "demo.json", "index.html", "map.json", "plan-1.5.json", "plan.json",
+        "profile.json", "settings.json", "speeds.json", "stores", "stores.jsonl", "study",
+    }  # fmt: skip
+    assert {entry.name for entry in (folder / "stores").iterdir()} == {
+        row["name"] for row in data["rows"]
+    }
+    assert Plan.load(folder / "plan.json").bits_per_weight == pytest.approx(
+        data["rows"][3]["expert_bits_per_weight"]
+    )
+    for name in ("bound-0.3", "planned-1.5"):
+        store = str(folder / "stores" / name)
+        assert main(["verify", store, "--against", "builtin:wordmath", "-q"]) == 0
+    assert main(["report", str(folder / "study"), "-o", str(folder.parent / "r.html"), "-q"]) == 0
+
+
+def test_damage_is_found(data: dict[str, Any]) -> None:
+    assert data["damage"]["store"] == "bound-0.3"
+    assert "SHA-256" in data["damage"]["said"]
 
 
 def test_full_size_matrices_are_measured_too(data: dict[str, Any]) -> None:
-    assert [row["rate"] for row in data["full_size"]] == [0.3, 1.5]
-    assert all(row["worst"] <= 1 for row in data["full_size"])
-
-
-def test_a_store_is_left_and_good(folder: Path) -> None:
-    assert main(["verify", str(folder / "store"), "--against", "builtin:wordmath", "-q"]) == 0
-    assert {entry.name for entry in folder.iterdir()} == {"index.html", "demo.json", "store"}
+    rows = data["speeds"]["rows"]
+    assert [(row["codec"], row["rate"]) for row in rows] == [("bound", 0.3), ("bound", 1.5)]
+    assert all(row["max_abs_error"] <= row["abs_bound"] for row in rows)
+    assert all(row["decode_gweights_per_s"] > 0 for row in rows)
 
 
 class _Checker(HTMLParser):
@@ -87,31 +141,62 @@ class _Checker(HTMLParser):
                 self.references.append(value or "")
 
 
-def test_page_is_well_formed_and_needs_nothing_else(folder: Path) -> None:
-    page = (folder / "index.html").read_text(encoding="utf-8")
+def test_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
     checker = _Checker()
     checker.feed(page)
     assert checker.open == []
     assert len(checker.ids) == len(set(checker.ids))
-    assert all(reference.startswith("#") for reference in checker.references)
-    assert {reference[1:] for reference in checker.references} <= set(checker.ids)
+    inside = {r[1:] for r in checker.references if r.startswith("#")}
+    outside = {r for r in checker.references if not r.startswith(("#", "data:image/png;base64,"))}
+    assert inside <= set(checker.ids)
+    assert outside == {"https://arxiv.org/abs/2509.07727"}  # to be followed, not fetched
     assert "<script" not in page
     assert "@import" not in page
     assert not re.search(r"url\((?!#)", page)
-    assert page.count("<svg") == 2
+    for section in ("model", "routing", "study", "plan", "stores", "verified", "speeds"):
+        assert f'<section id="{section}">' in page
 
 
-def test_page_has_the_figures_the_command_and_no_machine_paths(
-    folder: Path, data: dict[str, Any]
+def test_page_has_the_figures_their_commands_and_no_machine_paths(
+    folder: Path, data: dict[str, Any], page: str
 ) -> None:
-    page = (folder / "index.html").read_text(encoding="utf-8")
-    assert "moebound demo -o page --rates 0.3,1.5 --codecs bound,lossless --prompts 6" in page
+    command = "moebound demo -o page --rates 1.5,0.3 --codecs bound,lossless --prompts 6"
+    assert command in page
     for row in data["rows"]:
         assert f"<td>{row['expert_bits_per_weight']:.2f}</td>" in page
-        assert f"<td>{row['kl_nats']:.5f}</td>" in page
-    assert str(folder.parent) not in page
-    assert str(Path(__file__).parents[2]) not in page
-    assert str(folder.parent) not in json.dumps(data)
+        assert f"<td>{row['kl_nats']:.5f} ± " in page
+    bits = data["rows"][0]["expert_bits_per_weight"]
+    for said in (
+        "moebound eval builtin:wordmath --task wordmath-hard --limit 6",
+        "moebound profile builtin:wordmath --task wordmath-hard --limit 6 --read references",
+        "moebound report study",
+        f"moebound plan builtin:wordmath --sensitivity map.json --bpw {bits:.4f}",
+        "moebound compress builtin:wordmath planned --plan plan.json",
+        "moebound verify small --against builtin:wordmath",
+        "moebound bench codec --rates 0.3,1.5 --codecs bound",
+    ):
+        assert said in page
+    for path in (folder.parent, Path(__file__).parents[2]):
+        assert str(path) not in page
+        assert str(path) not in json.dumps(data)
+
+
+def test_commands_on_the_page_are_commands(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option that is shown exists."""
+    blocks = re.findall(r'<div class="how">.*?<pre>(.*?)</pre>', page, flags=re.DOTALL)
+    lines = [line.split() for block in blocks for line in block.splitlines()]
+    seen = set()
+    for program, *words in lines:
+        command = words[: 2 if words[0] == "bench" else 1]
+        assert program == "moebound"
+        assert main([*command, "--help"]) == 0
+        known = capsys.readouterr().out
+        assert all(word in known for word in words if word.startswith("-")), words
+        seen.add(command[-1])
+    assert seen == {
+        "eval", "profile", "study", "report", "sensitivity", "plan", "compress", "verify",
+        "quality", "codec",
+    }  # fmt: skip
 
 
 def test_kept_over_asked_is_never_rounded_across_one() -> None:
@@ -121,11 +206,14 @@ def test_kept_over_asked_is_never_rounded_across_one() -> None:
     assert kept_over_asked(0.0) == "0.0000"
 
 
-def test_what_is_not_a_store_is_not_replaced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store" / "mine.txt").write_text("keep me")
-    assert main(["demo", "-o", str(tmp_path)]) == 2
-    assert str(tmp_path / "store") in capsys.readouterr().err
-    assert (tmp_path / "store" / "mine.txt").read_text() == "keep me"
+def test_a_demo_that_was_stopped_goes_on(folder: Path, options: list[str]) -> None:
+    """Nothing that is finished is made again: not a file's content, not a row."""
+    before = (folder / "stores.jsonl").read_bytes(), (folder / "study" / "rows.jsonl").read_bytes()
+    (folder / "demo.json").unlink()
+    asked = Asked((0.3, 1.5), ("bound", "lossless"), N, options[options.index("--suite") + 1])
+    said: list[str] = []
+    report = run(folder, asked, workers=1, say=lambda what, *_: said.append(what))
+    after = (folder / "stores.jsonl").read_bytes(), (folder / "study" / "rows.jsonl").read_bytes()
+    assert before == after
+    assert len(report.rows) == 5
+    assert not any(what.startswith(("store ", "layer ", "speed: ")) for what in said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -154,7 +155,6 @@ def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
 
     from evaluation import answers, table
     from export import export
-    from moebound.demo.prompts import read_samples
     from moebound.wordmath.problems import test_problems as held_out
     from moebound.wordmath.tokenizer import ANS, BOS
 
@@ -168,8 +168,10 @@ def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
     ids = tokenizer(problem.prompt)["input_ids"]
     assert (ids[0], ids[-1]) == (BOS, ANS)
     assert tokenizer.decode(ids, skip_special_tokens=True) == problem.prompt
-    samples = read_samples(tmp_path / "model")
-    assert len(samples) == 200
-    assert not {s.prompt for s in samples} & {p.prompt for p in held_out("wordmath")}
+    lines = (tmp_path / "model" / "sample_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 200
+    assert not {json.loads(line)["prompt"] for line in lines} & {
+        p.prompt for p in held_out("wordmath")
+    }
     texts = answers(model, [problem])
     assert "| all | 1 | 0.0 | 0.0 |" in table("wordmath", [problem], [problem.judge(texts[0])])

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from moebound.checkpoint import open_checkpoint
+from moebound.errors import CheckpointError
 from moebound.tasks.registry import get_task
 from moebound.wordmath import problems
 from moebound.wordmath.builtin import resolve
 from moebound.wordmath.formats import judge
-from moebound.wordmath.tokenizer import build_tokenizer
+from moebound.wordmath.tokenizer import CHAT_TEMPLATE, build_tokenizer
 
 FOLDER = Path(resolve("builtin:wordmath"))
 
@@ -31,6 +32,21 @@ def test_its_tokenizer_is_that_of_the_problems() -> None:
     built = json.loads(build_tokenizer().to_str())
     for part in ("model", "pre_tokenizer", "decoder", "added_tokens"):
         assert stored[part] == built[part]
+
+
+def test_a_chat_is_one_question() -> None:
+    from jinja2.exceptions import TemplateError
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(FOLDER)
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    question = problems.test_problems("wordmath", 1)[0].prompt
+    user = {"role": "user", "content": question}
+    chat = tokenizer.apply_chat_template([user], add_generation_prompt=True)
+    assert chat["input_ids"] == tokenizer(question)["input_ids"]
+    for messages in ([{**user, "role": "system"}, user], [{**user, "role": "assistant"}]):
+        with pytest.raises(TemplateError, match="expected one message"):
+            tokenizer.apply_chat_template(messages)
 
 
 @pytest.mark.parametrize("level", problems.LEVELS)
@@ -53,3 +69,9 @@ def test_it_solves_problems_it_has_not_seen() -> None:
     outputs = answer(load("builtin:wordmath"), task, asked)
     verdicts = [task.judge(p, o.text) for p, o in zip(asked, outputs, strict=True)]
     assert sum(v.ica for v in verdicts) >= 28
+
+
+def test_names_that_are_not_built_in() -> None:
+    assert resolve("some/folder") == "some/folder"
+    with pytest.raises(CheckpointError, match="builtin:wordmath"):
+        resolve("builtin:nosuch")

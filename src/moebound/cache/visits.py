@@ -21,6 +21,7 @@ __all__ = [
     "Trace",
     "Visits",
     "gather",
+    "leading_first",
     "load_trace",
     "one_by_one",
     "uniform",
@@ -175,6 +176,19 @@ def gather(index: Array, weights: Array, *, decode: bool) -> tuple[Array, Array,
     step_of, n_experts = np.zeros(len(index), np.int64), int(index.max(initial=0)) + 1
     _, expert, tokens, leads = _by_step(index, weights, step_of, n_experts, np.array([not decode]))
     return expert, tokens, int(leads.sum())
+
+
+def leading_first(experts: list[int], gates: list[float]) -> tuple[list[int], int]:
+    """`gather` for one token of a text that is being written, without arrays: its experts, those
+    with the largest gates first, and how many of them lead."""
+    by_gate = sorted(
+        (-abs(gate), expert) for gate, expert in zip(gates, experts, strict=True) if expert >= 0
+    )
+    total, above, leading = -sum(gate for gate, _ in by_gate), 0.0, 0
+    for gate, _ in by_gate:
+        leading += above <= LEADING_SHARE * total
+        above -= gate
+    return [expert for _, expert in by_gate], leading
 
 
 def _check_layers(trace: Trace) -> None:

@@ -22,7 +22,7 @@ from moebound.checkpoint.shards import (
     read_tensors,
     tensor_bytes,
 )
-from moebound.checkpoint.source import Checkpoint, open_checkpoint
+from moebound.checkpoint.source import Checkpoint, local_folder, open_checkpoint
 from moebound.checkpoint.writer import ShardWriter, TensorSpec, write_file, write_index
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "ShardWriter",
     "TensorInfo",
     "TensorSpec",
+    "local_folder",
     "open_checkpoint",
     "read_chunks",
     "read_header",

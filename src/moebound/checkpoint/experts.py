@@ -73,8 +73,11 @@ def find_experts(
     config: Mapping[str, Any],
     *,
     shared: bool = False,
+    complete: bool = True,
 ) -> list[Expert]:
     """The routed (or the shared) experts among these tensors, in the order of the model.
+
+    complete: whether all experts of a layer have to be there if one is.
 
     Layers at or past the config's number of layers are left alone: they are multi-token-prediction
     heads. Raises CheckpointError for an expert that lacks a projection or has one twice, for a
@@ -98,7 +101,7 @@ def find_experts(
     for key, by_role in found.items():
         if frozenset(by_role) not in family.roles:
             raise CheckpointError(_missing_roles(key, by_role, family))
-    if not shared:
+    if complete and not shared:
         expected = num_experts(config)
         _check_counts(found, None if expected is None else expected * family.expert_groups)
     return [

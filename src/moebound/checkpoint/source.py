@@ -141,9 +141,13 @@ def open_checkpoint(
             raise CheckpointError(f"{path}: expected a folder or a .safetensors file")
         tensors = read_header(path)[0]
         return Checkpoint(path, {}, None, tensors)
-    if not path.is_dir():
-        path = _download(os.fspath(src), revision, token, cache_dir, local_files_only)
-
+    path = local_folder(
+        src,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json; expected a Hugging Face model folder")
     config = read_json(path / "config.json")
@@ -158,6 +162,24 @@ def open_checkpoint(
             "is dense: none of its tensors is a routed expert's"
         )
     return checkpoint
+
+
+def local_folder(
+    src: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder that src names: itself, or where the hub's files for this id are, fetched now.
+
+    Raises CheckpointError if there is none.
+    """
+    path = Path(src).expanduser()
+    if path.is_dir():
+        return path
+    return _download(os.fspath(src), revision, token, cache_dir, local_files_only)
 
 
 def _download(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moebound.cli import exits
-from moebound.cli.options import CodecIds, Numbers
+from moebound.cli.options import CodecIds, Counts, Numbers
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
@@ -156,3 +156,98 @@ def bench_quality(
         )
     output.result(report.to_json(), render_quality(report))
     return exits.OK
+
+
+@bench.command("gpu")
+@click.option("--rates", type=Numbers(), help="Bounds, relative to the mean |weight|.")
+@click.option(
+    "--segments",
+    type=Counts(),
+    metavar="LIST",
+    help="Weights of a segment, that one warp decodes.  [default: 4096 to 262144]",
+)
+@click.option("--experts", type=Counts(), metavar="LIST", help="At a time.  [default: 1,6,64]")
+@output_options
+def bench_gpu(
+    output: Output,
+    rates: list[float] | None,
+    segments: list[int] | None,
+    experts: list[int] | None,
+) -> int:
+    """Decoding on a GPU: bits compared with the CPU's first, then kernels and copies timed.
+
+    The experts are synthetic ones of Moonlight's size. Needs a CUDA device and
+    pip install 'moebound[gpu]'.
+    """
+    from moebound.bench.gpu import Settings, render_gpu, run
+
+    chosen = {"rates": rates, "segments": segments, "experts": experts}
+    given = {name: tuple(values) for name, values in chosen.items() if values is not None}
+    report = run(Settings(**given), say=output.note)  # type: ignore[arg-type]
+    output.result(report.to_json(), *render_gpu(report))
+    return exits.OK
+
+
+@bench.command("offload")
+@click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True,
+              help="Folder for the synthetic checkpoint and its store, 6 GB; they are used "
+                   "again if they are there.")  # fmt: skip
+@click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True,
+              help="MoE layers of the synthetic checkpoint, 1.1 GB each.")  # fmt: skip
+@click.option("--rate", type=float, default=0.3, show_default=True, help="Bound of the store.")
+@click.option("--codec", default="bound", show_default=True, help="Of the store.")
+@click.option("--budgets", default="10,25,50,100", show_default=True, metavar="LIST",
+              help="Memory for experts, in percent of all of them decoded.")  # fmt: skip
+@click.option("--tiers", default="disk,ram", show_default=True, help="Where experts wait.")
+@click.option("--policies", default="lfu", show_default=True, help="Of the cache.")
+@click.option("--prefetch", default="none", show_default=True, help="Predictors.")
+@click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="What is routed where, of `moebound profile --trace`.  [default: drawn by "
+                   "Zipf's law]")  # fmt: skip
+@click.option("--prompt", type=click.IntRange(min=1), default=64, show_default=True, metavar="N",
+              help="Tokens of the prompt.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(min=2), default=48, show_default=True, metavar="N",
+              help="Tokens timed behind it.")  # fmt: skip
+@click.option("--peers", default="stock,accelerate", show_default=True,
+              help="What to run beside it; an empty list for nothing.")  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help="Where to compute.")
+@output_options
+def bench_offload(
+    output: Output,
+    work: Path,
+    layers: int,
+    rate: float,
+    codec: str,
+    budgets: str,
+    tiers: str,
+    policies: str,
+    prefetch: str,
+    trace: Path | None,
+    prompt: int,
+    tokens: int,
+    peers: str,
+    device: str,
+) -> int:
+    """Time per token with experts on disk or in RAM, raw and compressed, by memory budget.
+
+    A model with the expert shapes of Moonlight-16B-A3B and random weights, whose routing follows a
+    trace. Each run is a process of its own; the page cache is dropped for those from disk.
+    """
+    from moebound.bench.offload import Settings, render_offload, run
+    from moebound.bench.offload.model import Shapes
+
+    work.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        shapes=Shapes(layers=layers), rate=rate, codec=codec,
+        budgets=tuple(float(part) / 100 for part in budgets.split(",")),
+        tiers=_names(tiers), policies=_names(policies), predictors=_names(prefetch), trace=trace,
+        prompt=prompt, tokens=tokens, peers=_names(peers), device=device,
+    )  # fmt: skip
+    with step_bar(output) as say:
+        report = run(settings, work, say=say)
+    output.result(report.to_json(), render_offload(report))
+    return exits.OK
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

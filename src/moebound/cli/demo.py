@@ -1,4 +1,4 @@
-"""`moebound demo`: the main job on the built-in model, as a table, a page and a JSON file."""
+"""`moebound demo`: the whole road on the built-in model, as tables, a page and a JSON file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from rich.console import RenderableType
 
 from moebound.cli import exits, wording
 from moebound.cli.options import CodecIds, Numbers
-from moebound.cli.output import Output, output_options, write_json
+from moebound.cli.output import Output, finite, output_options
 from moebound.cli.steps import step_bar
 
 if TYPE_CHECKING:
     from moebound.demo.report import Report
-
-PAGE_FILE = "index.html"
-DATA_FILE = "demo.json"
 
 
 @click.command()
@@ -39,7 +36,12 @@ DATA_FILE = "demo.json"
     type=click.IntRange(min=2),
     default=None,
     metavar="N",
-    help="Use only the first N sample prompts.",
+    help="Problems of each task.  [default: 128]",
+)
+@click.option(
+    "--suite",
+    default=None,
+    help="What the study measures: quick, or a file with conditions.  [default: quick]",
 )
 @output_options
 def demo(
@@ -48,67 +50,77 @@ def demo(
     rates: list[float] | None,
     codecs: list[str] | None,
     prompts: int | None,
+    suite: str | None,
 ) -> int:
-    """Compress a small trained model at several bounds, and show what it does to the model.
+    """Go the whole road on a small trained model, and make a page of it.
 
-    Writes index.html (a page that needs no network), demo.json and one of the stores. Takes about
-    three minutes on two cores.
+    Which experts its task uses, where errors hurt, a bound for every expert, compressed models side
+    by side, verified and compared, and what codecs do on matrices of full size. Writes index.html
+    (a page that needs no network), demo.json, and beside them what the commands profile, study,
+    sensitivity, plan and compress write. Takes some 500 s of CPU time, mostly in two processes;
+    stopped and started again, it goes on from where it was.
     """
     # Threads of torch that spin while they wait would keep other programs from their work; it is
     # read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from moebound.checkpoint.durable import disk_errors
+    from moebound.demo.folder import Folder
     from moebound.demo.page import render
-    from moebound.demo.run import CODECS, EXACT_CODEC, RATES, run
+    from moebound.demo.road import Asked, run
+    from moebound.sensitivity.documents import save_json
 
-    command = shlex.join(["moebound", "demo", "-o", folder.name, *_options(rates, codecs, prompts)])
+    default = Asked()
+    asked = Asked(
+        tuple(sorted(set(rates))) if rates else default.rates,
+        tuple(dict.fromkeys(codecs)) if codecs else default.codecs,
+        prompts or default.n_problems,
+        suite or default.suite,
+    )
+    given = _options(rates, codecs, prompts, suite)
+    command = shlex.join(["moebound", "demo", "-o", folder.name, *given])
     with step_bar(output) as say:
-        report = run(
-            folder,
-            rates=rates or RATES,
-            codecs=codecs or (*CODECS, EXACT_CODEC),
-            n_prompts=prompts,
-            command=command,
-            say=say,
-        )
-    document = report.to_json()
-    page = folder / PAGE_FILE
-    page.write_text(render(report), encoding="utf-8")
-    with (folder / DATA_FILE).open("w", encoding="utf-8") as data:
-        write_json(document, data)
+        report = run(folder, asked, command=command, say=say)
+    document, place = finite(report.to_json()), Folder(folder)
+    with disk_errors(place.page):
+        place.page.write_text(render(report), encoding="utf-8")
+    save_json(place.data, document)
     output.result(document, *_tables(report))
-    output.note(f"page: {page} (open it in a browser)")
+    output.note(f"page: {place.page} (open it in a browser)")
     return exits.OK if report.ok else exits.NEGATIVE
 
 
-def _options(rates: list[float] | None, codecs: list[str] | None, prompts: int | None) -> list[str]:
+def _options(
+    rates: list[float] | None, codecs: list[str] | None, prompts: int | None, suite: str | None
+) -> list[str]:
     """The options that were given, to be printed on the page."""
-    given = []
-    if rates:
-        given += ["--rates", ",".join(f"{rate:g}" for rate in rates)]
-    if codecs:
-        given += ["--codecs", ",".join(codecs)]
-    if prompts:
-        given += ["--prompts", str(prompts)]
-    return given
+    given = {
+        "--rates": ",".join(f"{rate:g}" for rate in rates or ()),
+        "--codecs": ",".join(codecs or ()),
+        "--prompts": "" if prompts is None else str(prompts),
+        "--suite": "" if suite is None else Path(suite).name,
+    }
+    return [part for name, value in given.items() if value for part in (name, value)]
 
 
 def _tables(report: Report) -> list[RenderableType]:
-    from moebound.demo.columns import FULL_SIZE_COLUMNS, main_columns
+    from moebound.demo.columns import speed_columns, store_columns
 
-    columns = main_columns(report)
-    names = [column.narrow_title for column in columns]
-    rows, full = report.rows, report.full_size
+    columns, speeds = store_columns(report), speed_columns(report.speeds)
     tables: list[RenderableType] = [
-        wording.grid(names, [[column.cell(row) for column in columns] for row in rows]),
+        wording.grid(
+            [column.narrow_title for column in columns],
+            [[column.cell(row) for column in columns] for row in report.rows],
+        )
     ]
-    if full:
-        shape = " x ".join(map(str, full[0].shape))
+    if report.speeds.rows:
+        shape = " x ".join(map(str, report.speeds.rows[0].shape))
+        low, high = sorted(report.speeds.memcpy_gb_per_s)
         tables += [
-            f"The same codecs on a synthetic matrix of {shape}, as large models have:",
+            f"The codecs on a synthetic matrix of {shape}, as large models have; memcpy wrote "
+            f"{low:.1f} to {high:.1f} GB/s:",
             wording.grid(
-                [column.name for column in FULL_SIZE_COLUMNS],
-                [[column.cell(row) for column in FULL_SIZE_COLUMNS]
-                 for row in sorted(full, key=lambda row: row.codec.partition(":")[0])],
+                [column.narrow_title for column in speeds],
+                [[column.cell(row) for column in speeds] for row in report.speeds.rows],
             ),
-        ]  # fmt: skip
+        ]
     return tables

@@ -87,6 +87,7 @@ def eval_command(
     with step_bar(output) as say:
         found = evaluate(
             loaded, asked, limit=limit, batch=batch, answers=answers,
+            drafts=None if before is None else before.texts,
             progress=lambda done, total: say("answering", done, total),
         )  # fmt: skip
     document: dict[str, Any] = found.to_json()

@@ -17,12 +17,14 @@ from moebound.cli.compress import compress
 from moebound.cli.decompress import decompress
 from moebound.cli.demo import demo
 from moebound.cli.eval import eval_command
+from moebound.cli.generate import generate
 from moebound.cli.inspect import inspect
 from moebound.cli.output import write_json
 from moebound.cli.plan import plan
 from moebound.cli.profile import profile
 from moebound.cli.report import report
 from moebound.cli.sensitivity import sensitivity
+from moebound.cli.serve import serve
 from moebound.cli.study import study
 from moebound.cli.verify import verify
 
@@ -42,6 +44,8 @@ def cli() -> None:
     moebound plan SRC --bpw 3 -o FILE        a bound for each expert, for compress --plan FILE
     moebound verify DST --against SRC        check the promise
     moebound decompress DST OUT              back to an ordinary checkpoint
+    moebound generate DST --prompt TEXT      text, with experts decoded as they are needed
+    moebound serve DST                       answer requests, through the OpenAI API
 
     SRC is a folder with a Hugging Face checkpoint, a model id on the hub, or builtin:wordmath, a
     small model that comes with moebound.
@@ -66,6 +70,8 @@ for command in (
     bench,
     demo,
     eval_command,
+    generate,
+    serve,
 ):
     cli.add_command(command)
 

@@ -67,6 +67,23 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]  # generic since Click
         return [BoundValue().convert(part, param, ctx) for part in str(value).split(",")]
 
 
+class Counts(click.ParamType):  # type: ignore[type-arg]  # generic since Click 8.5 only
+    """Whole numbers above 0, separated by commas: "1,6,64"."""
+
+    name = "list"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int]:
+        if isinstance(value, (list, tuple)):
+            return [int(number) for number in value]
+        parts = [part.strip() for part in str(value).split(",")]
+        for part in parts:
+            if not part.isdecimal() or int(part) < 1:
+                self.fail(f"{part!r} in {value!r} is no whole number above 0", param, ctx)
+        return [int(part) for part in parts]
+
+
 class CodecId(click.ParamType):  # type: ignore[type-arg]  # generic since Click 8.5 only
     """A codec's id, with options behind a colon: "bound", "sz3:interp"."""
 

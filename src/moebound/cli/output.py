@@ -75,17 +75,17 @@ def output_options(command: F) -> Callable[..., int]:
 
 
 def write_json(document: dict[str, Any], stdout: IO[str]) -> None:
-    json.dump(_finite(document), stdout, indent=2, allow_nan=False)
+    json.dump(finite(document), stdout, indent=2, allow_nan=False)
     stdout.write("\n")
     stdout.flush()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null says that there is no number."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

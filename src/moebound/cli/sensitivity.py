@@ -29,12 +29,17 @@ if TYPE_CHECKING:
 @click.option("--codec", type=CodecId(), default="bound", show_default=True,
               help="Whose error.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True,
-              help="Read the first N problems.")  # fmt: skip
+              help="Read N problems.")  # fmt: skip
+@click.option("--skip", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Leave out so many before them, to measure on later.")  # fmt: skip
 @click.option("--measure", type=click.Choice(["sample", "all", "none"]), default="sample",
               show_default=True,
               help="Of which experts to measure KL too, beside predicting it.")  # fmt: skip
 @click.option("--sample", type=click.IntRange(min=1), default=100, show_default=True,
               help="Experts in the sample.")  # fmt: skip
+@click.option("--ties", type=click.IntRange(min=0), default=96, show_default=True,
+              help="Routing decisions near a tie to follow in each problem. 0 leaves jumps out, "
+              "which plans do not use, and takes a third of the time.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
               help="Of the sample and of random probes.")  # fmt: skip
 @output_options
@@ -46,8 +51,10 @@ def sensitivity(
     rates: list[float],
     codec: str,
     limit: int,
+    skip: int,
     measure: str,
     sample: int,
+    ties: int,
     seed: int,
 ) -> int:
     """Predict, for every expert of SRC, what compressing it does to the model's predictions.
@@ -62,32 +69,18 @@ def sensitivity(
     # read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moebound.evaluate.loading import load
-    from moebound.evaluate.prompting import encode_prompts, encode_references
-    from moebound.sensitivity.map.build import Build, Named
-    from moebound.sensitivity.map.calibration import calibration_of
+    from moebound.sensitivity.map.build import Build
     from moebound.sensitivity.map.settings import Settings
     from moebound.tasks import get_task
 
     settings = Settings(
         rates=tuple(sorted(set(rates))), codec=codec, measure=measure,  # type: ignore[arg-type]
-        n_sampled=sample, seed=seed,
+        n_sampled=sample, seed=seed, n_ties=ties,
     )  # fmt: skip
     asked = get_task(task)
-    problems = asked.problems(limit)
     loaded = load(src)
-    tokenizer = loaded.tokenizer
-    text = calibration_of(
-        list(
-            zip(
-                encode_prompts(tokenizer, asked, problems),
-                encode_references(tokenizer, asked, problems),
-                strict=True,
-            )
-        )
-    )
     with step_bar(output) as say:
-        named = Named(loaded.source.name, asked.name)
-        build = Build(loaded.model, text, named, settings, out, say)
+        build = Build.of(loaded, asked, limit, settings, out, say, skip=skip)
         if build.rows.found:
             output.note(f"going on from {build.rows.path}")
         found = build.run()

@@ -26,6 +26,8 @@ from moebound.types import Array, DType
 
 DTYPE_CODES: dict[DType, int] = {"BF16": 0, "F16": 1, "F32": 2}
 MAX_SEGMENT_WEIGHTS = 1 << 18
+SEGMENTS = {"size": SEGMENT_WEIGHTS, "gpu": 1 << 14}
+"""Names for weights of a segment: the smallest streams, or many warps at 0.05 bit a weight more."""
 EXACT = 0
 """First byte of a payload that is an exact copy; otherwise it is the tables' log2, 1 to 12."""
 
@@ -34,7 +36,7 @@ class BoundCodec(Codec):
     """The bound on every weight, next to the entropy limit, near memory speed.
 
     segment_weights: weights that decode together, one thread or GPU warp each. Fewer make more
-    parallelism and cost 96 bytes a segment.
+    parallelism and cost 96 bytes a segment; SEGMENTS has names for two sizes.
     """
 
     id: ClassVar[str] = "bound"
@@ -49,13 +51,16 @@ class BoundCodec(Codec):
 
     @classmethod
     def from_options(cls, options: str) -> Self:
-        """``segment=N`` or nothing."""
+        """``segment=N``, ``segment=gpu``, ``segment=size`` or nothing."""
         if not options:
             return cls()
         name, _, value = options.partition("=")
-        if name != "segment" or not value.isdigit():
-            raise CodecError(f"codec 'bound': expected segment=WEIGHTS, found {options!r}")
-        return cls(segment_weights=int(value))
+        if name != "segment" or not (value.isdecimal() or value in SEGMENTS):
+            names = " or ".join(SEGMENTS)
+            raise CodecError(
+                f"codec 'bound': expected segment=WEIGHTS ({names}), found {options!r}"
+            )
+        return cls(segment_weights=SEGMENTS.get(value) or int(value))
 
     @classmethod
     def most_weights(cls, n_bytes: int) -> int:
@@ -99,14 +104,24 @@ class BoundCodec(Codec):
 
     def _or_exact(self, payload: Payload, x: Array, spec: ArraySpec, threads: int) -> Payload:
         """An exact copy instead, where the bound is so tight that it is smaller."""
-        item_bits = 8 * x.dtype.itemsize
-        n_bytes = len(payload.data) + len(payload.misses) * (x.dtype.itemsize + 1)
-        if spec.dtype != spec.source_dtype or 8 * n_bytes < 0.6 * item_bits * spec.size:
+        if not may_be_exact(payload, spec):
             return payload
         exact = LosslessCodec().compress(x, spec, threads=threads)
-        if len(exact.data) + 1 >= n_bytes:
+        if len(exact.data) + 1 >= _kept_bytes(payload, spec):
             return payload
         return Payload(bytes([EXACT]) + exact.data)
 
     def __repr__(self) -> str:
         return f"BoundCodec(segment_weights={self.segment_weights})"
+
+
+def may_be_exact(payload: Payload, spec: ArraySpec) -> bool:
+    """Whether a payload is so large that an exact copy may be smaller."""
+    item_bits = 8 * spec.numpy_dtype.itemsize
+    too_large = 8 * _kept_bytes(payload, spec) >= 0.6 * item_bits * spec.size
+    return spec.dtype == spec.source_dtype and too_large
+
+
+def _kept_bytes(payload: Payload, spec: ArraySpec) -> int:
+    """With what a miss costs, about."""
+    return len(payload.data) + len(payload.misses) * (spec.numpy_dtype.itemsize + 1)

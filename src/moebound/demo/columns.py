@@ -1,21 +1,27 @@
-"""The columns of the result, once, for the terminal and for the page alike."""
+"""The columns of the results, once, for the terminal and for the page alike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from moebound.demo.report import FullSizeRow, Report, Row
+if TYPE_CHECKING:  # the command line's help must not load all that a report is made of
+    from moebound.bench.report import BenchReport
+    from moebound.bench.report import Row as SpeedRow
+    from moebound.demo.report import Report, StoreRow
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Column:
+class Column(Generic[R]):
     """group: what stands above `name` (may be empty). cell: the figure as text."""
 
     group: str
     name: str
-    cell: Callable[[Row], str]
+    cell: Callable[[R], str]
 
     @property
     def narrow_title(self) -> str:
@@ -27,44 +33,55 @@ class Column:
 _NARROW = {
     "promise": "",
     "bits per weight": "bits/w",
-    "ratio to bf16": "ratio",
-    "mean KL, nats": "KL, nats",
+    "KL, nats": "KL",
     "Gweights/s": "Gw/s",
+    "problems": "",
+    "lost, gained": "lost, g.",
 }
 
 
-def main_columns(report: Report) -> list[Column]:
+def store_columns(report: Report) -> list[Column[StoreRow]]:
     """One line a codec and bound."""
     return [
-        Column("", "codec", lambda row: row.codec),
-        Column("promise", "rate", lambda row: "exact" if row.rate is None else f"{row.rate:g}"),
+        Column("", "codec", lambda row: row.title),
+        Column("promise", "rate", rate_of),
         Column("promise", "kept/asked", lambda row: kept_over_asked(row.worst)),
         Column("bits per weight", "experts", lambda row: f"{row.expert_bits_per_weight:.2f}"),
         Column("bits per weight", "model", lambda row: f"{row.model_bits_per_weight:.2f}"),
-        Column("ratio to bf16", "experts", lambda row: f"{row.expert_ratio:.2f}"),
-        Column("ratio to bf16", "model", lambda row: f"{row.model_ratio:.2f}"),
-        Column("decode", "Gweights/s", lambda row: f"{row.decode_gweights_per_s:.3f}"),
-        Column("mean KL, nats", "all tokens", lambda row: f"{row.kl_nats:.5f}"),
-        Column("mean KL, nats", "solutions", lambda row: f"{row.answer_kl_nats:.5f}"),
-        Column("agree", "top-1", lambda row: f"{100 * row.top1_agreement:.2f} %"),
-        Column("right", f"of {report.n_prompts}", lambda row: str(row.reproduced)),
+        Column("", "MB", lambda row: f"{row.expert_bytes / 1e6:.2f}"),
+        Column("KL, nats", "± error", lambda row: f"{row.kl_nats:.5f} ± {row.kl_stderr:.5f}"),
+        Column("", "same token", lambda row: f"{100 * row.top1:.2f} %"),
+        Column("right", f"of {report.n_problems}", lambda row: str(row.tally.pia)),
+        Column("problems", "lost, gained", lambda row: f"−{row.lost} +{row.gained}"),
     ]
 
 
-@dataclass(frozen=True)
-class FullSizeColumn:
-    name: str
-    cell: Callable[[FullSizeRow], str]
+def rate_of(row: StoreRow) -> str:
+    if row.rate is None:
+        return "exact"
+    return f"bytes of {row.rate:g}" if row.planned else f"{row.rate:g}"
 
 
-FULL_SIZE_COLUMNS = (
-    FullSizeColumn("codec", lambda row: row.codec),
-    FullSizeColumn("rate", lambda row: f"{row.rate:g}"),
-    FullSizeColumn("kept/asked", lambda row: kept_over_asked(row.worst)),
-    FullSizeColumn("bits per weight", lambda row: f"{row.bits_per_weight:.3f}"),
-    FullSizeColumn("entropy", lambda row: f"{row.entropy_bits_per_weight:.3f}"),
-    FullSizeColumn("decode, Gweights/s", lambda row: f"{row.decode_gweights_per_s:.2f}"),
-)
+def speed_columns(report: BenchReport) -> list[Column[SpeedRow]]:
+    """One line a codec and bound, on a matrix of full size."""
+    memcpy = sum(report.memcpy_gb_per_s) / 2
+    return [
+        Column("", "codec", lambda row: row.codec),
+        Column("", "rate", lambda row: f"{row.rate:g}"),
+        Column("", "kept/asked", lambda row: kept_over_asked(row.max_abs_error / row.abs_bound)),
+        Column("bits per weight", "all bytes", lambda row: f"{row.bits_per_weight:.3f}"),
+        Column("bits per weight", "entropy", lambda row: f"{row.entropy_bits_per_weight:.3f}"),
+        Column("Gweights/s", "encode", lambda row: f"{row.encode_gweights_per_s:.2f}"),
+        Column("Gweights/s", "decode", lambda row: f"{row.decode_gweights_per_s:.2f}"),
+        Column(
+            "decode", "of memcpy",
+            lambda row: f"{100 * row.decode_gweights_per_s * _bytes(row) / memcpy:.0f} %",
+        ),
+    ]  # fmt: skip
+
+
+def _bytes(row: SpeedRow) -> int:
+    return 4 if row.dtype == "F32" else 2
 
 
 def kept_over_asked(worst: float) -> str:

@@ -2,67 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moebound.bench.report import BenchReport
+from moebound.evaluate.evaluation import Evaluation, Tally
+from moebound.plan import Plan
+from moebound.sensitivity.profile import Profile
+from moebound.sensitivity.report import Report as StudyReport
+
+KEPT_RATE = 0.3
+"""Near this rate are the store that the page speaks of first, and plan.json."""
+
+
+def kept_rate(rates: Sequence[float]) -> float:
+    """The one that the page speaks of first."""
+    return min(rates, key=lambda rate: abs(rate - KEPT_RATE))
+
 
 @dataclass(frozen=True)
-class Row:
-    """One codec at one bound, everything measured on this machine.
+class StoreRow:
+    """One codec at one bound (or a plan's bounds): a store on disk, verified, loaded, compared.
 
-    rate: the bound asked, as a share of the mean |weight| of each expert; None for an exact codec.
-    worst: the largest measured error over the error asked, 1 or less where the promise is kept.
-    expert_bits_per_weight: bytes of the compressed experts. model_bits_per_weight: the weight files
-    whole, headers included. The ratios are to bf16, with the same bytes counted.
-    decode_gweights_per_s: one thread, from memory to memory, 1e9 weights a second.
-    kl_nats ... reproduced: see `fidelity.Fidelity`.
+    name: its folder. rate: the bound asked, as a share of the mean |weight| of each expert; None
+    for an exact codec. planned: each expert has a bound of its own, with which all experts take as
+    many bytes as `bound` does at `rate`. expert_bits_per_weight: bytes of the compressed experts.
+    model_bits_per_weight: the weight files whole, headers included. worst: the largest measured
+    error over the error asked, 1 or less where the promise is kept. n_tensors: that were verified.
+    problems: what verifying found. kl_nats, kl_stderr: of the solutions' tokens, to the original;
+    text_kl_nats: of all tokens, prompts included. top1: share of the solutions' tokens where both
+    hold the same token for the most likely. tally: greedy answers. lost, gained: problems that only
+    the original solves, and only the store.
     """
 
+    name: str
     codec: str
     rate: float | None
+    planned: bool
+    expert_bytes: int
     expert_bits_per_weight: float
     model_bits_per_weight: float
     expert_ratio: float
     model_ratio: float
+    predicted_bytes: int | None
     worst: float
     verified: bool
+    n_tensors: int
     problems: tuple[str, ...]
-    compress_seconds: float
-    decode_gweights_per_s: float
     kl_nats: float
     kl_stderr: float
-    answer_kl_nats: float
-    top1_agreement: float
-    reproduced: int
+    text_kl_nats: float
+    top1: float
+    tally: Tally
+    lost: int
+    gained: int
 
     @property
-    def kept_rate(self) -> float | None:
-        """The bound that was really kept, in the unit it was asked in."""
-        return None if self.rate is None else self.worst * self.rate
+    def title(self) -> str:
+        return f"{self.codec}, planned" if self.planned else self.codec
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
-@dataclass(frozen=True)
-class FullSizeRow:
-    """One codec at one bound on one synthetic matrix of the size that large models have.
-
-    bits_per_weight: all bytes. entropy_bits_per_weight: of the ideal uniform quantizer.
-    """
-
-    codec: str
-    rate: float
-    shape: tuple[int, int]
-    bits_per_weight: float
-    entropy_bits_per_weight: float
-    worst: float
-    decode_gweights_per_s: float
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StoreRow:
+        """Of what `to_json` gave."""
+        fields = {name: data[name] for name in cls.__dataclass_fields__}
+        fields["tally"] = Tally(**data["tally"])
+        fields["problems"] = tuple(data["problems"])
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """One prompt, and what the models make of it with greedy decoding."""
+    """One problem, and what the models make of it with greedy decoding."""
 
     prompt: str
-    reference: str
     original: str
     compressed: str
 
@@ -80,32 +96,86 @@ class ModelFacts:
     expert_weights: int
     weights_per_matrix: int
     weight_file_bytes: int
-    reproduced: int
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What became of a copy of a store in which one bit was turned over. said: by verify, of
+    tensor; empty where it said nothing."""
+
+    store: str
+    tensor: str
+    said: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """rows: in the order measured. samples: answers at `samples_rate`, chosen as `run` says.
-    n_prompts, n_positions: what the fidelity figures are averages over."""
+    """Everything that the page shows.
+
+    command: what made it. task: what the model is profiled, studied and compared on, with
+    n_problems. original: its answers, by task. profile, study, plans: what the steps left; plans by
+    the name of their store. map_problems, map_rates: what the sensitivity map is made from. rows:
+    in the order of the cases. samples: answers at the coarsest bound, chosen as `road` says, and
+    samples_of: which store's. speeds: on matrices of full size. environment: machine and versions.
+    seconds: by step.
+    """
 
     command: str
+    task: str
+    n_problems: int
+    map_problems: int
+    map_rates: tuple[float, ...]
     model: ModelFacts
-    rows: tuple[Row, ...]
-    full_size: tuple[FullSizeRow, ...]
+    original: Mapping[str, Evaluation]
+    profile: Profile
+    study: StudyReport
+    plans: Mapping[str, Plan]
+    rows: tuple[StoreRow, ...]
+    damage: Damage
     samples: tuple[SampleAnswer, ...]
-    samples_codec: str
-    samples_rate: float
-    n_prompts: int
-    n_positions: int
-    machine: dict[str, str]
-    versions: dict[str, str]
-    seconds: float
+    samples_of: str
+    speeds: BenchReport
+    seconds: Mapping[str, float]
 
     @property
     def ok(self) -> bool:
-        return all(row.verified for row in self.rows)
+        """Whether every promise was kept, and damage was found."""
+        return all(row.verified for row in self.rows) and bool(self.damage.said)
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        return self.speeds.environment
+
+    def row(self, codec: str, rate: float | None, *, planned: bool = False) -> StoreRow | None:
+        """The row of one case, if there is one."""
+        wanted = (codec, rate, planned)
+        return next((r for r in self.rows if (r.codec, r.rate, r.planned) == wanted), None)
 
     def to_json(self) -> dict[str, Any]:
-        document = {"ok": self.ok, **asdict(self)}
-        document["rows"] = [{**asdict(row), "kept_rate": row.kept_rate} for row in self.rows]
-        return document
+        """All figures; of profile, study and plans what sums them up."""
+        return {
+            "format": "moebound.demo.report",
+            "version": 1,
+            "ok": self.ok,
+            "command": self.command,
+            "task": self.task,
+            "n_problems": self.n_problems,
+            "map_problems": self.map_problems,
+            "map_rates": list(self.map_rates),
+            "model": asdict(self.model),
+            "original": {task: found.total.to_json() for task, found in self.original.items()},
+            "verdicts": [
+                {"id": v.claim.id, "outcome": v.outcome, "real": v.real and v.real.outcome}
+                for v in self.study.verdicts
+            ],
+            "plans": {
+                name: {"bits_per_weight": plan.bits_per_weight, "predicted_kl": plan.kl}
+                for name, plan in self.plans.items()
+            },
+            "rows": [row.to_json() for row in self.rows],
+            "damage": asdict(self.damage),
+            "samples_of": self.samples_of,
+            "samples": [asdict(sample) for sample in self.samples],
+            "speeds": self.speeds.to_json(),
+            "seconds": dict(self.seconds),
+        }

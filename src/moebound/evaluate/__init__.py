@@ -2,8 +2,8 @@
 
 loading.py      a checkpoint, store, hub id or built-in model, ready to run
 prompting.py    problems to token ids
-cache.py        keys and values that grow in place
 decoding.py     greedy decoding of a batch
+drafts.py       the same from answers that are likely right
 answering.py    greedy answers to many problems
 evaluation.py   counts, accuracies and intervals
 transcript.py   answers in a file, appended as they come; scores from them

@@ -8,8 +8,10 @@ from typing import Any
 
 from moebound.errors import TaskError
 from moebound.evaluate.decoding import Decoded, decode
+from moebound.evaluate.drafts import decode_drafted
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.prompting import encode_prompts
+from moebound.runtime.generation import end_tokens, n_positions
 from moebound.tasks.base import Problem, Task
 
 BATCH_BYTES = 2 << 30
@@ -38,16 +40,18 @@ def answer(
     problems: Sequence[Problem],
     *,
     batch: int | None = None,
+    drafts: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Output]:
     """One answer a problem, in the order of the problems. Deterministic; see decoding.py.
 
-    batch: prompts at a time; None for as many as BATCH_BYTES allow, at most LARGEST_BATCH.
-    An answer that would not fit the model's positions is cut off there. Raises
-    TaskError for a prompt that leaves no room.
+    batch: prompts at a time; None for as many as BATCH_BYTES allow, at most LARGEST_BATCH. drafts:
+    what the answers may be, one a problem, "" where nothing is known; they save time and change
+    nothing (see drafts.py). An answer that would not fit the model's positions is cut off there.
+    Raises TaskError for a prompt that leaves no room.
     """
     found: dict[int, Output] = {}
-    for indices, outputs in answer_in_batches(loaded, task, problems, batch=batch):
+    for indices, outputs in answer_in_batches(loaded, task, problems, batch=batch, drafts=drafts):
         found.update(zip(indices, outputs, strict=True))
         if progress is not None:
             progress(len(found), len(problems))
@@ -55,40 +59,51 @@ def answer(
 
 
 def answer_in_batches(
-    loaded: Loaded, task: Task, problems: Sequence[Problem], *, batch: int | None = None
+    loaded: Loaded,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    batch: int | None = None,
+    drafts: Sequence[str] | None = None,
 ) -> Iterator[tuple[list[int], list[Output]]]:
     """Yields indices of problems with their answers, batch by batch, shortest prompts first."""
     if batch is not None and batch < 1:
         raise TaskError(f"batch {batch}: expected 1 or more")
     prompts = encode_prompts(loaded.tokenizer, task, problems)
-    positions = _positions(loaded)
+    positions = n_positions(loaded.model)
     _check_fits(task, problems, prompts, positions)
     ends, pad = end_marks(loaded), _padding(loaded)
     if batch is None:
         batch = _batch(loaded, max(map(len, prompts), default=0) + task.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     stopped = _stop_check(loaded.tokenizer, task.stop)
+    # A stop text may begin anywhere: with one, every token is written and looked at.
+    guesses = None if drafts is None or stopped is not None else _encoded(loaded.tokenizer, drafts)
     for start in range(0, len(order), batch):
         indices = order[start : start + batch]
-        decoded = decode(
-            loaded.model,
-            [prompts[index] for index in indices],
-            max_new_tokens=task.max_new_tokens,
-            ends=ends,
-            pad=pad,
-            positions=positions,
-            stopped=stopped,
-        )
+        asked = [prompts[index] for index in indices]
+        if guesses is None:
+            decoded = decode(
+                loaded.model, asked, max_new_tokens=task.max_new_tokens, ends=ends, pad=pad,
+                positions=positions, stopped=stopped,
+            )  # fmt: skip
+        else:
+            decoded = decode_drafted(
+                loaded.model, asked, [guesses[index] for index in indices],
+                max_new_tokens=task.max_new_tokens, ends=ends, pad_token=pad, positions=positions,
+            )  # fmt: skip
         yield indices, [_output(loaded.tokenizer, task, one) for one in decoded]
+
+
+def _encoded(tokenizer: Any, drafts: Sequence[str]) -> list[list[int]]:
+    if not drafts:  # which tokenizers trip over
+        return []
+    return [list(ids) for ids in tokenizer(list(drafts), add_special_tokens=False)["input_ids"]]
 
 
 def end_marks(loaded: Loaded) -> frozenset[int]:
     """The tokens that end an answer: those of the generation config and the tokenizer's."""
-    config = getattr(loaded.model, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    ends = set(found) if isinstance(found, (list, tuple)) else {found}
-    ends.add(loaded.tokenizer.eos_token_id)
-    return frozenset(int(end) for end in ends if end is not None)
+    return end_tokens(loaded.model, loaded.tokenizer)
 
 
 def _batch(loaded: Loaded, n_tokens: int) -> int:
@@ -135,10 +150,3 @@ def _check_fits(
                 f"task {task.name!r}, problem {problem.id!r}: its prompt of {len(prompt)} tokens "
                 f"leaves no room for an answer in the {positions} positions of the model"
             )
-
-
-def _positions(loaded: Loaded) -> int | None:
-    """How many tokens the model can read; None where its config does not say."""
-    config = loaded.model.config.get_text_config(decoder=True)
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None

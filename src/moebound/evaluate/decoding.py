@@ -8,14 +8,13 @@ may then fall the other way; for the same prompts in the same order the answers 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moebound.evaluate.cache import GrowingCache
+from moebound.runtime.growing_cache import GrowingCache, arguments, supports_cache
 
 KEEP_SHARE = 0.75
 """Finished rows are dropped once less than this share of the batch is at work."""
@@ -38,7 +37,7 @@ def decode(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     ends: frozenset[int],
     pad: int,
     positions: int | None = None,
@@ -46,11 +45,12 @@ def decode(
 ) -> list[Decoded]:
     """The most likely token, again and again, until an end mark, a stop text, or the limit.
 
-    prompts: token ids. ends: the end marks. pad: any token id, for padding (never seen). positions:
-    of prompt and answer together, at most; None for no such limit.
+    prompts: token ids. max_new_tokens: of every answer, or of each. ends: the end marks. pad: any
+    token id, for padding (never seen). positions: of prompt and answer together, at most; None for
+    no such limit.
     """
+    room = rooms(prompts, max_new_tokens, positions)
     if not supports_cache(model):
-        room = [_room(len(prompt), max_new_tokens, positions) for prompt in prompts]
         return _generate(model, prompts, room, ends=ends, pad=pad)
     device = model.device
     longest = max(map(len, prompts))
@@ -61,11 +61,10 @@ def decode(
     places = (mask.cumsum(1) - 1).clamp(min=0)
     padded = bool((lengths != longest).any())
 
-    growing, taken = GrowingCache(model.config), _arguments(model)
+    growing, taken = GrowingCache(model.config), arguments(model)
     rows = list(range(len(prompts)))  # the row of the batch -> the prompt
     new: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
-    room = [_room(len(prompt), max_new_tokens, positions) for prompt in prompts]
     at_work = [True] * len(prompts)
     while True:
         logits = _last_logits(model, ids, mask if padded else None, places, growing, taken)
@@ -97,8 +96,18 @@ def decode(
     return [Decoded(tuple(t), done) for t, done in zip(new, finished, strict=True)]
 
 
-def _room(n_prompt: int, max_new_tokens: int, positions: int | None) -> int:
-    return max_new_tokens if positions is None else min(max_new_tokens, positions - n_prompt)
+def rooms(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], positions: int | None
+) -> list[int]:
+    """How many tokens each answer may have."""
+    limits = (
+        [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    )
+    if positions is None:
+        return limits
+    return [
+        min(limit, positions - len(prompt)) for limit, prompt in zip(limits, prompts, strict=True)
+    ]
 
 
 def _last_logits(
@@ -117,21 +126,6 @@ def _last_logits(
         inputs["logits_to_keep"] = 1
     logits: torch.Tensor = model(**inputs, past_key_values=growing.cache).logits
     return logits[:, -1]
-
-
-def _arguments(model: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(type(model).forward).parameters)
-
-
-def supports_cache(model: Any) -> bool:
-    """Whether the model takes transformers' ordinary cache; a few families have their own."""
-    taken = _arguments(model)
-    return bool(
-        "past_key_values" in taken
-        and hasattr(model, "_supports_default_dynamic_cache")
-        and model._supports_default_dynamic_cache()
-        and not model.config.is_encoder_decoder
-    )
 
 
 def _generate(

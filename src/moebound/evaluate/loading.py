@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +13,7 @@ import torch
 from moebound.errors import CheckpointError, MoeboundError
 from moebound.runtime.batched import NAME as BATCHED
 from moebound.runtime.batched import register_batched
+from moebound.runtime.quiet import without_bars
 from moebound.wordmath.builtin import PREFIX, resolve
 
 SMALL_EXPERT_WEIGHTS = 1 << 20
@@ -168,17 +167,3 @@ def _kind(src: str, path: Path) -> Kind:
     settings = config.get("quantization_config")
     is_store = isinstance(settings, dict) and settings.get("quant_method") == "moebound"
     return "store" if is_store else "checkpoint"
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """transformers draws a progress bar for every load; many of them say nothing."""
-    from transformers.utils import logging
-
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from moebound.errors import TaskError
@@ -19,13 +20,16 @@ def evaluate(
     limit: int | None = None,
     batch: int | None = None,
     answers: Path | None = None,
+    drafts: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Answer the first `limit` problems of a task, and score the answers.
 
     answers: a file where they are kept (see transcript.py). Where it has some of the same model,
-    task and settings already, only the others are asked. Raises TaskError for a task without
-    problems, and what its parts raise.
+    task and settings already, only the others are asked. drafts: by problem id, what the answers
+    may be, such as another model's: they save time and change nothing (see drafts.py).
+
+    Raises TaskError for a task without problems, and what its parts raise.
     """
     problems = task.problems(limit)
     if not problems:
@@ -49,7 +53,10 @@ def evaluate(
         }
     try:
         missing = [problem for problem in problems if problem.id not in found]
-        for indices, outputs in answer_in_batches(loaded, task, missing, batch=batch):
+        guesses = None if drafts is None else [drafts.get(problem.id, "") for problem in missing]
+        for indices, outputs in answer_in_batches(
+            loaded, task, missing, batch=batch, drafts=guesses
+        ):
             asked = [missing[index] for index in indices]
             if recorder is not None:
                 recorder.add(zip(asked, outputs, strict=True))

@@ -40,6 +40,11 @@ class Transcript:
     """Bytes of all whole lines."""
 
     @property
+    def texts(self) -> dict[str, str]:
+        """The answers alone, by problem id."""
+        return {name: output.text for name, (_, output) in self.answers.items()}
+
+    @property
     def header(self) -> dict[str, Any]:
         return {"source": self.source, "task": self.task, "settings": self.settings}
 

@@ -5,7 +5,7 @@ phone and on paper.
 """
 
 from moebound.page.document import document, style
-from moebound.page.svg import DASHES, FAINT, INK, MARKERS, SERIES, SOFT, drawing
+from moebound.page.svg import DASHES, FAINT, INK, MARKERS, SERIES, SOFT, drawing, inline
 
 __all__ = [
     "DASHES",
@@ -16,5 +16,6 @@ __all__ = [
     "SOFT",
     "document",
     "drawing",
+    "inline",
     "style",
 ]

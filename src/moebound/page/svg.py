@@ -1,4 +1,4 @@
-"""matplotlib's drawings as SVG that follows the page's colours.
+"""matplotlib's drawings as inline SVG that follows the page's colours.
 
 matplotlib draws with stand-in colours, which are then replaced by the page's CSS variables, and
 leaves text as text: so one drawing serves a light and a dark page, in the page's own font.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,25 +58,37 @@ def drawing(
     """
     # Heavy, and not needed by anyone who only imports this package.
     import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=size_inches, layout="constrained")
+        draw(figure)
+        return inline(figure, name=name, alt=alt)
+
+
+def inline(
+    figure: Figure, *, name: str, alt: str, colors: Mapping[str, str] = MappingProxyType(_VARIABLES)
+) -> str:
+    """A figure that is drawn already, as inline SVG. colors: what stands in for which of the
+    page's; others stay."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    style: Any = {key: _STYLE[key] for key in ("svg.fonttype", "svg.hashsalt", "text.parse_math")}
+    with mpl.rc_context(style), warnings.catch_warnings():
         # The browser has other fonts: what matplotlib's lacks it need not warn of.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=size_inches, layout="constrained")
         FigureCanvasSVG(figure)
-        draw(figure)
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-    return _for_page(written.getvalue(), name, alt)
+    return _for_page(written.getvalue(), name, alt, colors)
 
 
-def _for_page(svg: str, name: str, alt: str) -> str:
+def _for_page(svg: str, name: str, alt: str, colors: Mapping[str, str]) -> str:
     """Inline SVG: no XML prologue, no metadata, the page's colours, ids of its own."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    for color, variable in _VARIABLES.items():
+    for color, variable in colors.items():
         svg = svg.replace(color, variable)
     # Many drawings are on one page: without this, one's ids would find another's parts.
     prefix = re.sub(r"\W+", "-", name.lower())

@@ -63,7 +63,7 @@ def batched_experts(
         )
         return whole
     n_tokens, n_chosen = top_k_index.shape
-    routed = _sort(top_k_index.reshape(-1), self.num_experts)
+    routed = sort_by_expert(top_k_index.reshape(-1), self.num_experts)
     tokens = routed.order // n_chosen
     if _together_is_cheaper(self, routed):
         slots = routed.slots()
@@ -75,7 +75,7 @@ def batched_experts(
     else:
         slots = torch.arange(len(tokens), device=tokens.device)
         outputs = _one_by_one(self, hidden_states.index_select(0, tokens), routed)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         outputs = self.post_expert_norm(outputs)
 
     place = torch.empty_like(slots)
@@ -85,7 +85,7 @@ def batched_experts(
 
 
 @dataclass(frozen=True, eq=False)
-class _Routed:
+class Routed:
     """The (token, expert) pairs of a call, sorted by expert.
 
     order: [pairs], the pair that stands at each place. experts: [pairs], its expert.
@@ -113,7 +113,8 @@ class _Routed:
         return shift + torch.arange(len(self.order), device=device)
 
 
-def _sort(chosen: torch.Tensor, n_experts: int) -> _Routed:
+def sort_by_expert(chosen: torch.Tensor, n_experts: int) -> Routed:
+    """chosen: [pairs], the expert of each pair. Pairs of one expert keep their order."""
     loads = torch.bincount(chosen, minlength=n_experts).tolist()
     if chosen.device.type == "cpu" and n_experts <= 1 << 16:
         # NumPy sorts 16-bit integers by radix, fifteen times faster than torch sorts any.
@@ -123,10 +124,10 @@ def _sort(chosen: torch.Tensor, n_experts: int) -> _Routed:
     else:
         experts, order = torch.sort(chosen, stable=True)
     used = [expert for expert, load in enumerate(loads) if load]
-    return _Routed(order, experts, loads, used)
+    return Routed(order, experts, loads, used)
 
 
-def _together_is_cheaper(self: Any, routed: _Routed) -> bool:
+def _together_is_cheaper(self: Any, routed: Routed) -> bool:
     """Whether computing the padding costs less than starting a product an expert."""
     weights = self.down_proj.numel() // self.num_experts * (3 if self.has_gate else 2)
     padding = len(routed.used) * routed.longest - len(routed.order)
@@ -137,7 +138,7 @@ def _together_is_cheaper(self: Any, routed: _Routed) -> bool:
     return bool((padding + copies) * weights < 2 * len(routed.used) * start)
 
 
-def _copies(self: Any, routed: _Routed) -> bool:
+def _copies(self: Any, routed: Routed) -> bool:
     return len(routed.used) < int(self.num_experts)
 
 
@@ -152,7 +153,7 @@ def _activate(self: Any, inner: torch.Tensor) -> torch.Tensor:
     return activated
 
 
-def _together(self: Any, rows: torch.Tensor, routed: _Routed) -> torch.Tensor:
+def _together(self: Any, rows: torch.Tensor, routed: Routed) -> torch.Tensor:
     """rows: [used · longest, H], padded. Returns the experts' outputs, of the same shape."""
     used = None
     if _copies(self, routed):
@@ -171,7 +172,7 @@ def _together(self: Any, rows: torch.Tensor, routed: _Routed) -> torch.Tensor:
     return project(inner, self.down_proj, self.down_proj_bias if self.has_bias else None)
 
 
-def _one_by_one(self: Any, rows: torch.Tensor, routed: _Routed) -> torch.Tensor:
+def _one_by_one(self: Any, rows: torch.Tensor, routed: Routed) -> torch.Tensor:
     """rows: [pairs, H], sorted by expert. Returns the experts' outputs, of the same shape."""
     loads = [routed.loads[expert] for expert in routed.used]
 

@@ -121,10 +121,12 @@ class MoeboundQuantizer(HfQuantizer):
                 "compress it first (`moebound compress`), then load the store"
             )
         self._compressed: list[TensorInfo] = []
+        self._model: Any = None
         # Conversion, by id -> what the family has in its place, None where nothing.
         self._familys_own: dict[int, Any] = {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._model = model
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if any(file.suffix != ".safetensors" for file in files):
             raise StoreError(f"{files[0].parent}: a store has safetensors shards only")
@@ -134,11 +136,14 @@ class MoeboundQuantizer(HfQuantizer):
                 f"{files[0].parent}: config.json says this is a store, but no shard has "
                 "compressed tensors"
             )
-        for _ in in_order(_check_whole, self._compressed, jobs=thread_count()):
-            pass
+        check_whole(self._compressed)
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        if model is None:  # not every version hands it over
+            model = self._model
         ways = _find_ways(self._compressed, weight_conversions, model)
         updated = list[Any]()
 
@@ -164,6 +169,7 @@ class MoeboundQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._model = None
         used = getattr(model, "_weight_conversions", None) or []
         own = [self._familys_own.get(id(entry), entry) for entry in used]
         model._weight_conversions = [entry for entry in own if entry is not None]
@@ -240,6 +246,13 @@ def _with_decode(converter: Any) -> Any:
     )
     copy.scope_prefix, copy.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
     return copy
+
+
+def check_whole(tensors: list[TensorInfo]) -> None:
+    """Read these envelopes and check that they are whole. Raises FormatError or CorruptionError,
+    naming file and tensor."""
+    for _ in in_order(_check_whole, tensors, jobs=thread_count()):
+        pass
 
 
 def _check_whole(tensor: TensorInfo) -> None:

@@ -52,6 +52,13 @@ _STYLE: Any = {
     "svg.hashsalt": "moebound",  # the same file for the same figures
 }
 FORMATS = ("png", "svg")
+PAGE_COLORS = {
+    INK: "var(--ink)",
+    FAINT: "var(--line)",
+    EVEN: "var(--soft)",
+    **{color: f"var(--series-{index})" for index, color in enumerate(SERIES)},
+}
+"""What the colours are called on a page: see `page.inline`."""
 
 P = ParamSpec("P")
 

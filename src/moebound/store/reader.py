@@ -6,8 +6,9 @@ has a certificate, every certificate a tensor, and the matrices of an expert sta
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,8 @@ from typing import Any
 
 from moebound.checkpoint import Role, TensorInfo, read_header, read_into, read_tensors
 from moebound.checkpoint.shards import read_json
-from moebound.codec import decode_array, parse
+from moebound.codec import Envelope, decode_array, decode_into, parse
+from moebound.codec.arrays import ArrayLike, writable_view
 from moebound.errors import CorruptionError, FormatError, StoreError
 from moebound.store.folder import JOURNAL_FILE
 from moebound.store.format import (
@@ -47,20 +49,34 @@ class StoredMatrix:
         Raises FormatError or CorruptionError, naming file and tensor, for bytes that are damaged
         or hold another shape or dtype than certified.
         """
+        with self._named():
+            return decode_array(self._parse(data), threads=threads)
+
+    def decode_into(self, data: memoryview, out: ArrayLike, *, threads: int | None = None) -> None:
+        """As `decode`, into a contiguous array or tensor of that shape and dtype."""
+        with self._named():
+            envelope = self._parse(data)
+            view = writable_view(out, envelope.spec.shape, envelope.spec.dtype)
+            decode_into(envelope, view, threads=threads)
+
+    def _parse(self, data: memoryview) -> Envelope:
         certificate = self.record.certificate
+        envelope = parse(data)
+        found = envelope.spec.shape, envelope.spec.dtype
+        if found != (certificate.shape, certificate.dtype):
+            raise CorruptionError(
+                f"expected shape {certificate.shape} of {certificate.dtype}, found {found[0]} "
+                f"of {found[1]}"
+            )
+        return envelope
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
         try:
-            envelope = parse(data)
-            found = envelope.spec.shape, envelope.spec.dtype
-            if found != (certificate.shape, certificate.dtype):
-                raise CorruptionError(
-                    f"expected shape {certificate.shape} of {certificate.dtype}, found {found[0]} "
-                    f"of {found[1]}"
-                )
-            out = decode_array(envelope, threads=threads)
+            yield
         except FormatError as error:
             where = f"{self.tensor.file}: tensor {self.tensor.name!r}"
             raise type(error)(f"{where}: {error}") from error
-        return out
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 SPECIAL = ("<pad>", "<bos>", "<ans>", "<eos>", "<unk>")
 PAD, BOS, ANS, EOS, UNK = range(5)
 
+CHAT_TEMPLATE = (
+    "{% if messages | length != 1 or messages[0]['role'] != 'user' %}"
+    "{{ raise_exception('this model answers single questions: expected one message, of a user') }}"
+    "{% endif %}"
+    "{{ '<bos>' + messages[0]['content'] }}{% if add_generation_prompt %}{{ '<ans>' }}{% endif %}"
+)
+"""A chat is one question: its tokens are those of the question by itself."""
+
 # One digit, or one closing mark, is a token; a digit takes the space before it along.
 _APART = "▁?[0-9]|[.,?:}]"
 _SAMPLES = 6000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,14 @@ def test_calibration() -> None:
 def test_settings_that_make_no_sense(bad: dict[str, Any]) -> None:
     with pytest.raises(MoeboundError):
         Settings(**bad)
+
+
+def test_without_ties_the_smooth_part_is_left(model: Any, tmp_path: Path) -> None:
+    text, named = random_text(3), Named("m", "t")
+    with_ties = Build(model, text, named, SETTINGS, tmp_path / "a.json").run()
+    without = Build(model, text, named, replace(SETTINGS, n_ties=0), tmp_path / "b.json").run()
+    assert any(kl > 0 for line in with_ties.experts for kl in line.flips_kl)
+    for one, other in zip(with_ties.experts, without.experts, strict=True):
+        assert other.flips_kl == (0.0, 0.0)
+        smooth = [a - b for a, b in zip(one.predicted_kl, one.flips_kl, strict=True)]
+        assert other.predicted_kl == pytest.approx(smooth, rel=1e-4, abs=1e-12)

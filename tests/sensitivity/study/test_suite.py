@@ -116,6 +116,16 @@ def test_a_study_that_is_stopped_has_all_tables_once() -> None:
     assert seeds == sorted(seeds)
 
 
+def test_quick_has_two_seeds_of_every_draw() -> None:
+    """The first of them answered in some places, the others read for their KL."""
+    seeds: dict[tuple[Any, ...], set[int]] = {}
+    for c in get_suite("quick").conditions(MOONLIGHT, TASKS):
+        if c.source not in ("none", "codec:bound"):
+            seeds.setdefault((c.table, c.selector, c.source, c.rate), set()).add(c.seed)
+            assert not (c.answers and c.seed)
+    assert set(map(frozenset, seeds.values())) == {frozenset({0, 1})}
+
+
 # Files
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from moebound.codec.arrays import to_numpy
+from moebound.evaluate.loading import Loaded
+from moebound.evaluate.text import solved_rows
 from moebound.sensitivity.live import LiveExperts, live_experts
-from moebound.sensitivity.map.calibration import Calibration
+from moebound.sensitivity.map.calibration import Calibration, calibration_of
 from moebound.sensitivity.map.document import SensitivityMap
 from moebound.sensitivity.map.layer import LayerPrediction, predict_layer
 from moebound.sensitivity.map.observe import Seen, observe
@@ -26,6 +28,7 @@ from moebound.sensitivity.map.summary import assemble, packed
 from moebound.sensitivity.map.sweep import measure_experts, measure_whole
 from moebound.sensitivity.map.ties import Tie, find_ties, with_costs
 from moebound.sensitivity.perturb import perturbed
+from moebound.tasks.base import Task
 from moebound.types import ErrorBound, ExpertKey
 
 N_NAIVE = 8
@@ -75,6 +78,24 @@ class Build:
         self.rows = Rows(path, header)
         self.total = len(self.entries) + 2 + len(settings.rates)
         self.done = 0
+
+    @classmethod
+    def of(
+        cls,
+        loaded: Loaded,
+        task: Task,
+        limit: int | None,
+        settings: Settings,
+        path: Path,
+        say: Say = lambda *_: None,
+        *,
+        skip: int = 0,
+    ) -> Build:
+        """A map of a loaded model, on `limit` problems of a task with their solutions, behind the
+        first `skip`: those are left for measuring what came of it."""
+        problems = task.problems(None if limit is None else skip + limit)[skip:]
+        text = calibration_of(solved_rows(loaded.tokenizer, task, problems))
+        return cls(loaded.model, text, Named(loaded.source.name, task.name), settings, path, say)
 
     def run(self) -> SensitivityMap:
         """All that is not done yet; then the map is written, and the rows are removed."""
@@ -144,6 +165,10 @@ class Build:
     def _ties(self) -> dict[str, Any]:
         began = self.clock()
         s = self.settings
+        if not s.n_ties:
+            self._step("gradients")
+            none: list[list[Any]] = [[] for _ in range(self.calibration.n_sequences)]
+            return {"kind": "ties", "ties": none, "seconds": 0.0}
         ties = find_ties(
             self.model, self.calibration, self.entries, n_ties=s.n_ties, n_probes=s.n_probes,
             seed=s.seed, tokens=s.batch_tokens,

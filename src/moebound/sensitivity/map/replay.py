@@ -9,7 +9,7 @@ middle gives other logits: that is tried for each layer, and if it fails the who
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +118,9 @@ class Replay:
             stack.callback(handle.remove)
             if self.starts_at:
                 hidden = self.base.entering[self.starts_at][rows, : change.shape[1]]
-                stack.enter_context(_from(self.layers, self.starts_at, hidden, self.base.tuples))
+                stack.enter_context(
+                    starting_at(self.layers, self.starts_at, hidden, self.base.tuples)
+                )
             found: torch.Tensor = self.model(**inputs).logits
         return found
 
@@ -133,11 +135,8 @@ class Replay:
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
             return False
         for place, row in enumerate(rows.tolist()):
-            want = self.base.logits[row]
             got = found[place][self.calibration.scored[row, :length].to(found.device)]
-            eps = torch.finfo(want.dtype).eps
-            allowed = max(_AGREES, 16 * eps) * float(want.abs().max())
-            if got.shape != want.shape or not float((got - want).abs().max()) <= allowed:
+            if not same_logits(self.base.logits[row], got):
                 return False
         return True
 
@@ -146,11 +145,18 @@ class Replay:
         return self.entry.stack.view("down", 0).shape[0]
 
 
+def same_logits(want: torch.Tensor, got: torch.Tensor) -> bool:
+    """Whether both are the same but for the order of sums."""
+    eps = torch.finfo(want.dtype).eps
+    allowed = max(_AGREES, 16 * eps) * float(want.abs().max())
+    return got.shape == want.shape and float((got - want).abs().max()) <= allowed
+
+
 @contextmanager
-def _from(
-    layers: nn.ModuleList, start: int, hidden: torch.Tensor, tuples: dict[int, int]
+def starting_at(
+    layers: nn.ModuleList, start: int, hidden: torch.Tensor, tuples: Mapping[int, int]
 ) -> Iterator[None]:
-    """Layers before `start` do nothing, and `start` gets hidden."""
+    """Layers before `start` do nothing, and `start` gets hidden. tuples: as in `Baseline`."""
 
     def skip(n_returned: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

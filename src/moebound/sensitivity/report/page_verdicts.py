@@ -21,22 +21,32 @@ def conclusions(report: Report) -> str:
     with_codec = (
         f"; the dashed one is the same with the {escape(source_name(codec))}" if codec else ""
     )
-    cards = [_card(v, _SAYS) for v in report.verdicts if v.claim.kind == "conclusion"]
+    found = [verdict for verdict in report.verdicts if verdict.claim.kind == "conclusion"]
     return (
         "<section><h2>The paper's conclusions, on this model</h2>\n"
         "<p>The first badge is the verdict with the paper's own simulated errors "
         f"({escape(source_name(report.suite.simulation))}){with_codec}. "
         "Unfold a card for the numbers and the rule.</p>\n"
-        f'<div class="cards">\n{"".join(cards)}</div></section>'
+        f"{cards(found)}</section>"
     )
 
 
 def questions(report: Report) -> str:
-    cards = [_card(v, _ANSWERS) for v in report.verdicts if v.claim.kind == "question"]
+    found = [verdict for verdict in report.verdicts if verdict.claim.kind == "question"]
     return (
         "<section><h2>The paper's open questions, for this model</h2>\n"
-        f'<div class="cards">\n{"".join(cards)}</div></section>'
+        + cards(found)
+        + "</section>"
     )
+
+
+def cards(verdicts: Sequence[Verdict]) -> str:
+    """A card for each: conclusions are supported or not, questions answered yes or no."""
+    each = [
+        _card(verdict, _SAYS if verdict.claim.kind == "conclusion" else _ANSWERS)
+        for verdict in verdicts
+    ]
+    return f'<div class="cards">\n{"".join(each)}</div>'
 
 
 def _card(verdict: Verdict, words: dict[str, str]) -> str:

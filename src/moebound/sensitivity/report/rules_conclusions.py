@@ -55,8 +55,8 @@ def _judged(
     return Finding(ev.every(found), f"{ev.tally(found, words=words)}.", tuple(found))
 
 
-_UNCHANGED = ("unchanged within the margin", "significantly and clearly lower")
-_SEVERE = ("lower by more than 10 points", "not so")
+_UNCHANGED = ("unchanged within the margin of 3 points", "significantly and clearly lower")
+_SEVERE = ("lower by more than 10 points", "where a drop of 10 points is out of the question")
 
 
 def rare_expert_harmless(scene: Scene) -> Finding:

@@ -197,7 +197,8 @@ def error_is_normal(suite: Suite) -> Finding:
         )
     if not found:
         return ev.missing("the error of a real codec")
-    return Finding(ev.every(found), f"{ev.tally(found, 'codec')}.", tuple(found))
+    words = ("spread like a Gaussian", "that stays inside of its bound, as no Gaussian does")
+    return Finding(ev.every(found), f"{ev.tally(found, 'codec', words)}.", tuple(found))
 
 
 def _is_number(data: object, name: str) -> bool:

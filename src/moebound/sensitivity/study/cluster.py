@@ -59,13 +59,11 @@ class RayWorkers(Workers):
     def call(self, method: str, *args: Any) -> Any:
         return self._get(self._grow(1)[0].call.remote(method, args))
 
-    def run(
-        self, conditions: Sequence[Condition], profile: Mapping[str, Any]
-    ) -> Iterator[Measured]:
+    def run(self, conditions: Sequence[Condition], known: Mapping[str, Any]) -> Iterator[Measured]:
         left = list(reversed(conditions))
         busy: dict[Any, Any] = {}
         for worker in self._grow(min(self.count, len(left))):
-            worker.call.remote("use_profile", (profile,))  # calls of an actor keep their order
+            worker.call.remote("use", (known,))  # calls of an actor keep their order
             busy[worker.call.remote("run", (left.pop(),))] = worker
         while busy:
             [done], _ = self._ray.wait(list(busy), num_returns=1)

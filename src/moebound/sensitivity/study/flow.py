@@ -30,18 +30,18 @@ from moebound.sensitivity.taps import tap
 @dataclass
 class Heard:
     """One forward pass. hidden: [B, L, ...] behind each decoder layer. chosen: [B · L, K] by MoE
-    layer."""
+    layer. tuples: what each decoder layer returns: 0 for a tensor, else the length of its tuple."""
 
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+    tuples: dict[int, int] = field(default_factory=dict)
 
-    def real(self, mask: torch.Tensor) -> Heard:
-        """Of real tokens only. mask: [B, L] bool, on the CPU."""
-        flat = mask.reshape(-1)
-        return Heard(
-            {i: h.reshape(*mask.shape, -1)[mask.to(h.device)] for i, h in self.hidden.items()},
-            {i: c.reshape(len(flat), -1)[flat.to(c.device)] for i, c in self.chosen.items()},
-        )
+    def check(self, mask: torch.Tensor) -> None:
+        """Raises RuntimeError or IndexError where the shapes are not those of mask, [B, L]."""
+        for hidden in self.hidden.values():
+            hidden[mask.to(hidden.device)]
+        for chosen in self.chosen.values():
+            chosen[mask.reshape(-1).to(chosen.device)]
 
 
 class Listener:
@@ -74,6 +74,7 @@ def _leaves(heard: Heard, index: int) -> Any:
                 f"decoder layer {index} returns {type(output).__name__}, expected hidden states"
             )
         heard.hidden[index] = hidden.detach()
+        heard.tuples[index] = len(output) if isinstance(output, tuple) else 0
 
     return hook
 
@@ -92,18 +93,26 @@ class FlowSum:
         self._squares: dict[int, list[float]] = {}
         self._choices: dict[int, list[int]] = {}
 
-    def add(self, was: Heard, now: Heard) -> None:
-        """Both of the same real tokens."""
+    def add(self, was: Heard, now: Heard, mask: torch.Tensor) -> None:
+        """Both of the same tokens. mask: [B, L], the real ones. A layer that was not heard now did
+        what it did before."""
+        flat = mask.reshape(-1)
         for layer, h in was.hidden.items():
             change, whole = self._squares.setdefault(layer, [0.0, 0.0])
-            moved = (now.hidden[layer].float() - h.float()).double().square().sum()
-            self._squares[layer] = [
-                change + float(moved), whole + float(h.double().square().sum())
-            ]  # fmt: skip
+            real = mask.to(h.device)
+            h = h[real]
+            moved = 0.0
+            if layer in now.hidden:
+                moved = float((now.hidden[layer][real].float() - h.float()).double().square().sum())
+            self._squares[layer] = [change + moved, whole + float(h.double().square().sum())]
         for layer, index in was.chosen.items():
             changed, total = self._choices.setdefault(layer, [0, 0])
-            kept = (now.chosen[layer].unsqueeze(2) == index.unsqueeze(1)).any(2)
-            self._choices[layer] = [changed + int((~kept).sum()), total + kept.numel()]
+            real = flat.to(index.device)
+            index = index[real]
+            if layer in now.chosen:
+                kept = (now.chosen[layer][real].unsqueeze(2) == index.unsqueeze(1)).any(2)
+                changed += int((~kept).sum())
+            self._choices[layer] = [changed, total + index.numel()]
 
     def to_json(self) -> dict[str, list[float]] | None:
         """By layer, ascending; None if the model's numbers are none any more."""

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,9 @@ class Setup:
     threads: int | None = None
     batch: int | None = None
 
+    def with_threads(self, threads: int) -> Setup:
+        return replace(self, threads=threads)
+
     def open(self) -> Measurer:
         """Load the model. Raises CheckpointError, UnsupportedArchitectureError, TaskError."""
         if self.threads is not None:
@@ -78,6 +81,7 @@ class Measurer:
         self._problems: dict[str, list[Problem]] = {}
         self._readings: dict[str, Reading] = {}
         self._profile: Profile | None = None
+        self._drafts: dict[str, list[str]] = {}
 
     def facts(self) -> ModelFacts:
         first = self._experts.layers[0]
@@ -103,9 +107,12 @@ class Measurer:
             trace = recorder.take(model=self._loaded.source.name, task=task)
         return TaskUse.of(trace, task=task, text=text).to_json()
 
-    def use_profile(self, profile: Mapping[str, Any]) -> None:
-        """What "most used" means from now on: the use by a condition's own task."""
-        self._profile = Profile.from_json(profile)
+    def use(self, known: Mapping[str, Any]) -> None:
+        """What is known of the model without an error. "profile": says what "most used" means, by
+        a condition's own task. "answers": by task, what it answers: drafts, which save time where
+        an error changes few answers, and change nothing (see evaluate/drafts.py)."""
+        self._profile = Profile.from_json(known["profile"])
+        self._drafts = {str(task): list(texts) for task, texts in known["answers"].items()}
 
     def run(self, condition: Condition) -> Measured:
         """Put the error in, measure, take it out. The weights are then what they were, bit for
@@ -120,6 +127,8 @@ class Measurer:
         if condition.source != BASELINE:
             usage = None if self._profile is None else self._profile.only(condition.task)
             keys = list(parse_selector(condition.selector).resolve(self._experts, usage))
+        layers = sorted({key.layer for key in keys})
+        first = layers[0] if layers and reading.starts_at(layers[0]) else 0
         with ExitStack() as stack:
             realised = None
             if condition.source != BASELINE:
@@ -127,7 +136,7 @@ class Measurer:
                 error = perturbed(experts, source, condition.bound, seed=condition.seed)
                 realised = stack.enter_context(error).to_json()
             answers = self._answers(condition.task) if condition.answers else None
-            difference = reading.compare()
+            difference = reading.compare(first)
         layer = whole_layer(condition.selector)
         row = {
             "condition": condition.id,
@@ -135,7 +144,7 @@ class Measurer:
             "table": condition.table,
             "selector": condition.selector,
             "experts_changed": len(keys),
-            "layers": sorted({key.layer for key in keys}),
+            "layers": layers,
             # For `plan --study`: the condition is all experts of this layer.
             **({} if layer is None else {"layer": layer}),
             "source": condition.source,
@@ -150,7 +159,12 @@ class Measurer:
 
     def _answers(self, task: str) -> list[str]:
         problems = self._problems_of(task)
-        outputs = answer(self._loaded, self._tasks[task], problems, batch=self._setup.batch)
+        drafts = self._drafts.get(task)
+        if drafts is not None and len(drafts) != len(problems):
+            drafts = None
+        outputs = answer(
+            self._loaded, self._tasks[task], problems, batch=self._setup.batch, drafts=drafts
+        )
         return [output.text for output in outputs]
 
     def _judged(self, task: str, answers: list[str] | None) -> dict[str, Any]:

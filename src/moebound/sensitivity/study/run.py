@@ -24,7 +24,13 @@ from moebound.sensitivity.study.folder import (
 )
 from moebound.sensitivity.study.measure import Setup
 from moebound.sensitivity.study.rows import KEY, Rows
-from moebound.sensitivity.study.suite import BASELINE, Condition, ModelFacts, Suite
+from moebound.sensitivity.study.suite import (
+    BASELINE,
+    Condition,
+    ModelFacts,
+    Suite,
+    baseline,
+)
 from moebound.sensitivity.study.workers import Workers
 
 
@@ -93,14 +99,16 @@ def run_study(
         say(Step(n_found, len(conditions), None, "", clock.left_s(todo)))
         profile = _profile(folder / PROFILE_FILE, facts, task_names, workers) if todo else None
         waiting = {condition.id: condition for condition in todo}
-        # The baselines first, and all of them: every comparison needs them.
+        # The baselines first, and all of them: every comparison needs them, and their answers are
+        # likely the others' too.
         for part in (
             [condition for condition in todo if condition.source == BASELINE],
             [condition for condition in todo if condition.source != BASELINE],
         ):
             if not part or profile is None:
                 continue
-            for measured in workers.run(part, profile.to_json()):
+            known = {"profile": profile.to_json(), "answers": _baselines(task_names, answers)}
+            for measured in workers.run(part, known):
                 key = str(measured.row[KEY])
                 if measured.answers is not None and key not in answers.found:
                     answers.append({KEY: key, "answers": measured.answers})
@@ -111,6 +119,12 @@ def run_study(
                 left_s = clock.left_s(list(waiting.values()))
                 say(Step(done, len(conditions), measured.row, condition.label, left_s))
     return Outcome(folder, asked, n_found, len(todo))
+
+
+def _baselines(tasks: Sequence[str], answers: Rows) -> dict[str, list[str]]:
+    """What the model without an error answers, by task, as far as it has been asked."""
+    found = {task: answers.found.get(baseline(task).id) for task in tasks}
+    return {task: list(row["answers"]) for task, row in found.items() if row is not None}
 
 
 def _profile(path: Path, facts: ModelFacts, tasks: Sequence[str], workers: Workers) -> Profile:

@@ -97,8 +97,9 @@ class Entry:
 
     selector, label: may have depths, `@0.48`. sources: None for those of the study; else these, as
     far as the study has them. rates: each bound; sources without one count once. n_seeds: None for
-    the study's. task: 0 the study's first, 1 its second; None for each; or a name. paper: by rate.
-    where: how messages call it.
+    the study's. task: 0 the study's first, 1 its second; None for each; or a name. answers: whether
+    problems are answered; n_answered: with how many of the seeds, None for all: the others are
+    read only. paper: by rate. where: how messages call it.
     """
 
     table: str
@@ -109,6 +110,7 @@ class Entry:
     n_seeds: int | None = None
     task: int | str | None = 0
     answers: bool = True
+    n_answered: int | None = None
     paper: Mapping[float, tuple[Share, Share]] | None = None
     bound_scope: BoundScope = "expert"
     where: str = ""
@@ -171,11 +173,14 @@ def _expand(
             for rate in entry.rates if source.needs_bound else (None,):
                 count = (entry.n_seeds or n_seeds) if source.seeded else 1
                 for seed in range(count):
+                    answers = entry.answers and (
+                        entry.n_answered is None or seed < entry.n_answered
+                    )
                     made.append(
                         named(
                             Condition(
                                 "", entry.table, label, selector, text, rate, entry.bound_scope,
-                                seed, task, entry.answers, (entry.paper or {}).get(rate or 0.0),
+                                seed, task, answers, (entry.paper or {}).get(rate or 0.0),
                             )
                         )
                     )  # fmt: skip

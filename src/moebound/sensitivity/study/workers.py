@@ -1,9 +1,10 @@
 """Who measures: this process, other processes, or (see `cluster.py`) a Ray cluster.
 
-All do the same: load the model themselves, and answer calls of `Measurer`'s methods. Conditions do
-not depend on each other, and every draw of noise has its own stream, so the rows are the same with
-any number of workers, but for their order, `seconds`, and the last digits of kl where another
-number of threads adds in another order.
+All do the same: load the model themselves, and answer calls of a measurer's methods. In a study
+that is a `Measurer`; the demo measures its stores in the same way. Conditions do not depend on each
+other, and every draw of noise has its own stream, so the rows are the same with any number of
+workers, but for their order, `seconds`, and the last digits of kl where another number of threads
+adds in another order.
 """
 
 from __future__ import annotations
@@ -13,17 +14,25 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from moebound.errors import MoeboundError
-from moebound.sensitivity.study.measure import Measured, Measurer, Setup, cores
-from moebound.sensitivity.study.suite import Condition
+from moebound.sensitivity.study.measure import cores
 
 GRACE_S = 5.0
 """How long a process may take to end by itself."""
+
+
+class Opens(Protocol):
+    """How a worker gets what it measures with: plain data, which travels to it."""
+
+    @property
+    def threads(self) -> int | None: ...
+    def with_threads(self, threads: int) -> Self: ...
+    def open(self) -> Any:
+        """Something with `use(known)` and `run(condition)`, such as a `Measurer`."""
 
 
 class Workers(ABC):
@@ -33,13 +42,11 @@ class Workers(ABC):
 
     @abstractmethod
     def call(self, method: str, *args: Any) -> Any:
-        """One call of a method of `Measurer`, by the first worker."""
+        """One call of a method of what was opened, by the first worker."""
 
     @abstractmethod
-    def run(
-        self, conditions: Sequence[Condition], profile: Mapping[str, Any]
-    ) -> Iterator[Measured]:
-        """Measure all, in any order. profile: as `use_profile` takes it."""
+    def run(self, conditions: Sequence[Any], known: Mapping[str, Any]) -> Iterator[Any]:
+        """Measure all, in any order. known: what `use` is given, once a worker."""
 
     @abstractmethod
     def close(self) -> None:
@@ -62,16 +69,14 @@ class InProcess(Workers):
 
     count = 1
 
-    def __init__(self, measurer: Measurer) -> None:
+    def __init__(self, measurer: Any) -> None:
         self._measurer = measurer
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._measurer, method)(*args)
 
-    def run(
-        self, conditions: Sequence[Condition], profile: Mapping[str, Any]
-    ) -> Iterator[Measured]:
-        self._measurer.use_profile(profile)
+    def run(self, conditions: Sequence[Any], known: Mapping[str, Any]) -> Iterator[Any]:
+        self._measurer.use(known)
         for condition in conditions:
             yield self._measurer.run(condition)
 
@@ -82,12 +87,12 @@ class InProcess(Workers):
 class Processes(Workers):
     """Several processes of this machine, each with its own model and its share of the cores."""
 
-    def __init__(self, setup: Setup, count: int) -> None:
+    def __init__(self, setup: Opens, count: int) -> None:
         if count < 1:
             raise MoeboundError(f"workers {count}: expected 1 or more")
         self.count = count
         threads = setup.threads or max(1, cores() // count)
-        self._setup = replace(setup, threads=threads)
+        self._setup = setup.with_threads(threads)
         self._workers: list[_Process] = []
 
     def call(self, method: str, *args: Any) -> Any:
@@ -95,14 +100,12 @@ class Processes(Workers):
         first.send(method, *args)
         return first.receive()
 
-    def run(
-        self, conditions: Sequence[Condition], profile: Mapping[str, Any]
-    ) -> Iterator[Measured]:
+    def run(self, conditions: Sequence[Any], known: Mapping[str, Any]) -> Iterator[Any]:
         left = list(reversed(conditions))
         workers = self._grow(min(self.count, len(left)))
         busy: dict[Connection, _Process] = {}
         for worker in workers:
-            worker.send("use_profile", profile)
+            worker.send("use", known)
             busy[worker.connection] = worker
         while busy:
             for connection in wait(list(busy)):
@@ -112,7 +115,7 @@ class Processes(Workers):
                     worker.send("run", left.pop())
                 else:
                     del busy[worker.connection]
-                if found is not None:  # use_profile has nothing to say
+                if found is not None:  # `use` has nothing to say
                     yield found
 
     def _grow(self, count: int) -> list[_Process]:
@@ -129,7 +132,7 @@ class Processes(Workers):
 class _Process:
     """One process, and the line to it."""
 
-    def __init__(self, setup: Setup, number: int) -> None:
+    def __init__(self, setup: Opens, number: int) -> None:
         self._number = number
         context = multiprocessing.get_context("spawn")  # forked torch threads hang
         self.connection, theirs = context.Pipe()
@@ -172,11 +175,11 @@ class _Process:
         self._process.close()
 
 
-def _serve(connection: Connection, setup: Setup) -> None:
+def _serve(connection: Connection, setup: Opens) -> None:
     """What a worker process does: answer calls until the line is cut."""
     # Ctrl-C reaches every process of a terminal; the one that has us decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    measurer: Measurer | None = None
+    measurer: Any = None
     while True:
         try:
             method, args = connection.recv()

@@ -7,6 +7,7 @@ it, and hands out a view.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -87,3 +88,18 @@ class GrowingCache:
                 layer.keep(rows)
             elif layer.is_initialized:
                 layer.reorder_cache(rows)
+
+
+def supports_cache(model: Any) -> bool:
+    """Whether the model takes transformers' ordinary cache; a few families have their own."""
+    return bool(
+        "past_key_values" in arguments(model)
+        and hasattr(model, "_supports_default_dynamic_cache")
+        and model._supports_default_dynamic_cache()
+        and not model.config.is_encoder_decoder
+    )
+
+
+def arguments(model: Any) -> frozenset[str]:
+    """Names of what the model's forward takes."""
+    return frozenset(inspect.signature(type(model).forward).parameters)

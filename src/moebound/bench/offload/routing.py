@@ -1,0 +1,56 @@
+"""Choices of a trace in place of the routers' own, in any transformers model.
+
+Random routers choose nearly all experts alike, which no trained one does. A hook in front of each
+experts module puts in what a trace has for the tokens at hand: its text is gone through token by
+token, prompt first, by the order of calls. What the trace lacks (layers, tokens) is taken from its
+beginning again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from moebound.cache import Trace
+from moebound.errors import CacheError
+from moebound.sensitivity.live import live_experts
+from moebound.types import Array
+
+
+class ForcedRouting:
+    """Installs itself in the model. Raises CacheError if the trace's experts do not fit."""
+
+    def __init__(self, model: Any, trace: Trace, *, top_k: int) -> None:
+        live = live_experts(model)
+        modules = live.modules
+        n_experts = {layer: len(live.in_layer(layer)) for layer in live.layers}
+        self._choices = dict[int, Array]()
+        for place, layer in enumerate(sorted(modules)):
+            entry = trace.layers[place % len(trace.layers)]
+            index = entry.index[:, :top_k].astype(np.int64)
+            if index.shape[1] < top_k or entry.n_experts > n_experts[layer] or (index < 0).any():
+                raise CacheError(
+                    f"trace: {index.shape[1]} of {entry.n_experts} experts a token, the model has "
+                    f"{top_k} of {n_experts[layer]}"
+                )
+            self._choices[layer] = index
+            modules[layer].register_forward_pre_hook(self._hook(layer))
+        self._at = dict.fromkeys(modules, 0)
+
+    def begin(self, token: int = 0) -> None:
+        """The next forward pass is at this token of the trace."""
+        self._at = dict.fromkeys(self._at, token)
+
+    def _hook(self, layer: int) -> Any:
+        def choose(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, chosen, weights = args
+            choices = self._choices[layer]
+            at = self._at[layer]
+            rows = (at + np.arange(len(chosen))) % len(choices)
+            self._at[layer] = at + len(chosen)
+            index = torch.from_numpy(choices[rows]).to(chosen.device, chosen.dtype)
+            return x, index, weights
+
+        return choose

@@ -1,0 +1,103 @@
+"""`moebound generate`: text from a model whose experts stay compressed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from moebound.cli import exits, wording
+from moebound.cli.offload import load_offloaded, offload_options, stats_facts
+from moebound.cli.output import Output, output_options
+from moebound.errors import MoeboundError
+
+
+@click.command()
+@click.argument("src", metavar="STORE")
+@click.option("--prompt", required=True, metavar="TEXT", help="What the text goes on from.")
+@click.option("--chat", is_flag=True, help="The prompt is a message, in the tokenizer's template.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
+              metavar="N", help="Tokens to write at most.")  # fmt: skip
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True,
+              help="0 takes the likeliest token.")  # fmt: skip
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
+              show_default=True, help="Of this much probability together.")  # fmt: skip
+@click.option("--seed", type=int, help="Of the draws.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Ends the text; may be repeated.")
+@click.option("--stats", is_flag=True, help="What was read, waited for and computed.")
+@offload_options
+@output_options
+def generate(
+    output: Output,
+    src: str,
+    prompt: str,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    stats: bool,
+    offload: dict[str, Any],
+) -> int:
+    """Generate text with STORE, its experts read and decoded as they are needed.
+
+    STORE is a store, or an ordinary checkpoint, whose experts are then read as they are. The text
+    is the same as that of the decompressed model in memory, whatever the budget.
+    """
+    from moebound.runtime.generation import GenerationSettings
+    from moebound.runtime.generation import generate as pieces
+
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, stop)
+    with load_offloaded(src, offload, output) as offloaded:
+        ids = _tokens(offloaded.tokenizer, prompt, chat)
+        offloaded.begin_sequence()
+        offloaded.meter.reset()
+        texts, finish = list[str](), None
+        for piece in pieces(
+            offloaded.model, offloaded.tokenizer, ids, settings, continues=not chat
+        ):
+            texts.append(piece.text)
+            if not output.as_json:
+                click.echo(piece.text, nl=False)
+            finish = piece.finish
+        assert finish is not None
+        found = offloaded.stats()
+    if not output.as_json:
+        click.echo()
+    document: dict[str, Any] = {
+        "text": "".join(texts),
+        "finish_reason": finish.reason,
+        "prompt_tokens": finish.n_prompt,
+        "new_tokens": finish.n_new,
+        "first_token_s": finish.first_token_s,
+        "seconds_per_token": finish.seconds_per_token,
+        "predicted_seconds_per_token": found["choice"]["predicted_s"],
+    }
+    if stats:
+        document["stats"] = found
+    human = [wording.facts("", [*_times(document), *stats_facts(found)])] if stats else []
+    output.result(document, *human)
+    return exits.OK
+
+
+def _tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if not chat:
+        ids: list[int] = tokenizer(prompt)["input_ids"]
+        return ids
+    if not getattr(tokenizer, "chat_template", None):
+        raise MoeboundError("--chat: this model's tokenizer has no chat template")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def _times(document: dict[str, Any]) -> list[tuple[str, str]]:
+    first, each = document["first_token_s"], document["seconds_per_token"]
+    return [
+        ("tokens", f"{document['prompt_tokens']} read, {document['new_tokens']} written"),
+        ("first token", "-" if first is None else f"{1e3 * first:.1f} ms"),
+        ("each further one", "-" if each is None else f"{1e3 * each:.2f} ms"),
+    ]

@@ -1,0 +1,134 @@
+"""How a model with compressed experts is loaded: options and words of `generate` and `serve`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moebound.cli import wording
+from moebound.cli.output import Output
+
+if TYPE_CHECKING:
+    from moebound.runtime.offloaded import Offloaded
+
+F = TypeVar("F", bound=Callable[..., int])
+
+_OPTIONS = (
+    click.option("--ram-budget", metavar="SIZE",
+                 help="Memory for experts, decoded and compressed together: 4GiB, or 20% of all "
+                      "of them decoded.  [default: 70 % of what is free]"),
+    click.option("--tier", type=click.Choice(["auto", "disk", "ram"]), default="auto",
+                 show_default=True,
+                 help="Where experts wait: on disk, or compressed in RAM, within the budget."),
+    click.option("--policy", default="lfu", show_default=True,
+                 help="Who leaves the cache; `moebound cache simulate` tells which is best."),
+    click.option("--prefetch", type=click.Choice(["none", "gate", "previous", "matching"]),
+                 default="none", show_default=True,
+                 help="Guess the next layer's experts: ask its router early, take those of the "
+                      "token before, or of a text that went the same way."),
+    click.option("--raw", type=click.Path(exists=True, path_type=Path), metavar="CHECKPOINT",
+                 help="The same model uncompressed, used where reading it is predicted to be "
+                      "faster than decoding."),
+    click.option("--coarse", type=click.Path(exists=True, path_type=Path), metavar="STORE",
+                 help="The same model under a wider bound: on a miss, experts that matter little "
+                      "are read from it. Texts then depend on what is in memory."),
+    click.option("--coarse-above", type=click.FloatRange(0, 1), default=0.6, show_default=True,
+                 help="They matter little with this share of a token's gate weights before them."),
+    click.option("--skip-above", type=click.FloatRange(0, 1),
+                 help="On a miss, experts behind this share are left out.  [default: none is]"),
+    click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+                 default="auto", show_default=True, help="What to compute with."),
+    click.option("--device", default="cpu", show_default=True, help="Where: cpu or cuda."),
+)  # fmt: skip
+
+
+def offload_options(command: F) -> Callable[..., int]:
+    """Adds the options, and passes them on as one argument, `offload`."""
+
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        ram_budget: str | None,
+        tier: str,
+        policy: str,
+        prefetch: str,
+        raw: Path | None,
+        coarse: Path | None,
+        coarse_above: float,
+        skip_above: float | None,
+        dtype: str,
+        device: str,
+        **options: Any,
+    ) -> int:
+        offload = {"ram_budget": ram_budget, "tier": tier, "policy": policy, "predictor": prefetch,
+                   "raw": raw, "coarse": coarse, "coarse_above": coarse_above,
+                   "skip_above": skip_above, "dtype": dtype, "device": device}  # fmt: skip
+        return command(*args, offload=offload, **options)
+
+    found: Callable[..., int] = wrapped
+    for option in reversed(_OPTIONS):
+        found = option(found)
+    return found
+
+
+def load_offloaded(src: str, offload: dict[str, Any], output: Output) -> Offloaded:
+    """`moebound.load`, and a note on what was chosen. Raises CheckpointError without tokenizer."""
+    from moebound.errors import CheckpointError
+    from moebound.runtime.loading import load
+
+    output.note(f"loading {src}")
+    offloaded = load(src, **offload)
+    if offloaded.tokenizer is None:
+        offloaded.close()
+        raise CheckpointError(f"{src}: its tokenizer cannot be loaded")
+    for line in choice_lines(offloaded):
+        output.note(line)
+    return offloaded
+
+
+def choice_lines(offloaded: Offloaded) -> list[str]:
+    """What was chosen at load and what it is expected to cost, for people."""
+    choice = offloaded.choice
+    speeds, where = choice.speeds, {"disk": "on disk", "ram": "in RAM"}[choice.tier]
+    decode = "" if speeds.decode is None else f", decoding {speeds.decode / 1e6:.0f} Mweights/s"
+    ways = ", ".join(f"{1e3 * seconds:.1f} ms ({name})"
+                     for name, seconds in choice.predicted_s.items())  # fmt: skip
+    return [
+        f"experts: {choice.source}, {where}, {wording.n_bytes(choice.expert_bytes)}; "
+        f"{wording.n_bytes(choice.cache_bytes)} for decoded ones",
+        f"measured: reading {wording.n_bytes(speeds.link)}/s{decode}",
+        f"predicted, a token: {ways}; at a hit ratio of {choice.expected_hit_ratio:.2f}",
+    ]
+
+
+def stats_facts(stats: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run did, a name and a value each."""
+    tiers, stall, prefetch = stats["tiers"], stats["stall_s"], stats["prefetch"]
+    accesses = sum(tiers.values())
+    seconds = stats["seconds_per_step"]
+    rows = [
+        ("experts asked for", f"{accesses}, " + ", ".join(
+            f"{wording.percent(n, accesses)} {tier}" for tier, n in tiers.items())),
+        ("moved", f"{wording.n_bytes(stats['bytes_moved'])} in {stats['loads']} loads, "
+                  f"{stats['evictions']} evictions"),
+        ("waited for", ", ".join(f"{cause} {s:.3f} s" for cause, s in stall.items())),
+        ("computed", f"experts {stats['compute_s']:.3f} s, everything {stats['step_s']:.3f} s"),
+    ]  # fmt: skip
+    if seconds is not None:
+        rows.append(("forward pass", f"{1e3 * seconds:.2f} ms on average, {stats['steps']} passes"))
+    if any(stats["fallback"].values()):
+        coarse, skipped = stats["fallback"]["coarse"], stats["fallback"]["skipped"]
+        rows.append(("fallback", f"{coarse} coarse copies, {skipped} experts left out"))
+    if prefetch["predictor"] != "none":
+        state = "on" if prefetch["active"] else "switched off: it did not pay"
+        precision, recall = (
+            "-" if prefetch[name] is None else f"{prefetch[name]:.2f}"
+            for name in ("precision", "recall")
+        )
+        name = prefetch["predictor"]
+        rows.append(("prefetch", f"{name}, precision {precision}, recall {recall}; {state}"))
+    return rows

@@ -1,0 +1,29 @@
+"""Codec `bound` on a GPU, from the same bytes: docs/format.md has them, docs/gpu.md the reasons.
+
+In the order of travel:
+
+    stream.py         an envelope, parsed and checked on the host: what the device needs
+    metadata.py       ... of many arrays, as numbers in one block
+    plan.py           many arrays, one launch: start reading there
+    launch.py         what is allocated and run, and what came of it
+    decode_kernel.py  its kernels, in Triton
+    encode.py         the other way, to the same bytes as on the CPU
+    encode_kernel.py  its kernels
+
+`encode_on` is in `encode.py`; nothing else here imports torch before it is used.
+"""
+
+from moebound.codec.device.launch import Launched, PreparedDecode, Schedule
+from moebound.codec.device.plan import DecodePlan, decode_to, plan_decode
+from moebound.codec.device.stream import Stream, read_stream
+
+__all__ = [
+    "DecodePlan",
+    "Launched",
+    "PreparedDecode",
+    "Schedule",
+    "Stream",
+    "decode_to",
+    "plan_decode",
+    "read_stream",
+]

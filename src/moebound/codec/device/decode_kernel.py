@@ -1,0 +1,367 @@
+"""The decoder on the device: a row of 32 threads decodes one segment, as a warp.
+
+docs/format.md, section 4.6, in Triton. A tile is [SEGMENTS, 32]: a segment a row, a lane a column.
+On a GPU a program is one warp with one segment, whose states stay in registers: thread i is lane i,
+in the only layout that such a tile has. A step decodes up to 32 weights. Lanes whose state fell
+below 2^16 take the next words in the order of their numbers, so where each reads is a count of the
+lanes before it that do: one ballot and a population count, as in DietGPU
+(github.com/facebookresearch/dietgpu); under the interpreter, which has no warps and takes many
+segments at a time, a prefix sum.
+
+Nothing is computed in floating point: values are patterns from a table.
+
+What keeps a hostile stream in: a slot is below 2^table_log whatever the state is; every table is
+full, so that symbols and values are those of the header; a word is read only below the segment's
+count of them; a store is within the array's weights. Positions and counts are the host's, checked.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Columns of `segments` [., 4], int64: whose it is, its first row, first byte and number of words.
+S_ARRAY = tl.constexpr(0)
+S_FIRST_ROW = tl.constexpr(1)
+S_BEGIN = tl.constexpr(2)
+S_WORDS = tl.constexpr(3)
+SEGMENT_FIELDS = tl.constexpr(4)
+
+# Columns of `arrays` [., 16], int64: the header, and where the array's part of each section begins.
+A_WEIGHTS = tl.constexpr(0)
+A_COLUMNS = tl.constexpr(1)
+A_ROWS_PER_SEGMENT = tl.constexpr(2)
+A_LANES = tl.constexpr(3)
+A_LOW_BITS = tl.constexpr(4)
+A_TABLE_LOG = tl.constexpr(5)
+A_TABLES = tl.constexpr(6)
+A_CLASS_BASE = tl.constexpr(7)
+A_ROW_CLASSES = tl.constexpr(8)
+A_COLUMN_CLASSES = tl.constexpr(9)
+A_SLOTS_BEGIN = tl.constexpr(10)
+A_VALUES_BEGIN = tl.constexpr(11)
+A_EXACT_FROM = tl.constexpr(12)  # the lowest symbol of an exact copy, or -1
+A_LOWER = tl.constexpr(13)  # where the low halves of an exact float32 copy begin, or -1
+A_SYMBOLS = tl.constexpr(14)
+A_SYMBOLS_BEGIN = tl.constexpr(15)
+ARRAY_FIELDS = tl.constexpr(16)
+
+# Columns of `tables` [., 4], int64: where its symbols and its slots begin.
+T_SYMBOLS_BEGIN = tl.constexpr(0)
+T_SYMBOLS = tl.constexpr(1)
+T_LOG = tl.constexpr(2)
+T_SLOTS_BEGIN = tl.constexpr(3)
+TABLE_FIELDS = tl.constexpr(4)
+
+# Bits of a segment's status; launch.py has them in words.
+FIRST_STATE = tl.constexpr(1)
+WORDS_SHORT = tl.constexpr(2)
+WORDS_LEFT = tl.constexpr(4)
+LAST_STATE = tl.constexpr(8)
+
+
+@triton.jit
+def _halves(at, mask, ALIGNED: tl.constexpr):
+    """What `_u16` makes 16 bits of, as it was loaded; 0 where masked."""
+    if ALIGNED:
+        low = tl.load(at.to(tl.pointer_type(tl.uint16), bitcast=True), mask=mask, other=0)
+        high = low
+    else:
+        low = tl.load(at, mask=mask, other=0)
+        high = tl.load(at + 1, mask=mask, other=0)
+    return low, high
+
+
+@triton.jit
+def _joined(low, high, ALIGNED: tl.constexpr):
+    """16 bits as uint32. Apart from the load: whoever joins has to wait for it."""
+    joined = low.to(tl.uint32)
+    if not ALIGNED:
+        joined |= high.to(tl.uint32) << 8
+    return joined
+
+
+@triton.jit
+def _u16(at, mask, ALIGNED: tl.constexpr):
+    """16 bits at these byte addresses, as uint32; 0 where masked."""
+    low, high = _halves(at, mask, ALIGNED)
+    return _joined(low, high, ALIGNED)
+
+
+@triton.jit
+def count_before(wants, lower_lanes, BALLOT: tl.constexpr):
+    """How many lanes of the row with a lower number want a word, and how many all in all.
+
+    wants: [SEGMENTS, 32] of 0 and 1, int32. lower_lanes: a bit for each lane with a lower number.
+    """
+    if BALLOT:
+        tl.static_assert(wants.shape[0] == 1, "a ballot is among the lanes of one segment")
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b32 all, lower;
+            setp.ne.s32 p, $2, 0;
+            vote.sync.ballot.b32 all, p, 0xffffffff;
+            and.b32 lower, all, $3;
+            popc.b32 $0, lower;
+            popc.b32 $1, all;
+            }""",
+            "=&r,=&r,r,r",
+            [wants, lower_lanes],
+            dtype=(tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return tl.cumsum(wants, axis=1) - wants, tl.sum(wants, axis=1, keep_dims=True) + wants * 0
+
+
+@triton.jit
+def _from_lane(x, lane):
+    """x of another lane of the same warp, each its own choice."""
+    return tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+        "=r,r,r",
+        [x, lane],
+        dtype=tl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _section(block, begin, KIND: tl.constexpr):
+    """The numbers of one kind that begin at a byte of the block."""
+    return (block + begin).to(tl.pointer_type(KIND), bitcast=True)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "segments_at", "arrays_at", "addresses_at", "classes_at", "symbols_at", "values_at",
+        "first_segment", "n_segments",
+    ]
+)  # fmt: skip
+def decode_segments(
+    compressed,  # uint8
+    block,  # uint8, the metadata; where its sections begin:
+    segments_at,  # int64 [., 4]
+    arrays_at,  # int64 [., 16]
+    addresses_at,  # int64, of each array's first value
+    classes_at,  # uint8
+    symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
+    values_at,  # uint16 or uint32 patterns
+    slots,  # uint8 symbols; or uint32, WIDE: symbol | (frequency - 1) << 8 | bias << 20
+    status,  # int32 [.], what is wrong with each segment; 0 is nothing
+    first_segment,
+    n_segments,
+    ITEM: tl.constexpr,  # bytes of a value
+    LOW_BITS: tl.constexpr,  # the most of any array
+    CLASSES: tl.constexpr,  # whether any array has more than one table
+    EXACT: tl.constexpr,  # whether any array is an exact copy
+    ALIGNED: tl.constexpr,  # whether all segments begin at even addresses
+    WIDE: tl.constexpr,
+    BALLOT: tl.constexpr,  # for one segment and one warp
+    SEGMENTS: tl.constexpr,  # a program's
+):
+    """Decode segments [first_segment, first_segment + n_segments), of values of ITEM bytes."""
+    segments = _section(block, segments_at, tl.int64)
+    arrays = _section(block, arrays_at, tl.int64)
+    addresses = _section(block, addresses_at, tl.int64)
+    symbols = _section(block, symbols_at, tl.uint32)
+    values = _section(block, values_at, tl.uint16 if ITEM == 2 else tl.uint32)
+    classes = block + classes_at
+    # What holds for a segment stands in all 32 columns, so that no value changes its layout.
+    lane = tl.broadcast_to(tl.arange(0, 32)[None, :], [SEGMENTS, 32])
+    own = tl.broadcast_to(tl.arange(0, SEGMENTS)[:, None], [SEGMENTS, 32])
+    lower_lanes = (tl.full([SEGMENTS, 32], 1, tl.uint32) << lane.to(tl.uint32)) - 1
+    tile = tl.program_id(0) * SEGMENTS + own
+    live = tile < n_segments
+    segment = first_segment + tile
+    s = segments + segment.to(tl.int64) * SEGMENT_FIELDS
+    array = tl.load(s + S_ARRAY, mask=live, other=0)
+    first_row = tl.load(s + S_FIRST_ROW, mask=live, other=0)
+    n_words = tl.load(s + S_WORDS, mask=live, other=0).to(tl.int32)
+    a = arrays + array * ARRAY_FIELDS
+    n = tl.load(a + A_WEIGHTS, mask=live, other=0)
+    columns = tl.load(a + A_COLUMNS, mask=live, other=0).to(tl.int32)
+    rows_per_segment = tl.load(a + A_ROWS_PER_SEGMENT, mask=live, other=0).to(tl.int32)
+    lanes = tl.load(a + A_LANES, mask=live, other=1).to(tl.int32)
+    table_log = tl.load(a + A_TABLE_LOG, mask=live, other=1).to(tl.uint32)
+    slots_at = slots + tl.load(a + A_SLOTS_BEGIN, mask=live, other=0)
+    slot_mask = (tl.full([SEGMENTS, 32], 1, tl.uint32) << table_log) - 1
+    if not WIDE:
+        n_symbols = tl.load(a + A_SYMBOLS, mask=live, other=0).to(tl.int32)
+        symbols_at = symbols + tl.load(a + A_SYMBOLS_BEGIN, mask=live, other=0)
+    begin = first_row * columns
+    n_here = tl.minimum(n - begin, rows_per_segment.to(tl.int64) * columns).to(tl.int32)
+    n_here = tl.where(live, n_here, 0)
+    # [begin, begin + n_here) are the segment's weights.
+    address = tl.load(addresses + array, mask=live, other=0) + begin * ITEM
+    out = address.to(tl.pointer_type(tl.uint16 if ITEM == 2 else tl.uint32))
+    states_at = compressed + tl.load(s + S_BEGIN, mask=live, other=0)
+    words_at = states_at + 4 * lanes
+    if CLASSES:
+        n_tables = tl.load(a + A_TABLES, mask=live, other=1).to(tl.int32)
+        base = tl.load(a + A_CLASS_BASE, mask=live, other=0).to(tl.int32)
+        row_class_at = classes + tl.load(a + A_ROW_CLASSES, mask=live, other=0) + first_row
+        column_class_at = classes + tl.load(a + A_COLUMN_CLASSES, mask=live, other=0)
+    if LOW_BITS > 0:
+        low_bits = tl.load(a + A_LOW_BITS, mask=live, other=0).to(tl.int32)
+        planes_at = words_at + ((2 * n_words + 3) // 4) * 4
+        groups = (columns + 31) // 32
+    value_at = values + tl.load(a + A_VALUES_BEGIN, mask=live, other=0)
+    if EXACT:
+        exact_from = tl.load(a + A_EXACT_FROM, mask=live, other=-1).to(tl.int32)
+        if ITEM == 4:
+            lower = tl.load(a + A_LOWER, mask=live, other=-1)
+            lower_at = compressed + lower + 2 * begin
+
+    in_use = live & (lane < lanes)
+    x = _u16(states_at + 4 * lane, in_use, ALIGNED)
+    x = x | _u16(states_at + 4 * lane + 2, in_use, ALIGNED) << 16
+    x = tl.where(in_use, x, 65536)
+    bad_start = tl.where(x < 65536, FIRST_STATE, 0)
+    taken = tl.zeros([SEGMENTS, 32], tl.int32)
+    n_rows = tl.max(tl.max((n_here + columns - 1) // tl.maximum(columns, 1), axis=1), axis=0)
+    n_steps = tl.max(tl.max((columns + lanes - 1) // lanes, axis=1), axis=0)
+    # A warp waits for its oldest use of a load. So loads that no state depends on are issued a step
+    # early, and values are stored a step late: what is left to wait for is one look-up a step.
+    held = tl.zeros([SEGMENTS, 32], tl.uint16 if ITEM == 2 else tl.uint32)
+    held_i = lane
+    held_active = lane < 0
+    if BALLOT:
+        ahead, ahead_high = _halves(words_at + 2 * lane, lane < n_words, ALIGNED)
+    for row in range(n_rows):
+        row_begin = row * columns
+        row_end = tl.minimum(row_begin + columns, n_here)
+        if CLASSES:
+            many = (n_tables > 1) & (row_begin < n_here)
+            row_class = tl.load(row_class_at + row, mask=many, other=0).to(tl.int32) - base
+            column_class = tl.load(column_class_at + lane, mask=many & (lane < columns), other=0)
+        for step in range(n_steps):
+            column = step * lanes + lane
+            i = row_begin + column
+            active = (i < row_end) & (lane < lanes)
+            slot = (x & slot_mask).to(tl.int32)
+            if CLASSES:
+                table = tl.minimum(tl.maximum(row_class + column_class, 0), n_tables - 1)
+                slot += table << table_log.to(tl.int32)
+                further = column + lanes
+                column_class = tl.load(
+                    column_class_at + further, mask=many & (further < columns), other=0
+                )
+            entry = tl.load(slots_at + slot, mask=active, other=0)
+            tl.store(out + held_i, held, mask=held_active)
+            if WIDE:
+                symbol = (entry & 0xFF).to(tl.int32)
+                y = ((entry >> 8 & 0xFFF) + 1) * (x >> table_log) + (entry >> 20)
+            else:
+                symbol = entry.to(tl.int32)
+                which = symbol
+                if CLASSES:
+                    which += table * n_symbols
+                known = tl.load(symbols_at + which, mask=active, other=0)
+                bias = (x & slot_mask) - (known >> 12)
+                y = ((known & 0xFFF) + 1) * (x >> table_log) + bias
+            wants = active & (y < 65536)
+            before, together = count_before(wants.to(tl.int32), lower_lanes, BALLOT)
+            if BALLOT:
+                word = _from_lane(_joined(ahead, ahead_high, ALIGNED), before)
+            else:
+                at = taken + before
+                word = _u16(words_at + 2 * at, wants & (at < n_words), ALIGNED)
+            y = tl.where(wants, y << 16 | word, y)
+            x = tl.where(active, y, x)
+            taken += together
+            if BALLOT:
+                at = taken + lane
+                ahead, ahead_high = _halves(words_at + 2 * at, at < n_words, ALIGNED)
+
+            cell = symbol
+            if LOW_BITS > 0:
+                group_at = planes_at + 4 * low_bits * (row * groups + column // 32)
+                cell = cell << low_bits
+                for b in tl.static_range(LOW_BITS):
+                    plane = group_at + 4 * b + column % 32 // 8
+                    byte = tl.load(plane, mask=active & (b < low_bits), other=0).to(tl.int32)
+                    cell |= (byte >> column % 8 & 1) << b
+            if EXACT:
+                is_exact = exact_from >= 0
+                value = tl.load(value_at + cell, mask=active & (exact_from < 0), other=0)
+                rotated = (cell + (exact_from << 8)).to(tl.uint32)
+                pattern = (rotated >> 1 | rotated << 15) & 0xFFFF
+                if ITEM == 4:
+                    below = _u16(lower_at + 2 * i, active & is_exact & (lower >= 0), False)
+                    pattern = pattern << 16 | below
+                held = tl.where(is_exact, pattern.to(value.dtype), value)
+            else:
+                held = tl.load(value_at + cell, mask=active, other=0)
+            held_i = i
+            held_active = active
+    tl.store(out + held_i, held, mask=held_active)
+
+    words = tl.where(taken > n_words, WORDS_SHORT, 0) + tl.where(taken < n_words, WORDS_LEFT, 0)
+    bad_end = tl.where(x != 65536, LAST_STATE, 0)
+    wrong = tl.max(bad_start, axis=1, keep_dims=True) + tl.max(bad_end, axis=1, keep_dims=True)
+    wrong = tl.broadcast_to(wrong, [SEGMENTS, 32]) + words
+    tl.store(status + segment, wrong, mask=live & (lane == 0))
+
+
+@triton.jit(do_not_specialize=["tables_at", "symbols_at"])
+def expand_tables(
+    block,  # uint8, the metadata; where its sections begin:
+    tables_at,  # int64 [., 4]
+    symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
+    slots,  # to be written, as decode_segments reads them
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write every slot of every table. Program (table, block of slots)."""
+    t = _section(block, tables_at, tl.int64) + tl.program_id(0) * TABLE_FIELDS
+    symbols = _section(block, symbols_at, tl.uint32) + tl.load(t + T_SYMBOLS_BEGIN)
+    n_symbols = tl.load(t + T_SYMBOLS).to(tl.int32)
+    n_slots = 1 << tl.load(t + T_LOG).to(tl.int32)
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = slot < n_slots
+    # The last symbol that begins at or before the slot: those without slots begin where the next
+    # one does, or behind.
+    symbol = tl.zeros([BLOCK], tl.int32)
+    known = tl.load(symbols + symbol, mask=live, other=0)
+    for k in tl.static_range(8):
+        further = symbol + (128 >> k)
+        there = live & (further < n_symbols)
+        candidate = tl.load(symbols + further, mask=there, other=0)
+        found = there & ((candidate >> 12).to(tl.int32) <= slot)
+        symbol = tl.where(found, further, symbol)
+        known = tl.where(found, candidate, known)
+    at = slots + tl.load(t + T_SLOTS_BEGIN) + slot
+    if WIDE:
+        bias = slot.to(tl.uint32) - (known >> 12)
+        entry = symbol.to(tl.uint32) | (known & 0xFFF) << 8 | bias << 20
+        tl.store(at, entry, mask=live)
+    else:
+        tl.store(at, symbol.to(tl.uint8), mask=live)
+
+
+@triton.jit(
+    do_not_specialize=["positions_at", "owners_at", "patches_at", "addresses_at", "first", "last"]
+)
+def lay_patches(
+    block,  # uint8, the metadata; where its sections begin:
+    positions_at,  # int64, flat
+    owners_at,  # int32, index of the array
+    patches_at,  # uint32 patterns
+    addresses_at,  # int64, of each array's first value
+    first,
+    last,
+    ITEM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Put patches [first, last) where they belong."""
+    i = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < last
+    owner = tl.load(_section(block, owners_at, tl.int32) + i, mask=live, other=0)
+    position = tl.load(_section(block, positions_at, tl.int64) + i, mask=live, other=0)
+    address = tl.load(_section(block, addresses_at, tl.int64) + owner, mask=live, other=0)
+    out = (address + position * ITEM).to(tl.pointer_type(tl.uint16 if ITEM == 2 else tl.uint32))
+    value = tl.load(_section(block, patches_at, tl.uint32) + i, mask=live, other=0)
+    tl.store(out, value.to(tl.uint16) if ITEM == 2 else value, mask=live)

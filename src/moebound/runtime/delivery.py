@@ -1,0 +1,67 @@
+"""How an expert gets from its tier into a slot: the last stations of its way, for each device.
+
+A delivery is what a loading thread does with an expert for which there is room. `CpuDelivery` reads
+and decodes into the slot's memory; `cuda.py` has the one for GPUs.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import Any
+
+from moebound.runtime.images import Image
+from moebound.runtime.meter import Load, clock
+from moebound.runtime.slots import Slot, fill, read_into_slot
+from moebound.runtime.tiers import DiskTier, Tier
+
+
+class Delivery(ABC):
+    """One object serves all threads of a loader; each brings a workspace of its own."""
+
+    @abstractmethod
+    def workspace(self) -> Any:
+        """What one thread needs, made once for it."""
+
+    @abstractmethod
+    def bring(self, image: Image, slot: Slot, load: Load, workspace: Any) -> None:
+        """Put the expert's weights into the slot, and the times into `load`. On return they are
+        there, or what computes with them can be made to wait (`Slot.before_use`).
+
+        Raises what reading and decoding raise.
+        """
+
+
+class CpuDelivery(Delivery):
+    """cores: so many threads decode at a time, and one alone uses all of them."""
+
+    def __init__(self, tier: Tier, *, cores: int) -> None:
+        self._tier, self._cores = tier, cores
+        self._decoding = threading.BoundedSemaphore(cores)
+        self._under_way = 0
+        self._lock = threading.Lock()
+
+    def workspace(self) -> memoryview:
+        return self._tier.buffer()
+
+    def bring(self, image: Image, slot: Slot, load: Load, workspace: memoryview) -> None:
+        with self._lock:
+            self._under_way += 1
+        try:
+            if image.encoded or not isinstance(self._tier, DiskTier):
+                self._decode(image, slot, load, workspace)
+            else:
+                read_into_slot(slot, image, drop_cache=self._tier.drop_cache)
+                load.read = load.done = clock()
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def _decode(self, image: Image, slot: Slot, load: Load, workspace: memoryview) -> None:
+        data = self._tier.bytes_of(image, workspace)
+        load.read = clock()
+        with self._decoding:
+            threads = max(1, self._cores // self._under_way)
+            for part in image.parts:
+                fill(slot, part, data[part.start : part.stop], threads=threads)
+        load.done = clock()

@@ -1,0 +1,187 @@
+"""An expert as it lies on disk: which bytes to read, and what they are.
+
+One `Image` an expert, whatever the source: the compressed experts of a store (one read each), and
+ordinary tensors, of a checkpoint or of experts that a store left as they were (a read for each
+stretch of bytes). `open_images` finds all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moebound.checkpoint import Checkpoint, Role, open_checkpoint
+from moebound.checkpoint.experts import Expert, ExpertMatrix, find_experts
+from moebound.checkpoint.families import Family, Layout, find_family
+from moebound.checkpoint.shards import TensorInfo, read_into, read_json
+from moebound.errors import StoreError
+from moebound.store import Store, open_store
+from moebound.store.format import read_settings
+from moebound.store.reader import StoredExpert, StoredMatrix
+from moebound.types import DType, ExpertKey
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One matrix of an image.
+
+    shape: as on disk, of dtype. transposed: [in, out] instead of [out, in]. interleaved: rows of
+    gate and up alternate (role "gate_up"). start, stop: its bytes in the image. stored: how to
+    decode them; None where they are the weights themselves.
+    """
+
+    name: str
+    role: Role
+    dtype: DType
+    shape: tuple[int, int]
+    layout: Layout
+    start: int
+    stop: int
+    stored: StoredMatrix | None
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """All bytes of one expert. spans: where they are, in order."""
+
+    key: ExpertKey
+    spans: tuple[TensorInfo, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(span.n_bytes for span in self.spans)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    @property
+    def encoded(self) -> bool:
+        """Whether there is anything to decode."""
+        return any(part.stored is not None for part in self.parts)
+
+    def read(self, buffer: memoryview, *, drop_cache: bool = False) -> None:
+        """Fill `buffer` (n_bytes long). Raises CheckpointError if a file is gone, CorruptionError
+        if it has become shorter."""
+        at = 0
+        for span in self.spans:
+            read_into(span, buffer[at : at + span.n_bytes], drop_cache=drop_cache)
+            at += span.n_bytes
+
+
+@dataclass(frozen=True)
+class Images:
+    """The routed experts of a source, in the order of the model. tensors: their names in it.
+    compressed: whether this is a store. name: what the user called it."""
+
+    path: Path
+    compressed: bool
+    config: Mapping[str, Any]
+    by_key: Mapping[ExpertKey, Image]
+    tensors: frozenset[str]
+
+    def __iter__(self) -> Iterator[Image]:
+        return iter(self.by_key.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all of them together."""
+        return sum(image.n_bytes for image in self)
+
+    @property
+    def n_weights(self) -> int:
+        return sum(image.n_weights for image in self)
+
+
+def open_images(path: str | os.PathLike[str]) -> Images:
+    """The experts of a store or of an ordinary checkpoint folder. Reads headers only.
+
+    Raises as `open_store` and `open_checkpoint`; StoreError if a store has no routed experts.
+    """
+    path = Path(path)
+    is_store = (path / "config.json").is_file() and read_settings(
+        read_json(path / "config.json")
+    ) is not None
+    found = _of_store(open_store(path)) if is_store else _of_checkpoint(open_checkpoint(path))
+    if not found.by_key:
+        raise StoreError(f"{path}: no routed experts in it")
+    return found
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> Images:
+    assert checkpoint.family is not None  # a folder has a config
+    experts = checkpoint.experts()
+    return Images(
+        checkpoint.path,
+        False,
+        checkpoint.config,
+        {expert.key: _plain(expert, checkpoint.family) for expert in experts},
+        frozenset(matrix.name for expert in experts for matrix in expert.matrices),
+    )
+
+
+def _of_store(store: Store) -> Images:
+    family = find_family(store.config)
+    images = dict[ExpertKey, Image]()
+    names = set[str]()
+    for stored in store.experts():
+        if not stored.key.shared:
+            images[stored.key] = _compressed(stored, family)
+            names |= {m.tensor.name for m in stored.matrices}
+            names |= {m.record.name for m in stored.matrices}  # the empty stand-ins of 3-D tensors
+    # Experts that were not chosen are ordinary tensors.
+    kept = {name: store.tensors[name] for name in store.kept}
+    for expert in find_experts(kept, family, store.config, complete=False):
+        if expert.key not in images:
+            images[expert.key] = _plain(expert, family)
+            names |= {matrix.name for matrix in expert.matrices}
+    return Images(store.path, True, store.config, dict(sorted(images.items())), frozenset(names))
+
+
+def _compressed(stored: StoredExpert, family: Family) -> Image:
+    span = TensorInfo(
+        str(stored.key), "U8", (stored.n_bytes,), stored.file, stored.offset, stored.n_bytes
+    )
+    parts = []
+    for matrix in stored.matrices:
+        record, start = matrix.record, matrix.tensor.offset - stored.offset
+        shape = (record.certificate.shape[0], record.certificate.shape[1])
+        parts.append(
+            Part(record.name, record.role, record.certificate.dtype, shape,
+                 _layout(family, record.name), start, start + matrix.tensor.n_bytes, matrix)
+        )  # fmt: skip
+    return Image(stored.key, (span,), tuple(parts))
+
+
+def _plain(expert: Expert, family: Family) -> Image:
+    parts, spans, at = [], list[TensorInfo](), 0
+    for matrix in expert.matrices:
+        parts.append(
+            Part(matrix.name, matrix.role, matrix.dtype, matrix.shape,
+                 _layout(family, matrix.name), at, at + matrix.n_bytes, None)
+        )  # fmt: skip
+        spans.append(_span(matrix))
+        at += matrix.n_bytes
+    return Image(expert.key, tuple(spans), tuple(parts))
+
+
+def _span(matrix: ExpertMatrix) -> TensorInfo:
+    source, n_bytes = matrix.source, matrix.n_bytes
+    offset = source.offset + (matrix.index or 0) * n_bytes
+    return TensorInfo(source.name, "U8", (n_bytes,), source.file, offset, n_bytes)
+
+
+def _layout(family: Family, name: str) -> Layout:
+    match = family.match(name)
+    if match is None:
+        raise StoreError(f"tensor {name!r} is named as no expert of family {family.name!r} is")
+    return match.layout

@@ -1,0 +1,168 @@
+"""Threads that bring experts in: make room, read, decode, hand over.
+
+What a forward pass waits for is loaded in the order it is asked for; what a predictor expects comes
+after that, and only where it displaces nothing that is in use. Each thread takes one expert
+through all its stations, so that one is read while others are decoded. Reading and decoding let go
+of the interpreter.
+
+**Order.** Room is taken by one thread at a time, in the order asked. So a computation that uses
+experts in that order always finds the next one coming, whatever the cache's size, and its release
+makes the room that the one after it waits for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from moebound.cache import ExpertCache
+from moebound.cache.claim import Claim
+from moebound.errors import CacheError
+from moebound.runtime.delivery import Delivery
+from moebound.runtime.images import Image
+from moebound.runtime.meter import Load, Meter, clock
+from moebound.runtime.slots import Kind, Slot, SlotPool
+from moebound.types import ExpertKey
+
+
+@dataclass(eq=False)
+class Order:
+    """One expert that was asked for. arrived: its slot; None if somebody else has brought it, or
+    brings it, so that the cache knows."""
+
+    key: ExpertKey
+    speculative: bool
+    asked: float
+    arrived: Future[Slot | None] = field(default_factory=Future)
+
+
+class Loader:
+    """n_threads that load. images, kinds: of every expert.
+
+    Close it: threads end, and orders that nobody took are cancelled. Close the cache before, in
+    which one may be waiting for room.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache[Slot],
+        images: Mapping[ExpertKey, Image],
+        kinds: Mapping[ExpertKey, Kind],
+        delivery: Delivery,
+        pool: SlotPool,
+        meter: Meter,
+        *,
+        n_threads: int,
+    ) -> None:
+        self._cache, self._images, self._kinds = cache, images, kinds
+        self._delivery, self._pool, self._meter = delivery, pool, meter
+        self._turn = threading.Lock()
+        self._asked = threading.Condition()
+        self._demanded, self._expected = deque[Order](), deque[Order]()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"moebound-loader-{i}", daemon=True)
+            for i in range(n_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pool_bytes(self) -> int:
+        """Memory of all slots."""
+        return self._pool.made_bytes
+
+    def demand(self, keys: Iterable[ExpertKey]) -> list[Order]:
+        """Load these, in this order, before anything else."""
+        now = clock()
+        orders = [Order(key, False, now) for key in keys]
+        with self._asked:
+            self._demanded.extend(orders)
+            self._asked.notify_all()
+        return orders
+
+    def expect(self, keys: Iterable[ExpertKey]) -> None:
+        """Load these when there is nothing else to do. Replaces what was expected before."""
+        now = clock()
+        orders = [Order(key, True, now) for key in keys]
+        with self._asked:
+            self._expected.clear()
+            self._expected.extend(orders)
+            self._asked.notify_all()
+
+    def cancel(self, orders: Iterable[Order]) -> None:
+        """Do not begin these any more."""
+        for order in orders:
+            order.arrived.cancel()
+
+    def close(self) -> None:
+        with self._asked:
+            self._closed = True
+            for order in (*self._demanded, *self._expected):
+                order.arrived.cancel()
+            self._asked.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def load(self, claim: Claim[Slot], order: Order, workspace: Any = None) -> Slot:
+        """Bring in the claimed expert, and fill the claim. Raises what reading and decoding raise;
+        the claim is then abandoned. workspace: the thread's, None for a new one."""
+        image = self._images[claim.key]
+        found = Load(claim.key, image.n_bytes, image.n_weights, order.speculative, order.asked,
+                     clock())  # fmt: skip
+        for _, evicted in claim.evicted:
+            self._pool.give(evicted)
+        slot = self._pool.take(self._kinds[claim.key])
+        with claim:
+            try:
+                workspace = self._delivery.workspace() if workspace is None else workspace
+                self._delivery.bring(image, slot, found, workspace)
+            except BaseException:
+                self._pool.give(slot)  # before the claim's room is free again
+                raise
+            slot.load = found
+            self._meter.loaded(found)
+            claim.fill(slot)
+        return slot
+
+    def _work(self) -> None:
+        workspace = self._delivery.workspace()
+        while True:
+            with self._turn:
+                order = self._next()
+                if order is None:
+                    return
+                claim = self._claim(order)
+            if claim is None:
+                continue
+            try:
+                order.arrived.set_result(self.load(claim, order, workspace))
+            except BaseException as error:
+                order.arrived.set_exception(error)
+
+    def _next(self) -> Order | None:
+        """The next order to carry out; None when this is closed."""
+        with self._asked:
+            while True:
+                if self._closed:
+                    return None
+                for orders in (self._demanded, self._expected):
+                    while orders:
+                        order = orders.popleft()
+                        if order.arrived.set_running_or_notify_cancel():
+                            return order
+                self._asked.wait()
+
+    def _claim(self, order: Order) -> Claim[Slot] | None:
+        try:
+            claim = self._cache.claim(order.key, speculative=order.speculative)
+        except CacheError as error:
+            order.arrived.set_exception(error)
+            return None
+        if claim is None:
+            order.arrived.set_result(None)
+        return claim

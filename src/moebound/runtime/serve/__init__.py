@@ -1,0 +1,18 @@
+"""A server that speaks the OpenAI API, for one model on one machine. docs/serve.md has its use.
+
+engine.py     what it needs of a model
+config.py     limits and settings
+schema.py     what a request may say
+prompts.py    a request to token ids and settings, within the limits
+worker.py     one thread that generates, and the queue before it
+stats.py      what has been served, and how fast
+answers.py    a text, as it comes, to JSON bodies and event streams
+guard.py      API key, host and size of every request
+errors.py     error bodies
+app.py        the routes
+server.py     socket, signals, shutdown
+
+One text at a time: keys and values of one sequence are all the state, so memory has a bound that
+does not depend on how many ask. Whoever comes meanwhile waits in the queue, or is told to come
+again. Needs fastapi and uvicorn: pip install 'moebound[serve]'.
+"""

@@ -1,0 +1,47 @@
+"""Settings of a server, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moebound.errors import MoeboundError
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """name: of the model, in requests and answers. api_key: what every request must bear; None for
+    no key. queue: requests that may wait while one runs. max_prompt_tokens, max_new_tokens: of a
+    request; None for what the model's positions allow. max_body_bytes: of a request.
+    grace_s: seconds that a running request is given when the server shuts down. chat_template:
+    Jinja, in place of the tokenizer's.
+
+    Raises MoeboundError for what cannot be.
+    """
+
+    name: str
+    api_key: str | None = None
+    queue: int = 16
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int | None = None
+    max_body_bytes: int = 4 << 20
+    grace_s: float = 10.0
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise MoeboundError("name: expected a name for the model, found an empty one")
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+            # The key itself is not shown: messages end up in logs.
+            raise MoeboundError(
+                "API key: expected one or more printable ASCII characters without spaces"
+            )
+        if self.queue < 0:
+            raise MoeboundError(f"queue {self.queue}: expected 0 or more")
+        for option in ("max_prompt_tokens", "max_new_tokens", "max_body_bytes"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise MoeboundError(f"{option} {value}: expected 1 or more")
+        if not (math.isfinite(self.grace_s) and self.grace_s >= 0):
+            raise MoeboundError(f"grace {self.grace_s}: expected 0 seconds or more")

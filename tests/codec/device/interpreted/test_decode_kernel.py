@@ -1,0 +1,124 @@
+"""The kernels give the CPU's bits, on whatever a payload can be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moebound import decode, encode
+from moebound.codec.bound import BoundCodec
+from moebound.codec.device import Schedule, decode_to, plan_decode, read_stream
+from moebound.types import NUMPY_DTYPES, Array, DType
+
+from ... import weights
+from ...make_fixtures import CASES, Case
+from .launching import MANY, decoded, patterns
+
+CODEC = BoundCodec(segment_weights=1024)
+MOST_STEPS = 1250
+"""Of a stored example that decodes in seconds here."""
+
+
+def scaled(shape: tuple[int, int], dtype: DType = "BF16") -> Array:
+    """Rows and columns of many scales: many tables."""
+    rng = np.random.default_rng(3)
+    values = 0.02 * rng.standard_normal(shape)
+    values *= np.exp(rng.standard_normal((shape[0], 1)))
+    values *= np.exp(0.5 * rng.standard_normal((1, shape[1])))
+    return values.astype(NUMPY_DTYPES[dtype])
+
+
+def with_oddities() -> Array:
+    array = weights.gaussian((64, 512))
+    array[0, 0], array[1, 1], array[40, 7], array[63, 511] = np.nan, np.inf, -np.inf, 1e30
+    return array
+
+
+ENCODED = {
+    "one table": encode(weights.gaussian((64, 512)), 0.005, codec=CODEC),
+    "many tables": encode(scaled((64, 512)), 0.002, codec=CODEC),
+    "columns of no whole group": encode(scaled((97, 345)), 0.002, codec=CODEC),
+    "a ragged last row": encode(weights.gaussian((32801,)), 0.005, codec=CODEC),
+    "low bits": encode(weights.gaussian((64, 512)), 0.0001, codec=CODEC),
+    "low bits, ragged": encode(weights.gaussian((32801,)), 0.0001, codec=CODEC),
+    "patches": encode(with_oddities(), 0.005, codec=CODEC),
+    "float16": encode(weights.gaussian((64, 512), "F16"), 0.002, codec=CODEC),
+    "float32": encode(weights.gaussian((64, 512), "F32"), 0.002, codec=CODEC),
+    "float32 to bfloat16": encode(
+        weights.gaussian((64, 512), "F32"), 0.002, codec=CODEC, dtype="BF16"
+    ),
+    "four lanes": encode(weights.gaussian((96, 96)), 0.005, codec=CODEC),
+    "one lane": encode(weights.gaussian((12, 40)), 0.005, codec=CODEC),
+    "one weight": encode(weights.gaussian((1,)), 0.005, codec=CODEC),
+    "all zero": encode(np.zeros((64, 512), np.float16), 0.005, codec=CODEC),
+    "exact copy": encode(weights.gaussian((4, 64)), 1e-12, codec=CODEC),
+    "lossless bfloat16": encode(weights.gaussian((4, 64)), 1.0, codec="lossless"),
+    "lossless float32": encode(weights.gaussian((4, 64), "F32"), 1.0, codec="lossless"),
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_the_same_bits(name: str) -> None:
+    (found,) = decoded([ENCODED[name]])
+    np.testing.assert_array_equal(found, patterns(decode(ENCODED[name])))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_stored_bytes(case: Case) -> None:
+    fixture = case.load()
+    coded = read_stream(fixture.encoded).coded
+    steps = coded.rows_per_segment * -(-coded.columns // (1 << coded.lanes_log)) if coded else 0
+    if steps > MOST_STEPS:
+        pytest.skip(f"{steps} steps: minutes under the interpreter")
+    (found,) = decoded([fixture.encoded])
+    np.testing.assert_array_equal(found, patterns(fixture.decoded))
+
+
+def test_everything_in_one_launch() -> None:
+    """Dtypes, tables, low bits, patches and codecs mixed."""
+    names = ("many tables", "low bits", "patches", "float16", "float32", "one weight")
+    data = [ENCODED[name] for name in names]
+    data += [encode(weights.gaussian((9, 9), "F32"), 0.01, codec="raw")]
+    for envelope, found in zip(data, decoded(data), strict=True):
+        np.testing.assert_array_equal(found, patterns(decode(envelope)))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Schedule(together=8, wide=True), Schedule(together=16, wide=False)],
+    ids=repr,
+)
+def test_no_schedule_changes_a_bit(schedule: Schedule) -> None:
+    data = ENCODED["many tables"]
+    (found,) = decoded([data], schedule=schedule)
+    np.testing.assert_array_equal(found, patterns(decode(data)))
+
+
+@pytest.mark.parametrize("name", ["many tables", "low bits"])
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_bytes_at_any_address(name: str, shift: int) -> None:
+    (found,) = decoded([ENCODED[name]], offsets=[shift])
+    np.testing.assert_array_equal(found, patterns(decode(ENCODED[name])))
+
+
+def test_into_slots_of_one_tensor() -> None:
+    """Gate and up projection stacked, as the experts' modules hold them."""
+    gate, up = (weights.gaussian((40, 512), seed=seed) for seed in (1, 2))
+    data = [encode(array, 0.005, codec=CODEC) for array in (gate, up)]
+    plan = plan_decode(data)
+    compressed = torch.zeros(plan.n_bytes, dtype=torch.uint8)
+    plan.pack(data, compressed)
+    experts = torch.full((3, 80, 512), 5.0, dtype=torch.bfloat16)
+    plan.launch(compressed, [experts[1, :40], experts[1, 40:]], MANY).check()
+    want = np.concatenate([patterns(decode(envelope)) for envelope in data])
+    np.testing.assert_array_equal(patterns(experts[1]), want)
+    assert bool((experts[0] == 5).all() and (experts[2] == 5).all())
+
+
+def test_decode_to_makes_tensors_of_the_arrays_shapes() -> None:
+    data = [encode(weights.gaussian((2, 30)), 0.005), ENCODED["one weight"]]
+    first, second = decode_to(data, "cpu")
+    assert (first.shape, first.dtype) == ((2, 30), torch.bfloat16)
+    np.testing.assert_array_equal(patterns(first), patterns(decode(data[0])))
+    np.testing.assert_array_equal(patterns(second), patterns(decode(data[1])))
