@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class Kernels(NamedTuple):
-    """The modules of kernels."""
+    """The modules of kernels of codec `bound`."""
 
     decode_kernel: Any
     encode_kernel: Any
 
 
-def kernels(device: torch.device) -> Kernels:
-    """The kernels, if they can run on this device.
+def check_device(device: torch.device) -> None:
+    """Make sure that kernels can run on this device.
 
     Raises BackendUnavailable without triton, and for a device that is not CUDA; with
     TRITON_INTERPRET=1 the CPU will do, slowly, for tests.
@@ -34,6 +34,19 @@ def kernels(device: torch.device) -> Kernels:
             f"device {device}: expected a CUDA device; on the CPU use moebound.encode and "
             "moebound.decode"
         )
+
+
+def kernels(device: torch.device) -> Kernels:
+    """The kernels of codec `bound`, if they can run on this device. Raises as check_device."""
+    check_device(device)
     from moebound.codec.device import decode_kernel, encode_kernel
 
     return Kernels(decode_kernel, encode_kernel)
+
+
+def cuszp_kernels(device: torch.device) -> Any:
+    """The kernels of cuSZp's stream, likewise."""
+    check_device(device)
+    from moebound.codec.device import cuszp_kernels
+
+    return cuszp_kernels
