@@ -48,10 +48,11 @@ class CpuDelivery(Delivery):
         with self._lock:
             self._under_way += 1
         try:
-            if image.encoded or not isinstance(self._tier, DiskTier):
+            plain = isinstance(self._tier, DiskTier) and self._tier.into_slots
+            if image.encoded or not plain:
                 self._decode(image, slot, load, workspace)
             else:
-                read_into_slot(slot, image, drop_cache=self._tier.drop_cache)
+                read_into_slot(slot, image, drop_cache=False)
                 load.read = load.done = clock()
         finally:
             with self._lock:

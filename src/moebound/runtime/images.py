@@ -69,6 +69,16 @@ class Image:
         """Whether there is anything to decode."""
         return any(part.stored is not None for part in self.parts)
 
+    @property
+    def stretch(self) -> tuple[Path, int, int] | None:
+        """File, first byte and number of bytes, if all spans stand one behind the other."""
+        first, at = self.spans[0], self.spans[0].offset
+        for span in self.spans:
+            if span.file != first.file or span.offset != at:
+                return None
+            at += span.n_bytes
+        return first.file, first.offset, at - first.offset
+
     def read(self, buffer: memoryview, *, drop_cache: bool = False) -> None:
         """Fill `buffer` (n_bytes long). Raises CheckpointError if a file is gone, CorruptionError
         if it has become shorter."""
