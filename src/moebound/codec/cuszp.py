@@ -17,9 +17,9 @@ included (bench/results/cuszp.json has more):
     0.3    3.165     4.156   4.574   4.573
     0.8    1.826     2.965   3.373   3.373
 
-`encode_stream` and `decode_stream` have the bare stream, as
-the library gives and takes it; docs/format-cuszp.md has its bytes, and what is done otherwise
-here; `reference/cuszp.py` is the same in NumPy.
+`encode_stream` and `decode_stream` have the bare stream, as the library gives and takes it;
+docs/format-cuszp.md has its bytes, and what is done otherwise here; `reference/cuszp.py` is the
+same in NumPy, `device/cuszp.py` on a GPU.
 
 Left out: the 2-D and 3-D layouts, float64, and the stream of version 1.
 """
@@ -142,7 +142,7 @@ class CuszpCodec(Codec):
             stream = _native.cuszp_encode(flat, bound, code, False, threads)
             return _HEADER.pack(code, bound) + stream  # type: ignore[no-any-return]
 
-        return Payload(smallest_with_patch(self, x, spec, spec.abs_bound, payload))
+        return Payload(smallest_with_patch(self, x, spec, spec.abs_bound, payload, threads=threads))
 
     def decompress(
         self, data: memoryview, spec: ArraySpec, out: Array, *, threads: int = 1

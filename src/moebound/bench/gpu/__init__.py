@@ -8,6 +8,7 @@ In this order:
     transfer.py    copies, and decoding behind them, over the experts of a layer
     benchmark.py   all of it: start reading there
     table.py       as text
+    cuszp.py       the stream of cuSZp, apart: `python -m moebound.bench.gpu.cuszp`
 """
 
 from moebound.bench.gpu.benchmark import FORMAT, Settings, run

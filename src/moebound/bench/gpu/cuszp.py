@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moebound.bench.environment import describe
+from moebound.bench.gpu.cases import EXPERT_WEIGHTS
+from moebound.bench.gpu.throughput import time_on_device
 from moebound.bench.timing import Timing
 from moebound.codec import cuszp as on_cpu
 from moebound.codec.device import cuszp as on_device
@@ -27,7 +28,6 @@ from moebound.errors import BoundViolatedError, CorruptionError
 from moebound.types import Array
 
 FORMAT = 1
-EXPERT_WEIGHTS = 3 * 2048 * 1408
 RATES = (0.05, 0.3, 0.8)
 SHAPES = ((4, 8), (4, 16), (4, 32), (8, 8), (8, 16), (2, 16))
 """Warps and rounds of a program, tried on the first case."""
@@ -172,28 +172,13 @@ def _time(mode: str, dtype: str, rate: float, n: int, warps: int, rounds: int) -
         return Row(
             mode, dtype, rate, n, warps, rounds, 8 * stream.numel() / n,
             encode=_by_host(lambda: on_device.encode_stream(x, bound, mode=mode)),
-            measure=_by_device(lambda: on_device.measure(x, bound, mode)),
-            write=_by_device(lambda: on_device.write(x, stream, placed, bound, mode)),
+            measure=time_on_device(lambda: on_device.measure(x, bound, mode)),
+            write=time_on_device(lambda: on_device.write(x, stream, placed, bound, mode)),
             decode=_by_host(decode),
-            read=_by_device(lambda: on_device.read(stream, placed, out, bound, mode)),
+            read=time_on_device(lambda: on_device.read(stream, placed, out, bound, mode)),
         )  # fmt: skip
     finally:
         on_device.SHAPE = before
-
-
-def _by_device(job: Callable[[], object], repeats: int = 20) -> Timing:
-    """Seconds between events around each call. The first is not counted."""
-    import torch
-
-    job()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    marks[0].record()
-    for mark in marks[1:]:
-        job()
-        mark.record()
-    torch.cuda.synchronize()
-    return Timing.of([a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)])
 
 
 def _by_host(job: Callable[[], object], repeats: int = 10) -> Timing:

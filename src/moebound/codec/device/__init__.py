@@ -10,6 +10,9 @@ In the order of travel:
     encode.py         the other way, to the same bytes as on the CPU
     encode_kernel.py  its kernels
 
+cuszp.py and cuszp_kernels.py, apart from these, are the stream of cuSZp (docs/format-cuszp.md),
+both ways.
+
 `encode_on` is in `encode.py`; nothing else here imports torch before it is used.
 """
 

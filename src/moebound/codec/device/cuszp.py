@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moebound.codec.cuszp import BLOCK, CHUNK, MODES, check_bound, check_mode, table_n_bytes
-from moebound.errors import BackendUnavailable, CodecError, CorruptionError
+from moebound.codec.device.triton_kernels import cuszp_kernels
+from moebound.errors import CodecError, CorruptionError
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,8 @@ def encode_stream(x: torch.Tensor, abs_bound: float, *, mode: str = "plain") -> 
     """The stream of a contiguous float32 tensor, as a flat uint8 tensor on its device.
 
     abs_bound, mode: as `moebound.codec.cuszp.encode_stream` takes them. Waits once for the device,
-    to learn how many bytes there will be. Raises BoundError, CodecError.
+    to learn how many bytes there will be. Raises BoundError, CodecError,
+    BackendUnavailable.
     """
     import torch
 
@@ -77,7 +79,7 @@ def decode_stream(
     dtype: float32, bfloat16 or float16, to which values are rounded, ties to even; float32 if None.
     Waits once for the device: the sum of all rates is compared with the length of the stream before
     anything is read by it. Raises CorruptionError on bytes that no encoder makes, BoundError,
-    CodecError.
+    CodecError, BackendUnavailable.
     """
     import torch
 
@@ -86,10 +88,8 @@ def decode_stream(
     if stream.dtype != torch.uint8 or stream.ndim != 1 or not stream.is_contiguous():
         raise CodecError(f"cuszp: expected flat contiguous uint8, found {stream.dtype}")
     n_table = table_n_bytes(n)
-    if len(stream) < n_table:
-        raise CorruptionError(
-            f"cuszp: {len(stream)} bytes, where the table of rates alone has {n_table}"
-        )
+    if n < 0 or len(stream) < n_table:
+        raise CorruptionError(f"cuszp: {len(stream)} bytes cannot hold {n} values")
     placed = place(stream[:n_table], n, mode)
     if placed.n_bytes != len(stream):
         raise CorruptionError(f"cuszp: {len(stream)} bytes, where the rates say {placed.n_bytes}")
@@ -125,7 +125,7 @@ def place(table: torch.Tensor, n: int, mode: str) -> Placed:
     if n_chunks == 0:
         return Placed(sizes, inside, planes, 0)
     wrong = torch.zeros(1, dtype=torch.int32, device=table.device)
-    _kernels().place_blocks[n_chunks,](
+    cuszp_kernels(table.device).place_blocks[n_chunks,](
         table, inside, sizes, planes, wrong, _n_blocks(n),
         MODE=MODES.index(mode), num_warps=_PLACING_WARPS,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def read(
 
 def _launch(kernel: str, n: int, *args: Any, MODE: str, **options: Any) -> None:
     """One of the kernels that go over all blocks of n values."""
-    kernels = _kernels()
+    kernels = cuszp_kernels(args[0].device)
     warps, rounds = INTERPRETED_SHAPE if kernels.INTERPRETED else SHAPE
     getattr(kernels, kernel)[-(-_n_blocks(n) // (warps * rounds)),](
         *args,
@@ -202,11 +202,3 @@ def _n_blocks(n: int) -> int:
 def _aligned(stream: torch.Tensor, mode: str) -> bool:
     """Whether every payload begins at a multiple of 4."""
     return mode != "outlier" and stream.data_ptr() % 4 == 0
-
-
-def _kernels() -> Any:
-    try:
-        from moebound.codec.device import cuszp_kernels
-    except ImportError as error:
-        raise BackendUnavailable("cuszp on a device needs triton: pip install triton") from error
-    return cuszp_kernels

@@ -1,9 +1,4 @@
-"""The door to the kernels: triton is imported here, when something is to run on a device.
-
-`launch` calls a kernel. Triton binds and specialises the arguments of each call anew, in Python,
-and that takes many times as long as the rest of a launch. What it finds is known here beforehand,
-so it is asked once for each set of constants.
-"""
+"""The door to the kernels: triton is imported here, when something is to run on a device."""
 
 from __future__ import annotations
 
@@ -17,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class Kernels(NamedTuple):
-    """The modules of kernels."""
+    """The modules of kernels of codec `bound`."""
 
     decode_kernel: Any
     encode_kernel: Any
 
 
-def kernels(device: torch.device) -> Kernels:
-    """The kernels, if they can run on this device.
+def check_device(device: torch.device) -> None:
+    """Make sure that kernels can run on this device.
 
     Raises BackendUnavailable without triton, and for a device that is not CUDA; with
     TRITON_INTERPRET=1 the CPU will do, slowly, for tests.
@@ -40,9 +35,22 @@ def kernels(device: torch.device) -> Kernels:
             f"device {device}: expected a CUDA device; on the CPU use moebound.encode and "
             "moebound.decode"
         )
+
+
+def kernels(device: torch.device) -> Kernels:
+    """The kernels of codec `bound`, if they can run on this device. Raises as check_device."""
+    check_device(device)
     from moebound.codec.device import decode_kernel, encode_kernel
 
     return Kernels(decode_kernel, encode_kernel)
+
+
+def cuszp_kernels(device: torch.device) -> Any:
+    """The kernels of cuSZp's stream, likewise."""
+    check_device(device)
+    from moebound.codec.device import cuszp_kernels
+
+    return cuszp_kernels
 
 
 def launch(
@@ -59,19 +67,6 @@ def launch(
     function: takes the tensors, then the numbers, then the constants, in this order, and has all of
     its numbers in do_not_specialize; they fit 32 bits.
     """
-    grid = (*n_programs, 1)
-    # What else a compiled kernel depends on: which addresses are multiples of 16.
-    aligned = tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    place = (id(function), tensors[0].device, num_warps, aligned, *constants.values())
-    compiled = _COMPILED.get(place)
-    if compiled is not None:
-        compiled[grid](*tensors, *numbers, *constants.values())
-        return
-    compiled = function[grid](
+    function[*n_programs, 1](
         *tensors, *numbers, **constants, num_warps=num_warps, enable_fp_fusion=False
     )
-    if compiled is not None:  # it is under the interpreter
-        _COMPILED[place] = compiled
-
-
-_COMPILED: dict[tuple[Any, ...], Any] = {}

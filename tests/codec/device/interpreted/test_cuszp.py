@@ -17,7 +17,7 @@ import torch
 from moebound.codec import cuszp as on_cpu
 from moebound.codec.cuszp import BLOCK, CHUNK, MODES
 from moebound.codec.device import cuszp as on_device
-from moebound.errors import BoundError, CodecError, CorruptionError
+from moebound.errors import BoundError, BoundViolatedError, CodecError, CorruptionError
 from moebound.types import Array
 
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -150,3 +150,15 @@ def test_what_it_cannot_take() -> None:
         on_device.decode_stream(stream.float(), 64, 0.1)
     with pytest.raises(CodecError, match="float16"):
         on_device.decode_stream(stream, 64, 0.1, dtype=torch.float64)
+
+
+def test_the_benchmark_verifies_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moebound.bench.gpu import cuszp as bench
+
+    monkeypatch.setattr(bench, "_arrays", lambda: iter([("ragged", ARRAYS["ragged"])]))
+    assert bench.verify(device="cpu") == 3 * 3 * 4
+    monkeypatch.setattr(
+        on_device, "encode_stream", lambda x, *_, **__: torch.zeros(3, dtype=torch.uint8)
+    )
+    with pytest.raises(BoundViolatedError, match="stream: 3 bytes, the CPU has"):
+        bench.verify(device="cpu")
