@@ -199,7 +199,7 @@ def bench_gpu(
 @click.option("--budgets", default="10,25,50,100", show_default=True, metavar="LIST",
               help="Memory for experts, in percent of all of them decoded.")  # fmt: skip
 @click.option("--tiers", default="disk,ram", show_default=True, help="Where experts wait.")
-@click.option("--policies", default="lfu", show_default=True, help="Of the cache.")
+@click.option("--policies", default="hobbit", show_default=True, help="Of the cache.")
 @click.option("--prefetch", default="none", show_default=True, help="Predictors.")
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="What is routed where, of `moebound profile --trace`.  [default: drawn by "

@@ -24,7 +24,7 @@ _OPTIONS = (
     click.option("--tier", type=click.Choice(["auto", "disk", "ram"]), default="auto",
                  show_default=True,
                  help="Where experts wait: on disk, or compressed in RAM, within the budget."),
-    click.option("--policy", default="lfu", show_default=True,
+    click.option("--policy", default="hobbit", show_default=True,
                  help="Who leaves the cache; `moebound cache simulate` tells which is best."),
     click.option("--prefetch", type=click.Choice(["none", "gate", "previous", "matching"]),
                  default="none", show_default=True,

@@ -43,7 +43,7 @@ def load(
     tier: TierName | Literal["auto"] = "auto",
     device: str = "cpu",
     dtype: str = "auto",
-    policy: str = "lfu",
+    policy: str = "hobbit",
     predictor: str = "none",
     raw: str | os.PathLike[str] | None = None,
     coarse: str | os.PathLike[str] | None = None,

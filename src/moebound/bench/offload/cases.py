@@ -33,7 +33,7 @@ class Settings:
     codec: str = "bound"
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     tiers: tuple[str, ...] = ("disk", "ram")
-    policies: tuple[str, ...] = ("lfu",)
+    policies: tuple[str, ...] = ("hobbit",)
     predictors: tuple[str, ...] = ("none",)
     trace: Path | None = None
     prompt: int = 64
