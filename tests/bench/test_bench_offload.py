@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from moebound.bench.offload import OffloadReport, Settings, render_offload, run
 from moebound.bench.offload.model import Shapes, make_checkpoint, make_store
 from moebound.bench.offload.routing import ForcedRouting
-from moebound.bench.offload.table import overlapped_bound_s
+from moebound.bench.offload.table import modelled_s
 from moebound.cache import ZipfTrace
 from moebound.errors import CacheError
 from moebound.runtime.images import open_images
@@ -81,7 +81,7 @@ def test_table_and_bound(report: OffloadReport) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "compressed, disk" in text
     assert "accelerate" in text
-    assert overlapped_bound_s(row(report, "raw, disk")) > 0
+    assert modelled_s(row(report, "raw, disk")) > 0
     assert (
         json.loads(json.dumps(report.to_json(), default=str))["format"] == "moebound.bench.offload"
     )
