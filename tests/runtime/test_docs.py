@@ -24,6 +24,7 @@ def test_the_code_runs(tmp_path: Path) -> None:
 
 def test_files_and_predictors() -> None:
     for name in re.findall(r"\b([a-z_]+\.py)\b", TEXT):
-        places = [ROOT / "src/moebound/runtime" / name, ROOT / "tests/runtime" / name]
+        folders = ("src/moebound/runtime", "tests/runtime", "bench")
+        places = [ROOT / folder / name for folder in folders]
         assert any(place.exists() for place in places), name
     assert all(f'"{name}"' in TEXT for name in PREDICTORS)
