@@ -31,7 +31,8 @@ def blocks(document: Path, language: str) -> list[str]:
 def commands(document: Path) -> list[list[str]]:
     """Every `moebound ...` of a document, in blocks and in running text."""
     text = document.read_text(encoding="utf-8")
-    lines = [line for block in blocks(document, "sh") for line in block.splitlines()]
+    whole = [block.replace("\\\n", " ") for block in blocks(document, "sh")]  # lines that go on
+    lines = [line for block in whole for line in block.splitlines()]
     lines += re.findall(r"`(moebound [a-z][^`]*)`", text.replace("\n", " "))
     ours = [line.partition(">")[0] for line in lines if line.startswith("moebound ")]
     return [shlex.split(line, comments=True)[1:] for line in ours]
