@@ -44,7 +44,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("stores")
     source = open_checkpoint(resolve("builtin:wordmath"))
     for name, rate in (("fine", 0.1), ("coarse", 0.8)):
-        compress(source, folder / name, bound=ErrorBound(rate, "rate"), layers={1, 2, 3, 4})
+        compress(source, folder / name, bound=ErrorBound(rate, "rate"))
     return folder / "fine", folder / "coarse"
 
 
