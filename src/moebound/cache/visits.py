@@ -24,6 +24,7 @@ __all__ = [
     "leading_first",
     "load_trace",
     "one_by_one",
+    "shares_above",
     "uniform",
 ]
 
@@ -213,16 +214,23 @@ def _numbers(catalog: Catalog, entry: LayerTrace) -> Array:
     return numbers
 
 
+def shares_above(gate: Array) -> tuple[Array, Array]:
+    """gate: [T, K] float32, 0 or more. Each token's experts by gate, the largest first, and in that
+    order the share of the token's gates that the ones before have."""
+    by_gate = np.argsort(-gate, axis=1, kind="stable")
+    ordered = np.take_along_axis(gate, by_gate, axis=1)
+    above = np.cumsum(ordered, axis=1) - ordered
+    total = np.maximum(ordered.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return by_gate, above / total
+
+
 def _by_step(
     index: Array, weights: Array, step_of: Array, n_experts: int, prefill: Array
 ) -> tuple[Array, Array, Array, Array]:
     """step, expert, tokens that chose it, whether it leads: by step, leading ones first."""
     chosen = index >= 0
     gate = np.where(chosen, np.abs(weights.astype(np.float32)), 0)
-    by_gate = np.argsort(-gate, axis=1, kind="stable")
-    ordered = np.take_along_axis(gate, by_gate, axis=1)
-    above = np.cumsum(ordered, axis=1) - ordered
-    share = above / np.maximum(ordered.sum(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    by_gate, share = shares_above(gate)
     leads = np.empty_like(chosen)
     np.put_along_axis(leads, by_gate, share <= LEADING_SHARE, axis=1)
     leads |= prefill[step_of][:, None]

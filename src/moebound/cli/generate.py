@@ -51,7 +51,6 @@ def generate(
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, stop)
     with load_offloaded(src, offload, output) as offloaded:
         ids = _tokens(offloaded.tokenizer, prompt, chat)
-        offloaded.begin_sequence()
         offloaded.meter.reset()
         texts, finish = list[str](), None
         for piece in pieces(

@@ -59,6 +59,13 @@ def to_numpy(array: ArrayLike) -> Array:
     return np.ascontiguousarray(array, dtype=NUMPY_DTYPES[name]).reshape(array.shape)
 
 
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """As torch has it."""
+    import torch
+
+    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+
+
 def to_torch(array: Array) -> torch.Tensor:
     """A torch tensor over the same memory."""
     import torch

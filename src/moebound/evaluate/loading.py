@@ -13,6 +13,7 @@ import torch
 from moebound.errors import CheckpointError, MoeboundError
 from moebound.runtime.batched import NAME as BATCHED
 from moebound.runtime.batched import register_batched
+from moebound.runtime.dtypes import parse_dtype
 from moebound.runtime.quiet import without_bars
 from moebound.wordmath.builtin import PREFIX, resolve
 
@@ -21,8 +22,6 @@ SMALL_EXPERT_WEIGHTS = 1 << 20
 nothing to gain from it."""
 
 DIGEST_SAMPLES = 4096
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Kind = Literal["builtin", "store", "checkpoint", "hub"]
 
@@ -76,8 +75,7 @@ def load(
     """
     src = os.fspath(src)
     path = resolve(src)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise MoeboundError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+    parse_dtype(dtype)  # before anything is loaded
     name = Path(src).resolve().name if Path(src).exists() else src
     model = _load_model(src, path, dtype, device)
     tokenizer = _load_tokenizer(src, path)
@@ -94,7 +92,7 @@ def _load_model(src: str, path: str, dtype: str, device: str) -> Any:
     from moebound.runtime import register
 
     register()
-    options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else DTYPES[dtype]}
+    options: dict[str, Any] = {"dtype": parse_dtype(dtype)}
     if device != "cpu":
         options["device_map"] = device
     if Path(path).is_dir():

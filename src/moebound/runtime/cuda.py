@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
+from moebound.codec.arrays import torch_dtype
 from moebound.codec.device import DecodePlan, plan_decode, read_stream
 from moebound.errors import CorruptionError, FormatError
 from moebound.runtime.delivery import Delivery
 from moebound.runtime.images import Image, Part
 from moebound.runtime.meter import Load, clock
-from moebound.runtime.slots import TORCH_DTYPES, Slot, fill, plain_weights
+from moebound.runtime.slots import Slot, fill, plain_weights
 from moebound.runtime.tiers import RamTier, Tier
 from moebound.types import ExpertKey
 
@@ -91,7 +92,7 @@ class CudaDelivery(Delivery):
         for part in image.parts:
             target = slot.whole(part)
             if target is None:
-                dtype = TORCH_DTYPES[part.dtype]
+                dtype = torch_dtype(part.dtype)
                 target = torch.empty(part.shape, dtype=dtype, device=self._device)
                 aside.append((part, target))
             outs.append(target)

@@ -26,7 +26,7 @@ class Delivery(ABC):
     @abstractmethod
     def bring(self, image: Image, slot: Slot, load: Load, workspace: Any) -> None:
         """Put the expert's weights into the slot, and the times into `load`. On return they are
-        there, or what computes with them can be made to wait (`Slot.before_use`).
+        there.
 
         Raises what reading and decoding raise.
         """
@@ -48,12 +48,12 @@ class CpuDelivery(Delivery):
         with self._lock:
             self._under_way += 1
         try:
-            plain = isinstance(self._tier, DiskTier) and self._tier.into_slots
-            if image.encoded or not plain:
-                self._decode(image, slot, load, workspace)
-            else:
-                read_into_slot(slot, image, drop_cache=False)
+            tier = self._tier
+            if not image.encoded and isinstance(tier, DiskTier) and tier.into_slots:
+                read_into_slot(slot, image, drop_cache=tier.drop_cache)
                 load.read = load.done = clock()
+            else:
+                self._decode(image, slot, load, workspace)
         finally:
             with self._lock:
                 self._under_way -= 1

@@ -9,6 +9,7 @@ depend on what is resident: this is off by default, and never used on prompts.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from moebound.cache.visits import shares_above
 from moebound.errors import CacheError
 from moebound.runtime.delivery import Delivery
 from moebound.runtime.images import Image
@@ -57,12 +59,7 @@ class Grades:
 def shares_before(chosen: Array, gates: Array) -> dict[int, float]:
     """Expert -> the share of a token's gate weights that experts with larger ones have, the least
     over the tokens that chose it. chosen, gates: [T, K]; the largest has 0."""
-    weights = np.abs(gates.astype(np.float64))
-    order = np.argsort(-weights, axis=1, kind="stable")
-    ordered = np.take_along_axis(weights, order, axis=1)
-    before = (ordered.cumsum(axis=1) - ordered) / np.maximum(
-        ordered.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny
-    )
+    order, before = shares_above(np.abs(gates.astype(np.float32)))
     found = dict[int, float]()
     for expert, share in zip(
         np.take_along_axis(chosen, order, axis=1).ravel().tolist(), before.ravel().tolist(),
@@ -89,6 +86,7 @@ class CoarseCopies:
         # As many as come to be in use at a time; what is given back is used again.
         self._pool = SlotPool(1 << 62, device, set(kinds.values()))
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="moebound-coarse")
+        self._own = threading.local()  # each thread's workspace
 
     def fetch(self, key: ExpertKey) -> Future[Slot]:
         """Read and decode it, in a thread. Give it back when it has been used."""
@@ -106,7 +104,9 @@ class CoarseCopies:
         now = clock()
         load = Load(key, image.n_bytes, image.n_weights, False, now, now)
         try:
-            self._delivery.bring(image, slot, load, self._delivery.workspace())
+            if not hasattr(self._own, "workspace"):
+                self._own.workspace = self._delivery.workspace()
+            self._delivery.bring(image, slot, load, self._own.workspace)
         except BaseException:
             self._pool.give(slot)
             raise

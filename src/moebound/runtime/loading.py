@@ -16,8 +16,9 @@ import torch
 from moebound.cache import ExpertCache
 from moebound.checkpoint import local_folder
 from moebound.codec import thread_count
-from moebound.errors import CacheError, CheckpointError, MoeboundError
+from moebound.errors import CacheError, CheckpointError
 from moebound.runtime.choose import catalog_of, choose, open_delivery, open_tier
+from moebound.runtime.dtypes import parse_dtype
 from moebound.runtime.fallback import CoarseCopies, Grades
 from moebound.runtime.fetcher import Fetcher
 from moebound.runtime.images import Images, open_images
@@ -32,8 +33,6 @@ from moebound.runtime.tiers import TierName
 from moebound.sensitivity.live import LiveExperts, live_experts
 from moebound.types import ExpertKey
 from moebound.wordmath.builtin import resolve
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -79,8 +78,7 @@ def load(
     """
     from moebound.runtime.skeleton import load_skeleton
 
-    if dtype != "auto" and dtype not in DTYPES:
-        raise MoeboundError(f"dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+    computed_in = parse_dtype(dtype)
     guess = _predictor(predictor)
     path = local_folder(resolve(os.fspath(source)))
     cores = thread_count() if threads is None else threads
@@ -95,12 +93,7 @@ def load(
     sources = {"compressed" if images.compressed else "raw": images}
     if raw is not None:
         sources["raw"] = _same_model(images, open_images(local_folder(resolve(os.fspath(raw)))))
-    model = load_skeleton(
-        path,
-        routed=images.tensors,
-        dtype="auto" if dtype == "auto" else DTYPES[dtype],
-        device=device,
-    )
+    model = load_skeleton(path, routed=images.tensors, dtype=computed_in, device=device)
     register_on_demand()
     model.set_experts_implementation(NAME)
     live = live_experts(model)

@@ -48,14 +48,11 @@ class Meter:
     stall_s: dict[Cause, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
     loads: int = 0
     loaded_bytes: int = 0
-    loaded_weights: int = 0
     accesses: int = 0
     hits: int = 0
-    late: int = 0
     steps: int = 0
     tokens: int = 0
     prefetched: int = 0
-    prefetch_used: int = 0
     predicted: int = 0
     predicted_right: int = 0
     skipped: int = 0
@@ -66,7 +63,6 @@ class Meter:
         with self._lock:
             self.loads += 1
             self.loaded_bytes += load.n_bytes
-            self.loaded_weights += load.n_weights
             self.read_s += load.read - load.begun
             self.decode_s += load.done - load.read
             self.prefetched += load.speculative

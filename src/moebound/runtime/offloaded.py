@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +12,7 @@ from moebound.cache import ExpertCache
 from moebound.runtime.choose import Way
 from moebound.runtime.costs import Costs, Speeds
 from moebound.runtime.fetcher import Fetcher
-from moebound.runtime.meter import Meter
+from moebound.runtime.meter import Meter, clock
 from moebound.runtime.slots import Slot
 from moebound.runtime.tiers import TierName
 
@@ -143,10 +142,10 @@ class Offloaded:
         n_tokens = inputs.shape[1] if isinstance(inputs, torch.Tensor) else 1
         self._fetcher.decoding = n_tokens == 1
         self.meter.add(tokens=inputs.shape[0] * n_tokens if inputs is not None else 0)
-        self._begun = time.perf_counter()
+        self._begun = clock()
 
     def _end(self, module: Any, args: Any, output: Any) -> None:
-        self.meter.add(steps=1, step_s=time.perf_counter() - self._begun)
+        self.meter.add(steps=1, step_s=clock() - self._begun)
 
 
 def _share(part: float, whole: float) -> float | None:

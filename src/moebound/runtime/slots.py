@@ -15,12 +15,10 @@ import torch
 from torch import nn
 
 from moebound.checkpoint import Role, read_into
-from moebound.codec.arrays import to_torch
+from moebound.codec.arrays import to_torch, torch_dtype
 from moebound.errors import CorruptionError
 from moebound.runtime.images import Image, Part
 from moebound.runtime.meter import Load
-
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Slot:
             part.role != "gate_up" or part.layout.interleaved == kind.interleaved
         ):
             target = self.down if part.role == "down" else self.first
-        if target is None or target.dtype != TORCH_DTYPES[part.dtype]:
+        if target is None or target.dtype != torch_dtype(part.dtype):
             return None
         return target if target.is_contiguous() and target.shape == part.shape else None
 
@@ -145,7 +143,7 @@ def _transposed(part: Part, slot: Slot) -> bool:
 
 def plain_weights(part: Part, data: memoryview) -> torch.Tensor:
     """The weights of a part that is not compressed; shares the bytes' memory."""
-    return torch.frombuffer(data, dtype=TORCH_DTYPES[part.dtype]).view(part.shape)
+    return torch.frombuffer(data, dtype=torch_dtype(part.dtype)).view(part.shape)
 
 
 def fill(slot: Slot, part: Part, data: memoryview, *, threads: int) -> None:
@@ -163,7 +161,7 @@ def fill(slot: Slot, part: Part, data: memoryview, *, threads: int) -> None:
         slot.put(part, to_torch(part.stored.decode(data, threads=threads)))
 
 
-def read_into_slot(slot: Slot, image: Image, *, drop_cache: bool = False) -> None:
+def read_into_slot(slot: Slot, image: Image, *, drop_cache: bool) -> None:
     """Read an expert that is not compressed, without a copy where disk and slot have it alike.
 
     Raises as `Image.read` and `Slot.put`.
@@ -171,7 +169,7 @@ def read_into_slot(slot: Slot, image: Image, *, drop_cache: bool = False) -> Non
     for span, part in zip(image.spans, image.parts, strict=True):
         target = slot.whole(part)
         weights = (
-            torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype]) if target is None else target
+            torch.empty(part.shape, dtype=torch_dtype(part.dtype)) if target is None else target
         )
         read_into(span, weights.view(torch.uint8).numpy().data, drop_cache=drop_cache)
         if weights is not target:

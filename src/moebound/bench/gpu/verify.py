@@ -14,11 +14,10 @@ import numpy as np
 
 from moebound.codec import envelope
 from moebound.codec.api import decode, encode
-from moebound.codec.arrays import to_torch
+from moebound.codec.arrays import to_torch, torch_dtype
 from moebound.codec.bound import BoundCodec
 from moebound.codec.device import Schedule, plan_decode, read_stream
 from moebound.codec.device.launch import DEFAULT_SCHEDULE
-from moebound.codec.device.plan import torch_dtype
 from moebound.errors import CorruptionError
 from moebound.types import NUMPY_DTYPES, Array
 
@@ -86,7 +85,7 @@ def _compare(
     plan.pack(data, staging)
     # Filled with what no decoder writes there, between guards that none may touch.
     blocks = [
-        torch.full((s.spec.size + 256,), -7.0, dtype=torch_dtype(s), device=device)
+        torch.full((s.spec.size + 256,), -7.0, dtype=torch_dtype(s.spec.dtype), device=device)
         for s in plan.streams
     ]
     outs = [b[128:-128] for b in blocks]
@@ -115,7 +114,7 @@ def _damage(data: bytes, device: Any) -> Check:
     assert stream.coded is not None
     plan = plan_decode([stream])
     rng = np.random.default_rng(5)
-    out = torch.empty(stream.spec.size, dtype=torch_dtype(stream), device=device)
+    out = torch.empty(stream.spec.size, dtype=torch_dtype(stream.spec.dtype), device=device)
     for _ in range(20):
         hostile = np.frombuffer(data, np.uint8).copy()
         segment = int(rng.integers(len(stream.coded.segments)))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moebound.codec.arrays import torch_dtype
 from moebound.codec.device import metadata
 from moebound.codec.device.launch import DEFAULT_SCHEDULE, Launched, PreparedDecode, Schedule
 from moebound.codec.device.metadata import Metadata
@@ -111,7 +112,7 @@ class DecodePlan:
         if len(outs) != len(self.streams):
             raise CodecError(f"outs: expected {len(self.streams)} tensors, found {len(outs)}")
         for i, (stream, out) in enumerate(zip(self.streams, outs, strict=True)):
-            dtype = torch_dtype(stream)
+            dtype = torch_dtype(stream.spec.dtype)
             if (out.dtype, out.numel(), out.device) != (
                 dtype,
                 stream.spec.size,
@@ -165,18 +166,11 @@ def decode_to(
     plan.pack(envelopes, staging)
     if out is None:
         out = [
-            torch.empty(stream.spec.shape, dtype=torch_dtype(stream), device=device)
+            torch.empty(stream.spec.shape, dtype=torch_dtype(stream.spec.dtype), device=device)
             for stream in plan.streams
         ]
     plan.launch(staging.to(device, non_blocking=True), out).check()
     return list(out)
-
-
-def torch_dtype(stream: Stream) -> torch.dtype:
-    """Of the decoded values."""
-    import torch
-
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[stream.spec.dtype]
 
 
 def _in_a_row(streams: Sequence[Stream]) -> list[int]:

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moebound.codec.arrays import torch_dtype
 from moebound.codec.device import Schedule, plan_decode
-from moebound.codec.device.plan import torch_dtype
 
 MANY = Schedule(together=32)
 
@@ -29,7 +29,7 @@ def decoded(
     compressed = torch.zeros(plan.n_bytes, dtype=torch.uint8)
     plan.pack(data, compressed)
     blocks = [
-        torch.full((stream.spec.size + 128,), -7.0, dtype=torch_dtype(stream))
+        torch.full((stream.spec.size + 128,), -7.0, dtype=torch_dtype(stream.spec.dtype))
         for stream in plan.streams
     ]
     plan.launch(compressed, [block[64:-64] for block in blocks], schedule).check()
