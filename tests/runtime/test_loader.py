@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moebound.cache import Catalog, ExpertCache
 from moebound.errors import CacheError, CorruptionError
-from moebound.runtime.delivery import Delivery
+from moebound.runtime.delivery import Arrival, Delivery
 from moebound.runtime.images import Image
 from moebound.runtime.loader import Loader
-from moebound.runtime.meter import Load, Meter, clock
+from moebound.runtime.meter import Meter, clock
 from moebound.runtime.slots import Kind, Slot, SlotPool
 from moebound.types import ExpertKey
 
@@ -27,7 +30,9 @@ CATALOG = Catalog.uniform({1: 8}, KIND.n_bytes)
 class Recorded(Delivery):
     """Brings the expert's number, in the order asked, when it is let."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: int = 1) -> None:
+        self.together = together
+        self.groups: list[list[int]] = []
         self.began: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
@@ -36,13 +41,16 @@ class Recorded(Delivery):
     def workspace(self) -> None:
         return None
 
-    def bring(self, image: Image, slot: Slot, load: Load, workspace: Any) -> None:
-        self.began.append(image.key.expert)
+    def bring(self, arrivals: Sequence[Arrival], workspace: Any) -> None:
+        group = [arrival.image.key.expert for arrival in arrivals]
+        self.groups.append(group)
+        self.began += group
         assert self.gate.wait(10)
-        if image.key.expert in self.failing:
-            raise CorruptionError("spoiled")
-        slot.down.fill_(image.key.expert)
-        load.read = load.done = clock()
+        for arrival in arrivals:
+            if arrival.image.key.expert in self.failing:
+                raise CorruptionError("spoiled")
+            arrival.slot.down.fill_(arrival.image.key.expert)
+            arrival.load.read = arrival.load.done = clock()
 
 
 def start(
@@ -172,3 +180,71 @@ def test_closing_ends_threads_that_wait_for_room(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 10
     with pytest.raises((CacheError, CancelledError)):
         orders[2].arrived.result(10)
+
+
+def test_what_waits_comes_together_as_far_as_there_is_room() -> None:
+    """Room for four, one of it taken: then three at a time, then what releases make room for."""
+    delivery = Recorded(together=3)
+    delivery.gate.clear()
+    cache, loader = start(delivery, budget=4, n_threads=1)
+    loader.expect(keys(7))
+    wait_until(lambda: delivery.began == [7])  # a guess comes alone
+    found = cache.visit(1, [5, 3, 4, 6, 7, 0])
+    orders = loader.demand(found.missing)
+    delivery.gate.set()
+    for order in orders:
+        slot = order.arrived.result(10)
+        slot = cache.wait(order.key) if slot is None else slot
+        assert slot.down.flatten().tolist() == [order.key.expert] * 4
+        if order.key.expert == 4:
+            assert delivery.groups == [[7], [5, 3, 4]]
+            cache.release(keys(5, 3, 4))
+        elif order.key.expert in (6, 7, 0):
+            cache.release([order.key])
+    assert loader.pool_bytes <= 4 * KIND.n_bytes
+    end(cache, loader)
+
+
+def test_one_bad_expert_does_not_spoil_those_that_come_with_it() -> None:
+    delivery = Recorded(together=4)
+    delivery.failing.add(3)
+    delivery.gate.clear()
+    cache, loader = start(delivery, budget=4, n_threads=1)
+    cache.visit(1, [2, 3, 4])
+    orders = loader.demand(keys(2, 3, 4))
+    delivery.gate.set()
+    assert [order.arrived.exception(10) is None for order in orders] == [True, False, True]
+    assert delivery.groups == [[2, 3, 4], [2], [3], [4]]
+    for order in (orders[0], orders[2]):
+        slot = order.arrived.result()
+        assert slot is not None
+        assert slot.down.flatten().tolist() == [order.key.expert] * 4
+    cache.release(keys(2, 3, 4))
+    delivery.failing.clear()
+    cache.visit(1, [3, 5, 6])
+    assert all(order.arrived.result(10) for order in loader.demand(keys(3, 5, 6)))
+    assert loader.pool_bytes <= 4 * KIND.n_bytes  # no slot is lost, none is in two hands
+    end(cache, loader)
+
+
+@given(st.data())
+@settings(max_examples=15, deadline=None)
+def test_any_visits_end_whatever_comes_together(data: st.DataObject) -> None:
+    together, budget = data.draw(st.integers(1, 5)), data.draw(st.integers(3, 8))
+    delivery = Recorded(together)
+    cache, loader = start(delivery, budget=budget, n_threads=data.draw(st.integers(1, 3)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        wanted = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=8, unique=True))
+        found = cache.visit(1, wanted)
+        orders = loader.demand(found.missing)
+        for key, slot in found.hits.items():
+            assert slot.down[0, 0] == key.expert
+            cache.release([key])
+        for order in orders:
+            arrived = order.arrived.result(10)
+            arrived = cache.wait(order.key) if arrived is None else arrived
+            assert arrived.down[0, 0] == order.key.expert
+            cache.release([order.key])
+    assert all(len(group) <= together for group in delivery.groups)
+    assert loader.pool_bytes <= budget * KIND.n_bytes
+    end(cache, loader)

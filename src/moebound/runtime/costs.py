@@ -13,11 +13,11 @@ read in S / B seconds an expert and not decoded; they win where the link is fast
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from moebound.runtime.delivery import Delivery
+from moebound.runtime.delivery import Arrival, Delivery
 from moebound.runtime.images import Image, Images
 from moebound.runtime.meter import Load, clock
 from moebound.runtime.slots import Kind, Slot
@@ -71,15 +71,24 @@ def measure_speeds(
     kinds: Mapping[ExpertKey, Kind],
     device: torch.device,
 ) -> Speeds:
-    """Bring in these experts, one after the other, and time it. The first is brought in twice:
-    what happens once only is not what is measured."""
-    workspace = delivery.workspace()
+    """Bring in these experts, as many at a time as the delivery does, and time it. The first ones
+    are brought in twice: what happens once only is not what is measured."""
+    workspace, together = delivery.workspace(), delivery.together
+    groups = [images[i : i + together] for i in range(0, len(images), together)]
     loads = list[Load]()
-    for image in (images[0], *images):
-        load = Load(image.key, image.n_bytes, image.n_weights, False, begun=clock())
-        delivery.bring(image, empty_slot(kinds[image.key], device), load, workspace)
-        loads.append(load)
-    loads = loads[1:]
+    for group in (groups[0], *groups):
+        begin = clock()
+        arrivals = [
+            Arrival(
+                image,
+                empty_slot(kinds[image.key], device),
+                Load(image.key, image.n_bytes, image.n_weights, False, begun=begin),
+            )
+            for image in group
+        ]
+        delivery.bring(arrivals, workspace)
+        loads += [_shared_out(arrival.load, len(group)) for arrival in arrivals]
+    loads = loads[len(groups[0]) :]
     read = sum(load.read - load.begun for load in loads)
     decode = sum(load.done - load.read for load in loads)
     encoded = any(image.encoded for image in images)
@@ -88,6 +97,15 @@ def measure_speeds(
         sum(load.n_weights for load in loads) / max(decode, 1e-9) if encoded else None,
         read / len(loads),
         decode / len(loads),
+    )
+
+
+def _shared_out(load: Load, n: int) -> Load:
+    """One of n that came together: its share of the time."""
+    return replace(
+        load,
+        read=load.begun + (load.read - load.begun) / n,
+        done=load.begun + (load.done - load.begun) / n,
     )
 
 

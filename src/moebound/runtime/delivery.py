@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moebound.runtime.images import Image
@@ -16,19 +18,33 @@ from moebound.runtime.slots import Slot, fill, read_into_slot
 from moebound.runtime.tiers import DiskTier, Tier
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """An expert on its way: where its bytes are, the memory it goes into, what it took."""
+
+    image: Image
+    slot: Slot
+    load: Load
+
+
 class Delivery(ABC):
-    """One object serves all threads of a loader; each brings a workspace of its own."""
+    """One object serves all threads of a loader; each brings a workspace of its own.
+
+    together: so many experts a thread brings at a time, at most.
+    """
+
+    together: int = 1
 
     @abstractmethod
     def workspace(self) -> Any:
         """What one thread needs, made once for it."""
 
     @abstractmethod
-    def bring(self, image: Image, slot: Slot, load: Load, workspace: Any) -> None:
-        """Put the expert's weights into the slot, and the times into `load`. On return they are
-        there.
+    def bring(self, arrivals: Sequence[Arrival], workspace: Any) -> None:
+        """Put the weights of these experts, at most `together`, into their slots, and the times
+        into their loads. On return they are there.
 
-        Raises what reading and decoding raise.
+        Raises what reading and decoding raise; of all of them, then, nothing may be used.
         """
 
 
@@ -44,7 +60,11 @@ class CpuDelivery(Delivery):
     def workspace(self) -> memoryview:
         return self._tier.buffer()
 
-    def bring(self, image: Image, slot: Slot, load: Load, workspace: memoryview) -> None:
+    def bring(self, arrivals: Sequence[Arrival], workspace: memoryview) -> None:
+        for arrival in arrivals:
+            self._bring(arrival.image, arrival.slot, arrival.load, workspace)
+
+    def _bring(self, image: Image, slot: Slot, load: Load, workspace: memoryview) -> None:
         with self._lock:
             self._under_way += 1
         try:

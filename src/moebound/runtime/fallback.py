@@ -20,7 +20,7 @@ import torch
 
 from moebound.cache.visits import shares_above
 from moebound.errors import CacheError
-from moebound.runtime.delivery import Delivery
+from moebound.runtime.delivery import Arrival, Delivery
 from moebound.runtime.images import Image
 from moebound.runtime.meter import Load, clock
 from moebound.runtime.slots import Kind, Slot, SlotPool
@@ -106,7 +106,7 @@ class CoarseCopies:
         try:
             if not hasattr(self._own, "workspace"):
                 self._own.workspace = self._delivery.workspace()
-            self._delivery.bring(image, slot, load, self._own.workspace)
+            self._delivery.bring([Arrival(image, slot, load)], self._own.workspace)
         except BaseException:
             self._pool.give(slot)
             raise

@@ -1,9 +1,9 @@
 """Threads that bring experts in: make room, read, decode, hand over.
 
 What a forward pass waits for is loaded in the order it is asked for; what a predictor expects comes
-after that, and only where it displaces nothing that is in use. Each thread takes one expert
-through all its stations, so that one is read while others are decoded. Reading and decoding let go
-of the interpreter.
+after that, and only where it displaces nothing that is in use. Each thread takes one expert, or as
+many as its delivery brings together, through all stations, so that one is read while others are
+decoded. Reading and decoding let go of the interpreter.
 
 **Order.** Room is taken by one thread at a time, in the order asked. So a computation that uses
 experts in that order always finds the next one coming, whatever the cache's size, and its release
@@ -22,7 +22,7 @@ from typing import Any
 from moebound.cache import ExpertCache
 from moebound.cache.claim import Claim
 from moebound.errors import CacheError
-from moebound.runtime.delivery import Delivery
+from moebound.runtime.delivery import Arrival, Delivery
 from moebound.runtime.images import Image
 from moebound.runtime.meter import Load, Meter, clock
 from moebound.runtime.slots import Kind, Slot, SlotPool
@@ -108,41 +108,96 @@ class Loader:
         for thread in self._threads:
             thread.join()
 
-    def load(self, claim: Claim[Slot], order: Order, workspace: Any = None) -> Slot:
-        """Bring in the claimed expert, and fill the claim. Raises what reading and decoding raise;
-        the claim is then abandoned. workspace: the thread's, None for a new one."""
-        image = self._images[claim.key]
-        found = Load(claim.key, image.n_bytes, image.n_weights, order.speculative, order.asked,
-                     clock())  # fmt: skip
-        for _, evicted in claim.evicted:
-            self._pool.give(evicted)
-        slot = self._pool.take(self._kinds[claim.key])
-        with claim:
-            try:
-                workspace = self._delivery.workspace() if workspace is None else workspace
-                self._delivery.bring(image, slot, found, workspace)
-            except BaseException:
-                self._pool.give(slot)  # before the claim's room is free again
-                raise
-            slot.load = found
-            self._meter.loaded(found)
-            claim.fill(slot)
-        return slot
+    def load(self, claim: Claim[Slot], order: Order) -> Slot:
+        """Bring in the claimed expert, here and now, and fill the claim. Raises what reading and
+        decoding raise; the claim is then abandoned."""
+        self._reuse(claim)
+        return self._bring(claim, order, self._delivery.workspace())
 
     def _work(self) -> None:
         workspace = self._delivery.workspace()
-        while True:
-            with self._turn:
-                order = self._next()
-                if order is None:
-                    return
-                claim = self._claim(order)
-            if claim is None:
-                continue
+        while (taken := self._take()) is not None:
+            if len(taken) < 2 or not self._bring_all(taken, workspace):
+                for order, claim in taken:
+                    try:
+                        order.arrived.set_result(self._bring(claim, order, workspace))
+                    except BaseException as error:
+                        order.arrived.set_exception(error)
+
+    def _bring(self, claim: Claim[Slot], order: Order, workspace: Any) -> Slot:
+        with claim:
+            arrival = self._arrival(order)
             try:
-                order.arrived.set_result(self.load(claim, order, workspace))
-            except BaseException as error:
-                order.arrived.set_exception(error)
+                self._delivery.bring([arrival], workspace)
+            except BaseException:
+                self._pool.give(arrival.slot)  # before the claim's room is free again
+                raise
+            return self._there(claim, arrival)
+
+    def _bring_all(self, taken: list[tuple[Order, Claim[Slot]]], workspace: Any) -> bool:
+        """Together; False, and nothing done, if that fails: whose fault it is shows one by one."""
+        arrivals = list[Arrival]()
+        try:
+            for order, _ in taken:
+                arrivals.append(self._arrival(order))
+            self._delivery.bring(arrivals, workspace)
+        except Exception:
+            for arrival in arrivals:
+                self._pool.give(arrival.slot)
+            return False
+        for (order, claim), arrival in zip(taken, arrivals, strict=True):
+            order.arrived.set_result(self._there(claim, arrival))
+        return True
+
+    def _arrival(self, order: Order) -> Arrival:
+        image = self._images[order.key]
+        load = Load(order.key, image.n_bytes, image.n_weights, order.speculative, order.asked,
+                    clock())  # fmt: skip
+        return Arrival(image, self._pool.take(self._kinds[order.key]), load)
+
+    def _there(self, claim: Claim[Slot], arrival: Arrival) -> Slot:
+        arrival.slot.load = arrival.load
+        self._meter.loaded(arrival.load)
+        claim.fill(arrival.slot)
+        return arrival.slot
+
+    def _reuse(self, claim: Claim[Slot]) -> None:
+        """The memory of those who made room."""
+        for _, evicted in claim.evicted:
+            self._pool.give(evicted)
+
+    def _take(self) -> list[tuple[Order, Claim[Slot]]] | None:
+        """The next orders to carry out, with room for each; None when this is closed. Waits for
+        room for the first; of others that are waited for, as many as find room at once."""
+        with self._turn:
+            order = self._next()
+            if order is None:
+                return None
+            claim = self._claim(order)
+            taken = [] if claim is None else [(order, claim)]
+            while len(taken) < self._delivery.together and (more := self._one_more()) is not None:
+                taken.append(more)
+        return taken
+
+    def _one_more(self) -> tuple[Order, Claim[Slot]] | None:
+        with self._asked:
+            while self._demanded:
+                order = self._demanded[0]
+                try:
+                    claim = self._cache.claim(order.key, timeout=0)
+                except CacheError:
+                    return None  # no room yet: whoever takes it next waits
+                self._demanded.popleft()
+                wanted = order.arrived.set_running_or_notify_cancel()
+                if claim is None:
+                    if wanted:
+                        order.arrived.set_result(None)
+                    continue
+                self._reuse(claim)
+                if wanted:
+                    return order, claim
+                claim.abandon()  # cancelled meanwhile
+        return None
 
     def _next(self) -> Order | None:
         """The next order to carry out; None when this is closed."""
@@ -165,4 +220,6 @@ class Loader:
             return None
         if claim is None:
             order.arrived.set_result(None)
+        else:
+            self._reuse(claim)
         return claim
