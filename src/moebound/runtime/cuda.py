@@ -56,7 +56,8 @@ class CudaDelivery(Delivery):
         self._tier, self._device, self._largest = tier, device, largest
         if decode_on_device is None:
             decode_on_device = importlib.util.find_spec("triton") is not None
-        self._decoder = DeviceDecoder(keep=isinstance(tier, RamTier)) if decode_on_device else None
+        held = tier.held() if isinstance(tier, RamTier) else ()
+        self._decoder = DeviceDecoder(device, held) if decode_on_device else None
         self._decoding = threading.BoundedSemaphore(cores)
         # From a disk, threads read side by side; out of RAM one launch for many pays more.
         self.together = TOGETHER if decode_on_device and isinstance(tier, RamTier) else 1

@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -139,7 +139,8 @@ class RamTier(Tier):
 
     def __init__(self, images: Iterable[Image], *, pinned: bool = False) -> None:
         self._bytes = dict[ExpertKey, memoryview]()
-        for image in images:
+        self._images = list(images)
+        for image in self._images:
             if pinned:
                 block = torch.empty(image.n_bytes, dtype=torch.uint8, pin_memory=True)
                 data = block.numpy().data
@@ -148,6 +149,10 @@ class RamTier(Tier):
             image.read(data, drop_cache=True)
             self._bytes[image.key] = data
         self.held_bytes = sum(map(len, self._bytes.values()))
+
+    def held(self) -> Iterator[tuple[Image, memoryview]]:
+        """All images, with their bytes."""
+        return ((image, self._bytes[image.key]) for image in self._images)
 
     def buffer(self) -> memoryview:
         return memoryview(b"")

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from moebound.bench.gpu import Settings, render_gpu, run
 from moebound.bench.gpu.cases import encode_expert, expert
-from moebound.bench.gpu.throughput import prepared
-from moebound.codec.device.launch import DEFAULT_SCHEDULE
+from moebound.bench.gpu.throughput import placed
 
 QUICK = Settings(rates=(0.3,), segments=(8192, 16384), experts=(1, 6))
 
@@ -32,9 +31,9 @@ def main(out: Path, settings: Settings) -> None:
 def profile() -> None:
     for kind in ("gaussian", "gaussian-rows-cols"):
         coded = encode_expert(expert(kind), kind, 0.3, 8192)
-        ready = prepared(coded, 6, DEFAULT_SCHEDULE)
+        there = placed(coded, 6)
         for _ in range(2):
-            ready.run().check()
+            there.plan.launch(there.compressed, there.outs).check()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from moebound.errors import BackendUnavailable
 CAPABILITIES = (80, 90)
 
 _TYPES = {
-    "compressed": "*u8", "block": "*u8", "status": "*i32", "symbols": "*u8", "entries": "*u32",
+    "compressed": "*u8", "block": "*u8", "jobs": "*i64", "status": "*i32", "symbols": "*u8",
+    "entries": "*u32",
     "row_classes": "*u8", "column_classes": "*u8", "words": "*u16", "n_words": "*i32",
     "states": "*u32", "patterns": "*u16", "codes": "*u32", "missed": "*u8", "lows": "*u8",
     "offsets": "*i64", "out": "*u16",
@@ -54,7 +55,7 @@ VARIANTS = (
     Variant("decode_segments", "any address", _CLASSES | {"ALIGNED": False}),
     Variant("decode_segments", "exact", _EXACT),
     Variant("decode_segments", "exact float32", _EXACT | {"ITEM": 4}),
-    Variant("expand_tables", "", {"WIDE": False, "BLOCK": 1024}, warps=4),
+    Variant("expand_tables", "", {"WIDE": False, "BLOCK": 1024, "BLOCKS": 4}, warps=4),
     Variant("lay_patches", "", {"ITEM": 2, "BLOCK": 256}, warps=4),
     Variant("look_up_codes", "", {"BLOCK": 1024}, warps=4),
     Variant("encode_segments", "classes", _ENCODE),

@@ -101,12 +101,13 @@ def _words(schedule: Schedule) -> str:
 def _host(report: GpuReport) -> Table:
     table = Table(
         title="The host's part of a launch",
-        caption="Medians. Read: parse envelopes, checksums included; plan: the metadata.",
+        caption="Medians. Read: parse envelopes, checksums included; plan: the metadata; resident: "
+        "launch with the metadata on the device.",
     )
-    for name in ("matrices", "experts", "read ms", "plan ms", "launch ms"):
+    for name in ("matrices", "experts", "read ms", "plan ms", "launch ms", "resident ms"):
         table.add_column(name, justify="left" if name == "matrices" else "right", no_wrap=True)
     for row in report.host:
-        timings = (f"{1e3 * t.p50_s:.3f}" for t in (row.read, row.plan, row.launch))
+        timings = (f"{1e3 * t.p50_s:.3f}" for t in (row.read, row.plan, row.launch, row.resident))
         table.add_row(row.kind, str(row.n_experts), *timings)
     return table
 

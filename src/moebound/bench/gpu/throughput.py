@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,9 +14,12 @@ from moebound.bench.gpu.cases import EXPERT_WEIGHTS, EncodedExpert
 from moebound.bench.timing import Timing
 from moebound.codec import envelope
 from moebound.codec.arrays import to_torch
-from moebound.codec.device import PreparedDecode, Schedule, plan_decode, read_stream
-from moebound.codec.device.launch import DEFAULT_SCHEDULE
+from moebound.codec.device import DecodePlan, Resident, Schedule, plan_decode, read_stream
+from moebound.codec.device.metadata import SEGMENTS, TABLES
 from moebound.errors import MoeboundError
+
+if TYPE_CHECKING:
+    import torch
 
 LEAST_REPEATS, MOST_REPEATS = 5, 50
 SECONDS = 0.1
@@ -86,10 +89,17 @@ class DecodeRow:
         }
 
 
-def prepared(
-    coded: EncodedExpert, n_experts: int, schedule: Schedule, *, aligned: bool = True
-) -> PreparedDecode:
-    """Decode so many copies of an expert, each from bytes of its own, into one tensor."""
+@dataclass(frozen=True)
+class Placed:
+    """So many copies of an expert, each with bytes of its own on the device, and where to."""
+
+    plan: DecodePlan
+    compressed: torch.Tensor
+    outs: tuple[torch.Tensor, ...]
+
+
+def placed(coded: EncodedExpert, n_experts: int, *, aligned: bool = True) -> Placed:
+    """Weights go into one tensor."""
     import torch
 
     streams = [read_stream(data) for data in coded.data] * n_experts
@@ -100,31 +110,31 @@ def prepared(
     plan.pack(list(coded.data) * n_experts, staging)
     outs = torch.empty(n_experts * EXPERT_WEIGHTS, dtype=torch.bfloat16, device="cuda")
     slots = torch.split(outs, [stream.spec.size for stream in streams])
-    return plan.prepare(staging.cuda(), slots, schedule)
+    return Placed(plan, staging.cuda(), tuple(slots))
 
 
 def time_decode(
     coded: EncodedExpert, n_experts: int, schedules: Sequence[Schedule], *, aligned: bool = True
 ) -> list[DecodeRow]:
     """Decode once with every schedule and check, then time."""
-    first = prepared(coded, n_experts, schedules[0], aligned=aligned)
+    there = placed(coded, n_experts, aligned=aligned)
     rows = []
     for schedule in schedules:
-        ready = first.plan.prepare(first.compressed, first.outs, schedule)
+        ready = there.plan.prepare(there.compressed, there.outs, schedule)
         ready.run().check()
-        numbers = ready.plan.metadata
+        jobs = ready.jobs
         rows.append(
             DecodeRow(
                 coded.kind,
                 coded.rate,
                 coded.segment_weights,
                 n_experts,
-                len(numbers.owners),
-                numbers.n_tables,
+                int(ready.known.metadata.facts[:, SEGMENTS].sum()),
+                int(ready.known.metadata.facts[:, TABLES].sum()),
                 schedule,
-                ready.plan.aligned,
+                jobs.aligned,
                 coded.bits_per_weight,
-                len(numbers.block),
+                len(ready.known.block) + jobs.numbers.nbytes,
                 time_on_device(ready.expand, seconds=SECONDS / 4),
                 time_on_device(ready.decode),
             )
@@ -137,7 +147,7 @@ class HostRow:
     """What the host does for a launch, while the device is busy with something else.
 
     read: parse the envelopes, checksums included. plan: the metadata. launch: tensors checked,
-    metadata on its way, kernels enqueued.
+    metadata on its way, kernels enqueued. resident: the same where metadata is on the device.
     """
 
     kind: str
@@ -145,6 +155,7 @@ class HostRow:
     read: Timing
     plan: Timing
     launch: Timing
+    resident: Timing
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -154,8 +165,9 @@ def time_host(coded: EncodedExpert, n_experts: int) -> HostRow:
     """Time the host's part of decoding so many experts."""
     import torch
 
-    ready = prepared(coded, n_experts, DEFAULT_SCHEDULE)
-    plan = ready.plan
+    there = placed(coded, n_experts)
+    plan, arrays = there.plan, range(len(there.outs))
+    resident = Resident(plan.streams, "cuda")
 
     def seconds(job: Callable[[], object]) -> Timing:
         spent = []
@@ -172,7 +184,8 @@ def time_host(coded: EncodedExpert, n_experts: int) -> HostRow:
         n_experts,
         seconds(lambda: [read_stream(data) for data in list(coded.data) * n_experts]),
         seconds(lambda: plan_decode(plan.streams)),
-        seconds(lambda: plan.launch(ready.compressed, ready.outs)),
+        seconds(lambda: plan.launch(there.compressed, there.outs)),
+        seconds(lambda: resident.launch(arrays, plan.offsets, there.compressed, there.outs)),
     )
 
 

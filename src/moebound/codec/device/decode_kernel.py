@@ -20,14 +20,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of `segments` [., 4], int64: whose it is, its first row, first byte and number of words.
-S_ARRAY = tl.constexpr(0)
-S_FIRST_ROW = tl.constexpr(1)
-S_BEGIN = tl.constexpr(2)
-S_WORDS = tl.constexpr(3)
-SEGMENT_FIELDS = tl.constexpr(4)
+# Columns of `jobs` [., 4], int64: which array, the address of its first value, the first byte of
+# its envelope in the compressed bytes, and the first slot of its tables.
+J_ARRAY = tl.constexpr(0)
+J_ADDRESS = tl.constexpr(1)
+J_BEGIN = tl.constexpr(2)
+J_SLOTS = tl.constexpr(3)
+JOB_FIELDS = tl.constexpr(4)
 
-# Columns of `arrays` [., 16], int64: the header, and where the array's part of each section begins.
+# Columns of `arrays` [., 20], int64: the header, and where the array's part of each section begins.
 A_WEIGHTS = tl.constexpr(0)
 A_COLUMNS = tl.constexpr(1)
 A_ROWS_PER_SEGMENT = tl.constexpr(2)
@@ -38,20 +39,16 @@ A_TABLES = tl.constexpr(6)
 A_CLASS_BASE = tl.constexpr(7)
 A_ROW_CLASSES = tl.constexpr(8)
 A_COLUMN_CLASSES = tl.constexpr(9)
-A_SLOTS_BEGIN = tl.constexpr(10)
+A_SEGMENTS_BEGIN = tl.constexpr(10)
 A_VALUES_BEGIN = tl.constexpr(11)
 A_EXACT_FROM = tl.constexpr(12)  # the lowest symbol of an exact copy, or -1
 A_LOWER = tl.constexpr(13)  # where the low halves of an exact float32 copy begin, or -1
 A_SYMBOLS = tl.constexpr(14)
 A_SYMBOLS_BEGIN = tl.constexpr(15)
-ARRAY_FIELDS = tl.constexpr(16)
-
-# Columns of `tables` [., 4], int64: where its symbols and its slots begin.
-T_SYMBOLS_BEGIN = tl.constexpr(0)
-T_SYMBOLS = tl.constexpr(1)
-T_LOG = tl.constexpr(2)
-T_SLOTS_BEGIN = tl.constexpr(3)
-TABLE_FIELDS = tl.constexpr(4)
+A_SEGMENTS = tl.constexpr(16)
+A_PATCHES_BEGIN = tl.constexpr(17)
+A_PATCHES = tl.constexpr(18)
+ARRAY_FIELDS = tl.constexpr(20)
 
 # Bits of a segment's status; launch.py has them in words.
 FIRST_STATE = tl.constexpr(1)
@@ -136,23 +133,24 @@ def _section(block, begin, KIND: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "segments_at", "arrays_at", "addresses_at", "classes_at", "symbols_at", "values_at",
-        "first_segment", "n_segments",
+        "arrays_at", "begins_at", "words_at", "classes_at", "symbols_at", "values_at", "first_job",
+        "n_places",
     ]
 )  # fmt: skip
 def decode_segments(
     compressed,  # uint8
     block,  # uint8, the metadata
+    jobs,  # int64 [., 4]
     slots,  # uint8 symbols; or uint32, WIDE: symbol | (frequency - 1) << 8 | bias << 20
-    status,  # int32 [.], what is wrong with each segment; 0 is nothing
-    segments_at,  # where the sections of the block begin: int64 [., 4]
-    arrays_at,  # int64 [., 16]
-    addresses_at,  # int64, of each array's first value
+    status,  # int32 [jobs, n_places], what is wrong with each segment; 0 is nothing
+    arrays_at,  # where the sections of the block begin: int64 [., 20]
+    begins_at,  # int64, of each segment, from the envelope's first byte
+    words_at,  # int32, of each segment
     classes_at,  # uint8
     symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
     values_at,  # uint16 or uint32 patterns
-    first_segment,
-    n_segments,
+    first_job,
+    n_places,  # no job has more segments
     ITEM: tl.constexpr,  # bytes of a value
     LOW_BITS: tl.constexpr,  # the most of any array
     CLASSES: tl.constexpr,  # whether any array has more than one table
@@ -162,10 +160,7 @@ def decode_segments(
     BALLOT: tl.constexpr,  # for one segment and one warp
     SEGMENTS: tl.constexpr,  # a program's
 ):
-    """Decode segments [first_segment, first_segment + n_segments), of values of ITEM bytes."""
-    segments = _section(block, segments_at, tl.int64)
-    arrays = _section(block, arrays_at, tl.int64)
-    addresses = _section(block, addresses_at, tl.int64)
+    """Decode SEGMENTS segments of a job of values of ITEM bytes. Program (places, job)."""
     symbols = _section(block, symbols_at, tl.uint32)
     values = _section(block, values_at, tl.uint16 if ITEM == 2 else tl.uint32)
     classes = block + classes_at
@@ -173,47 +168,47 @@ def decode_segments(
     lane = tl.broadcast_to(tl.arange(0, 32)[None, :], [SEGMENTS, 32])
     own = tl.broadcast_to(tl.arange(0, SEGMENTS)[:, None], [SEGMENTS, 32])
     lower_lanes = (tl.full([SEGMENTS, 32], 1, tl.uint32) << lane.to(tl.uint32)) - 1
-    tile = tl.program_id(0) * SEGMENTS + own
-    live = tile < n_segments
-    segment = first_segment + tile
-    s = segments + segment.to(tl.int64) * SEGMENT_FIELDS
-    array = tl.load(s + S_ARRAY, mask=live, other=0)
-    first_row = tl.load(s + S_FIRST_ROW, mask=live, other=0)
-    n_words = tl.load(s + S_WORDS, mask=live, other=0).to(tl.int32)
-    a = arrays + array * ARRAY_FIELDS
-    n = tl.load(a + A_WEIGHTS, mask=live, other=0)
-    columns = tl.load(a + A_COLUMNS, mask=live, other=0).to(tl.int32)
-    rows_per_segment = tl.load(a + A_ROWS_PER_SEGMENT, mask=live, other=0).to(tl.int32)
-    lanes = tl.load(a + A_LANES, mask=live, other=1).to(tl.int32)
-    table_log = tl.load(a + A_TABLE_LOG, mask=live, other=1).to(tl.uint32)
-    slots_at = slots + tl.load(a + A_SLOTS_BEGIN, mask=live, other=0)
+    job = first_job + tl.program_id(1)
+    j = jobs + job.to(tl.int64) * JOB_FIELDS
+    a = _section(block, arrays_at, tl.int64) + tl.load(j + J_ARRAY) * ARRAY_FIELDS
+    segment = tl.program_id(0) * SEGMENTS + own
+    live = segment < tl.load(a + A_SEGMENTS)
+    s = tl.load(a + A_SEGMENTS_BEGIN) + segment
+    n_words = tl.load(_section(block, words_at, tl.int32) + s, mask=live, other=0)
+    envelope = compressed + tl.load(j + J_BEGIN)
+    states_at = envelope + tl.load(_section(block, begins_at, tl.int64) + s, mask=live, other=0)
+    columns = tl.load(a + A_COLUMNS).to(tl.int32)
+    rows_per_segment = tl.load(a + A_ROWS_PER_SEGMENT)
+    lanes = tl.load(a + A_LANES).to(tl.int32)
+    table_log = tl.load(a + A_TABLE_LOG).to(tl.uint32)
+    slots_at = slots + tl.load(j + J_SLOTS)
     slot_mask = (tl.full([SEGMENTS, 32], 1, tl.uint32) << table_log) - 1
     if not WIDE:
-        n_symbols = tl.load(a + A_SYMBOLS, mask=live, other=0).to(tl.int32)
-        symbols_at = symbols + tl.load(a + A_SYMBOLS_BEGIN, mask=live, other=0)
+        n_symbols = tl.load(a + A_SYMBOLS).to(tl.int32)
+        symbols += tl.load(a + A_SYMBOLS_BEGIN)
+    first_row = segment * rows_per_segment
     begin = first_row * columns
-    n_here = tl.minimum(n - begin, rows_per_segment.to(tl.int64) * columns).to(tl.int32)
-    n_here = tl.where(live, n_here, 0)
+    n_here = tl.minimum(tl.load(a + A_WEIGHTS) - begin, rows_per_segment * columns)
+    n_here = tl.where(live, n_here, 0).to(tl.int32)
     # [begin, begin + n_here) are the segment's weights.
-    address = tl.load(addresses + array, mask=live, other=0) + begin * ITEM
+    address = tl.load(j + J_ADDRESS) + begin * ITEM
     out = address.to(tl.pointer_type(tl.uint16 if ITEM == 2 else tl.uint32))
-    states_at = compressed + tl.load(s + S_BEGIN, mask=live, other=0)
-    words_at = states_at + 4 * lanes
+    stream_at = states_at + 4 * lanes
     if CLASSES:
-        n_tables = tl.load(a + A_TABLES, mask=live, other=1).to(tl.int32)
-        base = tl.load(a + A_CLASS_BASE, mask=live, other=0).to(tl.int32)
-        row_class_at = classes + tl.load(a + A_ROW_CLASSES, mask=live, other=0) + first_row
-        column_class_at = classes + tl.load(a + A_COLUMN_CLASSES, mask=live, other=0)
+        n_tables = tl.load(a + A_TABLES).to(tl.int32)
+        base = tl.load(a + A_CLASS_BASE).to(tl.int32)
+        row_class_at = classes + tl.load(a + A_ROW_CLASSES) + first_row
+        column_class_at = classes + tl.load(a + A_COLUMN_CLASSES) + lane * 0
     if LOW_BITS > 0:
-        low_bits = tl.load(a + A_LOW_BITS, mask=live, other=0).to(tl.int32)
-        planes_at = words_at + ((2 * n_words + 3) // 4) * 4
+        low_bits = tl.load(a + A_LOW_BITS).to(tl.int32) + lane * 0
+        planes_at = stream_at + ((2 * n_words + 3) // 4) * 4
         groups = (columns + 31) // 32
-    value_at = values + tl.load(a + A_VALUES_BEGIN, mask=live, other=0)
+    value_at = values + tl.load(a + A_VALUES_BEGIN)
     if EXACT:
-        exact_from = tl.load(a + A_EXACT_FROM, mask=live, other=-1).to(tl.int32)
+        exact_from = tl.load(a + A_EXACT_FROM).to(tl.int32) + lane * 0
         if ITEM == 4:
-            lower = tl.load(a + A_LOWER, mask=live, other=-1)
-            lower_at = compressed + lower + 2 * begin
+            lower = tl.load(a + A_LOWER) + lane * 0
+            lower_at = envelope + lower + 2 * begin
 
     in_use = live & (lane < lanes)
     x = _u16(states_at + 4 * lane, in_use, ALIGNED)
@@ -222,19 +217,19 @@ def decode_segments(
     bad_start = tl.where(x < 65536, FIRST_STATE, 0)
     taken = tl.zeros([SEGMENTS, 32], tl.int32)
     n_rows = tl.max(tl.max((n_here + columns - 1) // tl.maximum(columns, 1), axis=1), axis=0)
-    n_steps = tl.max(tl.max((columns + lanes - 1) // lanes, axis=1), axis=0)
+    n_steps = (columns + lanes - 1) // lanes
     # A warp waits for its oldest use of a load. So loads that no state depends on are issued a step
     # early, and values are stored a step late: what is left to wait for is one look-up a step.
     held = tl.zeros([SEGMENTS, 32], tl.uint16 if ITEM == 2 else tl.uint32)
     held_i = lane
     held_active = lane < 0
     if BALLOT:
-        ahead, ahead_high = _halves(words_at + 2 * lane, lane < n_words, ALIGNED)
+        ahead, ahead_high = _halves(stream_at + 2 * lane, lane < n_words, ALIGNED)
     for row in range(n_rows):
         row_begin = row * columns
         row_end = tl.minimum(row_begin + columns, n_here)
         if CLASSES:
-            many = (n_tables > 1) & (row_begin < n_here)
+            many = row_begin < tl.where(n_tables > 1, n_here, 0)
             row_class = tl.load(row_class_at + row, mask=many, other=0).to(tl.int32) - base
             column_class = tl.load(column_class_at + lane, mask=many & (lane < columns), other=0)
         for step in range(n_steps):
@@ -259,7 +254,7 @@ def decode_segments(
                 which = symbol
                 if CLASSES:
                     which += table * n_symbols
-                known = tl.load(symbols_at + which, mask=active, other=0)
+                known = tl.load(symbols + which, mask=active, other=0)
                 bias = (x & slot_mask) - (known >> 12)
                 y = ((known & 0xFFF) + 1) * (x >> table_log) + bias
             wants = active & (y < 65536)
@@ -268,13 +263,13 @@ def decode_segments(
                 word = _from_lane(_joined(ahead, ahead_high, ALIGNED), before)
             else:
                 at = taken + before
-                word = _u16(words_at + 2 * at, wants & (at < n_words), ALIGNED)
+                word = _u16(stream_at + 2 * at, wants & (at < n_words), ALIGNED)
             y = tl.where(wants, y << 16 | word, y)
             x = tl.where(active, y, x)
             taken += together
             if BALLOT:
                 at = taken + lane
-                ahead, ahead_high = _halves(words_at + 2 * at, at < n_words, ALIGNED)
+                ahead, ahead_high = _halves(stream_at + 2 * at, at < n_words, ALIGNED)
 
             cell = symbol
             if LOW_BITS > 0:
@@ -303,25 +298,31 @@ def decode_segments(
     bad_end = tl.where(x != 65536, LAST_STATE, 0)
     wrong = tl.max(bad_start, axis=1, keep_dims=True) + tl.max(bad_end, axis=1, keep_dims=True)
     wrong = tl.broadcast_to(wrong, [SEGMENTS, 32]) + words
-    tl.store(status + segment, wrong, mask=live & (lane == 0))
+    at = job.to(tl.int64) * n_places + segment
+    tl.store(status + at, wrong, mask=(segment < n_places) & (lane == 0))
 
 
-@triton.jit(do_not_specialize=["tables_at", "symbols_at"])
+@triton.jit(do_not_specialize=["arrays_at", "symbols_at"])
 def expand_tables(
     block,  # uint8, the metadata
+    jobs,  # int64 [., 4]
     slots,  # to be written, as decode_segments reads them
-    tables_at,  # where the sections of the block begin: int64 [., 4]
+    arrays_at,  # where the sections of the block begin: int64 [., 20]
     symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of the largest table
 ):
-    """Write every slot of every table. Program (table, block of slots)."""
-    t = _section(block, tables_at, tl.int64) + tl.program_id(0) * TABLE_FIELDS
-    symbols = _section(block, symbols_at, tl.uint32) + tl.load(t + T_SYMBOLS_BEGIN)
-    n_symbols = tl.load(t + T_SYMBOLS).to(tl.int32)
-    n_slots = 1 << tl.load(t + T_LOG).to(tl.int32)
-    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = slot < n_slots
+    """Write every slot of every table of the jobs. Program (blocks of each table in turn, job)."""
+    j = jobs + tl.program_id(1).to(tl.int64) * JOB_FIELDS
+    a = _section(block, arrays_at, tl.int64) + tl.load(j + J_ARRAY) * ARRAY_FIELDS
+    table = tl.program_id(0) // BLOCKS
+    n_symbols = tl.load(a + A_SYMBOLS).to(tl.int32)
+    symbols = _section(block, symbols_at, tl.uint32)
+    symbols += tl.load(a + A_SYMBOLS_BEGIN) + table * n_symbols
+    n_slots = 1 << tl.load(a + A_TABLE_LOG).to(tl.int32)
+    slot = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    live = slot < tl.where(table < tl.load(a + A_TABLES), n_slots, 0)
     # The last symbol that begins at or before the slot: those without slots begin where the next
     # one does, or behind.
     symbol = tl.zeros([BLOCK], tl.int32)
@@ -333,7 +334,7 @@ def expand_tables(
         found = there & ((candidate >> 12).to(tl.int32) <= slot)
         symbol = tl.where(found, further, symbol)
         known = tl.where(found, candidate, known)
-    at = slots + tl.load(t + T_SLOTS_BEGIN) + slot
+    at = slots + tl.load(j + J_SLOTS) + table * n_slots + slot
     if WIDE:
         bias = slot.to(tl.uint32) - (known >> 12)
         entry = symbol.to(tl.uint32) | (known & 0xFFF) << 8 | bias << 20
@@ -342,26 +343,25 @@ def expand_tables(
         tl.store(at, symbol.to(tl.uint8), mask=live)
 
 
-@triton.jit(
-    do_not_specialize=["positions_at", "owners_at", "patches_at", "addresses_at", "first", "last"]
-)
+@triton.jit(do_not_specialize=["arrays_at", "positions_at", "patches_at", "first_job"])
 def lay_patches(
     block,  # uint8, the metadata
-    positions_at,  # where the sections of the block begin: int64, flat
-    owners_at,  # int32, index of the array
+    jobs,  # int64 [., 4]
+    arrays_at,  # where the sections of the block begin: int64 [., 20]
+    positions_at,  # int64, flat
     patches_at,  # uint32 patterns
-    addresses_at,  # int64, of each array's first value
-    first,
-    last,
+    first_job,
     ITEM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Put patches [first, last) where they belong."""
-    i = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < last
-    owner = tl.load(_section(block, owners_at, tl.int32) + i, mask=live, other=0)
+    """Put the patches of jobs where they belong. Program (block of patches, job)."""
+    j = jobs + (first_job + tl.program_id(1)).to(tl.int64) * JOB_FIELDS
+    a = _section(block, arrays_at, tl.int64) + tl.load(j + J_ARRAY) * ARRAY_FIELDS
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < tl.load(a + A_PATCHES)
+    i += tl.load(a + A_PATCHES_BEGIN)
     position = tl.load(_section(block, positions_at, tl.int64) + i, mask=live, other=0)
-    address = tl.load(_section(block, addresses_at, tl.int64) + owner, mask=live, other=0)
-    out = (address + position * ITEM).to(tl.pointer_type(tl.uint16 if ITEM == 2 else tl.uint32))
+    address = tl.load(j + J_ADDRESS) + position * ITEM
+    out = address.to(tl.pointer_type(tl.uint16 if ITEM == 2 else tl.uint32))
     value = tl.load(_section(block, patches_at, tl.uint32) + i, mask=live, other=0)
     tl.store(out, value.to(tl.uint16) if ITEM == 2 else value, mask=live)

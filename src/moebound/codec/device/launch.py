@@ -1,28 +1,30 @@
 """A decode on its way: what is copied and allocated for it, its kernels, and what they found.
 
+Metadata and jobs are on the device, whoever has brought them there.
+
 Three kernels: tables are expanded from frequencies, segments are decoded, patches laid over them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebound.codec.arrays import to_torch
+from moebound.codec.device.jobs import Jobs
+from moebound.codec.device.metadata import SEGMENTS, Metadata
 from moebound.codec.device.triton_kernels import kernels, launch
 from moebound.errors import CorruptionError
 
 if TYPE_CHECKING:
     import torch
 
-    from moebound.codec.device.plan import DecodePlan
-
-_MOST_SLOTS = 1 << 12
 _SLOTS, _PATCHES = 1024, 256
 """Of a program."""
+
+_BLOCKS = (1 << 12) // _SLOTS
+"""Of the largest table."""
 
 _TROUBLES = (
     (1, "a first state below 2^16"),
@@ -50,43 +52,48 @@ MOST_WIDE = 1 << 16
 DEFAULT_SCHEDULE = Schedule()
 
 
-class PreparedDecode:
-    """A plan with its tensors, ready to run; it may run again. Made by `DecodePlan.prepare`.
+@dataclass(frozen=True)
+class OnDevice:
+    """block: the metadata's, on the device."""
 
-    Metadata travels on the stream that was current then. Where compressed bytes are copied on a
-    stream of their own, prepare there and run on another that waits for them: else the metadata
-    would queue up behind the next bytes.
+    metadata: Metadata
+    block: torch.Tensor
+
+
+class PreparedDecode:
+    """Jobs with their tensors, ready to run; it may run again. Made by `DecodePlan.prepare`.
+
+    jobs_there: `jobs.numbers` on the device, with the addresses of the destinations: whoever made
+    them has checked that these are memory to be written.
+
+    What was copied for it travels on the stream that was current then. Where compressed bytes are
+    copied on a stream of their own, prepare there and run on another that waits for them: else the
+    metadata would queue up behind the next bytes.
     """
 
     def __init__(
         self,
-        plan: DecodePlan,
+        known: OnDevice,
+        jobs: Jobs,
+        jobs_there: torch.Tensor,
         compressed: torch.Tensor,
-        outs: Sequence[torch.Tensor],
         schedule: Schedule,
     ) -> None:
         import torch
 
-        self.plan, self.compressed, self.outs, self.schedule = plan, compressed, outs, schedule
-        device, numbers = compressed.device, plan.metadata
+        self.known, self.jobs, self.compressed, self.schedule = known, jobs, compressed, schedule
+        self._jobs_there = jobs_there
+        device = compressed.device
         self._on_gpu = device.type == "cuda"
-        n_segments = len(numbers.owners)
-        self._kernels = kernels(device).decode_kernel if n_segments else None
-        # One copy, from pinned memory: the metadata with the addresses filled in.
-        block = torch.empty(len(numbers.block), dtype=torch.uint8, pin_memory=self._on_gpu)
-        filled = block.numpy()
-        filled[:] = numbers.block
-        begin, end = numbers.sections["addresses"]
-        filled[begin:end].view(np.int64)[:] = [out.data_ptr() for out in outs]
-        self._block = block.to(device, non_blocking=True)
-        self._at = {name: begin for name, (begin, _) in numbers.sections.items()}
-        few = 4 * numbers.n_slots <= MOST_WIDE
+        self._kernels = kernels(device).decode_kernel if len(jobs) else None
+        few = 4 * jobs.n_slots <= MOST_WIDE
         self._wide = few if schedule.wide is None else schedule.wide
         slot = torch.uint32 if self._wide else torch.uint8
-        self._slots = torch.empty(numbers.n_slots, dtype=slot, device=device)
-        self._status = torch.empty(n_segments, dtype=torch.int32, device=device)
+        self._slots = torch.empty(jobs.n_slots, dtype=slot, device=device)
+        n_places = len(jobs) * jobs.segments
+        self._status = torch.empty(n_places, dtype=torch.int32, device=device)
         self._found = (
-            torch.empty(n_segments, dtype=torch.int32, pin_memory=True)
+            torch.empty(n_places, dtype=torch.int32, pin_memory=True)
             if self._on_gpu
             else self._status
         )
@@ -99,61 +106,64 @@ class PreparedDecode:
         """
         import torch
 
-        if self._on_gpu and torch.cuda.current_stream(self.compressed.device) != self._stream:
-            for tensor in (self._block, self._slots, self._status):
-                tensor.record_stream(torch.cuda.current_stream(self.compressed.device))
-        for stream, out in zip(self.plan.streams, self.outs, strict=True):
-            if stream.decoded is not None:
-                out.view(-1).copy_(to_torch(stream.decoded))
+        if self._on_gpu:
+            current = torch.cuda.current_stream(self.compressed.device)
+            if current != self._stream:
+                for tensor in (self.known.block, self._jobs_there, self._slots, self._status):
+                    tensor.record_stream(current)
         if self._kernels is not None:
             self.expand()
             self.decode()
             self.patch()
         if not self._on_gpu:
-            return Launched(self.plan, self._status, None)
+            return Launched(self.known.metadata, self.jobs, self._status, None)
         self._found.copy_(self._status, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        return Launched(self.plan, self._found, event)
+        return Launched(self.known.metadata, self.jobs, self._found, event)
 
     def expand(self) -> None:
         """Expand the tables."""
         assert self._kernels is not None
+        at = self.known.metadata.sections
         launch(
             self._kernels.expand_tables,
-            (self.plan.metadata.n_tables, _MOST_SLOTS // _SLOTS),
-            (self._block, self._slots),
-            (self._at["tables"], self._at["symbols"]),
-            {"WIDE": self._wide, "BLOCK": _SLOTS},
+            (self.jobs.tables * _BLOCKS, len(self.jobs)),
+            (self.known.block, self._jobs_there, self._slots),
+            (at["arrays"], at["symbols"]),
+            {"WIDE": self._wide, "BLOCK": _SLOTS, "BLOCKS": _BLOCKS},
             num_warps=4,
         )
 
     def decode(self) -> None:
         """Decode all segments; the tables must be there."""
         assert self._kernels is not None
-        at, together = self._at, self.schedule.together
-        for part in self.plan.metadata.parts:
-            first, last = part.segments
+        at, together, n_places = (
+            self.known.metadata.sections,
+            self.schedule.together,
+            self.jobs.segments,
+        )
+        for group in self.jobs.groups:
             launch(
                 self._kernels.decode_segments,
-                (-(-(last - first) // together), 1),
-                (self.compressed, self._block, self._slots, self._status),
+                (-(-n_places // together), group.n),
+                (self.compressed, self.known.block, self._jobs_there, self._slots, self._status),
                 (
-                    at["segments"],
                     at["arrays"],
-                    at["addresses"],
+                    at["begins"],
+                    at["words"],
                     at["classes"],
                     at["symbols"],
-                    at["values16" if part.item == 2 else "values32"],
-                    first,
-                    last - first,
+                    at["values16" if group.item == 2 else "values32"],
+                    group.first,
+                    n_places,
                 ),
                 {
-                    "ITEM": part.item,
-                    "LOW_BITS": part.low_bits,
-                    "CLASSES": part.classes,
-                    "EXACT": part.exact,
-                    "ALIGNED": self.plan.aligned,
+                    "ITEM": group.item,
+                    "LOW_BITS": group.low_bits,
+                    "CLASSES": group.classes,
+                    "EXACT": group.exact,
+                    "ALIGNED": self.jobs.aligned,
                     "WIDE": self._wide,
                     "BALLOT": self._on_gpu and together == 1,
                     "SEGMENTS": together,
@@ -164,23 +174,15 @@ class PreparedDecode:
     def patch(self) -> None:
         """Lay the patches over what was decoded."""
         assert self._kernels is not None
-        at = self._at
-        for part in self.plan.metadata.parts:
-            first, last = part.patches
-            if last > first:
+        at = self.known.metadata.sections
+        for group in self.jobs.groups:
+            if group.patches:
                 launch(
                     self._kernels.lay_patches,
-                    (-(-(last - first) // _PATCHES), 1),
-                    (self._block,),
-                    (
-                        at["positions"],
-                        at["owners"],
-                        at["patches"],
-                        at["addresses"],
-                        first,
-                        last,
-                    ),
-                    {"ITEM": part.item, "BLOCK": _PATCHES},
+                    (-(-group.patches // _PATCHES), group.n),
+                    (self.known.block, self._jobs_there),
+                    (at["arrays"], at["positions"], at["patches"], group.first),
+                    {"ITEM": group.item, "BLOCK": _PATCHES},
                     num_warps=4,
                 )
 
@@ -189,7 +191,8 @@ class PreparedDecode:
 class Launched:
     """A decode that is on its way."""
 
-    plan: DecodePlan
+    metadata: Metadata
+    jobs: Jobs
     _status: torch.Tensor
     _event: torch.cuda.Event | None
 
@@ -203,17 +206,14 @@ class Launched:
         if self._event is not None:
             self._event.synchronize()
         wrong = self._status.numpy()
-        damaged = np.flatnonzero(wrong)
-        if not len(damaged):
+        if not wrong.any():
             return
-        owners = self.plan.metadata.owners
-        first = int(damaged[0])
-        i = int(owners[first])
-        segment = first - int(np.flatnonzero(owners == i)[0])
-        stream = self.plan.streams[i]
-        what = ", ".join(text for bit, text in _TROUBLES if wrong[first] & bit)
+        damaged = np.flatnonzero(wrong)
+        job, segment = divmod(int(damaged[0]), self.jobs.segments)
+        array = int(self.jobs.arrays[job])
+        what = ", ".join(text for bit, text in _TROUBLES if wrong[damaged[0]] & bit)
         raise CorruptionError(
-            f"array {i} of {len(self.plan.streams)} (codec {stream.codec!r}, shape "
-            f"{stream.spec.shape}): segment {segment} of {np.count_nonzero(owners == i)} is "
-            f"damaged: {what}; {len(damaged)} damaged segments in all"
+            f"array {array} of {len(self.metadata.names)} ({self.metadata.names[array]}): segment "
+            f"{segment} of {self.metadata.facts[array, SEGMENTS]} is damaged: {what}; "
+            f"{len(damaged)} damaged segments in all"
         )

@@ -1,7 +1,8 @@
-"""The numbers that the kernels read, laid out as one block of bytes.
+"""What the kernels read of arrays, laid out as one block of bytes.
 
-Sections stand behind one another, each aligned to 16 bytes. Their columns are those named in
-decode_kernel.py. Arrays are ordered by item size, so that one launch decodes those of each.
+It says nothing of where an array's bytes are, or where its weights are to go (`jobs.py` does): so
+it may stay on the device. Sections stand behind one another, each aligned to 16 bytes. The columns
+of `arrays` are those named in decode_kernel.py.
 """
 
 from __future__ import annotations
@@ -15,58 +16,48 @@ from moebound.codec.device.stream import Coded, Numbers, Stream
 from moebound.types import NUMPY_DTYPES
 
 DTYPES: dict[str, str] = {
-    "segments": "int64",
     "arrays": "int64",
-    "tables": "int64",
-    "addresses": "int64",
+    "begins": "int64",
+    "words": "int32",
     "positions": "int64",
-    "owners": "int32",
     "patches": "uint32",
     "values32": "uint32",
     "symbols": "uint32",
     "values16": "uint16",
     "classes": "uint8",
 }
-_ALIGNMENT = 16
-_ARRAY_FIELDS = 16
+"""Of the sections. begins, words: of each segment, its first byte counted from the envelope's, and
+its number of words."""
 
+ALIGNMENT = 16
+_ARRAY_FIELDS = 20
 
-@dataclass(frozen=True)
-class Part:
-    """The arrays of one item size: one launch decodes them.
-
-    item: bytes of a value. segments, patches: the first and behind the last, of all. low_bits: at
-    least those of any array. classes, exact: whether any has classes, or is an exact copy.
-    """
-
-    item: int
-    segments: tuple[int, int]
-    patches: tuple[int, int]
-    low_bits: int
-    classes: bool
-    exact: bool
+# Columns of `Metadata.facts`.
+ITEM, SEGMENTS, TABLES, SLOTS, PATCHES, LOW_BITS, EXACT, ODD = range(8)
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """block: uint8. sections: the first byte of each, and the one behind its last. The addresses
-    are zeros, to be filled in where the arrays' memory is known. owners: each segment's array.
+    """block: uint8. sections: the first byte of each.
+
+    facts: [n, 8] int64, what the host asks of each array to make jobs: bytes of a value (0: not
+    decoded by kernels), segments, tables, slots of all its tables, patches, low bits, whether it is
+    an exact copy, and whether its segments begin at odd bytes of its envelope.
+    names: of each array, for people.
     """
 
     block: Numbers
-    sections: dict[str, tuple[int, int]]
-    parts: tuple[Part, ...]
-    owners: Numbers
-    n_tables: int
-    n_slots: int
+    sections: dict[str, int]
+    facts: Numbers
+    names: tuple[str, ...]
 
 
-def build(streams: Sequence[Stream], offsets: Sequence[int]) -> Metadata:
-    """Lay out what the kernels read. offsets: of each envelope in the compressed bytes."""
+def build(streams: Sequence[Stream]) -> Metadata:
+    """Lay out what the kernels read. Arrays that the host has decoded take no room in it."""
     rows: dict[str, list[Numbers]] = {name: [] for name in DTYPES}
     counts = dict.fromkeys(DTYPES, 0)
     arrays = np.zeros((len(streams), _ARRAY_FIELDS), np.int64)
-    parts, owners, n_slots = [], [], 0
+    facts = np.zeros((len(streams), 8), np.int64)
 
     def put(name: str, numbers: Numbers) -> int:
         """Where it begins in its section."""
@@ -75,94 +66,63 @@ def build(streams: Sequence[Stream], offsets: Sequence[int]) -> Metadata:
         counts[name] += len(numbers)
         return begin
 
-    for item in (2, 4):
-        chosen = [
-            (i, stream, stream.coded)
-            for i, stream in enumerate(streams)
-            if stream.coded is not None and NUMPY_DTYPES[stream.spec.dtype].itemsize == item
-        ]
-        first_segment, first_patch = counts["segments"], counts["positions"]
-        for i, stream, coded in chosen:
-            put("segments", _segments(i, coded, offsets[i]))
-            owners.append(np.full(len(coded.segments), i))
-            n_tables, n_symbols = coded.symbols.shape
-            symbols_begin, slots_begin = put("symbols", coded.symbols.reshape(-1)), n_slots
-            tables = np.empty((n_tables, 4), np.int64)
-            tables[:, 0] = symbols_begin + n_symbols * np.arange(n_tables)
-            tables[:, 1], tables[:, 2] = n_symbols, coded.table_log
-            tables[:, 3] = slots_begin + (np.arange(n_tables) << coded.table_log)
-            put("tables", tables)
-            n_slots += n_tables << coded.table_log
-            arrays[i] = (
-                stream.spec.size,
-                coded.columns,
-                coded.rows_per_segment,
-                1 << coded.lanes_log,
-                coded.low_bits,
-                coded.table_log,
-                coded.n_tables,
-                coded.class_base,
-                put("classes", coded.row_classes),
-                put("classes", coded.column_classes),
-                slots_begin,
-                put("values16" if item == 2 else "values32", coded.values),
-                coded.symbol_low if coded.exact else -1,
-                offsets[i] + coded.lower if coded.lower >= 0 else -1,
-                n_symbols,
-                symbols_begin,
-            )
-            if len(stream.positions):
-                put("positions", stream.positions)
-                put("owners", np.full(len(stream.positions), i))
-                put("patches", stream.patches)
-        if chosen:
-            parts.append(
-                Part(
-                    item,
-                    (first_segment, counts["segments"]),
-                    (first_patch, counts["positions"]),
-                    _rounded_up(max(coded.low_bits for _, _, coded in chosen)),
-                    any(coded.n_tables > 1 for _, _, coded in chosen),
-                    any(coded.exact for _, _, coded in chosen),
-                )
-            )
+    for i, stream in enumerate(streams):
+        if stream.coded is None:
+            continue
+        coded, item = stream.coded, NUMPY_DTYPES[stream.spec.dtype].itemsize
+        put("words", coded.words)
+        put("patches", stream.patches)
+        arrays[i] = (
+            stream.spec.size,
+            coded.columns,
+            coded.rows_per_segment,
+            1 << coded.lanes_log,
+            coded.low_bits,
+            coded.table_log,
+            coded.n_tables,
+            coded.class_base,
+            put("classes", coded.row_classes),
+            put("classes", coded.column_classes),
+            put("begins", coded.segments),
+            put("values16" if item == 2 else "values32", coded.values),
+            coded.symbol_low if coded.exact else -1,
+            coded.lower,
+            coded.symbols.shape[1],
+            put("symbols", coded.symbols.reshape(-1)),
+            len(coded.segments),
+            put("positions", stream.positions),
+            len(stream.positions),
+            0,
+        )
+        facts[i] = _facts(item, coded, len(stream.positions))
     put("arrays", arrays)
-    put("addresses", np.zeros(len(streams), np.int64))
     block, sections = _joined(rows)
-    return Metadata(
-        block,
-        sections,
-        tuple(parts),
-        np.concatenate(owners) if owners else np.empty(0, np.int64),
-        counts["tables"],
-        n_slots,
+    names = tuple(f"codec {stream.codec!r}, shape {stream.spec.shape}" for stream in streams)
+    return Metadata(block, sections, facts, names)
+
+
+def _facts(item: int, coded: Coded, n_patches: int) -> tuple[int, ...]:
+    return (
+        item,
+        len(coded.segments),
+        coded.n_tables,
+        coded.n_tables << coded.table_log,
+        n_patches,
+        coded.low_bits,
+        coded.exact,
+        int(coded.segments[0]) % 2,
     )
 
 
-def _rounded_up(low_bits: int) -> int:
-    """To one of few numbers: a kernel is compiled for each."""
-    return next(n for n in (0, 1, 2, 4, 8) if n >= low_bits)
-
-
-def _segments(i: int, coded: Coded, offset: int) -> Numbers:
-    """[., 4]: array, first row, first byte, words."""
-    found = np.empty((len(coded.segments), 4), np.int64)
-    found[:, 0] = i
-    found[:, 1] = np.arange(len(coded.segments)) * coded.rows_per_segment
-    found[:, 2] = coded.segments + offset
-    found[:, 3] = coded.words
-    return found
-
-
-def _joined(rows: dict[str, list[Numbers]]) -> tuple[Numbers, dict[str, tuple[int, int]]]:
+def _joined(rows: dict[str, list[Numbers]]) -> tuple[Numbers, dict[str, int]]:
     sections, at = {}, 0
     joined = {}
     for name, dtype in DTYPES.items():
         pieces = [piece.reshape(-1).astype(dtype, copy=False) for piece in rows[name]]
         joined[name] = np.concatenate(pieces) if pieces else np.empty(0, dtype)
-        sections[name] = (at, at + joined[name].nbytes)
-        at = -(-sections[name][1] // _ALIGNMENT) * _ALIGNMENT
-    block = np.zeros(max(at, _ALIGNMENT), np.uint8)
-    for name, (begin, end) in sections.items():
-        block[begin:end] = joined[name].view(np.uint8)
+        sections[name] = at
+        at = -(-(at + joined[name].nbytes) // ALIGNMENT) * ALIGNMENT
+    block = np.zeros(max(at, ALIGNMENT), np.uint8)
+    for name, begin in sections.items():
+        block[begin : begin + joined[name].nbytes] = joined[name].view(np.uint8)
     return block, sections

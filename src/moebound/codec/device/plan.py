@@ -9,11 +9,12 @@
     launched.check()                                # waits; raises if a segment was damaged
 
 A plan is one block of numbers, 7 to 15 kB for a matrix of an expert of Moonlight size, that travels
-to the device with each launch; plans may be kept, and launched again. On the CPU the same runs
-under triton's interpreter (TRITON_INTERPRET=1 before triton is imported): that is for tests.
+to the device with each launch; plans may be kept, and launched again (`resident.py` has what stays
+on the device). On the CPU the same runs under triton's interpreter (TRITON_INTERPRET=1 before
+triton is imported): that is for tests.
 
 Arrays that no kernel decodes, of codecs other than `bound` and `lossless`, were decoded by
-`read_stream` on the host, and `launch` copies them.
+`read_stream` on the host, and `prepare` copies them.
 """
 
 from __future__ import annotations
@@ -24,9 +25,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebound.codec.arrays import torch_dtype
+from moebound.codec.arrays import to_torch, torch_dtype
+from moebound.codec.base import ArraySpec
 from moebound.codec.device import metadata
-from moebound.codec.device.launch import DEFAULT_SCHEDULE, Launched, PreparedDecode, Schedule
+from moebound.codec.device.jobs import FIELDS, make_jobs
+from moebound.codec.device.launch import (
+    DEFAULT_SCHEDULE,
+    Launched,
+    OnDevice,
+    PreparedDecode,
+    Schedule,
+)
 from moebound.codec.device.metadata import Metadata
 from moebound.codec.device.stream import Stream, read_stream
 from moebound.errors import CodecError
@@ -75,8 +84,25 @@ class DecodePlan:
 
         As `launch`, up to running the kernels.
         """
-        self._check_tensors(compressed, outs)
-        return PreparedDecode(self, compressed, outs, schedule)
+        import torch
+
+        check_compressed(compressed, self.n_bytes, aligned=self.aligned)
+        check_outs([stream.spec for stream in self.streams], outs, compressed.device)
+        jobs = make_jobs(
+            self.metadata, range(len(outs)), self.offsets, [out.data_ptr() for out in outs]
+        )
+        # One copy, from pinned memory: the metadata, and the jobs behind it.
+        n, on_gpu = len(self.metadata.block), compressed.device.type == "cuda"
+        both = torch.empty(n + jobs.numbers.nbytes, dtype=torch.uint8, pin_memory=on_gpu)
+        both.numpy()[:n] = self.metadata.block
+        both.numpy()[n:].view(np.int64)[:] = jobs.numbers.reshape(-1)
+        there = both.to(compressed.device, non_blocking=True)
+        for stream, out in zip(self.streams, outs, strict=True):
+            if stream.decoded is not None:
+                out.view(-1).copy_(to_torch(stream.decoded))
+        known = OnDevice(self.metadata, there[:n])
+        numbers = there[n:].view(torch.int64).view(-1, FIELDS)
+        return PreparedDecode(known, jobs, numbers, compressed, schedule)
 
     def launch(
         self,
@@ -97,31 +123,35 @@ class DecodePlan:
         """
         return self.prepare(compressed, outs, schedule).run()
 
-    def _check_tensors(self, compressed: torch.Tensor, outs: Sequence[torch.Tensor]) -> None:
-        import torch
 
-        if compressed.dtype != torch.uint8 or compressed.dim() != 1:
-            raise CodecError("compressed: expected a flat tensor of uint8")
-        if compressed.numel() < self.n_bytes or not compressed.is_contiguous():
+def check_compressed(compressed: torch.Tensor, n_bytes: int, *, aligned: bool) -> None:
+    """Raises CodecError for what cannot hold the bytes of a launch."""
+    import torch
+
+    if compressed.dtype != torch.uint8 or compressed.dim() != 1:
+        raise CodecError("compressed: expected a flat tensor of uint8")
+    if compressed.numel() < n_bytes or not compressed.is_contiguous():
+        raise CodecError(
+            f"compressed: expected {n_bytes} contiguous bytes or more, found {compressed.numel()}"
+        )
+    if aligned and compressed.data_ptr() % 2:
+        raise CodecError("compressed: expected an even address")
+
+
+def check_outs(
+    specs: Sequence[ArraySpec], outs: Sequence[torch.Tensor], device: torch.device
+) -> None:
+    """Raises CodecError for tensors that arrays of these specs cannot be decoded into."""
+    if len(outs) != len(specs):
+        raise CodecError(f"outs: expected {len(specs)} tensors, found {len(outs)}")
+    for i, (spec, out) in enumerate(zip(specs, outs, strict=True)):
+        dtype = torch_dtype(spec.dtype)
+        found = (out.dtype, out.numel(), out.device)
+        if found != (dtype, spec.size, device) or not out.is_contiguous():
             raise CodecError(
-                f"compressed: expected {self.n_bytes} contiguous bytes or more, "
-                f"found {compressed.numel()}"
+                f"outs[{i}]: expected {spec.size} contiguous values of {dtype} on {device}, found "
+                f"{tuple(out.shape)} of {out.dtype} on {out.device}"
             )
-        if self.aligned and compressed.data_ptr() % 2:
-            raise CodecError("compressed: expected an even address")
-        if len(outs) != len(self.streams):
-            raise CodecError(f"outs: expected {len(self.streams)} tensors, found {len(outs)}")
-        for i, (stream, out) in enumerate(zip(self.streams, outs, strict=True)):
-            dtype = torch_dtype(stream.spec.dtype)
-            if (out.dtype, out.numel(), out.device) != (
-                dtype,
-                stream.spec.size,
-                compressed.device,
-            ) or not out.is_contiguous():
-                raise CodecError(
-                    f"outs[{i}]: expected {stream.spec.size} contiguous values of {dtype} on "
-                    f"{compressed.device}, found {tuple(out.shape)} of {out.dtype} on {out.device}"
-                )
 
 
 def plan_decode(
@@ -143,7 +173,7 @@ def plan_decode(
         for offset, stream in zip(chosen, streams, strict=True)
         if stream.coded is not None
     )
-    numbers = metadata.build(streams, chosen)
+    numbers = metadata.build(streams)
     return DecodePlan(streams, tuple(chosen), max(ends, default=0), aligned, numbers)
 
 

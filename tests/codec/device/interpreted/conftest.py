@@ -1,4 +1,4 @@
-"""These tests are collected only where triton will interpret: see ../test_interpreted.py."""
+"""These tests are collected only where triton will interpret: see tests/test_interpreted.py."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Runs the tests of `interpreted/`: the kernels on the CPU, under triton's interpreter.
+"""Runs the tests of folders `interpreted/`: kernels on the CPU, under triton's interpreter.
 
 TRITON_INTERPRET has to be set before triton is imported, and then holds for the whole process. So
 they run in one of their own.
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = sorted(file.name for file in (HERE / "interpreted").glob("test_*.py"))
+FILES = sorted(str(file.relative_to(HERE)) for file in HERE.glob("**/interpreted/test_*.py"))
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -22,8 +22,8 @@ def test_under_the_interpreter(file: str) -> None:
     pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",
-         str(HERE / "interpreted" / file)],
-        cwd=HERE.parents[2], env=os.environ | {"TRITON_INTERPRET": "1"},
+         str(HERE / file)],
+        cwd=HERE.parent, env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"

@@ -1,0 +1,80 @@
+"""Arrays whose metadata stays on the device: any of them, in any company, from anywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moebound import decode, encode
+from moebound.codec.arrays import torch_dtype
+from moebound.codec.device import Resident, read_stream
+from moebound.errors import CodecError, CorruptionError
+
+from ... import weights
+from .launching import MANY, patterns
+from .test_decode_kernel import ENCODED
+
+NAMES = ("many tables", "low bits", "patches", "float16", "float32", "one weight", "exact copy")
+STREAMS = [read_stream(ENCODED[name]) for name in NAMES]
+
+
+def launched(
+    resident: Resident, arrays: list[int], offsets: list[int], *, spoil: int | None = None
+) -> list[torch.Tensor]:
+    """What comes out, from a buffer of noise with the envelopes in it. spoil: a byte to change."""
+    ends = [at + STREAMS[i].n_bytes for i, at in zip(arrays, offsets, strict=True)]
+    noise = np.random.default_rng(0).integers(0, 256, max(ends) + 9).astype(np.uint8)
+    for i, at in zip(arrays, offsets, strict=True):
+        noise[at : at + STREAMS[i].n_bytes] = np.frombuffer(ENCODED[NAMES[i]], np.uint8)
+    if spoil is not None:
+        noise[spoil] ^= 1
+    outs = [
+        torch.full((STREAMS[i].spec.size,), -7.0, dtype=torch_dtype(STREAMS[i].spec.dtype))
+        for i in arrays
+    ]
+    resident.launch(arrays, offsets, torch.from_numpy(noise), outs, MANY).check()
+    return outs
+
+
+@pytest.mark.parametrize(
+    ("arrays", "gaps"),
+    [([5], [3]), ([2, 0], [0, 7]), ([4, 1, 3], [16, 1, 2]), ([6, 4, 5, 6], [1, 1, 1, 1])],
+)
+def test_any_company_from_anywhere(arrays: list[int], gaps: list[int]) -> None:
+    offsets, at = [], 0
+    for i, gap in zip(arrays, gaps, strict=True):
+        offsets.append(at + gap)
+        at = offsets[-1] + STREAMS[i].n_bytes
+    for i, out in zip(arrays, launched(Resident(STREAMS, "cpu"), arrays, offsets), strict=True):
+        np.testing.assert_array_equal(patterns(out), patterns(decode(ENCODED[NAMES[i]])))
+
+
+def test_it_may_be_launched_again_and_again() -> None:
+    resident = Resident(STREAMS, "cpu")
+    first = launched(resident, [3], [0])
+    launched(resident, [0], [5])
+    assert torch.equal(launched(resident, [3], [2])[0], first[0])
+    assert 0 < resident.n_bytes < sum(stream.n_bytes for stream in STREAMS)
+
+
+def test_damage_is_named_by_the_arrays_number() -> None:
+    coded = STREAMS[3].coded
+    assert coded is not None
+    with pytest.raises(CorruptionError, match=r"array 3 of 7 \(codec 'bound', shape \(64, 512\)\)"):
+        launched(Resident(STREAMS, "cpu"), [5, 3], [0, 4000], spoil=4000 + int(coded.segments[2]))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    resident = Resident(STREAMS, "cpu")
+    size = STREAMS[3].n_bytes
+    out = torch.zeros(64, 512, dtype=torch.float16)
+    with pytest.raises(CodecError, match="bytes or more"):
+        resident.launch([3], [1], torch.zeros(size, dtype=torch.uint8), [out], MANY)
+    with pytest.raises(CodecError, match="none below 0"):
+        resident.launch([3], [-1], torch.zeros(size, dtype=torch.uint8), [out], MANY)
+    with pytest.raises(CodecError, match=r"outs\[0\]"):
+        resident.launch([3], [0], torch.zeros(size, dtype=torch.uint8), [out[1:]], MANY)
+    raw = read_stream(encode(weights.gaussian((4, 4)), 0.01, codec="raw"))
+    with pytest.raises(CodecError, match="array 1: codec 'raw' is not decoded on a device"):
+        Resident([STREAMS[0], raw], "cpu")
