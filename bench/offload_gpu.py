@@ -2,8 +2,8 @@
 
 python bench/offload_gpu.py OUT [moonlight|mixtral]
 
-Writes OUT/offload_gpu-NAME.json. Experts of Moonlight's size, 17 MB each in bfloat16, many and small;
-or of Mixtral's, 352 MB each, few and large.
+Writes OUT/offload_gpu-NAME.json. Experts of Moonlight's size, 17 MB each in bfloat16, many and
+small; or of Mixtral's, 352 MB each, few and large.
 """
 
 from __future__ import annotations
