@@ -76,9 +76,10 @@ def plot_hits(report: OffloadReport) -> Any:
             if tuple(hits) in seen:
                 continue
             seen.add(tuple(hits))
+            own = routing == "own"
             axis.plot([100 * row["budget"] for row in rows], hits, color=COLORS[source],
-                      ls=_STYLES[tier] if routing == "forced" else "-.", marker=_MARKERS[tier],
-                      markersize=4, label=label + (", own routing" if routing == "own" else ""))  # fmt: skip
+                      ls="-." if own else _STYLES[tier], marker=_MARKERS[tier], markersize=4,
+                      label=label + (", own routing" if own else ""))  # fmt: skip
     if report.policies:
         axis.plot([100 * row["budget"] for row in report.policies],
                   [100 * row["hit_ratio"] for row in report.policies], ls="", marker="_",

@@ -134,13 +134,13 @@ def test_a_checkpoint_of_other_shapes_is_in_the_way(tmp_path: Path) -> None:
 def test_a_recorded_trace_of_the_reference_model(tmp_path: Path) -> None:
     """26 layers of 64 experts, six a token: a synthetic model of fewer layers follows the first."""
     trace = tmp_path / "recorded.npz"
-    code = main(["profile", "builtin:wordmath", "--task", "wordmath", "--limit", "2", "--read",
-                 "references", "-o", str(tmp_path / "p.json"), "--trace", str(trace), "-q"])  # fmt: skip
-    assert code == 0
-    settings = Settings(shapes=replace(SHAPES, layers=3, experts=64, hidden=64, intermediate=64,
-                                       top_k=6),
-                        budgets=(0.3, 1.0), tiers=("disk",), peers=(), trace=trace, prompt=8, warm=4,
-                        tokens=6)  # fmt: skip
+    words = "profile builtin:wordmath --task wordmath --limit 2 --read references -q".split()
+    assert main([*words, "-o", str(tmp_path / "profile.json"), "--trace", str(trace)]) == 0
+    shapes = replace(SHAPES, layers=3, experts=64, hidden=64, intermediate=64, top_k=6)
+    settings = Settings(
+        shapes=shapes, budgets=(0.3, 1.0), tiers=("disk",), peers=(), trace=trace,
+        prompt=8, warm=4, tokens=6,
+    )  # fmt: skip
     report = run(settings, tmp_path)
     recorded, followed = load_trace(trace), load_trace(tmp_path / "trace.npz")
     assert len(recorded.layers) == 26

@@ -1,4 +1,4 @@
-"""A memory limit around a process: real control groups where they can be made, and where they are."""
+"""A memory limit around a process: in real control groups, where they can be made."""
 
 from __future__ import annotations
 

@@ -193,11 +193,14 @@ def bench_gpu(
               help="Folder for the synthetic checkpoint and its store, 6 GB, and 4 GB for "
                    "llama.cpp; they are used again if they are there.")  # fmt: skip
 @click.option("--model", metavar="SRC",
-              help="Measure this one, with its own routing.  [default: a synthetic checkpoint]")
+              help="Measure this one, with its own routing.  "
+                   "[default: a synthetic checkpoint]")  # fmt: skip
 @click.option("--task", metavar="TASK",
-              help="Whose problems --model reads, as in `moebound eval`.  [default: wordmath]")
+              help="Whose problems --model reads, as in `moebound eval`.  "
+                   "[default: wordmath]")  # fmt: skip
 @click.option("--layers", type=click.IntRange(min=1),
-              help="MoE layers of the synthetic checkpoint, 1.1 GB each.  [default: 4]")
+              help="MoE layers of the synthetic checkpoint, 1.1 GB each.  "
+                   "[default: 4]")  # fmt: skip
 @click.option("--rate", type=float, default=0.3, show_default=True, help="Bound of the store.")
 @click.option("--codec", default="bound", show_default=True, help="Of the store.")
 @click.option("--budgets", default="10,25,50,100", show_default=True, metavar="LIST",

@@ -2,9 +2,10 @@
 
 Written as llama.cpp's own conversion does it (conversion/deepseek.py and base.py there, arch
 `deepseek2`): the experts of a layer are one tensor a matrix [E, out, in]; `kv_b_proj` is split into
-keys and values by head, keys transposed, for its attention in the compressed space; routers and norms
-are float32, and all else has the dtype of the checkpoint. There is no tokenizer in it: it takes and
-gives token ids. Only plain rotary embeddings, one group of experts, and queries without a low rank.
+keys and values by head, keys transposed, for its attention in the compressed space; routers and
+norms are float32, and all else has the dtype of the checkpoint. There is no tokenizer in it: it
+takes and gives token ids. Only plain rotary embeddings, one group of experts, and queries without
+a low rank.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ def launch(
     """The row of `measure` for this spec, or {"error": ...}: a run that fails ends nobody else's.
 
     memory_limit: bytes that the process may have, page cache included; the row then has
-    "memory_limit_bytes" and "memory_peak_bytes". Raises BackendUnavailable where no limit can be set.
+    "memory_limit_bytes" and "memory_peak_bytes". Raises BackendUnavailable where no limit can be
+    set.
     """
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=work)))

@@ -4,7 +4,8 @@
 
 SPEC: how to load ("offloaded", "stock", "accelerate", "llama.cpp"), what, with which options; the
 token ids, the trace or None for the model's own routing, how many tokens. Peak memory is this
-process's; the page cache is dropped for the files before, and while it reads, where the spec says so.
+process's; the page cache is dropped for the files before, and while it reads, where the spec says
+so.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from moebound.cache import load_trace
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
-    """spec: how, source, options, trace, top_k, ids, prompt, warm, tokens, drop_cache, device, scratch.
+    """spec: how, source, options, trace, top_k, ids, prompt, warm, tokens, drop_cache, device,
+    and scratch, a folder.
 
     The warming text and the measured one are different pieces of the ids. "stats" are of the
     measured tokens alone, "prompt_stats" of their prompt.

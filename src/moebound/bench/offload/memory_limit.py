@@ -1,9 +1,9 @@
 """A memory limit that counts the page cache: a Linux control group around one process.
 
-Files that a process reads or maps are memory too: on a machine with less of it they would have to be
-read again. A control group counts them, and makes the kernel drop them where its limit is reached;
-what cannot be dropped ends the process. Pages that were in memory before count for whoever had them
-read, so files that are to be measured have to be dropped first.
+Files that a process reads or maps are memory too: on a machine with less of it they would have to
+be read again. A control group counts them, and makes the kernel drop them where its limit is
+reached; what cannot be dropped ends the process. Pages that were in memory before count for whoever
+had them read, so files that are to be measured have to be dropped first.
 
 Both interfaces of the kernel: v1 (memory.limit_in_bytes) and v2 (memory.max). A group is made below
 that of this process, so limits on this process hold as well. With v2 a group that has processes

@@ -49,9 +49,7 @@ class Prepared:
             if importlib.util.find_spec(module) is None
         ]
         if missing:
-            raise BackendUnavailable(
-                f"llama.cpp: {' and '.join(missing)} not installed: {INSTALL}"
-            )
+            raise BackendUnavailable(f"llama.cpp: {' and '.join(missing)} not installed: {INSTALL}")
         return write_gguf(self.raw, self.gguf)
 
 

@@ -35,11 +35,12 @@ class Subject(ABC):
         """Feed these; the sum of the last one's logits, when it is there."""
 
     def stats(self, *, reset: bool) -> dict[str, Any] | None:
-        """What `Offloaded.stats` has of the steps since the last reset; None where nobody counts."""
+        """What `Offloaded.stats` has since the last reset; None where nobody counts."""
         return None
 
     def close(self) -> None:
         """Let go of what it holds."""
+        return
 
 
 class Torch(Subject):
