@@ -134,8 +134,9 @@ def test_a_checkpoint_of_other_shapes_is_in_the_way(tmp_path: Path) -> None:
 def test_a_recorded_trace_of_the_reference_model(tmp_path: Path) -> None:
     """26 layers of 64 experts, six a token: a synthetic model of fewer layers follows the first."""
     trace = tmp_path / "recorded.npz"
-    words = "profile builtin:wordmath --task wordmath --limit 2 --read references -q".split()
-    assert main([*words, "-o", str(tmp_path / "profile.json"), "--trace", str(trace)]) == 0
+    profile = ["profile", "builtin:wordmath", "--task", "wordmath", "--read", "references"]
+    profile += ["--limit", "2", "-o", str(tmp_path / "p.json"), "--trace", str(trace)]
+    assert main([*profile, "-q"]) == 0
     shapes = replace(SHAPES, layers=3, experts=64, hidden=64, intermediate=64, top_k=6)
     settings = Settings(
         shapes=shapes, budgets=(0.3, 1.0), tiers=("disk",), peers=(), trace=trace,
@@ -183,7 +184,7 @@ def test_a_model_reads_real_prompts_with_its_own_routing(tmp_path: Path) -> None
     assert "shapes" not in report.settings
     tokenizer = AutoTokenizer.from_pretrained(resolve("builtin:wordmath"))
     (problem,) = get_task("wordmath").problems(1)
-    said = tokenizer.decode(np.load(tmp_path / "ids.npy"), skip_special_tokens=True)
+    said = str(tokenizer.decode(np.load(tmp_path / "ids.npy"), skip_special_tokens=True))
     assert "".join(problem.prompt.split())[:40] in "".join(said.split())
 
 

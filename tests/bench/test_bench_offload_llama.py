@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_a_file_has_every_weight_once(bf16: Path, tmp_path: Path) -> None:
 )
 def test_models_that_are_not_written(option: str, value: object, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    options = {
+    options: dict[str, Any] = {
         "vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 8,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
         "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1,

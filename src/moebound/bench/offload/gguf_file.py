@@ -175,7 +175,10 @@ def _keys_and_values(
 def _dtype(tensor: TensorInfo) -> np.dtype[Any]:
     import ml_dtypes
 
-    known = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
+    known: dict[str, np.dtype[Any]] = {
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F32": np.dtype(np.float32),
+    }
     if tensor.dtype not in known:
         raise UnsupportedArchitectureError(
             f"{tensor.file}: not written as GGUF: tensor {tensor.name!r}: expected BF16 or F32, "

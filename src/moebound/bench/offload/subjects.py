@@ -48,7 +48,9 @@ class Torch(Subject):
 
     def __init__(self, model: Any, spec: dict[str, Any], trace: Trace | None) -> None:
         self._model = model
-        self._routing = trace and ForcedRouting(model, trace, top_k=spec["top_k"])
+        self._routing = None
+        if trace is not None:
+            self._routing = ForcedRouting(model, trace, top_k=spec["top_k"])
         self._past: Any = None
 
     def begin(self, at: int) -> None:
