@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from moebound.bench.offload import OffloadReport
 from moebound.bench.offload.report import modelled_s
@@ -30,7 +31,7 @@ def plot_time(report: OffloadReport) -> Any:
     Rows of version 1 have no dotted line: their loads are not of the timed tokens alone."""
     routings = list(dict.fromkeys(_routing(row) for row in report.rows))
     figure, axes = plt.subplots(
-        1, len(routings), figsize=(1.2 + 4.4 * len(routings), 3.6), squeeze=False, sharey=True
+        1, len(routings), figsize=(0.6 + 4.2 * len(routings), 4.2), squeeze=False, sharey=True
     )
     for axis, routing in zip(axes.flat, routings, strict=True):
         for label, source, tier, rows in _curves(report, routing):
@@ -43,7 +44,8 @@ def plot_time(report: OffloadReport) -> Any:
                           elinewidth=0.7)  # fmt: skip
             if all("prompt_stats" in row for row in rows):
                 model = [1e3 * modelled_s(row) for row in rows]
-                axis.plot(budgets, model, ls=":", lw=1, color=color)
+                axis.plot(budgets, model, ls=":", lw=1, color=color, marker=_MARKERS[tier],
+                          markersize=2)  # fmt: skip
         for row in report.rows:
             if row["budget"] is None and _routing(row) == routing and "error" not in row:
                 axis.axhline(1e3 * row["tpot_p50_s"], color=COLORS[row["how"]], lw=1, ls="-.",
@@ -53,10 +55,11 @@ def plot_time(report: OffloadReport) -> Any:
         _budget_axis(axis, report)
         axis.set_title(_title(routing), fontsize=8)
         axis.set_yscale("log")
-        for scale in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            scale("{x:g}")
-        axis.tick_params(axis="y", which="both", labelsize=7)
-        axis.legend(frameon=False, fontsize=7)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        axis.tick_params(axis="y", labelleft=True)
+        _legend(axis)
     axes[0, 0].set_ylabel("ms a token")
     limit = report.settings.get("memory_limit")
     if limit:
@@ -67,7 +70,7 @@ def plot_time(report: OffloadReport) -> Any:
 
 def plot_hits(report: OffloadReport) -> Any:
     """Of the experts asked for, how many were there, by budget; the best policy as simulated."""
-    figure, axis = plt.subplots(figsize=(4.6, 3.4))
+    figure, axis = plt.subplots(figsize=(4.8, 4.2))
     for routing in dict.fromkeys(_routing(row) for row in report.rows):
         seen = set[tuple[float, ...]]()
         for label, source, tier, rows in _curves(report, routing):
@@ -90,7 +93,7 @@ def plot_hits(report: OffloadReport) -> Any:
     _budget_axis(axis, report)
     axis.set_ylim(0, 103)
     axis.set_ylabel("hits, % of experts asked for")
-    axis.legend(frameon=False, fontsize=7, loc="lower right")
+    _legend(axis)
     figure.tight_layout()
     return figure
 
@@ -116,6 +119,11 @@ def _budget_axis(axis: Any, report: OffloadReport) -> None:
     axis.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
     axis.minorticks_off()
     axis.set_xlabel("memory for experts, % of all of them decoded")
+
+
+def _legend(axis: Any) -> None:
+    """Below: lines and marks may be anywhere."""
+    axis.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
 
 
 def _routing(row: dict[str, Any]) -> str:
