@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 from moebound.bench.offload import Settings, run
 from moebound.bench.offload.gguf_file import write_gguf
+from moebound.bench.offload.launch import launch
 from moebound.bench.offload.model import Shapes, make_checkpoint
 from moebound.bench.offload.subjects import LlamaCpp
 from moebound.errors import UnsupportedArchitectureError
@@ -111,6 +113,23 @@ def test_without_llama_cpp_its_run_says_what_to_install(
     assert (row["name"], row["routing"]) == ("llama.cpp, own routing", "own")
     assert "llama-cpp-python and gguf not installed: pip install" in row["error"]
     assert not (tmp_path / "raw.gguf").exists()
+
+
+@pytest.mark.parametrize(("how", "policy"), [("llama.cpp", None), ("offloaded", "PASSIVE")])
+def test_its_threads_wait_as_they_are_meant_to(
+    how: str, policy: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str]] = []
+
+    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        seen.append(options["env"])
+        return subprocess.CompletedProcess(command, 0, stdout="{}", stderr="")
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr(subprocess, "run", start)
+    assert launch({"how": how, "source": "nothing"}, tmp_path, timeout_s=1) == {}
+    assert [environment.get("OMP_WAIT_POLICY") for environment in seen] == [policy]
+    assert all("PATH" in environment for environment in seen)
 
 
 def test_a_run_of_llama_cpp(tmp_path: Path) -> None:

@@ -31,13 +31,17 @@ def launch(
         file = scratch / "spec.json"
         file.write_text(json.dumps({**spec, "scratch": str(scratch)}), encoding="utf-8")
         command = [sys.executable, "-m", "moebound.bench.offload.measure", str(file)]
+        # Threads of torch that spin while they wait would keep our loading threads from their work,
+        # and the wish not to is for the whole benchmark. Those of llama.cpp are meant to spin.
+        spared = "OMP_WAIT_POLICY" if spec["how"] == "llama.cpp" else ""
+        environment = {name: value for name, value in os.environ.items() if name != spared}
         if memory_limit is None:
-            return _run(command, timeout_s)
+            return _run(command, environment, timeout_s)
         group = stack.enter_context(memory_group(memory_limit))
         # What others have read counts for them: it must not be there, nor wait to be written.
         os.sync()
         drop_pages(Path(spec["source"]))
-        row = _run(group.command(command), timeout_s)
+        row = _run(group.command(command), environment, timeout_s)
         if group.kills:
             row = {
                 "error": f"killed: more memory was needed than the limit of {memory_limit / 1e9:g} "
@@ -46,11 +50,10 @@ def launch(
         return row | {"memory_limit_bytes": memory_limit, "memory_peak_bytes": group.peak_bytes}
 
 
-def _run(command: list[str], timeout_s: float) -> dict[str, Any]:
+def _run(command: list[str], environment: dict[str, str], timeout_s: float) -> dict[str, Any]:
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True,
+                              timeout=timeout_s, check=False)  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"error": f"stopped: not done after {timeout_s:g} s"}
     if done.returncode == _KILLED:
