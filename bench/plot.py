@@ -1,9 +1,10 @@
-"""Plots from stored rows of `moebound bench codec --json`. Measures nothing.
+"""Plots from stored rows of `moebound bench codec --json` and `bench offload`. Measures nothing.
 
     python bench/plot.py bench/results/NAME.json [-o out/plots]
 
-Writes NAME-size.svg/.png (bits per weight above the entropy of the ideal uniform quantizer, by
-rate, one panel a matrix) and NAME-speed.svg/.png (decode speed by codec, with memcpy as a line).
+Of codecs it writes NAME-size.svg/.png (bits per weight above the entropy of the ideal uniform
+quantizer, by rate, one panel a matrix) and NAME-speed.svg/.png (decode speed by codec, with memcpy
+as a line); of offloading NAME-time.svg/.png and NAME-hits.svg/.png (plot_offload.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from moebound.bench.codec import BenchReport
+from moebound.bench.offload import OffloadReport
+from moebound.bench.offload.report import FORMAT as OFFLOAD
 from moebound.bench.report import Row
 
 COLORS = {
@@ -107,6 +110,16 @@ def _decoded_gb_per_s(row: Row) -> float:
     return row.decode_gweights_per_s * (4 if row.dtype == "F32" else 2)
 
 
+def _figures(document: dict[str, Any]) -> list[tuple[str, Any]]:
+    if document.get("format") == OFFLOAD:
+        from plot_offload import plot_hits, plot_time  # beside this script
+
+        offload = OffloadReport.from_json(document)
+        return [("time", plot_time(offload)), ("hits", plot_hits(offload))]
+    report = BenchReport.from_json(document)
+    return [("size", plot_sizes(report)), ("speed", plot_speed(report))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+")
@@ -115,9 +128,9 @@ def main() -> None:
     mpl.use("Agg")
     options.out.mkdir(parents=True, exist_ok=True)
     for results in options.results:
-        report = BenchReport.from_json(json.loads(results.read_text(encoding="utf-8")))
+        document = json.loads(results.read_text(encoding="utf-8"))
         with mpl.rc_context(SETTINGS):
-            for kind, figure in (("size", plot_sizes(report)), ("speed", plot_speed(report))):
+            for kind, figure in _figures(document):
                 for suffix in ("svg", "png"):
                     target = options.out / f"{results.stem}-{kind}.{suffix}"
                     metadata = {"Date": None} if suffix == "svg" else None

@@ -24,7 +24,7 @@ def test_the_code_runs(tmp_path: Path) -> None:
 
 def test_files_and_predictors() -> None:
     for name in re.findall(r"\b([a-z_]+\.py)\b", TEXT):
-        folders = ("src/moebound/runtime", "tests/runtime", "bench")
+        folders = ("src/moebound/runtime", "tests/runtime", "bench", "tests/bench")
         places = [ROOT / folder / name for folder in folders]
         assert any(place.exists() for place in places), name
     assert all(f'"{name}"' in TEXT for name in PREDICTORS)

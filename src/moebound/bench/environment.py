@@ -16,8 +16,8 @@ _PACKAGES = ("moebound", "numpy", "ml_dtypes", "torch", "pysz", "zfpy")
 _FLAGS = ("avx2", "avx512f", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vbmi2")
 
 
-def describe() -> dict[str, Any]:
-    """JSON-ready facts. What cannot be found out is None."""
+def describe(*packages: str) -> dict[str, Any]:
+    """JSON-ready facts; versions of these packages too. What cannot be found out is None."""
     model, flags = _cpu()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
         "machine": platform.machine(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in (*_PACKAGES, *packages)},
         "commit": _commit(),
         "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MOEBOUND_")},
     }

@@ -190,17 +190,30 @@ def bench_gpu(
 
 @bench.command("offload")
 @click.option("--work", type=click.Path(file_okay=False, path_type=Path), required=True,
-              help="Folder for the synthetic checkpoint and its store, 6 GB; they are used "
-                   "again if they are there.")  # fmt: skip
-@click.option("--layers", type=click.IntRange(min=1), default=4, show_default=True,
-              help="MoE layers of the synthetic checkpoint, 1.1 GB each.")  # fmt: skip
+              help="Folder for the synthetic checkpoint and its store, 6 GB, and 4 GB for "
+                   "llama.cpp; they are used again if they are there.")  # fmt: skip
+@click.option("--model", metavar="SRC",
+              help="Measure this one, with its own routing.  "
+                   "[default: a synthetic checkpoint]")  # fmt: skip
+@click.option("--task", metavar="TASK",
+              help="Whose problems --model reads, as in `moebound eval`.  "
+                   "[default: wordmath]")  # fmt: skip
+@click.option("--layers", type=click.IntRange(min=1),
+              help="MoE layers of the synthetic checkpoint, 1.1 GB each.  "
+                   "[default: 4]")  # fmt: skip
 @click.option("--rate", type=float, default=0.3, show_default=True, help="Bound of the store.")
 @click.option("--codec", default="bound", show_default=True, help="Of the store.")
 @click.option("--budgets", default="10,25,50,100", show_default=True, metavar="LIST",
               help="Memory for experts, in percent of all of them decoded.")  # fmt: skip
+@click.option("--memory-limit", metavar="SIZE",
+              help="What the process of each run may have, files that it reads included, as 2GB: "
+                   "a control group, on Linux, where one can be made.")  # fmt: skip
 @click.option("--tiers", default="disk,ram", show_default=True, help="Where experts wait.")
 @click.option("--policies", default="hobbit", show_default=True, help="Of the cache.")
 @click.option("--prefetch", default="none", show_default=True, help="Predictors.")
+@click.option("--routing", metavar="LIST",
+              help="forced by the trace, own: the model's routers choose, or both.  "
+                   "[default: forced; own with --model]")  # fmt: skip
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="What is routed where, of `moebound profile --trace`.  [default: drawn by "
                    "Zipf's law]")  # fmt: skip
@@ -209,19 +222,24 @@ def bench_gpu(
 @click.option("--tokens", type=click.IntRange(min=2), default=48, show_default=True, metavar="N",
               help="Tokens timed behind it.")  # fmt: skip
 @click.option("--peers", default="stock,accelerate", show_default=True,
-              help="What to run beside it; an empty list for nothing.")  # fmt: skip
+              help="What to run beside it: stock, accelerate, llama.cpp (own routing; "
+                   "pip install 'moebound[compare]'); an empty list for nothing.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 @output_options
 def bench_offload(
     output: Output,
     work: Path,
-    layers: int,
+    model: str | None,
+    task: str | None,
+    layers: int | None,
     rate: float,
     codec: str,
     budgets: str,
+    memory_limit: str | None,
     tiers: str,
     policies: str,
     prefetch: str,
+    routing: str | None,
     trace: Path | None,
     prompt: int,
     tokens: int,
@@ -231,22 +249,36 @@ def bench_offload(
     """Time per token with experts on disk or in RAM, raw and compressed, by memory budget.
 
     A model with the expert shapes of Moonlight-16B-A3B and random weights, whose routing follows a
-    trace. Each run is a process of its own; the page cache is dropped for those from disk.
+    trace, or a model of yours. Each run is a process of its own; the page cache is dropped for
+    those from disk.
     """
     from moebound.bench.offload import Settings, render_offload, run
     from moebound.bench.offload.model import Shapes
 
-    work.mkdir(parents=True, exist_ok=True)
+    if model is not None and layers is not None:
+        raise click.UsageError("--layers is of the synthetic checkpoint, and goes without --model")
+    if model is None and task is not None:
+        raise click.UsageError("--task is what --model reads, and goes with it")
+    if routing is None:
+        routing = "forced" if model is None else "own"
     settings = Settings(
-        shapes=Shapes(layers=layers), rate=rate, codec=codec,
-        budgets=tuple(float(part) / 100 for part in budgets.split(",")),
-        tiers=_names(tiers), policies=_names(policies), predictors=_names(prefetch), trace=trace,
-        prompt=prompt, tokens=tokens, peers=_names(peers), device=device,
+        model=model, task=task or "wordmath", shapes=Shapes(layers=layers or 4), rate=rate,
+        codec=codec, budgets=tuple(float(part) / 100 for part in budgets.split(",")),
+        tiers=_names(tiers), policies=_names(policies), predictors=_names(prefetch),
+        routing=_names(routing), trace=trace, prompt=prompt, tokens=tokens, peers=_names(peers),
+        memory_limit=_size(memory_limit, "--memory-limit"), device=device,
     )  # fmt: skip
+    work.mkdir(parents=True, exist_ok=True)
     with step_bar(output) as say:
         report = run(settings, work, say=say)
     output.result(report.to_json(), render_offload(report))
     return exits.OK
+
+
+def _size(text: str | None, option: str) -> int | None:
+    from moebound.runtime.budget import parse_size
+
+    return None if text is None else parse_size(text, what=option)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -36,6 +36,17 @@ def parse_budget(budget: int | str, *, of: int) -> int:
     )
 
 
+def parse_size(size: str, *, what: str) -> int:
+    """Bytes of a size as "4GiB" or "500MB". Raises CacheError that names `what` for anything else,
+    a share included."""
+    match = _SIZE.fullmatch(size)
+    if match is not None and match[2].upper() in _UNITS:
+        n_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+        if n_bytes > 0:
+            return n_bytes
+    raise CacheError(f"{what} {size!r}: expected a size, as 4GiB or 500MB")
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that can be had on a device; on the CPU, without swapping."""
     if device.type == "cuda":

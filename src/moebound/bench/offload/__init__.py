@@ -1,13 +1,24 @@
 """`moebound bench offload`: what running with compressed experts costs, beside raw ones and peers.
 
-model.py     a checkpoint with Moonlight's expert shapes and random weights
-routing.py   a recorded or drawn trace in place of what random routers would choose
-measure.py   one run: prompt, then token by token; times, hits, bytes, memory
-cases.py     which runs, each in a process of its own, their rows
-table.py     the rows for people
+settings.py      what to run
+prepare.py       what runs need, made once:
+  model.py         a checkpoint with Moonlight's expert shapes and random weights
+  text.py          the tokens that all runs read
+  routing.py       a recorded or drawn trace in place of what random routers would choose
+  gguf_file.py     the checkpoint for llama.cpp
+cases.py         which runs, one after the other
+  launch.py        each in a process of its own
+  memory_limit.py  within a limit that counts the page cache, if one is asked for
+measure.py       one run: prompt, then token by token; times, hits, bytes, memory
+  subjects.py      what is measured: ours, transformers, accelerate, llama.cpp
+  memory.py        what a process holds and has read
+report.py        what was found, as it is stored
+table.py         the rows for people
 """
 
-from moebound.bench.offload.cases import OffloadReport, Settings, run
+from moebound.bench.offload.cases import run
+from moebound.bench.offload.report import OffloadReport
+from moebound.bench.offload.settings import Settings
 from moebound.bench.offload.table import render_offload
 
 __all__ = ["OffloadReport", "Settings", "render_offload", "run"]

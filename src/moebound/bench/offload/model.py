@@ -7,6 +7,7 @@ scales of their own for rows and columns, as trained ones have; what the model s
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from moebound.checkpoint import ShardWriter, TensorSpec, open_checkpoint, write_index
+from moebound.errors import CheckpointError
 from moebound.store import compress
 from moebound.types import Array, ErrorBound
 
@@ -38,8 +40,10 @@ class Shapes:
 
 
 def make_checkpoint(folder: Path, shapes: Shapes, *, seed: int = 0) -> Path:
-    """Write it, if it is not there. Returns the folder."""
+    """Write it, if it is not there. Returns the folder. Raises CheckpointError if one of other
+    shapes is."""
     if (folder / "config.json").exists():
+        _check_shapes(folder, shapes)
         return folder
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -86,6 +90,17 @@ def make_checkpoint(folder: Path, shapes: Shapes, *, seed: int = 0) -> Path:
     config.save_pretrained(part)
     part.rename(folder)
     return folder
+
+
+def _check_shapes(folder: Path, shapes: Shapes) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found = Shapes(
+        layers=config["num_hidden_layers"] - 1, experts=config["n_routed_experts"],
+        hidden=config["hidden_size"], intermediate=config["moe_intermediate_size"],
+        top_k=config["num_experts_per_tok"], vocab=config["vocab_size"],
+    )  # fmt: skip
+    if found != shapes:
+        raise CheckpointError(f"{folder}: is in the way: expected {shapes}, found {found}")
 
 
 def make_store(checkpoint: Path, folder: Path, rate: float, codec: str = "bound") -> Path:

@@ -3,20 +3,48 @@
 Random routers choose nearly all experts alike, which no trained one does. A hook in front of each
 experts module puts in what a trace has for the tokens at hand: its text is gone through token by
 token, prompt first, by the order of calls. What the trace lacks (layers, tokens) is taken from its
-beginning again.
+beginning again; layers that it has too many of are left out.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from moebound.cache import Trace
+from moebound.cache import Trace, one_by_one
+from moebound.cache.trace import LayerTrace
 from moebound.errors import CacheError
 from moebound.sensitivity.live import live_experts
 from moebound.types import Array
+
+
+def fit_trace(trace: Trace, *, layers: int, experts: int, top_k: int) -> Trace:
+    """A trace of some model, as one of so many layers reads it: one text after the other, `top_k`
+    experts a token. Raises CacheError if its experts do not fit."""
+    texts = one_by_one(trace)
+    taken = [texts.layers[place % len(texts.layers)] for place in range(layers)]
+    for entry in taken:
+        _check(entry, experts, top_k)
+    return replace(
+        texts,
+        layers=tuple(
+            LayerTrace(place, experts, entry.index[:, :top_k], entry.weights[:, :top_k])
+            for place, entry in enumerate(taken)
+        ),
+    )
+
+
+def _check(entry: LayerTrace, experts: int, top_k: int) -> None:
+    if entry.index.shape[1] < top_k or entry.n_experts > experts:
+        raise CacheError(
+            f"trace: {entry.index.shape[1]} of {entry.n_experts} experts a token, the model has "
+            f"{top_k} of {experts}"
+        )
+    if (entry.index[:, :top_k] < 0).any():
+        raise CacheError(f"trace: layer {entry.layer}: some tokens have less than {top_k} experts")
 
 
 class ForcedRouting:
@@ -29,13 +57,8 @@ class ForcedRouting:
         self._choices = dict[int, Array]()
         for place, layer in enumerate(sorted(modules)):
             entry = trace.layers[place % len(trace.layers)]
-            index = entry.index[:, :top_k].astype(np.int64)
-            if index.shape[1] < top_k or entry.n_experts > n_experts[layer] or (index < 0).any():
-                raise CacheError(
-                    f"trace: {index.shape[1]} of {entry.n_experts} experts a token, the model has "
-                    f"{top_k} of {n_experts[layer]}"
-                )
-            self._choices[layer] = index
+            _check(entry, n_experts[layer], top_k)
+            self._choices[layer] = entry.index[:, :top_k].astype(np.int64)
             modules[layer].register_forward_pre_hook(self._hook(layer))
         self._at = dict.fromkeys(modules, 0)
 

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from moebound.bench.offload.cases import OffloadReport
+from moebound.bench.offload.report import OffloadReport, modelled_s, over_model
+
+_COLUMNS = ("run", "budget", "policy", "ms/token", "p99", "first", "hits", "MB/token", "raw : this",
+            "model", "this : model", "peak GB", "with files")  # fmt: skip
 
 
 def render_offload(report: OffloadReport) -> Table:
-    """One line a run. Ratios are to the raw run of the same tier and budget."""
+    """One line a run. Ratios are to the raw run of the same tier, budget and routing."""
     raw, small = report.expert_bytes["raw"], report.expert_bytes["compressed"]
+    limit = report.settings.get("memory_limit")
     table = Table(
-        title=f"Experts of {raw / 1e9:.2f} GB, {small / 1e9:.2f} GB compressed",
+        title=f"Experts of {raw / 1e9:.2f} GB, {small / 1e9:.2f} GB compressed"
+        + (f"; each run within {limit / 1e9:g} GB, files counted" if limit else ""),
         caption=_policies(report) + "Milliseconds a token (median, 99th percentile) and to the "
         "first one; hits: of experts asked for; MB: moved a token; model: what the cost "
-        "model says of these loads, from speeds measured one expert at a time.",
+        "model says of these loads, from speeds measured one expert at a time, and what they took "
+        "over that; peak: of the process, and of its control group, which counts files it read. "
+        "Own routing: the model's routers choose, random ones not as trained ones do; else the "
+        "trace does.",
     )
-    for name in ("run", "budget", "policy", "ms/token", "p99", "first", "hits", "MB/token",
-                 "raw : this", "model", "peak GB"):  # fmt: skip
+    counts_files = any(row.get("memory_peak_bytes") for row in report.rows)
+    columns = _COLUMNS if counts_files else _COLUMNS[:-1]
+    for name in columns:
         table.add_column(name, justify="left" if name in ("run", "policy") else "right")
     for row in report.rows:
-        table.add_row(*_cells(row, report.rows))
+        table.add_row(*_cells(row, report.rows)[: len(columns)])
     return table
 
 
@@ -39,35 +47,34 @@ def _policies(report: OffloadReport) -> str:
 def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     head = [row["name"], "" if row["budget"] is None else f"{100 * row['budget']:g} %",
             " ".join(filter(None, (row["policy"], row["predictor"])))]  # fmt: skip
+    with_files = row.get("memory_peak_bytes")
+    last = f"{with_files / 1e9:.2f}" if with_files else ""
     if "error" in row:
-        return [*head, row["error"][:60], *[""] * 7]
+        return [*head, row["error"][:60], *[""] * 8, last]
     stats = row.get("stats")
-    hits, moved, share = "", "", ""
+    hits, moved, model, over = "", "", "", ""
     if stats:
         hits = f"{100 * stats['hit_ratio']:.1f} %"
         moved = f"{stats['bytes_moved'] / max(1, stats['tokens']) / 1e6:.1f}"
-        share = f"{1e3 * modelled_s(row):.1f}"
-    twin = next((r for r in rows if r["name"] == row["name"].replace("compressed", "raw")
-                 and r["budget"] == row["budget"] and r["policy"] == row["policy"]
-                 and r["predictor"] == row["predictor"] and "error" not in r), None)  # fmt: skip
+        model, over = f"{1e3 * modelled_s(row):.1f}", f"{over_model(row):.2f}"
+    twin = _raw_twin(row, rows)
     ratio = f"{twin['tpot_p50_s'] / row['tpot_p50_s']:.2f}" if twin and twin is not row else ""
     return [
         *head,
         f"{1e3 * row['tpot_p50_s']:.1f}",
         f"{1e3 * row['tpot_p99_s']:.1f}",
         f"{1e3 * row['ttft_s']:.0f}",
-        hits, moved, ratio, share,
+        hits, moved, ratio, model, over,
         f"{row['rss_peak_bytes'] / 1e9:.2f}",
+        last,
     ]  # fmt: skip
 
 
-def modelled_s(row: dict[str, Any]) -> float:
-    """Seconds a token if reading hid behind decoding and computing, or they behind it, from what
-    this run measured: bytes and seconds of its own reads, decodes and products."""
-    stats = row["stats"]
-    steps = max(1, stats["steps"])
-    other = stats["step_s"] - stats["experts_s"]
-    costs = stats["choice"]["costs"]
-    read = stats["loads"] * costs["read_s"]
-    busy = stats["loads"] * costs["decode_s"] + stats["compute_s"]
-    return float((other + max(read, busy)) / steps)
+def _raw_twin(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The run that differs in the experts' source alone."""
+    name = row["name"].replace("compressed", "raw")
+    same = ("budget", "policy", "predictor")
+    return next(
+        (r for r in rows if r["name"] == name and "error" not in r
+         and all(r[key] == row[key] for key in same)), None,
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""What to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moebound.bench.offload.model import Shapes
+from moebound.errors import MoeboundError
+
+PEERS = ("stock", "accelerate", "llama.cpp")
+ROUTINGS = ("forced", "own")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run. model: a checkpoint, or None for a synthetic one of these shapes.
+
+    budgets: shares of all experts decoded. routing: "forced" by a trace, "own" for the model's own
+    router, or both. trace: a recorded one, or None for Zipf's law. task: whose problems a given
+    model reads; a synthetic one reads drawn tokens. peers: of `PEERS`; llama.cpp always has its own
+    routing. memory_limit: bytes that the process of each run may have, page cache included. device:
+    where to compute. Raises MoeboundError for what does not go together.
+    """
+
+    model: str | None = None
+    task: str = "wordmath"
+    shapes: Shapes = field(default_factory=Shapes)
+    rate: float = 0.3
+    codec: str = "bound"
+    budgets: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
+    tiers: tuple[str, ...] = ("disk", "ram")
+    policies: tuple[str, ...] = ("hobbit",)
+    predictors: tuple[str, ...] = ("none",)
+    routing: tuple[str, ...] = ("forced",)
+    trace: Path | None = None
+    prompt: int = 64
+    warm: int = 16
+    tokens: int = 48
+    device: str = "cpu"
+    peers: tuple[str, ...] = ("stock", "accelerate")
+    memory_limit: int | None = None
+    timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        for option, given, known in (
+            ("peers", self.peers, PEERS),
+            ("routing", self.routing, ROUTINGS),
+        ):
+            wrong = [name for name in given if name not in known]
+            if wrong:
+                raise MoeboundError(f"{option}: expected some of {', '.join(known)}, found {wrong}")
+        if not self.routing:
+            raise MoeboundError(f"routing: expected some of {', '.join(ROUTINGS)}, found none")
+        if self.trace is not None and "forced" not in self.routing:
+            raise MoeboundError(
+                f"trace {self.trace}: followed by forced routing only, found {self.routing}"
+            )
+        if "llama.cpp" in self.peers and self.device != "cpu":
+            raise MoeboundError(f"peer llama.cpp: is run on the CPU, found device {self.device!r}")

@@ -1,0 +1,144 @@
+"""llama.cpp as a peer: the file it reads, and what it computes from it."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+from moebound.bench.offload import Settings, run
+from moebound.bench.offload.gguf_file import write_gguf
+from moebound.bench.offload.launch import launch
+from moebound.bench.offload.model import Shapes, make_checkpoint
+from moebound.bench.offload.subjects import LlamaCpp
+from moebound.errors import UnsupportedArchitectureError
+
+SHAPES = Shapes(layers=1, experts=4, hidden=64, intermediate=32, top_k=2, vocab=96)
+PROMPT, TEXT = 12, 32
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("gguf") / "raw", SHAPES)
+
+
+@pytest.fixture(scope="module")
+def f32(bf16: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(bf16, dtype=torch.float32)
+    model.save_pretrained(bf16.with_name("raw32"))
+    return bf16.with_name("raw32")
+
+
+def logits_of_both(source: Path, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """[tokens, vocab] from the last one of the prompt on: llama.cpp's, and transformers' in float32
+    of the same weights."""
+    ids = np.random.default_rng(1).integers(0, SHAPES.vocab, TEXT).tolist()
+    subject = LlamaCpp({"source": str(file), "prompt": PROMPT, "warm": 0, "tokens": 20}, None)
+    found = []
+    for tokens in (ids[:PROMPT], *([token] for token in ids[PROMPT:])):
+        total = subject.step(tokens)
+        found.append(subject.logits())
+        assert total == pytest.approx(float(found[-1].astype(np.float64).sum()))
+    subject.begin(0)  # another text begins: nothing is left of the one before
+    subject.step(ids[:PROMPT])
+    assert np.array_equal(subject.logits(), found[0])
+    subject.close()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0, PROMPT - 1 :]
+    return np.stack(found), expected.numpy()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 1e-3), ("bf16", 1e-2)])
+def test_llama_cpp_computes_what_transformers_does(
+    dtype: str, tolerance: float, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Its bf16 products round their inputs too."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    source: Path = request.getfixturevalue(dtype)
+    found, expected = logits_of_both(source, write_gguf(source, tmp_path / "model.gguf"))
+    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
+    assert np.array_equal(found.argmax(1), expected.argmax(1))
+
+
+def test_a_file_has_every_weight_once(bf16: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    file = write_gguf(bf16, tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(file)
+    model = AutoModelForCausalLM.from_pretrained(bf16)
+    written = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    in_buffers = dict(model.named_buffers())[bias].numel()
+    assert written == sum(p.numel() for p in model.parameters()) + in_buffers
+    experts = {t.name: t for t in reader.tensors}["blk.1.ffn_down_exps.weight"]
+    assert experts.shape.tolist() == [SHAPES.intermediate, SHAPES.hidden, SHAPES.experts]
+    third = model.model.layers[1].mlp.experts.down_proj[2].view(torch.uint8)
+    assert np.array_equal(experts.data[2].reshape(-1), third.numpy().reshape(-1))
+    made = file.stat().st_mtime_ns
+    assert write_gguf(bf16, file).stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("q_lora_rank", 16), ("n_group", 2), ("rope_interleave", False)]
+)
+def test_models_that_are_not_written(option: str, value: object, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    options: dict[str, Any] = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": None, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 8,
+    }  # fmt: skip
+    config = DeepseekV3Config(**{**options, option: value})
+    DeepseekV3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedArchitectureError, match=f"expected {option} .*found {value!r}"):
+        write_gguf(tmp_path / "model", tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_without_llama_cpp_its_run_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    settings = Settings(shapes=replace(SHAPES, hidden=64), tiers=(), peers=("llama.cpp",), tokens=2)
+    (row,) = run(settings, tmp_path).rows
+    assert (row["name"], row["routing"]) == ("llama.cpp, own routing", "own")
+    assert "llama-cpp-python and gguf not installed: pip install" in row["error"]
+    assert not (tmp_path / "raw.gguf").exists()
+
+
+@pytest.mark.parametrize(("how", "policy"), [("llama.cpp", None), ("offloaded", "PASSIVE")])
+def test_its_threads_wait_as_they_are_meant_to(
+    how: str, policy: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str]] = []
+
+    def start(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        seen.append(options["env"])
+        return subprocess.CompletedProcess(command, 0, stdout="{}", stderr="")
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr(subprocess, "run", start)
+    assert launch({"how": how, "source": "nothing"}, tmp_path, timeout_s=1) == {}
+    assert [environment.get("OMP_WAIT_POLICY") for environment in seen] == [policy]
+    assert all("PATH" in environment for environment in seen)
+
+
+def test_a_run_of_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    settings = Settings(shapes=SHAPES, tiers=(), peers=("stock", "llama.cpp"), routing=("own",),
+                        prompt=8, warm=2, tokens=4)  # fmt: skip
+    stock, llama = run(settings, tmp_path).rows
+    assert "error" not in llama
+    assert len(llama["tpot_s"]) == 4
+    assert llama["threads"] == stock["threads"]
+    assert llama["logits_sum"] == pytest.approx(stock["logits_sum"], abs=0.2)
