@@ -19,16 +19,16 @@ from moebound.bench.offload import Settings, render_offload, run
 from moebound.bench.offload.model import Shapes
 
 CASES = {
-    "moonlight": (Shapes(layers=2), (0.11, 0.3)),
-    "mixtral": (Shapes(layers=1, experts=8, hidden=4096, intermediate=14336, top_k=2), (0.4, 0.6)),
+    "moonlight": (Shapes(layers=2), 0.11),
+    "mixtral": (Shapes(layers=1, experts=8, hidden=4096, intermediate=14336, top_k=2), 0.4),
 }
 
 
 def main(out: Path, name: str) -> None:
-    shapes, budgets = CASES[name]
+    shapes, budget = CASES[name]
     settings = Settings(
-        shapes=shapes, codec="bound:segment=gpu", budgets=budgets, tiers=("ram", "disk"),
-        device="cuda", peers=("stock",), tokens=64, warm=16, prompt=16,
+        shapes=shapes, codec="bound:segment=gpu", budgets=(budget,), tiers=("ram",),
+        device="cuda", peers=(), tokens=64, warm=16, prompt=16,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as work:
         report = run(settings, Path(work), say=lambda *step: print(*step, file=sys.stderr))
