@@ -5,7 +5,7 @@
     launched.check()
 
 For bytes that stay as they are, in host memory say, and are decoded again and again in ever other
-company. A matrix of an expert of Moonlight size takes 4 to 12 kB.
+company. A matrix of an expert of Moonlight size takes 4 to 8 kB.
 """
 
 from __future__ import annotations
