@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -60,7 +62,7 @@ def test_the_limit_is_kept_and_used(
 
     def loses(plan: Plan) -> float:
         swing = 1 + jump * math.sin(plan.n_bytes)
-        return factor * 1e-3 * (predicted(plan) / 1e-3) ** power * swing
+        return factor * 1e-3 * math.pow(predicted(plan) / 1e-3, power) * swing
 
     meter = Meter(loses)
     wanted = 1e-3 * (limit / (factor * 1e-3)) ** (1 / power)  # predicted, that measures as limit
@@ -120,9 +122,7 @@ def test_a_limit_below_every_prediction(evidence: Evidence) -> None:
 def test_what_was_measured_comes_back_from_the_file(evidence: Evidence, tmp_path: Path) -> None:
     for kl, stderr in ((0.002, 0.0004), (math.inf, math.nan)):
         found = Measured(kl, stderr, "wordmath", 64, exact=False)
-        plan = make_plan(
-            SIZES, evidence, Budget(bpw=3), source="x", measure=lambda plan, found=found: found
-        )
+        plan = replace(made(evidence, Budget(bpw=3)), measured=found)
         plan.save(tmp_path / "plan.json")
         again = Plan.load(tmp_path / "plan.json").measured
         assert again is not None
@@ -131,6 +131,7 @@ def test_what_was_measured_comes_back_from_the_file(evidence: Evidence, tmp_path
     document = plan.to_json()
     del document["measured"]  # of an earlier version
     assert Plan.from_json(document).measured is None
-    for bad in ([], {"kl": "x", "n_problems": 1}, {"kl": 0.1}):
+    wrong: list[Any] = [[], {"kl": "x", "n_problems": 1}, {"kl": 0.1}]
+    for bad in wrong:
         with pytest.raises(PlanError, match="measured: "):
             Plan.from_json({**document, "measured": bad})

@@ -8,14 +8,16 @@ import torch
 
 from moebound import decode, encode
 from moebound.errors import CodecError, MoeboundError
-from moebound.sensitivity import live_experts
+from moebound.sensitivity import LiveExperts, live_experts
 from moebound.sensitivity.bounded import bounded
 from moebound.sensitivity.noise import matrix_stats
 from moebound.sensitivity.perturb import perturbed
-from moebound.types import ErrorBound, TensorStats
+from moebound.types import ErrorBound, ExpertKey, TensorStats
 from tiny_models import tiny_model
 
 from .bits import all_bits, as_bits, changed
+
+Own = dict[ExpertKey, dict[str, ErrorBound]]
 
 
 def rates(seed: int = 0) -> dict[str, float]:
@@ -23,12 +25,16 @@ def rates(seed: int = 0) -> dict[str, float]:
     return {role: float(np.exp(rng.uniform(-3, 0.5))) for role in ("gate", "up", "down")}
 
 
+def alike(live: LiveExperts, bound: ErrorBound) -> Own:
+    return {key: dict.fromkeys(map(str, live[key].roles), bound) for key in live}
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "nemotron_h", "jetmoe"])
 def test_each_matrix_has_its_own_bound(name: str) -> None:
     model = tiny_model(name)
     live = live_experts(model)
     before = all_bits(model)
-    own = {
+    own: Own = {
         key: {role: ErrorBound(rates(number)[role], "rate", "expert") for role in expert.roles}
         for number, (key, expert) in enumerate(live.items())
     }
@@ -37,7 +43,9 @@ def test_each_matrix_has_its_own_bound(name: str) -> None:
         whole = sum((matrix_stats(m) for m in expert.matrices.values()), TensorStats())
         for role, matrix in expert.matrices.items():
             data = encode(matrix.contiguous(), own[key][role].absolute(whole))
-            want[key, role] = decode(data)
+            again = decode(data)
+            assert isinstance(again, torch.Tensor)
+            want[key, role] = again
             n_bytes += len(data)
     with bounded(live, own) as found:
         for key, expert in live.items():
@@ -58,7 +66,7 @@ def test_projections_that_the_checkpoint_keeps_together() -> None:
         assert not changed(want, model)
     # A bound of one matrix is relative to that matrix.
     of_matrix = ErrorBound(0.3, "rate", "matrix")
-    with bounded(live, {key: dict.fromkeys(live[key].roles, of_matrix) for key in live}):
+    with bounded(live, alike(live, of_matrix)):
         key = next(iter(live))
         new = live[key].matrices["down"].clone()
     old = live[key].matrices["down"]
@@ -69,13 +77,15 @@ def test_bounds_that_do_not_fit_change_nothing() -> None:
     model = tiny_model("deepseek_v3")
     live = live_experts(model)
     before = all_bits(model)
-    good = {key: dict.fromkeys(live[key].roles, ErrorBound(0.3, "rate", "expert")) for key in live}
+    bound = ErrorBound(0.3, "rate", "expert")
+    good: Own = alike(live, bound)
     first, *others, last = good
-    for bad, message in (
+    wrong: list[tuple[Own, str]] = [
         ({key: good[key] for key in (first, *others)}, f"no bound for {last}, which the model has"),
         ({**good, first._replace(layer=77): good[first]}, "layer 77 expert 0, which .* has not"),
         ({**good, last: {"up": good[last]["up"]}}, f"{last}: no bound for gate, only for up"),
-    ):
+    ]
+    for bad, message in wrong:
         with pytest.raises(MoeboundError, match=message), bounded(live, bad):
             pass
         assert not changed(before, model)
