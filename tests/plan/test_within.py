@@ -75,8 +75,16 @@ def test_the_limit_is_kept_and_used(
     assert plan.measured.n_tried == len(meter.tried) <= MOST_TRIED
     assert plan.budget == {"max_kl": limit}
     # Not larger than what keeps the limit wherever a jump falls, but for the last step taken.
-    sure = made(evidence, Budget(max_kl=wanted * (0.85 * (1 - jump) / (1 + jump)) ** (1 / power)))
+    sure = made(evidence, Budget(max_kl=wanted * (0.8 * (1 - jump) / (1 + jump)) ** (1 / power)))
     assert plan.n_bytes <= 1.02 * sure.n_bytes
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.7, 3, 6])
+def test_a_few_tries_are_enough(evidence: Evidence, factor: float) -> None:
+    """Predictions of real plans are too low by such factors, which grow with the KL."""
+    meter = Meter(lambda plan: factor * 1e-3 * math.pow(predicted(plan) / 1e-3, 1.3))
+    made(evidence, Budget(max_kl=2e-3), meter)
+    assert len(meter.tried) <= 4
 
 
 def test_a_good_prediction_is_tried_once(evidence: Evidence) -> None:

@@ -39,7 +39,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
               "plans are measured, else predicted.")  # fmt: skip
 @click.option("--problems", type=click.IntRange(min=2), default=None,
               help="Measure the plan on so many problems of the map's task that the map did not "
-              "read.  [default: 256]")  # fmt: skip
+              "read.  [default: 384]")  # fmt: skip
 @click.option("--no-measure", is_flag=True,
               help="Load no model, and go by predictions, which are too low.")  # fmt: skip
 @click.option("--scheme", type=click.Choice(SCHEMES), default=None,

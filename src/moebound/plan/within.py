@@ -1,10 +1,11 @@
 """The smallest plan that keeps a limit of KL when it is measured, not only when it is predicted.
 
 Plans are ordered by the KL that was predicted for them. Which prediction measures as the limit is
-found by trying: in proportion first, since the two differ by a factor that changes slowly, then
-between the nearest plan that keeps the limit and the nearest that does not. Measured KL jumps a
-little where a router changes its mind, so this finds a plan that keeps the limit, and close to the
-largest; it never takes one that was not measured.
+found by trying: first nearly in proportion, since the two differ by a factor that changes slowly;
+then between the nearest plan that keeps the limit and the nearest that does not, by the Illinois
+method on logarithms (regula falsi, where an end that stays counts for half). Measured KL jumps
+where routers change their minds, so this finds a plan that keeps the limit, and nearly uses it up;
+it never takes one that was not measured.
 """
 
 from __future__ import annotations
@@ -18,21 +19,31 @@ from moebound.plan.measured import Measure, Measured
 from moebound.plan.plan import Plan
 
 MOST_TRIED = 8
-CLOSE = 0.9
-"""Of the limit: a plan that measures so much of it is near enough."""
+CLOSE = 0.85
+"""Of the limit: a plan that measures so much of it is near enough. No trial is more exact."""
 SAME_SIZE = 0.997
 """Two plans, one of which keeps the limit, are near enough if their sizes differ by less."""
-_AIM = 0.96
-_LEAST, _MOST = 1 / 16, 16.0
+_AIM = 0.93
+_PROPORTION = 0.8
+"""Power of the first step. Measured KL grows faster than predicted KL where bounds are wide."""
+_MOST = 16.0
+"""A step, where only one end is known."""
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """asked: the prediction that the plan was made for."""
+    """asked: the prediction that the plan was made for. weight: of an end between two, 1 at first;
+    it falls while only the other end moves."""
 
     asked: float
     plan: Plan
     measured: Measured
+    weight: float = 1.0
+
+    def off(self, aim: float) -> float:
+        """How far it is from the aim, in logarithms; a KL of nothing or of infinity is far."""
+        kl = self.measured.kl
+        return self.weight * math.log(min(max(kl / aim, 1 / _MOST), _MOST))
 
 
 def within_measured(make: Callable[[float], Plan], measure: Measure, max_kl: float) -> Plan:
@@ -44,8 +55,9 @@ def within_measured(make: Callable[[float], Plan], measure: Measure, max_kl: flo
     """
     keeps: _Tried | None = None
     breaks: _Tried | None = None
+    latest: _Tried | None = None
     too_low = 0.0  # no plan is predicted to lose as little
-    known: dict[str, Measured] = {}
+    known = set[str]()
     asked, n_tried = max_kl, 0
     while n_tried < MOST_TRIED:
         try:
@@ -62,11 +74,13 @@ def within_measured(make: Callable[[float], Plan], measure: Measure, max_kl: flo
             break
         n_tried += 1
         now = _Tried(asked, plan, measure(plan))
-        known[plan.sha256] = now.measured
+        known.add(plan.sha256)
         if now.measured.kl <= max_kl:
-            keeps = now
+            breaks = _staying(breaks) if keeps is latest else breaks
+            latest = keeps = now
         else:
-            breaks = now
+            keeps = _staying(keeps) if breaks is latest else keeps
+            latest = breaks = now
         if keeps is not None and _near(keeps, breaks, max_kl):
             break
         asked = _next(keeps, breaks, too_low, max_kl)
@@ -79,6 +93,10 @@ def within_measured(make: Callable[[float], Plan], measure: Measure, max_kl: flo
     return replace(keeps.plan, measured=keeps.measured.after(n_tried))
 
 
+def _staying(end: _Tried | None) -> _Tried | None:
+    return None if end is None else replace(end, weight=end.weight / 2)
+
+
 def _near(keeps: _Tried, breaks: _Tried | None, max_kl: float) -> bool:
     if keeps.measured.kl >= CLOSE * max_kl:
         return True
@@ -87,15 +105,13 @@ def _near(keeps: _Tried, breaks: _Tried | None, max_kl: float) -> bool:
 
 def _next(keeps: _Tried | None, breaks: _Tried | None, too_low: float, max_kl: float) -> float:
     """The prediction to try."""
+    aim = _AIM * max_kl
     if keeps is None or breaks is None:
-        (only,) = (tried for tried in (keeps, breaks) if tried is not None)
-        factor = _AIM * max_kl / only.measured.kl if only.measured.kl > 0 else _MOST
-        asked = only.asked * min(max(factor, _LEAST), _MOST)
+        only = keeps or breaks
+        assert only is not None
+        asked = only.asked * math.exp(-_PROPORTION * only.off(aim))
         return asked if asked > too_low else math.sqrt(too_low * only.asked)
-    low, high = math.log(keeps.asked), math.log(breaks.asked)
-    share = 0.5
-    if keeps.measured.kl > 0 and math.isfinite(breaks.measured.kl):
-        rise = math.log(breaks.measured.kl / keeps.measured.kl)
-        share = math.log(_AIM * max_kl / keeps.measured.kl) / rise
-    # Well inside, so that every try takes a good part away.
-    return math.exp(low + (high - low) * min(max(share, 0.15), 0.85))
+    low, high = keeps.off(aim), breaks.off(aim)
+    # Below 0, since what measures CLOSE to the limit was taken; and above 0. Then well inside.
+    share = min(max(-low / (high - low), 0.1), 0.9)
+    return math.exp((1 - share) * math.log(keeps.asked) + share * math.log(breaks.asked))

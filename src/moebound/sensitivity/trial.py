@@ -1,6 +1,6 @@
 """Try a plan on the model itself: what it loses, before a store is written.
 
-    trial = Trial.of(loaded, *unread(sensitivity, 256))
+    trial = Trial.of(loaded, *unread(sensitivity, 384))
     plan = make_plan(sizes, evidence, budget, source="...", measure=trial.measure)
 
 Every expert is encoded and decoded as planned and put into the model, and the model reads problems
@@ -29,8 +29,8 @@ from moebound.sensitivity.live import LiveExperts, live_experts
 from moebound.tasks import get_task
 from moebound.tasks.base import Problem, Task
 
-N_PROBLEMS = 256
-"""So many because losses are uneven: most of a KL comes from a few problems."""
+N_PROBLEMS = 384
+"""So many because losses are uneven: half of a KL comes from a twentieth of the problems."""
 
 _FLOAT32 = 4
 
