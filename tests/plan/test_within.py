@@ -75,7 +75,7 @@ def test_the_limit_is_kept_and_used(
     assert plan.measured.n_tried == len(meter.tried) <= MOST_TRIED
     assert plan.budget == {"max_kl": limit}
     # Not larger than what keeps the limit wherever a jump falls, but for the last step taken.
-    sure = made(evidence, Budget(max_kl=wanted * (0.8 * (1 - jump) / (1 + jump)) ** (1 / power)))
+    sure = made(evidence, Budget(max_kl=wanted * (0.75 * (1 - jump) / (1 + jump)) ** (1 / power)))
     assert plan.n_bytes <= 1.02 * sure.n_bytes
 
 

@@ -19,11 +19,11 @@ from moebound.plan.measured import Measure, Measured
 from moebound.plan.plan import Plan
 
 MOST_TRIED = 8
-CLOSE = 0.85
+CLOSE = 0.8
 """Of the limit: a plan that measures so much of it is near enough. No trial is more exact."""
-SAME_SIZE = 0.997
+SAME_SIZE = 0.99
 """Two plans, one of which keeps the limit, are near enough if their sizes differ by less."""
-_AIM = 0.93
+_AIM = 0.9
 _PROPORTION = 0.8
 """Power of the first step. Measured KL grows faster than predicted KL where bounds are wide."""
 _MOST = 16.0
