@@ -3,7 +3,9 @@
     python bench/plan_quality.py map.json --task wordmath-hard --skip 64 --limit 200 > rows.json
 
 map.json: of `moebound sensitivity`; --skip leaves out the problems that it was made with. Every row
-is a real store, verified, loaded and read. Rows go to stdout as JSON, progress to stderr.
+is a real store, verified, loaded and read. Beside its KL stand the plan's own figures: predicted
+from the map, and measured as `moebound plan` does, on --measure problems behind the held-out ones.
+Rows go to stdout as JSON, progress to stderr.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import load
 from moebound.evaluate.text import solved_rows
 from moebound.plan import SENSITIVITY_FORMAT, Budget, Evidence, Scheme, make_plan, read_document
+from moebound.sensitivity.trial import N_PROBLEMS, Trial
 from moebound.store import measure_sizes
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import resolve
@@ -35,12 +38,15 @@ def main() -> None:
     parser.add_argument("--bpw", type=float, nargs="+", default=[2.0, 3.0, 4.0])
     parser.add_argument("--skip", type=int, default=64)
     parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--measure", type=int, default=N_PROBLEMS)
     args = parser.parse_args()
 
     document = read_document(args.map, SENSITIVITY_FORMAT, 1)
     checkpoint, loaded = open_checkpoint(resolve(args.src)), load(args.src)
     task = get_task(args.task)
-    problems = task.problems(args.skip + args.limit)[args.skip :]
+    problems = task.problems(args.skip + args.limit + args.measure)[args.skip :]
+    problems, others = problems[: args.limit], problems[args.limit :]
+    trial = Trial.of(loaded, task, others)
     baseline = Baseline.of(loaded.model, solved_rows(loaded.tokenizer, task, problems))
     sizes = measure_sizes(checkpoint)
     rows = []
@@ -54,7 +60,9 @@ def main() -> None:
                 Budget(bpw=bpw),
                 source=args.src,
                 scheme=scheme,
+                measure=trial.measure,
             )
+            assert plan.measured is not None
             with stored(checkpoint, plan) as (folder, about):
                 found = baseline.compare(load(folder).model)
             rows.append(
@@ -63,11 +71,18 @@ def main() -> None:
                     "scheme": scheme,
                     "bits_per_weight": 8 * about["n_bytes"] / about["n_weights"],
                     "predicted_kl": plan.kl,
+                    "plan_measured_kl": plan.measured.kl,
+                    "plan_measured_stderr": plan.measured.stderr,
                     "largest_rate": about["largest_rate"],
                     **found.to_json(),
                 }
             )
-    about_run = {"task": args.task, "skipped": args.skip, "n_problems": len(problems)}
+    about_run = {
+        "task": args.task,
+        "skipped": args.skip,
+        "n_problems": len(problems),
+        "n_measured_on": len(others),
+    }
     print(json.dumps({**about_run, "rows": rows, "environment": describe()}, indent=1))
 
 

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from moebound.bench.quality import run
 from moebound.bench.quality_table import render_quality
 from moebound.errors import MoeboundError
 from moebound.tasks import get_task
-from moebound.wordmath.builtin import resolve
+from untrained import untrained
 
 
 @pytest.fixture
 def tiny_wordmath(tmp_path: Path) -> str:
-    """The built-in model's shape and tokenizer, with three layers of eight experts, untrained."""
-    folder = Path(resolve("builtin:wordmath"))
-    config = AutoConfig.from_pretrained(folder)
-    config.num_hidden_layers, config.n_routed_experts, config.num_experts_per_tok = 3, 8, 2
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    model.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / name, tmp_path)
-    return str(tmp_path)
+    return str(untrained(tmp_path))
 
 
 def test_bounded_ways_get_the_bytes_of_the_quantizer_within_a_percent_or_two(

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from moebound.checkpoint import open_checkpoint
+from moebound.cli.main import main
 from moebound.codec import stats
 from moebound.plan import Plan
 from moebound.types import TensorStats
 from tiny_models import make_tiny
+from untrained import untrained
 
 from .conftest import Run
 
@@ -61,9 +63,12 @@ def test_plan_compress_verify_card(
     run: Run, source: Path, measured: dict[str, Path], tmp_path: Path, evidence: str
 ) -> None:
     out, dst = tmp_path / "plan.json", tmp_path / "dst"
-    ran = run("plan", source, f"--{evidence}", measured[evidence], "--bpw", 6, "-o", out, "--json")
+    cheap = ["--no-measure"] if evidence == "sensitivity" else []
+    ran = run("plan", source, f"--{evidence}", measured[evidence], "--bpw", 6, "-o", out, "--json",
+              *cheap)  # fmt: skip
     assert ran.code == 0, ran.stderr
     found = ran.document
+    assert found["measured"] is None
     assert found["scheme"] == "sensitivity"
     assert found["predicted"]["bits_per_weight"] <= 6
     assert found["source"] == "tiny"
@@ -94,11 +99,71 @@ def test_schemes_for_people(
     assert Plan.load(tmp_path / "p.json").ratio >= 2.5
 
 
-def test_limit_of_loss(run: Run, source: Path, measured: dict[str, Path], tmp_path: Path) -> None:
-    ran = run("plan", source, "--sensitivity", measured["sensitivity"], "--max-kl", "0.001",
-              "-o", tmp_path / "p.json", "--json")  # fmt: skip
+def test_limit_of_predicted_loss(
+    run: Run, source: Path, measured: dict[str, Path], tmp_path: Path
+) -> None:
+    options = ["--sensitivity", measured["sensitivity"], "--no-measure", "--max-kl", "0.001",
+               "-o", tmp_path / "p.json"]  # fmt: skip
+    ran = run("plan", source, *options, "--json")
     assert ran.code == 0, ran.stderr
     assert 0.0005 < ran.document["predicted"]["kl"] <= 0.001
+    assert "not measured" in run("plan", source, *options).stdout
+
+
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model that can be tried, and its map of two problems."""
+    folder = untrained(tmp_path_factory.mktemp("mapped") / "model")
+    out = folder.parent / "map.json"
+    options = ["--task", "wordmath", "--rates", "0.1,0.5", "--limit", "2", "--measure", "none",
+               "--ties", "0"]  # fmt: skip
+    assert main(["sensitivity", str(folder), *options, "-o", str(out), "-q"]) == 0
+    return folder, out
+
+
+def test_plans_are_measured(run: Run, mapped: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, sensitivity = mapped
+    out = tmp_path / "plan.json"
+    options = ["--sensitivity", sensitivity, "--problems", 3, "-o", out]
+    ran = run("plan", folder, *options, "--bpw", 3, "--json")
+    assert ran.code == 0, ran.stderr
+    at_3 = ran.document["measured"]
+    assert at_3["kl"] > 0
+    assert at_3["stderr"] > 0
+    assert (at_3["task"], at_3["n_problems"], at_3["n_tried"]) == ("wordmath", 3, 1)
+    assert Plan.load(out).to_json()["measured"] == at_3
+    limit = at_3["kl"] / 2
+    ran = run("plan", folder, *options, "--max-kl", limit, "--json")
+    assert ran.code == 0, ran.stderr
+    found = ran.document
+    assert found["measured"]["kl"] <= limit
+    assert found["predicted"]["bits_per_weight"] > 3
+    assert ran.stderr.count("measured") == found["measured"]["n_tried"]
+    ran = run("plan", folder, *options, "--bpw", 3)
+    assert "measured KL" in ran.stdout
+    assert "on 3 other problems of wordmath" in ran.stdout
+
+
+def test_what_cannot_be_measured(
+    run: Run, mapped: tuple[Path, Path], measured: dict[str, Path], source: Path, tmp_path: Path
+) -> None:
+    folder, sensitivity = mapped
+    for src, options, message in (
+        (source, ["--sensitivity", measured["sensitivity"]], "does not say which problems"),
+        (folder, ["--problems", 3], "--problems is for measuring with a map"),
+        (folder, ["--sensitivity", sensitivity, "--problems", 3, "--no-measure"], "--no-measure"),
+        (folder, ["--sensitivity", sensitivity, "--problems", 1], "--problems"),
+        (folder, ["--sensitivity", sensitivity, "--problems", 3, "--max-kl", "1e-30"], "--max-kl"),
+    ):
+        budget = [] if "--max-kl" in options else ["--bpw", "4"]
+        ran = run("plan", src, *options, *budget, "-o", tmp_path / "plan.json")
+        assert ran.code == 2, options
+        assert message in ran.stderr
+        assert "Traceback" not in ran.stderr
+    ran = run("plan", source, "--sensitivity", measured["sensitivity"], "--bpw", 4,
+              "-o", tmp_path / "plan.json")  # fmt: skip
+    assert "--no-measure plans without measuring" in ran.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input(run: Run, source: Path, measured: dict[str, Path], tmp_path: Path) -> None:

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from moebound.sensitivity.map.document import SensitivityMap
 from moebound.tasks import get_task
-from moebound.wordmath.builtin import resolve
+from untrained import untrained
 
 from .conftest import Run
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of the built-in one's kind and tokenizer: 2 layers of 8 experts."""
-    folder = tmp_path_factory.mktemp("small")
-    built_in = Path(resolve("builtin:wordmath"))
-    config = AutoConfig.from_pretrained(built_in, num_hidden_layers=3, n_routed_experts=8)
-    torch.manual_seed(0)
-    make: Any = AutoModelForCausalLM.from_config
-    model = make(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(built_in / name, folder)
-    return folder
+    return untrained(tmp_path_factory.mktemp("small"))
 
 
 def test_a_map(run: Run, small: Path, tmp_path: Path) -> None:

@@ -72,3 +72,12 @@ bounds = st.one_of(
     st.floats(-46, 39).map(lambda e: 10.0**e),
     st.sampled_from([5e-324, 1e308]),
 )
+
+
+def scaled_both_ways(shape: tuple[int, int], dtype: DType = "BF16", spread: float = 0.5) -> Array:
+    """Gaussian weights whose rows and columns have scales of their own, spread in e-foldings."""
+    rng = np.random.default_rng(8)
+    values = rng.standard_normal(shape) * 0.02
+    values *= np.exp(spread * rng.standard_normal((shape[0], 1)))
+    values *= np.exp(spread * rng.standard_normal(shape[1]))
+    return values.astype(NUMPY_DTYPES[dtype])

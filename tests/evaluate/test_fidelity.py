@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from moebound.errors import TaskError
-from moebound.evaluate.fidelity import Baseline, compare, log_probabilities
+from moebound.evaluate.fidelity import Baseline, Fidelity, log_probabilities
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.perplexity import perplexity
-from moebound.evaluate.text import Batch, answered_rows, batches, pad, solved_rows
+from moebound.evaluate.text import answered_rows, batches, pad, solved_rows
 from moebound.tasks import get_task
 
 
@@ -28,20 +30,23 @@ def changed(loaded: Loaded) -> Loaded:
     return Loaded(model, loaded.tokenizer, loaded.source)
 
 
-def test_baseline_is_the_comparison_in_parts(loaded: Loaded, changed: Loaded) -> None:
+def test_a_comparison_in_parts_is_that_of_the_whole(loaded: Loaded, changed: Loaded) -> None:
     task = get_task("wordmath")
     rows = solved_rows(loaded.tokenizer, task, task.problems(9))
     batch = pad(rows, 0)
     p, q = (log_probabilities(one.model, batch) for one in (loaded, changed))
-    whole = compare(p, q, batch)
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    agree = (p.argmax(-1) == q.argmax(-1)).double()
+    right = (q.argmax(-1) == batch.input_ids[:, 1:]) | ~batch.answers
+    of_prompts = [float(row[mask].mean()) for row, mask in zip(kl, batch.answers, strict=True)]
     baseline = Baseline.of(loaded.model, rows)
     found = baseline.compare(changed.model)
     assert found.exact
-    assert found.per_prompt == whole.per_prompt
-    assert found.kl_nats == pytest.approx(whole.kl_nats, rel=1e-4)
-    assert found.answer_kl_nats == pytest.approx(whole.answer_kl_nats, rel=1e-4)
-    assert found.prompt_kl == pytest.approx(whole.prompt_kl, rel=1e-3)
-    assert found.top1_agreement == pytest.approx(whole.top1_agreement)
+    assert found.per_prompt == tuple(right.all(dim=1).tolist())
+    assert found.kl_nats == pytest.approx(float(kl[batch.predicts].mean()), rel=1e-4)
+    assert found.answer_kl_nats == pytest.approx(float(kl[batch.answers].mean()), rel=1e-4)
+    assert found.prompt_kl == pytest.approx(of_prompts, rel=1e-3)
+    assert found.top1_agreement == pytest.approx(float(agree[batch.predicts].mean()))
     assert found.answer_kl_nats > 0
     same = baseline.compare(loaded.model)
     assert same.kl_nats == pytest.approx(0, abs=1e-9)
@@ -102,14 +107,28 @@ def test_perplexity_counts_each_token_once(loaded: Loaded, tmp_path: Path) -> No
         perplexity(loaded, path)
 
 
-def batch_of(lengths: list[int], answers: int) -> Batch:
-    """Rows of these many tokens (all of token 0), the last `answers` of each being the solution."""
-    total = max(lengths)
-    mask = torch.tensor([[int(t < length) for t in range(total)] for length in lengths])
-    solution = torch.tensor(
-        [[length - answers <= t + 1 < length for t in range(total - 1)] for length in lengths]
-    )
-    return Batch(torch.zeros_like(mask), mask, mask[:, 1:].bool(), solution)
+class Says:
+    """A model whose distributions are given: [rows, T - 1, vocabulary], shortest row first."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, logs: torch.Tensor) -> None:
+        self.logs = logs
+        text = SimpleNamespace(vocab_size=logs.shape[-1])
+        self.config = SimpleNamespace(get_text_config=lambda decoder: text)
+
+    def __call__(self, **inputs: Any) -> SimpleNamespace:
+        last = torch.zeros_like(self.logs[:, :1])  # which predicts nothing
+        return SimpleNamespace(logits=torch.cat([self.logs, last], dim=1))
+
+
+def compared(
+    original: torch.Tensor, changed: torch.Tensor, lengths: list[int], *, answers: int
+) -> Fidelity:
+    """Of rows of these many tokens (all of token 0), the last `answers` of each being the solution,
+    under models that say this."""
+    rows = [([0] * (length - answers), [0] * answers) for length in lengths]
+    return Baseline.of(Says(original), rows).compare(Says(changed))
 
 
 def logs(*probabilities: float) -> torch.Tensor:
@@ -117,31 +136,26 @@ def logs(*probabilities: float) -> torch.Tensor:
 
 
 def test_kl_is_of_the_original_from_the_compressed_in_nats() -> None:
-    batch = batch_of([2], answers=1)
     p, q = logs(0.5, 0.25, 0.25).expand(1, 1, 3), logs(0.25, 0.5, 0.25).expand(1, 1, 3)
     expected = 0.5 * math.log(0.5 / 0.25) + 0.25 * math.log(0.25 / 0.5)
-    assert compare(p, q, batch).kl_nats == pytest.approx(expected)
-    library = torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")
-    assert compare(p, q, batch).kl_nats == pytest.approx(float(library))
+    assert compared(p, q, [2], answers=1).kl_nats == pytest.approx(expected)
 
 
 def test_kl_is_not_symmetric_and_ours_is_the_right_way_round() -> None:
-    batch = batch_of([2], answers=1)
     p, q = logs(1.0, 0.0).expand(1, 1, 2), logs(0.5, 0.5).expand(1, 1, 2)
-    assert compare(p, q, batch).kl_nats == pytest.approx(math.log(2))
-    assert compare(q, p, batch).kl_nats == math.inf
+    assert compared(p, q, [2], answers=1).kl_nats == pytest.approx(math.log(2))
+    assert compared(q, p, [2], answers=1).kl_nats == math.inf
 
 
 def test_padding_never_counts() -> None:
-    batch = batch_of([4, 2], answers=1)
     p = logs(0.9, 0.1).expand(2, 3, 2)
     q = p.clone()
-    q[1, 1:] = logs(0.1, 0.9)  # padding of the second row
-    found = compare(p, q, batch)
-    assert found.kl_nats == 0
+    q[0, 1:] = logs(0.1, 0.9)  # padding of the first row
+    found = compared(p, q, [2, 4], answers=1)
+    assert found.kl_nats == pytest.approx(0, abs=1e-12)
     assert found.top1_agreement == 1
-    q[1, 0] = logs(0.1, 0.9)  # its one real position, of four in all
-    found = compare(p, q, batch)
+    q[0, 0] = logs(0.1, 0.9)  # its one real position, of four in all
+    found = compared(p, q, [2, 4], answers=1)
     one = 0.9 * math.log(9) + 0.1 * math.log(1 / 9)
     assert found.kl_nats == pytest.approx(one / 4)
     assert found.top1_agreement == pytest.approx(3 / 4)
@@ -149,12 +163,11 @@ def test_padding_never_counts() -> None:
 
 
 def test_reproduced_asks_for_every_token_of_the_solution() -> None:
-    batch = batch_of([4, 4], answers=2)
     p = logs(0.9, 0.1).expand(2, 3, 2)
     q = p.clone()
     q[0, 0] = logs(0.1, 0.9)  # in the prompt: does not matter
     q[1, 2] = logs(0.1, 0.9)  # the last token of the solution: does
-    found = compare(p, q, batch)
+    found = compared(p, q, [4, 4], answers=2)
     assert found.reproduced == 1
     assert found.per_prompt == (True, False)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebound.evaluate.statistics import (
-    bootstrap,
     holm,
     mcnemar,
     paired,
@@ -84,30 +84,21 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-def test_bootstrap_of_one_seed_is_near_the_normal_interval() -> None:
-    values = np.random.default_rng(1).normal(0.3, 1, 400)
-    found = bootstrap(values, seed=3)
-    half = 1.96 * values.std(ddof=1) / 20
-    assert found.value == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - half, abs=0.2 * half)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.2 * half)
-    assert found == bootstrap(values, seed=3)
+@settings(deadline=None)
+@given(lost=st.integers(0, 60), gained=st.integers(0, 60))
+def test_sign_flip_of_one_seed_is_mcnemar(lost: int, gained: int) -> None:
+    scores = np.array([-1] * lost + [1] * gained + [0] * 5)
+    assert sign_flip(scores) == pytest.approx(mcnemar(lost, gained), abs=1e-12)
 
 
-def test_bootstrap_knows_that_answers_under_one_seed_belong_together() -> None:
-    # Ten problems, all alike, and two draws of noise that differ: the problems say nothing more.
-    values = np.tile([0.0, 1.0], (10, 1))
-    found = bootstrap(values)
-    assert (found.low, found.high) == (0.0, 1.0)
-
-
-def test_sign_flip_against_all_signs() -> None:
-    differences = np.array([1.0, 1.0, 1.0, -1.0, 0.5, 0.0])
-    signs = np.array(np.meshgrid(*[[-1, 1]] * 5)).reshape(5, -1)
-    exact = (np.abs(differences[:5] @ signs) >= 2.5).mean()
-    assert sign_flip(differences) == pytest.approx(exact, abs=0.02)
-    assert sign_flip(np.zeros(4)) == 1
-    assert sign_flip(np.ones(40)) < 1e-3
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
+def test_sign_flip_counts_every_assignment_of_signs(scores: list[int]) -> None:
+    observed = abs(sum(scores))
+    sums = [abs(sum(s * x for s, x in zip(signs, scores, strict=True)))
+            for signs in product((-1, 1), repeat=len(scores))]  # fmt: skip
+    exact = sum(total >= observed for total in sums) / len(sums)
+    assert sign_flip(np.array(scores)) == pytest.approx(exact, abs=1e-12)
 
 
 def test_ratio_stderr_of_equal_counts_is_that_of_a_mean() -> None:

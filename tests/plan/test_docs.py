@@ -11,13 +11,13 @@ from moebound.codec import stats
 from moebound.plan import RATES
 from moebound.plan.plan import FORMAT, VERSION
 from moebound.types import TensorStats
-from tiny_models import make_tiny
+from untrained import untrained
 
 TEXT = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
 
 
 def test_the_code_runs(tmp_path: Path) -> None:
-    source = make_tiny("deepseek_v3", tmp_path / "tiny")
+    source = untrained(tmp_path / "tiny")
     checkpoint = open_checkpoint(source)
     experts = [
         {"layer": e.key.layer, "expert": e.key.expert, "predicted_kl": [1e-5, 1e-4],
@@ -27,7 +27,7 @@ def test_the_code_runs(tmp_path: Path) -> None:
     sensitivity = tmp_path / "sensitivity.json"
     sensitivity.write_text(
         json.dumps({"format": "moebound.sensitivity", "version": 1, "bounds": [0.1, 0.3],
-                    "experts": experts})
+                    "task": "wordmath", "skip": 0, "n_prompts": 2, "experts": experts})
     )  # fmt: skip
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     exec(code, {"source": source, "sensitivity": sensitivity, "folder": tmp_path})

@@ -12,7 +12,7 @@ import pytest
 from moebound.checkpoint import open_checkpoint
 from moebound.codec import encode, stats
 from moebound.errors import CodecError, PlanError, StoreError
-from moebound.plan import RATES, Budget, Evidence, Plan, PlannedExpert, make_plan
+from moebound.plan import RATES, Budget, Evidence, Measured, Plan, PlannedExpert, make_plan
 from moebound.plan.items import Items
 from moebound.plan.plan import planned_experts
 from moebound.store import compress, decompress, measure_sizes, open_store, plan_of, verify
@@ -175,6 +175,14 @@ def test_the_card(source: MakeSource, tmp_path: Path) -> None:
     evaluation.write_text("[]")
     with pytest.raises(StoreError, match=r"eval.json: expected what"):
         read_measurement(evaluation)
+
+
+def test_the_card_has_what_was_measured_of_the_plan(source: MakeSource, tmp_path: Path) -> None:
+    plan = replace(uneven(source()), measured=Measured(0.00213, 0.000321, "word|math", 256))
+    run(source(), tmp_path / "dst", bound=plan)
+    card = (tmp_path / "dst" / "README.md").read_text()
+    assert "| measured KL, nats per token | 0.00213 ± 0.00032 |" in card
+    assert "| measured on | 256 problems of word math that planning did not see |" in card
 
 
 def test_a_card_without_a_plan_is_no_hub_model(shared_store: object, source: MakeSource) -> None:

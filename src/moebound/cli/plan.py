@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +17,8 @@ from moebound.cli.output import Output, output_options
 from moebound.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from moebound.plan import Evidence, Plan, Scheme
+    from moebound.checkpoint import Checkpoint
+    from moebound.plan import Document, Evidence, Measure, Measured, Plan, Scheme
 
 SCHEMES = ["sensitivity", "layer", "frequency", "rfid", "uniform"]
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -30,7 +35,13 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--bpw", type=BoundValue(), help="At most so many bits per weight, experts only.")
 @click.option("--ratio", type=BoundValue(), help="Experts at least so many times smaller.")
 @click.option("--max-kl", type=BoundValue(),
-              help="The smallest size whose predicted KL is at most this, in nats.")  # fmt: skip
+              help="The smallest size whose KL is at most this, in nats a token: measured, where "
+              "plans are measured, else predicted.")  # fmt: skip
+@click.option("--problems", type=click.IntRange(min=2), default=None,
+              help="Measure the plan on so many problems of the map's task that the map did not "
+              "read.  [default: 384]")  # fmt: skip
+@click.option("--no-measure", is_flag=True,
+              help="Load no model, and go by predictions, which are too low.")  # fmt: skip
 @click.option("--scheme", type=click.Choice(SCHEMES), default=None,
               help="How to divide the budget.  [default: by the best data given]")  # fmt: skip
 @click.option("--per", type=click.Choice(["expert", "matrix"]), default=None,
@@ -50,6 +61,8 @@ def plan(
     bpw: float | None,
     ratio: float | None,
     max_kl: float | None,
+    problems: int | None,
+    no_measure: bool,
     scheme: Scheme | None,
     per: str | None,
     codec: str,
@@ -60,6 +73,9 @@ def plan(
     Exactly one of --bpw, --ratio and --max-kl is the budget. --sensitivity or --study say where
     errors hurt; without them, --profile says which experts are used most. `moebound compress
     --plan` then carries the plan out.
+
+    With --sensitivity the plan is tried on the model, and what it loses on other problems than the
+    map's is measured. --max-kl is then kept by what was measured, in a few tries.
     """
     asked = {"--bpw": bpw, "--ratio": ratio, "--max-kl": max_kl}
     given = [name for name, value in asked.items() if value is not None]
@@ -68,6 +84,11 @@ def plan(
         raise click.UsageError(f"expected one of {', '.join(asked)}, found {found}")
     if sensitivity is not None and study is not None:
         raise click.UsageError("--sensitivity and --study both measure losses: give one of them")
+    if problems is not None and (no_measure or sensitivity is None):
+        other = "--no-measure" if no_measure else "no --sensitivity"
+        raise click.UsageError(f"--problems is for measuring with a map: found {other}")
+    # Read once, when torch is loaded; see `moebound sensitivity`.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from moebound.checkpoint import open_checkpoint
     from moebound.plan import Budget, make_plan
@@ -78,6 +99,9 @@ def plan(
     budget = Budget(bpw=bpw, ratio=ratio, max_kl=max_kl)
     chosen = evidence.scheme if scheme is None else scheme
     checkpoint = open_checkpoint(resolve(src))
+    measure = None
+    if evidence.sensitivity is not None and not no_measure:
+        measure = _trial(output, src, checkpoint, evidence.sensitivity, problems)
     with progress_bar(output, "measuring sizes") as progress:
         sizes = measure_sizes(
             checkpoint, codec=codec, ranks=chosen == "rfid", jobs=jobs, progress=progress
@@ -90,6 +114,7 @@ def plan(
         codec=codec,
         scheme=chosen,
         per_role=None if per is None else per == "matrix",
+        measure=measure,
     )
     made.save(out)
     document = made.to_json()
@@ -101,6 +126,43 @@ def plan(
 def source_name(src: str) -> str:
     """What a plan or a card calls a source: a path by its last part, any other name as it is."""
     return Path(src).resolve().name if Path(src).exists() else src
+
+
+def _trial(
+    output: Output, src: str, checkpoint: Checkpoint, sensitivity: Document, problems: int | None
+) -> Measure:
+    """What measures plans of SRC. Raises MoeboundError where it cannot be done."""
+    from moebound.errors import MoeboundError
+    from moebound.evaluate.loading import load
+    from moebound.sensitivity.trial import N_PROBLEMS, Trial, check_memory, unread
+
+    @contextmanager
+    def hinted() -> Iterator[None]:
+        try:
+            yield
+        except MoeboundError as error:
+            hint = "--no-measure plans without measuring, by the map's predictions"
+            raise type(error)(f"{error}. {hint}") from error
+
+    with hinted():
+        check_memory(checkpoint)
+        text = unread(sensitivity, N_PROBLEMS if problems is None else problems)
+
+    @cache
+    def trial() -> Trial:
+        """Loaded when there is a plan to try: what cannot be planned says so sooner."""
+        return Trial.of(load(src), *text)
+
+    def measure(plan: Plan) -> Measured:
+        with hinted():
+            found = trial().measure(plan)
+        output.note(
+            f"{plan.bits_per_weight:.3f} bits per weight: KL {found.kl:.3g} measured, "
+            f"{plan.kl or 0:.3g} predicted"
+        )
+        return found
+
+    return measure
 
 
 def _read(sensitivity: Path | None, study: Path | None, profile: Path | None) -> Evidence:
@@ -131,5 +193,15 @@ def _lines(made: Plan) -> list[tuple[str, str]]:
          f"{wording.bits(made.bits_per_weight)}"),
         ("predicted KL", "not known: no losses were given" if made.kl is None
          else f"{made.kl:.3g} nats a token"),
+        *_measured(made),
         ("rates", f"{values[0]:.3g} to {values[-1]:.3g}, median {values[len(values) // 2]:.3g}"),
     ]  # fmt: skip
+
+
+def _measured(made: Plan) -> list[tuple[str, str]]:
+    found = made.measured
+    if found is None:
+        return [] if made.kl is None else [("measured KL", "not measured: expect more")]
+    text = f"{found.n_problems} other problems of {found.task}"
+    tried = f", the best of {found.n_tried} plans tried" if found.n_tried > 1 else ""
+    return [("measured KL", f"{found.kl:.3g} ± {found.stderr:.2g}, on {text}{tried}")]

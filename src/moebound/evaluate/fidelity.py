@@ -73,15 +73,6 @@ def log_probabilities(model: Any, batch: Batch) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def compare(original: torch.Tensor, compressed: torch.Tensor, batch: Batch) -> Fidelity:
-    """Both [B, T - 1, vocabulary], natural logarithms of probabilities."""
-    kl = divergence(original, compressed)
-    predicted = compressed.argmax(-1)
-    sums = _Sums.empty(len(kl))
-    sums.add(list(range(len(kl))), batch, kl, predicted == original.argmax(-1), predicted)
-    return sums.fidelity(exact=True)
-
-
 @dataclass(frozen=True, eq=False)
 class _Part:
     """The original's predictions of one batch. rows: which. tokens: [P, kept], or None for all in

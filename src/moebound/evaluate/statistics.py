@@ -125,48 +125,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def bootstrap(
-    values: Array, *, resamples: int = 2000, seed: int = 0, confidence: float = CONFIDENCE
-) -> Interval:
-    """The mean of values [problems] or [problems, seeds] with a percentile bootstrap interval.
+def sign_flip(scores: Array) -> float:
+    """Exact two-sided p-value of sum(scores) when every score may as well have the other sign.
 
-    Problems are drawn again, and noise seeds independently of them (Owen's pigeonhole bootstrap,
-    2007): several answers to one problem are no independent sample, nor are answers under one
-    draw of noise. A little too wide rather than too narrow. For a difference, give differences of
-    pairs. Deterministic for a seed. NaN for no values.
+    scores: integers. The sum of differences of sizes s, signs tossed, has the characteristic
+    function prod cos(s x); a Fourier transform turns it into the distribution, within 1e-13.
     """
-    table = np.asarray(values, dtype=np.float64)
-    table = table.reshape(len(table), -1)
-    if table.size == 0:
-        return Interval(math.nan, math.nan, math.nan, confidence)
-    rng = np.random.default_rng(seed)
-    n, n_seeds = table.shape
-    rows = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
-    columns = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples) / n_seeds
-    means = np.einsum("rs,rs->r", rows @ table, columns)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(table.mean()), float(low), float(high), confidence)
-
-
-def sign_flip(differences: Array, *, resamples: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p that the mean of per-problem differences [problems] is so far from 0 by chance:
-    the share of random signs that give as much (the data's own signs counted as one of them).
-
-    With several noise seeds, give each problem's mean over the seeds. 1 where all are 0.
-    """
-    found = np.asarray(differences, dtype=np.float64).ravel()
-    found = found[found != 0]
-    if not len(found):
+    sizes, counts = np.unique(np.abs(scores[scores != 0]), return_counts=True)
+    if not len(sizes):
         return 1.0
-    rng = np.random.default_rng(seed)
-    observed = abs(found.sum())
-    as_far, step = 0, max(1, 2_000_000 // len(found))
-    for start in range(0, resamples, step):
-        n = min(step, resamples - start)
-        signs = rng.integers(0, 2, size=(n, len(found)), dtype=np.int8) * 2.0 - 1
-        as_far += int((np.abs(signs @ found) >= observed * (1 - 1e-12)).sum())
-    return (as_far + 1) / (resamples + 1)
+    step = int(np.gcd.reduce(sizes))
+    sizes, observed = sizes // step, abs(int(scores.sum())) // step
+    largest = int((sizes * counts).sum())
+    length = 1 << (2 * largest + 1).bit_length()
+    angles = 2 * np.pi * np.arange(length // 2 + 1) / length
+    values = np.ones(len(angles))
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        values *= np.cos(size * angles) ** count
+    chances = np.maximum(np.fft.irfft(values, length), 0.0)
+    # The sum s is at index s; by symmetry -s is as likely.
+    tail = chances[observed : largest + 1].sum()
+    return float(min(1.0, 2 * tail if observed else 1.0))
 
 
 def ratio_stderr(sums: Sequence[float], counts: Sequence[float]) -> float:

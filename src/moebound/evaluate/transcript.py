@@ -5,21 +5,19 @@ JSON lines. The first says what was asked of whom; each other one is a problem w
     {"format": "moebound.answers", "version": 1, "source": {...}, "task": "wordmath", ...}
     {"id": ..., "prompt": ..., "answer": ..., "asked": ..., "text": ..., "n_tokens": ..., ...}
 
-Lines are appended and synced as answers come. A last line that a crash has cut off is ignored, and
-overwritten when the same evaluation goes on.
+Lines are kept as `checkpoint/appended.py` keeps them, as answers come: one that a crash has cut off
+is ignored, and overwritten when the same evaluation goes on.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from moebound.checkpoint.durable import disk_errors
+from moebound.checkpoint.appended import Appended, parse_line, whole_lines
 from moebound.errors import FormatError, TaskError
 from moebound.evaluate.answering import Output
 from moebound.evaluate.evaluation import Evaluation, score
@@ -36,8 +34,6 @@ class Transcript:
     task: str
     settings: dict[str, Any]
     answers: dict[str, tuple[Problem, Output]] = field(default_factory=dict)
-    size: int = 0
-    """Bytes of all whole lines."""
 
     @property
     def texts(self) -> dict[str, str]:
@@ -56,10 +52,13 @@ def read_transcript(path: Path) -> Transcript:
         data = path.read_bytes()
     except OSError as error:
         raise TaskError(f"{path}: answers cannot be read: {error.strerror or error}") from error
-    lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+    return _transcript(path, whole_lines(data))
+
+
+def _transcript(path: Path, lines: Sequence[bytes]) -> Transcript:
     if not lines:
         raise FormatError(f"{path}: expected answers ({FORMAT}), found no whole line")
-    header = _parse(lines[0], path, 1)
+    header = parse_line(lines[0], f"{path}:1")
     if header.get("format") != FORMAT:
         raise FormatError(
             f"{path}:1: expected format {FORMAT!r}, found {header.get('format')!r}; --answers of "
@@ -71,7 +70,7 @@ def read_transcript(path: Path) -> Transcript:
         )
     answers: dict[str, tuple[Problem, Output]] = {}
     for number, line in enumerate(lines[1:], 2):
-        row = _parse(line, path, number)
+        row = parse_line(line, f"{path}:{number}")
         try:
             problem = Problem(
                 str(row["id"]), row["prompt"], row["answer"], row.get("reference"), row["asked"]
@@ -81,10 +80,7 @@ def read_transcript(path: Path) -> Transcript:
             raise FormatError(f"{path}:{number}: not an answer: {error!r}") from error
         answers[problem.id] = (problem, output)
     try:
-        return Transcript(
-            dict(header["source"]), header["task"], dict(header["settings"]), answers,
-            sum(map(len, lines)),
-        )  # fmt: skip
+        return Transcript(dict(header["source"]), header["task"], dict(header["settings"]), answers)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path}:1: not a header of answers: {error!r}") from error
 
@@ -99,32 +95,23 @@ class Recorder:
     """Appends answers to a file, new or begun by the same evaluation.
 
     known: the answers that the file had. Raises TaskError if the file is of another evaluation,
-    StoreError if the disk refuses.
+    MoeboundError if another run is writing to it, StoreError if the disk refuses.
     """
 
     def __init__(
         self, path: Path, *, source: Mapping[str, Any], task: str, settings: Mapping[str, Any]
     ) -> None:
         header = {"source": dict(source), "task": task, "settings": dict(settings)}
-        self._path = path
         self.known: dict[str, tuple[Problem, Output]] = {}
-        size = 0
-        if path.exists() and path.stat().st_size:
-            found = read_transcript(path)
-            if found.header != header:
-                different = [key for key in header if found.header[key] != header[key]]
-                raise TaskError(
-                    f"{path}: has answers of another evaluation (its {different[0]} is "
-                    f"{found.header[different[0]]!r}, expected {header[different[0]]!r}); "
-                    "choose another file"
-                )
-            self.known, size = found.answers, found.size
-        with disk_errors(path):
-            self._file = path.open("r+b" if path.exists() else "w+b")
-            self._file.truncate(size)  # without what a crash left behind the last whole line
-            self._file.seek(size)
-        if not size:
-            self._append([{"format": FORMAT, "version": VERSION, **header}])
+        self._file = Appended(path)
+        try:
+            if self._file.is_empty:
+                self._append([{"format": FORMAT, "version": VERSION, **header}])
+            else:
+                self.known = _of_the_same(path, self._file.lines, header)
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, pairs: Iterable[tuple[Problem, Output]]) -> None:
         """Durable when this returns."""
@@ -142,15 +129,10 @@ class Recorder:
         )
 
     def _append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with disk_errors(self._path):
-            self._file.write(lines.encode("utf-8", "surrogatepass"))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        self._file.append(rows, ensure_ascii=False)
 
     def close(self) -> None:
-        with disk_errors(self._path):
-            self._file.close()
+        self._file.close()
 
     def __enter__(self) -> Recorder:
         return self
@@ -164,11 +146,16 @@ class Recorder:
         self.close()
 
 
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}:{number}: not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise FormatError(f"{path}:{number}: expected a JSON object")
-    return row
+def _of_the_same(
+    path: Path, lines: Sequence[bytes], header: Mapping[str, Any]
+) -> dict[str, tuple[Problem, Output]]:
+    """The answers in a file. Raises TaskError if they are of another evaluation."""
+    found = _transcript(path, lines)
+    if found.header != header:
+        different = [key for key in header if found.header[key] != header[key]]
+        raise TaskError(
+            f"{path}: has answers of another evaluation (its {different[0]} is "
+            f"{found.header[different[0]]!r}, expected {header[different[0]]!r}); "
+            "choose another file"
+        )
+    return found.answers

@@ -11,6 +11,7 @@ from moebound.plan.documents import Document, read_document, read_rows
 from moebound.plan.items import RATES, ExpertSizes, Items
 from moebound.plan.losses import PROFILE_FORMAT, SENSITIVITY_FORMAT, curves_from_study
 from moebound.plan.make import Budget, Evidence, make_plan
+from moebound.plan.measured import Measure, Measured
 from moebound.plan.plan import Plan, PlannedExpert
 from moebound.plan.schemes import Scheme, effective_rank
 
@@ -23,6 +24,8 @@ __all__ = [
     "Evidence",
     "ExpertSizes",
     "Items",
+    "Measure",
+    "Measured",
     "Plan",
     "PlannedExpert",
     "Scheme",

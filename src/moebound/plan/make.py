@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moebound.errors import PlanError
@@ -12,8 +12,10 @@ from moebound.plan.documents import Document
 from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.plan.joint import Joint
 from moebound.plan.losses import from_sensitivity, from_study, shares_from_profile
+from moebound.plan.measured import Measure
 from moebound.plan.plan import Plan, planned_experts
 from moebound.plan.schemes import Scheme
+from moebound.plan.within import within_measured
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Evidence:
 @dataclass(frozen=True)
 class Budget:
     """Exactly one of: bpw (bits per weight, experts only), ratio (times smaller than the source's
-    experts), max_kl (nats, predicted). Raises PlanError otherwise."""
+    experts), max_kl (nats a token; measured where plans are measured, else predicted). Raises
+    PlanError otherwise."""
 
     bpw: float | None = None
     ratio: float | None = None
@@ -73,15 +76,18 @@ def make_plan(
     codec: str = "bound",
     scheme: Scheme | None = None,
     per_role: bool | None = None,
+    measure: Measure | None = None,
 ) -> Plan:
     """A bound for each expert, or each of its matrices.
 
     experts: what they take at every rate, see `store.measure_sizes`, with that codec. scheme: None
     for the one that makes most of the evidence. per_role: a bound for each matrix; None for yes
-    where losses are known so.
+    where losses are known so. measure: says what a plan loses, see `sensitivity/trial.py`; None to
+    go by predictions.
 
-    Guarantee: predicted bytes are within the budget. Raises PlanError if it cannot be met, saying
-    what can; for evidence that is missing, damaged, or another model's.
+    Guarantee: predicted bytes are within the budget; measured KL is, where there is a `measure`,
+    and the plan has it. Raises PlanError if the budget cannot be met, saying what can; for evidence
+    that is missing, damaged, or another model's; and what `measure` raises.
     """
     chosen = evidence.scheme if scheme is None else scheme
     roles = evidence.has_roles and chosen == "sensitivity" if per_role is None else per_role
@@ -106,20 +112,30 @@ def make_plan(
         joint = Joint.of(document.content, items, str(document.path))
 
     source_bytes = sum(expert.n_bytes for expert in experts)
-    most = budget.n_bytes(n_weights=int(items.n_weights.sum()), source_bytes=source_bytes)
-    loss = None if budget.max_kl is None else joint.sum_for(budget.max_kl)
-    _check(budget, items, most, joint, source_bytes)
-    rates = _rates(chosen, items, experts, share, most, loss)
-    return Plan(
-        codec=codec,
-        scheme=chosen,
-        budget=budget.asked,
-        source=source,
-        source_bytes=source_bytes,
-        experts=planned_experts(items, rates),
-        joint=joint,
-        made={**made, "bound_per": "matrix" if roles else "expert"},
-    )
+    n_weights = int(items.n_weights.sum())
+
+    def solve(asked: Budget) -> Plan:
+        most = asked.n_bytes(n_weights=n_weights, source_bytes=source_bytes)
+        loss = None if asked.max_kl is None else joint.sum_for(asked.max_kl)
+        _check(asked, items, most, joint, source_bytes)
+        rates = _rates(chosen, items, experts, share, most, loss)
+        return Plan(
+            codec=codec,
+            scheme=chosen,
+            budget=budget.asked,
+            source=source,
+            source_bytes=source_bytes,
+            experts=planned_experts(items, rates),
+            joint=joint,
+            made={**made, "bound_per": "matrix" if roles else "expert"},
+        )
+
+    if measure is None:
+        return solve(budget)
+    if budget.max_kl is None:
+        plan = solve(budget)
+        return replace(plan, measured=measure(plan))
+    return within_measured(lambda kl: solve(Budget(max_kl=kl)), measure, budget.max_kl)
 
 
 def _rates(

@@ -19,6 +19,7 @@ from moebound.errors import BoundError, PlanError
 from moebound.plan.documents import index, number, read_document
 from moebound.plan.items import Floats, Items
 from moebound.plan.joint import Joint
+from moebound.plan.measured import Measured
 from moebound.types import ErrorBound, ExpertKey
 
 FORMAT, VERSION = "moebound.plan", 1
@@ -81,7 +82,8 @@ class Plan:
     budget: what was asked: {"bpw": x}, {"ratio": x} or {"max_kl": x}.
     source: the checkpoint, as the user named it. source_bytes: of the planned experts in it.
     made: measurements it rests on and figures about them, for people. joint: what the sum of all
-    experts' losses says about all of them changed at once.
+    experts' losses says about all of them changed at once. measured: what it really loses, None
+    where nobody measured.
     """
 
     codec: str
@@ -92,6 +94,7 @@ class Plan:
     experts: tuple[PlannedExpert, ...]
     made: Mapping[str, Any] = field(default_factory=dict)
     joint: Joint = field(default_factory=Joint)
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -132,7 +135,7 @@ class Plan:
 
     @property
     def kl(self) -> float | None:
-        """Predicted, of all experts changed at once; None where nothing was measured."""
+        """Predicted, of all experts changed at once; None where no loss is known."""
         known = [expert.kl for expert in self.experts if expert.kl is not None]
         return self.joint.kl(sum(known)) if len(known) == len(self.experts) else None
 
@@ -196,6 +199,7 @@ class Plan:
                 "ratio": self.ratio,
                 "kl": self.kl,
             },
+            "measured": None if self.measured is None else self.measured.to_json(),
             "joint": self.joint.to_json(),
             "made": dict(self.made),
             "experts": [expert.to_json() for expert in self.experts],
@@ -213,6 +217,7 @@ class Plan:
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Raises PlanError for anything `to_json` cannot have made."""
         experts, budget, made = data.get("experts"), data.get("budget"), data.get("made", {})
+        measured = data.get("measured")
         for name, value, kind in (
             ("experts", experts, list), ("budget", budget, dict), ("made", made, dict),
             ("codec", data.get("codec"), str), ("scheme", data.get("scheme"), str),
@@ -233,6 +238,7 @@ class Plan:
             experts=tuple(PlannedExpert.from_json(expert) for expert in experts),
             made=made,
             joint=Joint.from_json(data.get("joint", {})),
+            measured=None if measured is None else Measured.from_json(measured),
         )
 
     def save(self, path: Path) -> None:

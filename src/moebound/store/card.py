@@ -147,6 +147,10 @@ def _planned(plan: Plan, totals: ExpertTotals) -> Iterable[tuple[str, str]]:
     yield "predicted bits per weight", f"{plan.bits_per_weight:.3f}"
     yield "predicted bytes", f"{plan.n_bytes} (written: {off:+.2f} %)"
     yield "predicted KL, nats per token", "not known" if plan.kl is None else f"{plan.kl:.3g}"
+    if plan.measured is not None:
+        kl, text = plan.measured, _text(plan.measured.task)
+        yield "measured KL, nats per token", f"{kl.kl:.3g} ± {kl.stderr:.2g}"
+        yield "measured on", f"{kl.n_problems} problems of {text} that planning did not see"
     for name in ("sensitivity", "profile"):
         found = plan.made.get(name)
         if isinstance(found, Mapping):

@@ -145,9 +145,11 @@ def test_damaged(edit: Callable[[dict[str, Any]], Any]) -> None:
             "predicted_kl": [0.1], "flips_kl": [0.0], "measured_kl": None,
             "by_role": {}}  # fmt: skip
     document = {"format": "moebound.sensitivity", "version": 1, "model": "m", "task": "t",
-                "n_prompts": 1, "n_positions": 1, "codec": "bound", "bounds": [0.3],
+                "skip": 24, "n_prompts": 1, "n_positions": 1, "codec": "bound", "bounds": [0.3],
                 "experts": [line], "joint": {}, "checks": {}}  # fmt: skip
     assert SensitivityMap.from_json(document).to_json() == document
+    earlier = {name: value for name, value in document.items() if name != "skip"}
+    assert SensitivityMap.from_json(earlier).skip is None
     edit(document)
     with pytest.raises(FormatError):
         SensitivityMap.from_json(document)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moebound.sensitivity import live_experts
+from moebound.sensitivity.decoded import Original
 from moebound.sensitivity.map.calls import listen
-from moebound.sensitivity.map.decoded import Original
 from moebound.sensitivity.map.observe import observe
 from moebound.sensitivity.map.predict import Layer, replaced
 from moebound.sensitivity.map.replay import Replay, baseline, decoder_layers
@@ -36,7 +36,7 @@ def test_equal_to_brute_force(name: str) -> None:
     keys = [ExpertKey(entry.layer, entry.first + e) for e in range(entry.stack.n_experts)]
     originals = [Original.of(live[key]) for key in keys]
     layer = Layer(originals, seen, 1)
-    weights = [original.decoded(0.8, "bound")[0] for original in originals]
+    weights = [original.decoded_at(0.8, "bound")[0] for original in originals]
     replay = Replay(model, text, layers, entry, base)
     assert replay.starts_at == entry.layer
     found = measure_experts(replay, [layer.change(weights)], range(len(keys)), tokens=TOKENS)[0]

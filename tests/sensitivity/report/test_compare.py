@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from moebound.evaluate.statistics import mcnemar
 from moebound.sensitivity.report import student
 from moebound.sensitivity.report.compare import (
     Difference,
@@ -19,25 +15,7 @@ from moebound.sensitivity.report.compare import (
     mean_log,
     of_scores,
     paired,
-    sign_flip,
 )
-
-
-@settings(deadline=None)
-@given(lost=st.integers(0, 60), gained=st.integers(0, 60))
-def test_sign_flip_of_one_seed_is_mcnemar(lost: int, gained: int) -> None:
-    scores = np.array([-1] * lost + [1] * gained + [0] * 5)
-    assert sign_flip(scores) == pytest.approx(mcnemar(lost, gained), abs=1e-12)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
-def test_sign_flip_counts_every_assignment_of_signs(scores: list[int]) -> None:
-    observed = abs(sum(scores))
-    sums = [abs(sum(s * x for s, x in zip(signs, scores, strict=True)))
-            for signs in product((-1, 1), repeat=len(scores))]  # fmt: skip
-    exact = sum(total >= observed for total in sums) / len(sums)
-    assert sign_flip(np.array(scores)) == pytest.approx(exact, abs=1e-12)
 
 
 def test_a_difference_has_the_sign_of_what_got_worse() -> None:

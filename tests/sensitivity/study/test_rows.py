@@ -49,6 +49,9 @@ def test_damage_before_the_last_line_is_told(path: Path) -> None:
     with pytest.raises(FormatError, match=r"rows\.jsonl: line 2"):
         Rows(path)
     path.write_text('{"condition": "a"}\n[1]\n')
+    with pytest.raises(FormatError, match="line 2: expected a JSON object, found"):
+        Rows(path)
+    path.write_text('{"condition": "a"}\n{}\n')
     with pytest.raises(FormatError, match="line 2: expected a JSON object with 'condition'"):
         Rows(path)
 
@@ -79,7 +82,7 @@ def full_disk() -> Iterator[None]:
 def test_a_disk_that_fills_loses_nothing(path: Path, full_disk: None) -> None:
     with Rows(path) as rows:
         rows.append({"condition": "first"})
-        with pytest.raises(StoreError, match=r"the 1 finished rows in it are kept"):
+        with pytest.raises(StoreError, match=r"the 1 lines in it are kept"):
             rows.append({"condition": "second", "more": "x" * 60})
         assert lines(path) == ["first"]
         rows.append({"condition": "third"})  # when there is room again

@@ -40,10 +40,11 @@ Say = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Named:
-    """What a map is of, in words."""
+    """What a map is of, in words. skip: problems of the task before those that are read."""
 
     model: str
     task: str
+    skip: int | None = None
 
 
 class Build:
@@ -95,7 +96,8 @@ class Build:
         first `skip`: those are left for measuring what came of it."""
         problems = task.problems(None if limit is None else skip + limit)[skip:]
         text = calibration_of(solved_rows(loaded.tokenizer, task, problems))
-        return cls(loaded.model, text, Named(loaded.source.name, task.name), settings, path, say)
+        named = Named(loaded.source.name, task.name, skip)
+        return cls(loaded.model, text, named, settings, path, say)
 
     def run(self) -> SensitivityMap:
         """All that is not done yet; then the map is written, and the rows are removed."""
@@ -121,7 +123,7 @@ class Build:
                 self._step(f"all experts at {row['rate']:g}")
             found = assemble(
                 self.named.model, self.named.task, self.calibration, self.settings, finished,
-                self._response(ties),
+                self._response(ties), skip=self.named.skip,
             )  # fmt: skip
             found.save(self.path)
             self.rows.remove()

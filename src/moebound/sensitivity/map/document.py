@@ -96,7 +96,8 @@ class ExpertLine:
 class SensitivityMap:
     """All experts of a model at all rates.
 
-    model, task: names. n_prompts, n_positions: of the calibration text. codec: whose error it is.
+    model, task: names. n_prompts, n_positions: of the calibration text. skip: problems of the task
+    that were left out before it; None where that is not known. codec: whose error it is.
     bounds: the rates, ascending, each relative to the expert's mean |weight|. joint: all experts
     perturbed at once, predicted and measured, by rate. checks: how good the predictions are on
     those that were measured, and what it took; see docs/sensitivity.md.
@@ -111,6 +112,7 @@ class SensitivityMap:
     experts: tuple[ExpertLine, ...]
     joint: Mapping[str, Any]
     checks: Mapping[str, Any]
+    skip: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -118,6 +120,7 @@ class SensitivityMap:
             "version": VERSION,
             "model": self.model,
             "task": self.task,
+            "skip": self.skip,
             "n_prompts": self.n_prompts,
             "n_positions": self.n_positions,
             "codec": self.codec,
@@ -145,6 +148,7 @@ class SensitivityMap:
                 tuple(ExpertLine.from_json(line) for line in data["experts"]),
                 dict(data["joint"]),
                 dict(data["checks"]),
+                None if data.get("skip") is None else int(data["skip"]),
             )
         except KeyError as error:
             raise FormatError(f"{name}: {error} is missing") from None

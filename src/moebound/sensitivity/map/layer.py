@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from moebound.checkpoint.families import Role
+from moebound.sensitivity.decoded import Original
 from moebound.sensitivity.live import ExpertsModule, LiveExperts
-from moebound.sensitivity.map.decoded import Original
 from moebound.sensitivity.map.document import ExpertLine, RoleLine
 from moebound.sensitivity.map.observe import Seen
 from moebound.sensitivity.map.predict import Change, Floats, Layer, Response
@@ -88,7 +88,7 @@ def predict_layer(
     together: list[torch.Tensor] = []
     n_bytes: list[list[dict[Role, int]]] = []
     for rate in rates:
-        coded = [original.decoded(rate, codec) for original in originals]
+        coded = [original.decoded_at(rate, codec) for original in originals]
         weights = [new for new, _ in coded]
         whole = layer.change(weights)
         parts = [layer.change(weights, role) for role in roles]

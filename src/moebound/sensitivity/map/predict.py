@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from moebound.checkpoint.families import Role
-from moebound.sensitivity.map.decoded import Original
+from moebound.sensitivity.decoded import Original
 from moebound.sensitivity.map.observe import Seen
 from moebound.sensitivity.undo import Matrices, exactly_undone
 

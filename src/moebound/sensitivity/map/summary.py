@@ -25,6 +25,8 @@ def assemble(
     settings: Settings,
     rows: Sequence[Row],
     response: Response,
+    *,
+    skip: int | None = None,
 ) -> SensitivityMap:
     """rows: one of kind "ties", one of kind "layer" for each experts module, one of kind "joint"
     for each rate, in any order."""
@@ -37,6 +39,7 @@ def assemble(
     return SensitivityMap(
         model, task, calibration.n_sequences, calibration.n_positions, settings.codec,
         settings.rates, experts, joint, checks | {"settings": settings.to_json()},
+        skip,
     )  # fmt: skip
 
 

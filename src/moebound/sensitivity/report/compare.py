@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from moebound.evaluate.statistics import mcnemar
+from moebound.evaluate.statistics import mcnemar, sign_flip
 from moebound.sensitivity.report import student
 from moebound.types import Array
 
@@ -109,29 +109,6 @@ def of_scores(scores: Array, unit: int) -> Difference:
         p = sign_flip(scores)
     low, high = max(mean - half, -2.0), min(mean + half, 2.0)
     return Difference(float(d.mean()), low, high, p, n)
-
-
-def sign_flip(scores: Array) -> float:
-    """Exact two-sided p-value of sum(scores) when every score may as well have the other sign.
-
-    scores: integers. The sum of differences of sizes s, signs tossed, has the characteristic
-    function prod cos(s x); a Fourier transform turns it into the distribution, within 1e-13.
-    """
-    sizes, counts = np.unique(np.abs(scores[scores != 0]), return_counts=True)
-    if not len(sizes):
-        return 1.0
-    step = int(np.gcd.reduce(sizes))
-    sizes, observed = sizes // step, abs(int(scores.sum())) // step
-    largest = int((sizes * counts).sum())
-    length = 1 << (2 * largest + 1).bit_length()
-    angles = 2 * np.pi * np.arange(length // 2 + 1) / length
-    values = np.ones(len(angles))
-    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        values *= np.cos(size * angles) ** count
-    chances = np.maximum(np.fft.irfft(values, length), 0.0)
-    # The sum s is at index s; by symmetry -s is as likely.
-    tail = chances[observed : largest + 1].sum()
-    return float(min(1.0, 2 * tail if observed else 1.0))
 
 
 def _scores(seeds: Sequence[Array], n: int) -> Array:

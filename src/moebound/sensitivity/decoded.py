@@ -1,8 +1,8 @@
-"""The real error of a codec, in every expert of a layer: encoded, decoded, and counted in bytes."""
+"""The real error of a codec in an expert: encoded, decoded, and counted in bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,22 +37,29 @@ class Original:
     def whole(self) -> TensorStats:
         return sum(self.stats.values(), TensorStats())
 
-    def decoded(self, rate: float, codec: str) -> tuple[Matrices, dict[Role, int]]:
+    def decoded(
+        self, bounds: Mapping[Role, ErrorBound], codec: str
+    ) -> tuple[Matrices, dict[Role, int]]:
         """The weights after the codec, in the model's dtype, and the bytes of each matrix.
 
-        rate: of the whole expert's mean |weight| (MoE-Compression, 2509.07727, section 3.1).
-        Raises as `moebound.encode`.
+        bounds: of each matrix; one of scope "expert" is relative to the whole expert
+        (MoE-Compression, 2509.07727, section 3.1). Raises as `moebound.encode`.
         """
-        bound = ErrorBound(rate, "rate", "expert")
         weights: Matrices = {}
         n_bytes: dict[Role, int] = {}
         live = self.expert.matrices
         for role, array in self.arrays.items():
-            data = encode_certified(array, bound, codec=codec, reference=self.whole).data
+            reference = self.whole if bounds[role].scope == "expert" else None
+            data = encode_certified(array, bounds[role], codec=codec, reference=reference).data
             values = decode_array(parse(data), threads=1).astype(np.float32)
             weights[role] = torch.from_numpy(values).to(live[role])
             n_bytes[role] = len(data)
         return weights, n_bytes
+
+    def decoded_at(self, rate: float, codec: str) -> tuple[Matrices, dict[Role, int]]:
+        """The same with one bound for all: so much times the expert's mean |weight|."""
+        bound = ErrorBound(rate, "rate", "expert")
+        return self.decoded(dict.fromkeys(self.arrays, bound), codec)
 
 
 def originals(experts: Sequence[LiveExpert]) -> list[Original]:
