@@ -73,7 +73,7 @@ def open_delivery(tier: Tier, images: Images, device: torch.device, *, cores: in
         return CpuDelivery(tier, cores=cores)
     from moebound.runtime.cuda import CudaDelivery
 
-    largest = max(image.n_bytes for image in images)
+    largest = max((image.n_bytes for image in images if image.encoded), default=0)
     return CudaDelivery(tier, device, largest=largest, cores=cores)
 
 

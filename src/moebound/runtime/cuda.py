@@ -28,8 +28,13 @@ from moebound.runtime.meter import clock
 from moebound.runtime.slots import Slot, fill, plain_weights
 from moebound.runtime.tiers import RamTier, Tier
 
-TOGETHER = 8
-"""Experts decoded by one launch, at most: a layer's misses, for most models."""
+TOGETHER, TOGETHER_BYTES = 8, 256 << 20
+"""Experts decoded by one launch, at most: a layer's misses, for most models; and their images'
+bytes, which have room on the device for each thread. The larger experts are, the fewer are enough
+to keep it busy."""
+
+MOST_READERS = 8
+"""Threads that read from a disk."""
 
 
 @dataclass(eq=False)
@@ -42,7 +47,7 @@ class Workspace:
 
 
 class CudaDelivery(Delivery):
-    """largest: bytes of the largest image. decode_on_device: None for where triton is."""
+    """largest: bytes of the largest compressed image. decode_on_device: None: where triton is."""
 
     def __init__(
         self,
@@ -53,23 +58,27 @@ class CudaDelivery(Delivery):
         cores: int,
         decode_on_device: bool | None = None,
     ) -> None:
-        self._tier, self._device, self._largest = tier, device, largest
+        self._tier, self._device = tier, device
         if decode_on_device is None:
             decode_on_device = importlib.util.find_spec("triton") is not None
         held = tier.held() if isinstance(tier, RamTier) else ()
         self._decoder = DeviceDecoder(device, held) if decode_on_device else None
         self._decoding = threading.BoundedSemaphore(cores)
-        # From a disk, threads read side by side; out of RAM one launch for many pays more.
-        self.together = TOGETHER if decode_on_device and isinstance(tier, RamTier) else 1
+        # From a disk, threads read side by side; out of RAM one launch for many pays more, and two
+        # threads are enough for one to copy while the other decodes.
+        in_ram = isinstance(tier, RamTier)
+        if decode_on_device and in_ram:
+            self.together = min(TOGETHER, max(1, TOGETHER_BYTES // max(largest, 1)))
+        self.threads = 2 if in_ram else min(cores + 2, MOST_READERS)
+        self._arriving_bytes = room_for(self.together, largest) if decode_on_device else 0
+        self.buffer_bytes = tier.buffer_bytes + self._arriving_bytes
 
     def workspace(self) -> Workspace:
         with torch.cuda.device(self._device):
             return Workspace(
                 torch.cuda.Stream(self._device),  # type: ignore[no-untyped-call]
-                torch.empty(self._largest, dtype=torch.uint8, pin_memory=True),
-                torch.empty(
-                    room_for(self.together, self._largest), dtype=torch.uint8, device=self._device
-                ),
+                torch.empty(self._tier.buffer_bytes, dtype=torch.uint8, pin_memory=True),
+                torch.empty(self._arriving_bytes, dtype=torch.uint8, device=self._device),
             )
 
     def bring(self, arrivals: Sequence[Arrival], workspace: Workspace) -> None:

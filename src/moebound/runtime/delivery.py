@@ -30,10 +30,13 @@ class Arrival:
 class Delivery(ABC):
     """One object serves all threads of a loader; each brings a workspace of its own.
 
-    together: so many experts a thread brings at a time, at most.
+    together: so many experts a thread brings at a time, at most. threads: so many serve it best.
+    buffer_bytes: what a workspace takes.
     """
 
     together: int = 1
+    threads: int
+    buffer_bytes: int
 
     @abstractmethod
     def workspace(self) -> Any:
@@ -53,6 +56,9 @@ class CpuDelivery(Delivery):
 
     def __init__(self, tier: Tier, *, cores: int) -> None:
         self._tier, self._cores = tier, cores
+        # One more than can decode, so that one reads meanwhile, and one to make room ahead.
+        self.threads = cores + 2
+        self.buffer_bytes = tier.buffer_bytes
         self._decoding = threading.BoundedSemaphore(cores)
         self._under_way = 0
         self._lock = threading.Lock()

@@ -112,7 +112,6 @@ def load(
     )
     waiting = open_tier(way.tier, way.images, place, drop_cache=drop_cache)
     delivery = open_delivery(waiting, way.images, place, cores=cores)
-    n_loaders = _n_loaders(cores)
     loader = Loader(
         cache,
         way.images.by_key,
@@ -120,7 +119,7 @@ def load(
         delivery,
         SlotPool(way.cache_bytes, place, set(kinds.values())),
         meter,
-        n_threads=n_loaders,
+        n_threads=delivery.threads,
     )
     copies = None
     if coarser is not None:
@@ -141,7 +140,7 @@ def load(
         entry.module.moebound = LayerExperts(  # type: ignore[assignment]  # no submodule
             entry.layer, entry.first, fetcher
         )
-    buffers = 0 if way.tier == "ram" else n_loaders * max(i.n_bytes for i in way.images)
+    buffers = delivery.threads * delivery.buffer_bytes
     choice = Choice.of(ways, policy=policy, predictor=predictor, buffer_bytes=buffers)
     return Offloaded(model, _load_tokenizer(path), fetcher, choice)
 
@@ -152,11 +151,6 @@ def _predictor(name: str) -> Predictor | None:
     if name not in PREDICTORS:
         raise CacheError(f"predictor {name!r}: expected none, {', '.join(PREDICTORS)}")
     return PREDICTORS[name]()
-
-
-def _n_loaders(cores: int) -> int:
-    """One more than can decode, so that one reads meanwhile, and one to make room ahead."""
-    return cores + 2
 
 
 def _same_model(store: Images, plain: Images) -> Images:

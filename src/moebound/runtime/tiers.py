@@ -28,10 +28,11 @@ PAGE = 4096
 
 
 class Tier(ABC):
-    """The place below the cache. held_bytes: memory it takes for itself."""
+    """The place below the cache. held_bytes: memory it takes. buffer_bytes: that of a buffer."""
 
     name: ClassVar[TierName]
     held_bytes: int
+    buffer_bytes: int
 
     @abstractmethod
     def buffer(self) -> memoryview:
@@ -52,12 +53,13 @@ class DiskTier(Tier):
     def __init__(self, images: Iterable[Image], *, drop_cache: bool = False) -> None:
         self.drop_cache = drop_cache
         self.held_bytes = 0
-        self._largest = max((image.n_bytes for image in images), default=0)
+        largest = max((image.n_bytes for image in images), default=0)
+        # Of whole pages, and two more, for reads that begin and end on a page.
+        self.buffer_bytes = -(-largest // PAGE) * PAGE + 2 * PAGE
         self._direct = DirectFiles() if drop_cache and DirectFiles.possible else None
 
     def buffer(self) -> memoryview:
-        # Of whole pages, and two more, for reads that begin and end on a page.
-        return memoryview(mmap.mmap(-1, -(-self._largest // PAGE) * PAGE + 2 * PAGE))
+        return memoryview(mmap.mmap(-1, self.buffer_bytes))
 
     def bytes_of(self, image: Image, buffer: memoryview) -> memoryview:
         if self._direct is not None:
@@ -149,6 +151,7 @@ class RamTier(Tier):
             image.read(data, drop_cache=True)
             self._bytes[image.key] = data
         self.held_bytes = sum(map(len, self._bytes.values()))
+        self.buffer_bytes = 0
 
     def held(self) -> Iterator[tuple[Image, memoryview]]:
         """All images, with their bytes."""
