@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.ticker import LogLocator
 
 from moebound.bench.offload import OffloadReport
@@ -21,7 +23,7 @@ _MARKERS = {"disk": "o", "ram": "s"}
 _STYLES = {"disk": "-", "ram": "--"}
 
 Curve = tuple[str, str, str, list[dict[str, Any]]]
-"""A label, a source, a tier, and rows by ascending budget."""
+"""A label, a colour, a tier, and rows by ascending budget."""
 
 
 def plot_time(report: OffloadReport) -> Any:
@@ -34,11 +36,10 @@ def plot_time(report: OffloadReport) -> Any:
         1, len(routings), figsize=(0.6 + 4.2 * len(routings), 4.2), squeeze=False, sharey=True
     )
     for axis, routing in zip(axes.flat, routings, strict=True):
-        for label, source, tier, rows in _curves(report, routing):
+        for label, color, tier, rows in _curves(report, routing):
             budgets = [100 * row["budget"] for row in rows]
             middle = [1e3 * row["tpot_p50_s"] for row in rows]
             slow = [1e3 * row["tpot_p99_s"] - at for row, at in zip(rows, middle, strict=True)]
-            color = COLORS[source]
             axis.errorbar(budgets, middle, [[0] * len(slow), slow], label=label, color=color,
                           ls=_STYLES[tier], marker=_MARKERS[tier], markersize=4, capsize=2,
                           elinewidth=0.7)  # fmt: skip
@@ -73,14 +74,14 @@ def plot_hits(report: OffloadReport) -> Any:
     figure, axis = plt.subplots(figsize=(4.8, 4.2))
     for routing in dict.fromkeys(_routing(row) for row in report.rows):
         seen = set[tuple[float, ...]]()
-        for label, source, tier, rows in _curves(report, routing):
+        for label, color, tier, rows in _curves(report, routing):
             hits = [100 * row["stats"]["hit_ratio"] for row in rows]
             # A cache of decoded experts does not care where they come from: one curve for all.
             if tuple(hits) in seen:
                 continue
             seen.add(tuple(hits))
             own = routing == "own"
-            axis.plot([100 * row["budget"] for row in rows], hits, color=COLORS[source],
+            axis.plot([100 * row["budget"] for row in rows], hits, color=color,
                       ls="-." if own else _STYLES[tier], marker=_MARKERS[tier], markersize=4,
                       label=label + (", own routing" if own else ""))  # fmt: skip
     if report.policies:
@@ -106,11 +107,20 @@ def _curves(report: OffloadReport, routing: str) -> list[Curve]:
             way = (row["source"], row["tier"], row["policy"], row["predictor"])
             ways.setdefault(way, []).append(row)
     several = len({way[2:] for way in ways}) > 1
-    found = []
+    found = list[Curve]()
+    alike = Counter[tuple[str, str]]()
     for (source, tier, policy, predictor), rows in ways.items():
         label = f"{source}, {tier}" + (f", {policy} {predictor}" if several else "")
-        found.append((label, source, tier, sorted(rows, key=lambda row: float(row["budget"]))))
+        color = _paler(COLORS[source], alike[source, tier])
+        alike[source, tier] += 1
+        found.append((label, color, tier, sorted(rows, key=lambda row: float(row["budget"]))))
     return found
+
+
+def _paler(color: str, steps: int) -> str:
+    """Of several ways to run the same, each is nearer to white."""
+    keep = 0.55**steps
+    return to_hex([1 - keep * (1 - part) for part in to_rgb(color)])
 
 
 def _budget_axis(axis: Any, report: OffloadReport) -> None:
