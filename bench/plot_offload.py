@@ -120,7 +120,8 @@ def _curves(report: OffloadReport, routing: str) -> list[Curve]:
 def _paler(color: str, steps: int) -> str:
     """Of several ways to run the same, each is nearer to white."""
     keep = 0.55**steps
-    return to_hex([1 - keep * (1 - part) for part in to_rgb(color)])
+    red, green, blue = (1 - keep * (1 - part) for part in to_rgb(color))
+    return to_hex((red, green, blue))
 
 
 def _budget_axis(axis: Any, report: OffloadReport) -> None:
