@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from moebound import runtime
+
 from .conftest import SRC, Run
 
 
@@ -57,6 +59,8 @@ def test_a_template_that_is_no_text(run: Run, tmp_path: Path) -> None:
 
 
 def test_without_the_packages(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The package that is imported anew here takes the old one's place in its parent, too.
+    monkeypatch.setattr(runtime, "serve", getattr(runtime, "serve", None), raising=False)
     for name in [name for name in sys.modules if name.startswith("moebound.runtime.serve")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
