@@ -30,6 +30,8 @@ CATALOG = Catalog.uniform({1: 8}, KIND.n_bytes)
 class Recorded(Delivery):
     """Brings the expert's number, in the order asked, when it is let."""
 
+    took_s = 0.0
+
     def __init__(self, together: int = 1) -> None:
         self.together = together
         self.groups: list[list[int]] = []
@@ -50,7 +52,8 @@ class Recorded(Delivery):
             if arrival.image.key.expert in self.failing:
                 raise CorruptionError("spoiled")
             arrival.slot.down.fill_(arrival.image.key.expert)
-            arrival.load.read = arrival.load.done = clock()
+            arrival.load.read = clock()
+            arrival.load.done = arrival.load.read + self.took_s
 
 
 def start(
@@ -202,6 +205,22 @@ def test_what_waits_comes_together_as_far_as_there_is_room() -> None:
         elif order.key.expert in (6, 7, 0):
             cache.release([order.key])
     assert loader.pool_bytes <= 4 * KIND.n_bytes
+    end(cache, loader)
+
+
+def test_what_comes_together_takes_its_time_once() -> None:
+    delivery = Recorded(together=4)
+    delivery.took_s = 1000.0
+    delivery.gate.clear()
+    cache, loader = start(delivery, n_threads=1)
+    loader.expect(keys(7))
+    wait_until(lambda: delivery.began == [7])
+    cache.visit(1, [0, 1, 2, 3])
+    orders = loader.demand(keys(0, 1, 2, 3))
+    delivery.gate.set()
+    assert all(order.arrived.result(10) for order in orders)
+    assert delivery.groups == [[7], [0, 1, 2, 3]]
+    assert loader._meter.decode_s == pytest.approx(2 * 1000.0, rel=0.01)
     end(cache, loader)
 
 

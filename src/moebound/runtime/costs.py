@@ -13,7 +13,7 @@ read in S / B seconds an expert and not decoded; they win where the link is fast
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -87,7 +87,7 @@ def measure_speeds(
             for image in group
         ]
         delivery.bring(arrivals, workspace)
-        loads += [_shared_out(arrival.load, len(group)) for arrival in arrivals]
+        loads += [arrival.load.share(len(group)) for arrival in arrivals]
     loads = loads[len(groups[0]) :]
     read = sum(load.read - load.begun for load in loads)
     decode = sum(load.done - load.read for load in loads)
@@ -97,15 +97,6 @@ def measure_speeds(
         sum(load.n_weights for load in loads) / max(decode, 1e-9) if encoded else None,
         read / len(loads),
         decode / len(loads),
-    )
-
-
-def _shared_out(load: Load, n: int) -> Load:
-    """One of n that came together: its share of the time."""
-    return replace(
-        load,
-        read=load.begun + (load.read - load.begun) / n,
-        done=load.begun + (load.done - load.begun) / n,
     )
 
 

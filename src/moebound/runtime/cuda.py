@@ -63,6 +63,7 @@ class CudaDelivery(Delivery):
             decode_on_device = importlib.util.find_spec("triton") is not None
         held = tier.held() if isinstance(tier, RamTier) else ()
         self._decoder = DeviceDecoder(device, held) if decode_on_device else None
+        self.kept_bytes = self._decoder.device_bytes if self._decoder is not None else 0
         self._decoding = threading.BoundedSemaphore(cores)
         # From a disk, threads read side by side; out of RAM one launch for many pays more, and two
         # threads are enough for one to copy while the other decodes.

@@ -31,10 +31,11 @@ class Delivery(ABC):
     """One object serves all threads of a loader; each brings a workspace of its own.
 
     together: so many experts a thread brings at a time, at most. threads: so many serve it best.
-    buffer_bytes: what a workspace takes.
+    buffer_bytes: what a workspace takes. kept_bytes: what it keeps beside them.
     """
 
     together: int = 1
+    kept_bytes: int = 0
     threads: int
     buffer_bytes: int
 

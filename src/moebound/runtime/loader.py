@@ -146,7 +146,7 @@ class Loader:
                 self._pool.give(arrival.slot)
             return False
         for (order, claim), arrival in zip(taken, arrivals, strict=True):
-            order.arrived.set_result(self._there(claim, arrival))
+            order.arrived.set_result(self._there(claim, arrival, len(taken)))
         return True
 
     def _arrival(self, order: Order) -> Arrival:
@@ -155,9 +155,9 @@ class Loader:
                     clock())  # fmt: skip
         return Arrival(image, self._pool.take(self._kinds[order.key]), load)
 
-    def _there(self, claim: Claim[Slot], arrival: Arrival) -> Slot:
+    def _there(self, claim: Claim[Slot], arrival: Arrival, n_together: int = 1) -> Slot:
         arrival.slot.load = arrival.load
-        self._meter.loaded(arrival.load)
+        self._meter.loaded(arrival.load.share(n_together))
         claim.fill(arrival.slot)
         return arrival.slot
 

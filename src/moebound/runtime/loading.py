@@ -140,7 +140,7 @@ def load(
         entry.module.moebound = LayerExperts(  # type: ignore[assignment]  # no submodule
             entry.layer, entry.first, fetcher
         )
-    buffers = delivery.threads * delivery.buffer_bytes
+    buffers = delivery.threads * delivery.buffer_bytes + delivery.kept_bytes
     choice = Choice.of(ways, policy=policy, predictor=predictor, buffer_bytes=buffers)
     return Offloaded(model, _load_tokenizer(path), fetcher, choice)
 

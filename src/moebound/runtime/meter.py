@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from moebound.types import ExpertKey
@@ -30,6 +30,14 @@ class Load:
     begun: float = 0.0
     read: float = 0.0
     done: float = 0.0
+
+    def share(self, n: int) -> Load:
+        """Of n that one thread brought together, one's share of the time."""
+        return replace(
+            self,
+            read=self.begun + (self.read - self.begun) / n,
+            done=self.begun + (self.done - self.begun) / n,
+        )
 
 
 @dataclass
