@@ -29,8 +29,9 @@ def parse_budget(budget: int | str, *, of: int) -> int:
             amount, unit = float(match[1]), match[2].upper()
             if unit == "%" and amount > 0:
                 return int(of * min(1.0, amount / 100))
-            if unit in _UNITS and amount > 0:
-                return int(amount * _UNITS[unit])
+            n_bytes = _bytes(match)
+            if n_bytes > 0:
+                return int(n_bytes)
     raise CacheError(
         f"budget {budget!r}: expected a size, as 4GiB, or a share of all experts, as 20%"
     )
@@ -40,11 +41,15 @@ def parse_size(size: str, *, what: str) -> int:
     """Bytes of a size as "4GiB" or "500MB". Raises CacheError that names `what` for anything else,
     a share included."""
     match = _SIZE.fullmatch(size)
-    if match is not None and match[2].upper() in _UNITS:
-        n_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
-        if n_bytes > 0:
-            return n_bytes
+    n_bytes = 0 if match is None else int(_bytes(match))
+    if n_bytes > 0:
+        return n_bytes
     raise CacheError(f"{what} {size!r}: expected a size, as 4GiB or 500MB")
+
+
+def _bytes(match: re.Match[str]) -> float:
+    """Of what _SIZE has found; 0 if its unit is none of bytes."""
+    return float(match[1]) * _UNITS.get(match[2].upper(), 0)
 
 
 def available_memory(device: torch.device) -> int:
