@@ -1,6 +1,7 @@
 """Write a trained model as a folder that transformers loads, with sample prompts.
 
     python recipes/wordmath/export.py runs/wordmath src/moebound/wordmath/model
+    python recipes/wordmath/export.py runs/mixtral somewhere --checkpoint weights-1200.pt
 
 Weights are rounded to bfloat16. The model card (README.md) is written by hand and left alone.
 """
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from architecture import config
+from architecture import ARCHITECTURES, new_model
 from moebound.wordmath.problems import LEVELS, Level, WordProblem, test_problems
 from moebound.wordmath.tokenizer import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL, build_tokenizer
 
@@ -29,16 +30,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of train.py")
     parser.add_argument("folder", type=Path, help="where the model goes")
+    parser.add_argument("--checkpoint", default="checkpoint.pt", help="a file of that folder")
     args = parser.parse_args()
-    export(args.run, args.folder)
+    export(args.run, args.folder, args.checkpoint)
 
 
-def export(run: Path, folder: Path) -> None:
-    state = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+def export(run: Path, folder: Path, checkpoint: str = "checkpoint.pt") -> None:
+    state = torch.load(run / checkpoint, weights_only=True)["model"]
     vocabulary, _ = state["model.embed_tokens.weight"].shape
     n_layers = 1 + max(int(name.split(".")[2]) for name in state if ".layers." in name)
     n_experts = len(state["model.layers.1.mlp.gate.weight"])
-    model: Any = DeepseekV3ForCausalLM(config(vocabulary, layers=n_layers, experts=n_experts))
+    biased = "model.layers.1.mlp.gate.e_score_correction_bias" in state
+    architecture = ARCHITECTURES["deepseek" if biased else "mixtral"]
+    model = new_model(architecture.config(vocabulary, layers=n_layers, experts=n_experts))
     model.load_state_dict(state)
     model.to(torch.bfloat16)
     model.generation_config.max_new_tokens = MAX_NEW_TOKENS

@@ -1,6 +1,7 @@
-"""Train the built-in model. The same command starts a run and goes on with one.
+"""Train a built-in model. The same command starts a run and goes on with one.
 
     python recipes/wordmath/train.py runs/wordmath
+    python recipes/wordmath/train.py runs/mixtral --architecture mixtral
 
 The schedule is in steps: warm-up, then half a cosine down to zero at the last step. `--steps` may
 be changed when a run goes on; the learning rate then follows the new cosine. Checkpoints (model,
@@ -30,18 +31,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import DeepseekV3ForCausalLM
 
-import forward
-from architecture import config
+from architecture import ARCHITECTURES, compile_parts, new_model
 from batches import Batch, batch
 from evaluation import answers
 from moebound.wordmath.problems import LEVELS, test_problems
 from moebound.wordmath.tokenizer import vocabulary
 from optimizer import optimizers
+from routing import overflow
 
 WARM_UP = 100
 
@@ -56,18 +57,22 @@ def main() -> None:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="checkpoint and log, written and gone on with")
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="deepseek")
     parser.add_argument("--steps", type=int, default=2450)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")
     parser.add_argument("--easy-share", type=float, default=0.5, help="of the tokens")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    parser.add_argument("--layers", type=int, default=27)
-    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--layers", type=int, help="of a small model, for tests")
+    parser.add_argument("--experts", type=int, help="of a small model, for tests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoint-seconds", type=float, default=300)
     parser.add_argument("--evaluate-seconds", type=float, default=1200)
     parser.add_argument("--evaluate-problems", type=int, default=100, help="of each level")
+    parser.add_argument(
+        "--keep-steps", type=int, default=0, help="keep the weights of every so many steps"
+    )
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--stop-at", type=int, help="stop after this step, schedule unchanged")
     return parser
@@ -76,14 +81,15 @@ def arguments() -> argparse.ArgumentParser:
 def train(args: argparse.Namespace, stopped: Sequence[int] = ()) -> Any:
     """Runs to the last step, or `stop_at`, or until `stopped` is not empty. Returns the model."""
     torch.manual_seed(args.seed)
-    shape = config(len(vocabulary()), layers=args.layers, experts=args.experts)
-    model = DeepseekV3ForCausalLM(shape)
+    architecture = ARCHITECTURES[args.architecture]
+    given = {"layers": args.layers, "experts": args.experts}
+    small = {name: value for name, value in given.items() if value}
+    model = new_model(architecture.config(len(vocabulary()), **small))
     optims = optimizers(model, args.lr, args.optimizer)
     args.folder.mkdir(parents=True, exist_ok=True)
     step = restore(args.folder, model, optims)
     if not args.no_compile:
-        forward.compile_parts()
-    routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+        compile_parts(architecture)
     log = Log(args.folder / "log.jsonl")
     saved = evaluated = marked = time.monotonic()
     marked_step = step
@@ -91,8 +97,8 @@ def train(args: argparse.Namespace, stopped: Sequence[int] = ()) -> Any:
     while step < last and not stopped:
         data = batch(args.seed, step, args.tokens, args.easy_share)
         rate = args.lr * schedule(step, args.steps)
-        loss, loads = learn(model, optims, data, rate)
-        balance(routers, loads, bias_speed(step))
+        loss, loads = learn(architecture, model, optims, data, rate)
+        architecture.balance(model, loads, step)
         step += 1
         now = time.monotonic()
         if step % 20 == 0:
@@ -100,6 +106,8 @@ def train(args: argparse.Namespace, stopped: Sequence[int] = ()) -> Any:
             speed = (step - marked_step) * args.tokens / (now - marked)
             log(step=step, loss=loss, tokens_per_s=speed, dropped=dropped)
             marked, marked_step = now, step
+        if args.keep_steps and step % args.keep_steps == 0:
+            torch.save({"model": model.state_dict()}, args.folder / f"weights-{step}.pt")
         if now - saved > args.checkpoint_seconds:
             save(args.folder, model, optims, step)
             saved = time.monotonic()
@@ -114,19 +122,23 @@ def train(args: argparse.Namespace, stopped: Sequence[int] = ()) -> Any:
 
 
 def learn(
-    model: Any, optims: list[torch.optim.Optimizer], data: Batch, rate: float
+    architecture: ModuleType,
+    model: Any,
+    optims: list[torch.optim.Optimizer],
+    data: Batch,
+    rate: float,
 ) -> tuple[float, list[torch.Tensor]]:
-    """One step. Returns the loss before it, and the loads of each layer's experts."""
+    """One step. Returns the cross entropy before it, and the loads of each layer's experts."""
     for optim in optims:
         for group in optim.param_groups:
             group["lr"] = rate
-    loss, loads = forward.loss(model, data)
+    loss, entropy, loads = architecture.loss(model, data)
     torch.autograd.backward([loss])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optim in optims:
         optim.step()
         optim.zero_grad()
-    return loss.item(), loads
+    return entropy.item(), loads
 
 
 @contextmanager
@@ -144,26 +156,6 @@ def stop_on_signal() -> Iterator[list[int]]:
 
 def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-def bias_speed(step: int) -> float:
-    """Fast while routers settle, then DeepSeek-V3's 0.001."""
-    return 1e-3 + 9e-3 * math.exp(-step / 150)
-
-
-def balance(routers: list[Any], loads: list[torch.Tensor], speed: float) -> None:
-    """DeepSeek-V3's balancing without an auxiliary loss: an expert that had more than its share
-    gets a lower bias, one that had less a higher."""
-    with torch.no_grad():
-        for router, load in zip(routers, loads, strict=True):
-            x = load.float()
-            router.e_score_correction_bias += speed * torch.sign(x.mean() - x)
-
-
-def overflow(load: torch.Tensor) -> float:
-    """The fraction of pairs of token and expert that found the expert full."""
-    x = load.float()
-    return float((x - forward.CAPACITY * x.mean()).clamp(min=0).sum() / x.sum())
 
 
 def save(folder: Path, model: Any, optims: list[Any], step: int) -> None:

@@ -26,18 +26,17 @@ def recipe() -> Iterator[None]:
     sys.path.remove(str(FOLDER))
 
 
-def small_model(experts: int = 8, layers: int = 3) -> Any:
-    from transformers import DeepseekV3ForCausalLM
-
-    from architecture import config
+def small_model(architecture: str, experts: int = 8, layers: int = 3) -> Any:
+    from architecture import ARCHITECTURES, new_model
     from moebound.wordmath.tokenizer import vocabulary
 
     torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(config(len(vocabulary()), layers=layers, experts=experts))
+    config = ARCHITECTURES[architecture].config
+    model = new_model(config(len(vocabulary()), layers=layers, experts=experts))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:  # larger than at the start of training: differences show
-                parameter.mul_(4)
+                parameter.mul_(4 if architecture == "deepseek" else 1.5)  # yet no choice flips
             assert "bias" not in name
     return model
 
@@ -54,33 +53,53 @@ def reference_loss(model: Any, batch: Any) -> torch.Tensor:
     return functional.cross_entropy(torch.cat(logits)[batch.solution], batch.targets)
 
 
-def test_the_fast_forward_pass_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    import forward
+ARCHITECTURES = ["deepseek", "mixtral"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_fast_forward_pass_is_that_of_transformers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import routing
+    from architecture import ARCHITECTURES
     from batches import batch
 
-    monkeypatch.setattr(forward, "CAPACITY", 8.0)  # nothing is dropped
-    model = small_model()
+    monkeypatch.setattr(routing, "CAPACITY", 8.0)  # nothing is dropped
+    model = small_model(name)
     data = batch(0, 0, 512, 0.5)
     expected = reference_loss(model, data)
     torch.autograd.backward([expected])
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    found, loads = forward.loss(model, data)
+    _, found, loads = ARCHITECTURES[name].loss(model, data)
     torch.autograd.backward([found])
     assert found.item() == pytest.approx(expected.item(), rel=2e-3)
-    assert [int(load.sum()) for load in loads] == [512 * 6] * 2
-    for name, p in model.named_parameters():
-        error = (p.grad - wanted[name]).norm() / wanted[name].norm()
-        assert error < 0.05, (name, float(error))  # products are in bfloat16
+    moe_layers, k = {"deepseek": (2, 6), "mixtral": (3, 2)}[name]
+    assert [int(load.sum()) for load in loads] == [512 * k] * moe_layers
+    for parameter, p in model.named_parameters():
+        error = (p.grad - wanted[parameter]).norm() / wanted[parameter].norm()
+        assert error < 0.05, (parameter, float(error))  # products are in bfloat16
+
+
+def test_the_balance_loss_is_that_of_transformers() -> None:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    import mixtral
+
+    logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    scores = logits.softmax(-1)
+    load = torch.bincount(scores.topk(2)[1].flatten(), minlength=8)
+    wanted = load_balancing_loss_func((logits,), 8, 2)
+    assert mixtral._balance_loss(scores, load).item() == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_a_full_expert_drops_tokens_and_gradients_stay_finite() -> None:
-    import forward
+    import deepseek
     from batches import batch
 
-    model = small_model()
+    model = small_model("deepseek")
     model.model.layers[1].mlp.gate.e_score_correction_bias[:6] += 5  # all tokens want the same
-    found, loads = forward.loss(model, batch(0, 0, 256, 0.5))
+    found, _, loads = deepseek.loss(model, batch(0, 0, 256, 0.5))
     torch.autograd.backward([found])
     assert loads[0].tolist() == [256] * 6 + [0] * 2
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -128,13 +147,19 @@ def run(folder: Path, stopped: Sequence[int] = (), **changed: Any) -> Any:
     return train.train(argparse.Namespace(**{**vars(args), **changed}), stopped)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tmp_path: Path, optimizer: str) -> None:
-    whole = run(tmp_path / "whole", optimizer=optimizer)
-    run(tmp_path / "parts", optimizer=optimizer, stop_at=1)
+@pytest.mark.parametrize(
+    ("architecture", "optimizer"),
+    [("deepseek", "muon"), ("deepseek", "adamw"), ("mixtral", "muon")],
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
+    tmp_path: Path, architecture: str, optimizer: str
+) -> None:
+    kind = {"architecture": architecture, "optimizer": optimizer}
+    whole = run(tmp_path / "whole", **kind)
+    run(tmp_path / "parts", **kind, stop_at=1)
     (tmp_path / "parts" / "checkpoint.pt.unfinished").write_bytes(b"killed while writing")
-    run(tmp_path / "parts", optimizer=optimizer, stop_at=3)
-    resumed = run(tmp_path / "parts", optimizer=optimizer)
+    run(tmp_path / "parts", **kind, stop_at=3)
+    resumed = run(tmp_path / "parts", **kind)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -150,7 +175,10 @@ def test_a_run_that_is_told_to_stop_saves_first(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint.pt").exists()
 
 
-def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_becomes_a_folder_that_transformers_loads(
+    tmp_path: Path, architecture: str
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from evaluation import answers, table
@@ -158,7 +186,8 @@ def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
     from moebound.wordmath.problems import test_problems as held_out
     from moebound.wordmath.tokenizer import ANS, BOS
 
-    trained = run(tmp_path / "run")
+    trained = run(tmp_path / "run", architecture=architecture, keep_steps=2)
+    assert (tmp_path / "run" / "weights-2.pt").exists()
     export(tmp_path / "run", tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     for (name, a), b in zip(trained.state_dict().items(), model.state_dict().values(), strict=True):
