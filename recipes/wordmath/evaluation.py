@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moebound.runtime.batched import NAME, register_batched
+from moebound.model.batched import NAME, register_batched
 from moebound.wordmath.formats import Judgement
 from moebound.wordmath.problems import LEVELS, WordProblem, test_problems
 from moebound.wordmath.tokenizer import EOS, PAD, build_tokenizer

@@ -14,7 +14,8 @@ from moebound.errors import (
     StoreError,
     UnsupportedArchitectureError,
 )
-from moebound.runtime import load, register
+from moebound.integrations.transformers import register
+from moebound.offload import load
 from moebound.types import ErrorBound, ExpertKey
 
 register()  # from_pretrained on a store, whichever package is imported first

@@ -21,7 +21,7 @@ from moebound.bench.offload.routing import ForcedRouting, fit_trace
 from moebound.cache import ZipfTrace, load_trace
 from moebound.cli.main import main
 from moebound.errors import CacheError, CheckpointError, FormatError, MoeboundError
-from moebound.runtime.images import open_images
+from moebound.offload.images import open_images
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import resolve
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moebound.cache.trace import load_trace
-from moebound.sensitivity.profile import Profile
+from moebound.profile.profile import Profile
 
 from .conftest import SRC, Run
 

@@ -1,4 +1,4 @@
-"""`moebound serve`: what is refused before a model is loaded. tests/runtime/serve has the rest."""
+"""`moebound serve`: what is refused before a model is loaded. tests/text/serve has the rest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moebound import runtime
+from moebound import text
 
 from .conftest import SRC, Run
 
@@ -17,7 +17,7 @@ def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **options: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("moebound.runtime.loading.load", fail)
+    monkeypatch.setattr("moebound.offload.loading.load", fail)
 
 
 def test_a_key_that_is_empty_does_not_open_the_server(
@@ -60,8 +60,8 @@ def test_a_template_that_is_no_text(run: Run, tmp_path: Path) -> None:
 
 def test_without_the_packages(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     # The package that is imported anew here takes the old one's place in its parent, too.
-    monkeypatch.setattr(runtime, "serve", getattr(runtime, "serve", None), raising=False)
-    for name in [name for name in sys.modules if name.startswith("moebound.runtime.serve")]:
+    monkeypatch.setattr(text, "serve", getattr(text, "serve", None), raising=False)
+    for name in [name for name in sys.modules if name.startswith("moebound.text.serve")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     ran = run("serve", SRC)

@@ -176,9 +176,7 @@ def test_a_run_that_is_told_to_stop_saves_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_run_becomes_a_folder_that_transformers_loads(
-    tmp_path: Path, architecture: str
-) -> None:
+def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path, architecture: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from evaluation import answers, table

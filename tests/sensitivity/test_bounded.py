@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from model_bits import all_bits, as_bits, changed
 from moebound import decode, encode
 from moebound.errors import CodecError, MoeboundError
-from moebound.sensitivity import LiveExperts, live_experts
+from moebound.model import LiveExperts, live_experts
 from moebound.sensitivity.bounded import bounded
 from moebound.sensitivity.noise import matrix_stats
 from moebound.sensitivity.perturb import perturbed
 from moebound.types import ErrorBound, ExpertKey, TensorStats
 from tiny_models import tiny_model
-
-from .bits import all_bits, as_bits, changed
 
 Own = dict[ExpertKey, dict[str, ErrorBound]]
 

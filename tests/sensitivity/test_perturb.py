@@ -14,15 +14,14 @@ import pytest
 import torch
 from torch import nn
 
+from model_bits import all_bits, as_bits, changed, running_model
 from moebound import decode, encode
 from moebound.errors import BoundError, CodecError, MoeboundError
-from moebound.sensitivity import live_experts, undo
+from moebound.model import live_experts, undo
 from moebound.sensitivity.noise import matrix_stats, source_ids
 from moebound.sensitivity.perturb import Realised, perturbation, perturbed
 from moebound.types import ErrorBound, ExpertKey, TensorStats
 from tiny_models import TINY, tiny_model
-
-from .bits import all_bits, as_bits, changed, running_model
 
 RATE = ErrorBound(0.5, "rate", "expert")
 SOURCES = [*source_ids(), "codec:sz3:lorenzo"]

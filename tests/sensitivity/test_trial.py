@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from model_bits import all_bits, changed
 from moebound.checkpoint import open_checkpoint
 from moebound.errors import MoeboundError, PlanError, TaskError
 from moebound.evaluate.fidelity import Baseline
@@ -20,8 +21,6 @@ from moebound.sensitivity.trial import Trial, check_memory, unread
 from moebound.store import compress, measure_sizes
 from moebound.tasks import get_task
 from untrained import untrained
-
-from .bits import all_bits, changed
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from moebound.evaluate.fidelity import Baseline, Fidelity
 from moebound.evaluate.loading import Loaded, load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.text import solved_rows
+from moebound.model.live import live_experts
 from moebound.plan import Budget, Document, Evidence, ExpertSizes, Plan, Scheme, make_plan
-from moebound.sensitivity.live import live_experts
 from moebound.sensitivity.noise import parse_source
 from moebound.sensitivity.perturb import perturbed
 from moebound.store import compress, measure_sizes, open_store, verify

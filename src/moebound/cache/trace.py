@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from moebound.checkpoint.durable import PartialFile
 from moebound.errors import CorruptionError, FormatError, MoeboundError
+from moebound.files.durable import PartialFile
 from moebound.types import Array
 
 FORMAT, VERSION = "moebound.trace", 1

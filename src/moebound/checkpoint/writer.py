@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from moebound.checkpoint.durable import PartialFile
 from moebound.checkpoint.shards import (
     DTYPE_BITS,
     INDEX_FILE,
@@ -24,6 +23,7 @@ from moebound.checkpoint.shards import (
     tensor_bytes,
 )
 from moebound.errors import FormatError, StoreError
+from moebound.files.durable import PartialFile
 
 
 @dataclass(frozen=True, slots=True)

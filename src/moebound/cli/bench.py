@@ -276,7 +276,7 @@ def bench_offload(
 
 
 def _size(text: str | None, option: str) -> int | None:
-    from moebound.runtime.budget import parse_size
+    from moebound.offload.budget import parse_size
 
     return None if text is None else parse_size(text, what=option)
 

@@ -63,11 +63,11 @@ def demo(
     # Threads of torch that spin while they wait would keep other programs from their work; it is
     # read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from moebound.checkpoint.durable import disk_errors
     from moebound.demo.folder import Folder
     from moebound.demo.page import render
     from moebound.demo.road import Asked, run
-    from moebound.sensitivity.documents import save_json
+    from moebound.files.durable import disk_errors
+    from moebound.files.json_document import save_json
 
     default = Asked()
     asked = Asked(

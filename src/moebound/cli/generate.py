@@ -45,8 +45,8 @@ def generate(
     STORE is a store, or an ordinary checkpoint, whose experts are then read as they are. The text
     is the same as that of the decompressed model in memory, whatever the budget.
     """
-    from moebound.runtime.generation import GenerationSettings
-    from moebound.runtime.generation import generate as pieces
+    from moebound.text.generation import GenerationSettings
+    from moebound.text.generation import generate as pieces
 
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, stop)
     with load_offloaded(src, offload, output) as offloaded:

@@ -13,7 +13,7 @@ from moebound.cli import wording
 from moebound.cli.output import Output
 
 if TYPE_CHECKING:
-    from moebound.runtime.offloaded import Offloaded
+    from moebound.offload.offloaded import Offloaded
 
 F = TypeVar("F", bound=Callable[..., int])
 
@@ -78,7 +78,7 @@ def offload_options(command: F) -> Callable[..., int]:
 def load_offloaded(src: str, offload: dict[str, Any], output: Output) -> Offloaded:
     """`moebound.load`, and a note on what was chosen. Raises CheckpointError without tokenizer."""
     from moebound.errors import CheckpointError
-    from moebound.runtime.loading import load
+    from moebound.offload.loading import load
 
     output.note(f"loading {src}")
     offloaded = load(src, **offload)

@@ -15,8 +15,8 @@ from moebound.cli.steps import step_bar
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from moebound.sensitivity.profile import Profile, TaskUse
-    from moebound.sensitivity.profiling import Text
+    from moebound.profile.profile import Profile, TaskUse
+    from moebound.profile.profiling import Text
 
 
 @click.command()
@@ -68,7 +68,7 @@ def profile(
     # read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moebound.evaluate.loading import load
-    from moebound.sensitivity.profiling import profile_tasks
+    from moebound.profile.profiling import profile_tasks
     from moebound.tasks import get_task
 
     # Everything that can be wrong with what was asked is found before the model is loaded.
@@ -78,7 +78,7 @@ def profile(
         found = profile_tasks(loaded, asked, out, text=text, trace=trace, progress=say)
     drawn: list[Path] = []
     if figures is not None:
-        from moebound.sensitivity.figures import draw
+        from moebound.profile.figures import draw
 
         drawn = draw(found, figures)
     output.result(_document(found, out, trace, drawn), *_tables(found, out))
@@ -108,7 +108,7 @@ def _tables(found: Profile, out: Path) -> list[RenderableType]:
 
 
 def _of_task(task: TaskUse) -> list[RenderableType]:
-    from moebound.sensitivity.profile import balance_of
+    from moebound.profile.profile import balance_of
 
     columns = ("layer", "experts", "most used", "share", "least used", "share", "imbalance",
                "utilisation", "entropy", "Gini", "median weight")  # fmt: skip

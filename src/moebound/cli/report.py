@@ -13,7 +13,7 @@ from moebound.cli import exits, wording
 from moebound.cli.output import Output, output_options
 
 if TYPE_CHECKING:
-    from moebound.sensitivity.report import Report
+    from moebound.paper.report import Report
 
 PAGE_FILE = "report.html"
 _WORDS = {
@@ -40,8 +40,8 @@ def report(output: Output, folder: Path, page: Path | None) -> int:
     its conclusions and open questions for this model. A study that is not finished gives a report
     that says what is missing. The page needs no network.
     """
-    from moebound.sensitivity.report import make_report, read_study
-    from moebound.sensitivity.report.page import render
+    from moebound.paper.report import make_report, read_study
+    from moebound.paper.report.page import render
 
     found = make_report(read_study(folder))
     path = folder / PAGE_FILE if page is None else page
@@ -52,7 +52,7 @@ def report(output: Output, folder: Path, page: Path | None) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    from moebound.checkpoint.durable import PartialFile
+    from moebound.files.durable import PartialFile
 
     file = PartialFile(path)
     try:

@@ -63,8 +63,8 @@ def serve(
     --json: one document on stdout, as soon as requests are taken, with the URL.
     """
     try:
-        from moebound.runtime.serve import server
-        from moebound.runtime.serve.config import ServeConfig
+        from moebound.text.serve import server
+        from moebound.text.serve.config import ServeConfig
     except ImportError as error:
         raise BackendUnavailable(
             f"serving needs FastAPI and uvicorn: pip install 'moebound[serve]' ({error})"

@@ -15,9 +15,9 @@ from moebound.cli import exits, wording
 from moebound.cli.output import Output, output_options
 
 if TYPE_CHECKING:
-    from moebound.sensitivity.study.measure import Setup
-    from moebound.sensitivity.study.run import Outcome, Step
-    from moebound.sensitivity.study.workers import Workers
+    from moebound.jobs.workers import Workers
+    from moebound.paper.study.measure import Setup
+    from moebound.paper.study.run import Outcome, Step
 
 HARDER = {"wordmath": "wordmath-hard"}
 """Which task stands where the paper has its harder one, if a suite wants two and one is given."""
@@ -67,10 +67,10 @@ def study(
     # Threads of torch that spin while they wait would keep other programs from their work; it is
     # read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from moebound.paper.study.measure import Setup
+    from moebound.paper.study.run import run_study
+    from moebound.paper.study.suite_file import get_suite
     from moebound.sensitivity.noise import parse_source
-    from moebound.sensitivity.study.measure import Setup
-    from moebound.sensitivity.study.run import run_study
-    from moebound.sensitivity.study.suite_file import get_suite
     from moebound.tasks import get_task
 
     chosen = get_suite(suite)
@@ -98,10 +98,10 @@ def study(
 
 
 def _workers(setup: Setup, count: int, ray_address: str | None) -> Workers:
-    from moebound.sensitivity.study.workers import InProcess, Processes
+    from moebound.jobs.workers import InProcess, Processes
 
     if ray_address is not None:
-        from moebound.sensitivity.study.cluster import RayWorkers
+        from moebound.jobs.cluster import RayWorkers
 
         gpus = 0.0 if setup.device == "cpu" else 1.0
         return RayWorkers(setup, count, ray_address, gpus=gpus)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebound.checkpoint.durable import disk_errors
 from moebound.errors import MoeboundError, StoreError
-from moebound.sensitivity.documents import load_json, save_json
+from moebound.files.durable import disk_errors
+from moebound.files.json_document import load_json, save_json
 
 FORMAT, VERSION = "moebound.demo", 1
 

@@ -7,11 +7,11 @@ from html import escape
 from moebound.demo.page_parts import code, facts, figure, how, interval, plain_table, section
 from moebound.demo.report import Report
 from moebound.page import inline
-from moebound.sensitivity import figures
-from moebound.sensitivity.profile import balance_of
-from moebound.sensitivity.report import page_verdicts, plots
-from moebound.sensitivity.report.by_layer import whole_layers
-from moebound.sensitivity.report.cells import source_name
+from moebound.paper.report import page_verdicts, plots
+from moebound.paper.report.by_layer import whole_layers
+from moebound.paper.report.cells import source_name
+from moebound.profile import figures
+from moebound.profile.profile import balance_of
 
 
 def model(report: Report) -> str:

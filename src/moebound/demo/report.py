@@ -8,9 +8,9 @@ from typing import Any
 
 from moebound.bench.report import BenchReport
 from moebound.evaluate.evaluation import Evaluation, Tally
+from moebound.paper.report import Report as StudyReport
 from moebound.plan import Plan
-from moebound.sensitivity.profile import Profile
-from moebound.sensitivity.report import Report as StudyReport
+from moebound.profile.profile import Profile
 
 KEPT_RATE = 0.3
 """Near this rate are the store that the page speaks of first, and plan.json."""

@@ -21,7 +21,6 @@ from moebound.bench import codec as bench
 from moebound.bench.matrices import synthetic
 from moebound.bench.report import BenchReport
 from moebound.checkpoint import Checkpoint, open_checkpoint
-from moebound.checkpoint.durable import disk_errors
 from moebound.codec import get_codec
 from moebound.demo.folder import Folder, begin
 from moebound.demo.report import (
@@ -37,21 +36,22 @@ from moebound.evaluate.evaluation import Evaluation
 from moebound.evaluate.loading import Loaded, load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.transcript import read_transcript
+from moebound.files.durable import disk_errors
+from moebound.files.json_document import load_json, save_json
+from moebound.files.rows import KEY, Rows
+from moebound.jobs.workers import InProcess, Opens, Processes, Workers
+from moebound.paper.report import Report as StudyReport
+from moebound.paper.report import make_report, read_study
+from moebound.paper.study.measure import Setup as StudySetup
+from moebound.paper.study.measure import cores
+from moebound.paper.study.run import Step, run_study
+from moebound.paper.study.suite import Suite
+from moebound.paper.study.suite_file import get_suite
 from moebound.plan import SENSITIVITY_FORMAT, Budget, Evidence, Plan, make_plan, read_document
-from moebound.sensitivity.documents import load_json, save_json
+from moebound.profile.profile import Profile
+from moebound.profile.profiling import profile_tasks
 from moebound.sensitivity.map.build import Build
 from moebound.sensitivity.map.settings import Settings
-from moebound.sensitivity.profile import Profile
-from moebound.sensitivity.profiling import profile_tasks
-from moebound.sensitivity.report import Report as StudyReport
-from moebound.sensitivity.report import make_report, read_study
-from moebound.sensitivity.study.measure import Setup as StudySetup
-from moebound.sensitivity.study.measure import cores
-from moebound.sensitivity.study.rows import KEY, Rows
-from moebound.sensitivity.study.run import Step, run_study
-from moebound.sensitivity.study.suite import Suite
-from moebound.sensitivity.study.suite_file import get_suite
-from moebound.sensitivity.study.workers import InProcess, Opens, Processes, Workers
 from moebound.store import measure_sizes, open_store, verify
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import resolve

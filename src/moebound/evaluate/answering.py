@@ -11,8 +11,8 @@ from moebound.evaluate.decoding import Decoded, decode
 from moebound.evaluate.drafts import decode_drafted
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.prompting import encode_prompts
-from moebound.runtime.generation import end_tokens, n_positions
 from moebound.tasks.base import Problem, Task
+from moebound.text.generation import end_tokens, n_positions
 
 BATCH_BYTES = 2 << 30
 """What keys and values of a batch may take, by a rough estimate from above."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moebound.runtime.growing_cache import GrowingCache, arguments, supports_cache
+from moebound.text.growing_cache import GrowingCache, arguments, supports_cache
 
 KEEP_SHARE = 0.75
 """Finished rows are dropped once less than this share of the batch is at work."""

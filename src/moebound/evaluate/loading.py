@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from moebound.errors import CheckpointError, MoeboundError
-from moebound.runtime.batched import NAME as BATCHED
-from moebound.runtime.batched import register_batched
-from moebound.runtime.dtypes import parse_dtype
-from moebound.runtime.quiet import without_bars
+from moebound.model.batched import NAME as BATCHED
+from moebound.model.batched import register_batched
+from moebound.model.dtypes import parse_dtype
+from moebound.model.quiet import without_bars
 from moebound.wordmath.builtin import PREFIX, resolve
 
 SMALL_EXPERT_WEIGHTS = 1 << 20
@@ -89,7 +89,7 @@ def load(
 def _load_model(src: str, path: str, dtype: str, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from moebound.runtime import register
+    from moebound.integrations.transformers import register
 
     register()
     options: dict[str, Any] = {"dtype": parse_dtype(dtype)}

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from moebound.checkpoint.appended import Appended, parse_line, whole_lines
 from moebound.errors import FormatError, TaskError
 from moebound.evaluate.answering import Output
 from moebound.evaluate.evaluation import Evaluation, score
+from moebound.files.appended import Appended, parse_line, whole_lines
 from moebound.tasks.base import Problem, Task
 
 FORMAT, VERSION = "moebound.answers", 1

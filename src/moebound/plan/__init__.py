@@ -7,7 +7,7 @@
 docs/plan.md says what is minimised, and which scheme is for what.
 """
 
-from moebound.plan.documents import Document, read_document, read_rows
+from moebound.files.documents import Document, read_document, read_rows
 from moebound.plan.items import RATES, ExpertSizes, Items
 from moebound.plan.losses import PROFILE_FORMAT, SENSITIVITY_FORMAT, curves_from_study
 from moebound.plan.make import Budget, Evidence, make_plan

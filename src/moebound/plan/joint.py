@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moebound.errors import PlanError
-from moebound.plan.documents import numbers
+from moebound.files.documents import numbers
 from moebound.plan.items import Items
 
 

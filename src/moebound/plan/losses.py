@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moebound.errors import PlanError
-from moebound.plan.documents import Document, index, number, numbers
+from moebound.files.documents import Document, index, number, numbers
 from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.types import ExpertKey
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moebound.errors import PlanError
+from moebound.files.documents import Document
 from moebound.plan import schemes
-from moebound.plan.documents import Document
 from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.plan.joint import Joint
 from moebound.plan.losses import from_sensitivity, from_study, shares_from_profile

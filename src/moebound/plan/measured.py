@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moebound.errors import PlanError
-from moebound.plan.documents import index, number
+from moebound.files.documents import index, number
 
 if TYPE_CHECKING:
     from moebound.plan.plan import Plan

@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moebound.checkpoint.durable import PartialFile
 from moebound.errors import BoundError, PlanError
-from moebound.plan.documents import index, number, read_document
+from moebound.files.documents import index, number, read_document
+from moebound.files.durable import PartialFile
 from moebound.plan.items import Floats, Items
 from moebound.plan.joint import Joint
 from moebound.plan.measured import Measured

@@ -1,14 +1,10 @@
-"""Beside the road: what does an error in an expert do to the model?
+"""What does an error in an expert do to the model?
 
-profile (which experts does a task use) -> perturb (put an error into some, exactly undone) ->
-measure (what became of the answers) -> study, map, report. Results are data; `plan/` reads them.
-The folders of the road never import this one.
+noise.py        error sources: simulated noise, and methods that really run
+perturb.py      put an error into some experts, exactly undone
+selectors.py    which experts, in words
+trial.py        try a whole plan
+map/            what each expert's error costs, all experts, without a run for each
+
+Results are data; `plan/` reads them. The folders of the product never import this one.
 """
-
-from moebound.sensitivity.live import LiveExpert, LiveExperts, live_experts
-
-__all__ = [
-    "LiveExpert",
-    "LiveExperts",
-    "live_experts",
-]

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 
 from moebound.checkpoint.families import Role
 from moebound.errors import MoeboundError
+from moebound.model.live import LiveExperts
+from moebound.model.undo import exactly_undone
 from moebound.sensitivity.decoded import Original
-from moebound.sensitivity.live import LiveExperts
-from moebound.sensitivity.undo import exactly_undone
 from moebound.types import DType, ErrorBound, ExpertKey
 
 Bounds = Mapping[ExpertKey, Mapping[str, ErrorBound]]

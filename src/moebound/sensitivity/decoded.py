@@ -11,9 +11,9 @@ import torch
 from moebound.checkpoint.families import Role
 from moebound.codec import decode_array, encode_certified, parse, stats
 from moebound.codec.arrays import to_numpy
-from moebound.sensitivity.live import LiveExpert
+from moebound.model.live import LiveExpert
+from moebound.model.undo import Matrices
 from moebound.sensitivity.noise import TORCH_DTYPES, stored_dtype
-from moebound.sensitivity.undo import Matrices
 from moebound.types import Array, DType, ErrorBound, TensorStats
 
 

@@ -264,7 +264,7 @@ def parse_source(text: str | ErrorSource) -> ErrorSource:
         name = text.removeprefix(CODEC_PREFIX)
         get_codec(name)
         return CodecSource(name)
-    from moebound.sensitivity.quantizers import parse_quantizer  # which are sources themselves
+    from moebound.methods.quantizers import parse_quantizer  # which are sources themselves
 
     if (quantizer := parse_quantizer(text)) is not None:
         return quantizer

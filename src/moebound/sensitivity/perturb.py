@@ -25,9 +25,9 @@ import torch
 
 from moebound.codec import measure
 from moebound.codec.arrays import to_numpy
-from moebound.sensitivity.live import LiveExpert
+from moebound.model.live import LiveExpert
+from moebound.model.undo import Matrices, exactly_undone
 from moebound.sensitivity.noise import ErrorSource, generators_for, matrix_stats, parse_source
-from moebound.sensitivity.undo import Matrices, exactly_undone
 from moebound.types import DType, ErrorBound, ExpertKey, TensorStats
 
 Experts = Mapping[ExpertKey, LiveExpert] | Iterable[LiveExpert]

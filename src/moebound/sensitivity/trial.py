@@ -22,10 +22,10 @@ from moebound.errors import PlanError
 from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.text import solved_rows
+from moebound.model.live import LiveExperts, live_experts
+from moebound.offload.budget import available_memory
 from moebound.plan import Document, Measured, Plan
-from moebound.runtime.budget import available_memory
 from moebound.sensitivity.bounded import bounded
-from moebound.sensitivity.live import LiveExperts, live_experts
 from moebound.tasks import get_task
 from moebound.tasks.base import Problem, Task
 

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from moebound.checkpoint import Checkpoint, read_header, write_index
-from moebound.checkpoint.durable import disk_errors
+from moebound.files.durable import disk_errors
 from moebound.plan import Plan
 from moebound.store.card import model_card
 from moebound.store.folder import write_synced

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebound.checkpoint.durable import disk_errors
 from moebound.errors import StoreError
+from moebound.files.durable import disk_errors
 from moebound.plan import Plan
 from moebound.store.folder import write_synced
 from moebound.store.format import (

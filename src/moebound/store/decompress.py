@@ -25,9 +25,10 @@ from moebound.checkpoint import (
     read_into,
     write_index,
 )
-from moebound.checkpoint.durable import disk_errors
 from moebound.codec import thread_count
 from moebound.errors import CorruptionError, StoreError
+from moebound.files.durable import disk_errors
+from moebound.jobs.ordered import in_order
 from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CARD_FILE,
@@ -36,7 +37,6 @@ from moebound.store.format import (
     ORIGINAL_CARD_FILE,
     PLAN_FILE,
 )
-from moebound.store.ordered import in_order
 from moebound.store.reader import Store, StoredMatrix, open_store
 from moebound.store.summary import DecompressSummary, Meter, ProgressCallback
 from moebound.types import Array

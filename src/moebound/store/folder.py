@@ -21,8 +21,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moebound.checkpoint.durable import disk_errors, sync_folder
 from moebound.errors import StoreError
+from moebound.files.durable import disk_errors, sync_folder
 
 JOURNAL_FILE = "moebound.journal.json"
 LOCK_FILE = "moebound.lock"

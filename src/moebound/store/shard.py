@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from moebound.checkpoint.durable import PartialFile, disk_errors
 from moebound.checkpoint.shards import MAX_HEADER_BYTES
 from moebound.errors import StoreError
+from moebound.files.durable import PartialFile, disk_errors
 from moebound.store.format import SHARD_MARK, VERSION
 
 _LARGEST = 10**13  # stands for any offset when room is reserved

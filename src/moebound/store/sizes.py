@@ -8,8 +8,8 @@ import numpy as np
 
 from moebound.checkpoint import Checkpoint, Expert
 from moebound.codec import estimate_bytes, get_codec, stats, thread_count
+from moebound.jobs.ordered import in_order
 from moebound.plan import RATES, ExpertSizes, effective_rank
-from moebound.store.ordered import in_order
 from moebound.store.summary import Meter, ProgressCallback
 from moebound.types import ErrorBound, TensorStats
 

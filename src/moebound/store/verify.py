@@ -19,7 +19,7 @@ from moebound.checkpoint import Checkpoint, ExpertMatrix, TensorInfo, read_chunk
 from moebound.codec import measure, parse, stats, thread_count
 from moebound.codec.certificate import sha256
 from moebound.errors import MoeboundError, StoreError
-from moebound.store.ordered import in_order
+from moebound.jobs.ordered import in_order
 from moebound.store.planned import broken_plan
 from moebound.store.reader import (
     EncodedExpert,

@@ -27,9 +27,10 @@ from moebound.checkpoint import (
     read_chunks,
     read_header,
 )
-from moebound.checkpoint.durable import disk_errors
 from moebound.codec import Certificate, encode_certified, stats, thread_count
 from moebound.errors import MoeboundError, PlanError, StoreError
+from moebound.files.durable import disk_errors
+from moebound.jobs.ordered import in_order
 from moebound.plan import Plan
 from moebound.store.beside import write_rest
 from moebound.store.folder import WorkFolder, check_apart, write_synced
@@ -58,7 +59,6 @@ from moebound.store.layout import (
     run_id,
     select,
 )
-from moebound.store.ordered import in_order
 from moebound.store.promise import Promise
 from moebound.store.shard import BytesShard
 from moebound.store.summary import CompressSummary, ExpertTotals, Meter, ProgressCallback

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from moebound.errors import FormatError, MoeboundError
-from moebound.sensitivity import live_experts
+from moebound.evaluate.calibration import calibration_of
+from moebound.model import live_experts
 from moebound.sensitivity.map.build import Build, Named
-from moebound.sensitivity.map.calibration import calibration_of
 from moebound.sensitivity.map.document import SensitivityMap
 from moebound.sensitivity.map.rows import SUFFIX, Rows
 from moebound.sensitivity.map.settings import Settings

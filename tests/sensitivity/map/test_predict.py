@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moebound.errors import UnsupportedArchitectureError
-from moebound.sensitivity import live_experts
+from moebound.model import live_experts
 from moebound.sensitivity.map.build import Build, Named
 from moebound.sensitivity.map.margins import Choices
 from moebound.sensitivity.map.observe import forward, frozen

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moebound.sensitivity import live_experts
+from moebound.evaluate.replay import Replay, baseline, decoder_layers
+from moebound.model import live_experts
+from moebound.model.calls import listen
 from moebound.sensitivity.decoded import Original
-from moebound.sensitivity.map.calls import listen
 from moebound.sensitivity.map.observe import observe
 from moebound.sensitivity.map.predict import Layer, replaced
-from moebound.sensitivity.map.replay import Replay, baseline, decoder_layers
 from moebound.sensitivity.map.sweep import kl, measure_experts, measure_whole
 from moebound.types import ExpertKey
 

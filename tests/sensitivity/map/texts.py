@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebound.runtime.batched import NAME, register_batched
-from moebound.sensitivity.map.calibration import Calibration, calibration_of
+from moebound.evaluate.calibration import Calibration, calibration_of
+from moebound.model.batched import NAME, register_batched
 from tiny_models import tiny_model
 
 

@@ -135,7 +135,7 @@ def _policies(trace: Path, top_k: int, settings: Settings) -> list[dict[str, Any
 
 
 def _expert_bytes(place: Path) -> int:
-    from moebound.runtime.images import open_images
+    from moebound.offload.images import open_images
 
     try:
         return open_images(place).n_bytes

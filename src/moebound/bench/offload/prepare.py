@@ -17,7 +17,7 @@ from moebound.bench.offload.text import drawn_ids, task_ids
 from moebound.cache import Trace, ZipfTrace, load_trace
 from moebound.checkpoint import local_folder, open_checkpoint
 from moebound.errors import BackendUnavailable, UnsupportedArchitectureError
-from moebound.runtime.choose import top_k_of
+from moebound.offload.choose import top_k_of
 from moebound.wordmath.builtin import resolve
 
 

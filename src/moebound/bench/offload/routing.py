@@ -17,7 +17,7 @@ import torch
 from moebound.cache import Trace, one_by_one
 from moebound.cache.trace import LayerTrace
 from moebound.errors import CacheError
-from moebound.sensitivity.live import live_experts
+from moebound.model.live import live_experts
 from moebound.types import Array
 
 

@@ -71,7 +71,7 @@ class Offloading(Torch):
     """A model of `moebound.load`."""
 
     def __init__(self, spec: dict[str, Any], trace: Trace | None) -> None:
-        from moebound.runtime.loading import load
+        from moebound.offload.loading import load
 
         self._offloaded = load(spec["source"], drop_cache=spec["drop_cache"], **spec["options"])
         super().__init__(self._offloaded.model, spec, trace)

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from moebound.codec.arrays import to_numpy
+from moebound.evaluate.calibration import Calibration, calibration_of
 from moebound.evaluate.loading import Loaded
+from moebound.evaluate.replay import Replay, baseline, decoder_layers
 from moebound.evaluate.text import solved_rows
-from moebound.sensitivity.live import LiveExperts, live_experts
-from moebound.sensitivity.map.calibration import Calibration, calibration_of
+from moebound.model.live import LiveExperts, live_experts
 from moebound.sensitivity.map.document import SensitivityMap
 from moebound.sensitivity.map.layer import LayerPrediction, predict_layer
 from moebound.sensitivity.map.observe import Seen, observe
 from moebound.sensitivity.map.predict import Response, replaced
-from moebound.sensitivity.map.replay import Replay, baseline, decoder_layers
 from moebound.sensitivity.map.rows import Rows
 from moebound.sensitivity.map.settings import Settings
 from moebound.sensitivity.map.summary import assemble, packed

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebound.errors import FormatError
-from moebound.sensitivity.documents import check_header, load_json, save_json
+from moebound.files.json_document import check_header, load_json, save_json
 from moebound.types import ExpertKey
 
 FORMAT, VERSION = "moebound.sensitivity", 1

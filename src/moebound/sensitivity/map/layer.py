@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from moebound.checkpoint.families import Role
+from moebound.model.live import ExpertsModule, LiveExperts
 from moebound.sensitivity.decoded import Original
-from moebound.sensitivity.live import ExpertsModule, LiveExperts
 from moebound.sensitivity.map.document import ExpertLine, RoleLine
 from moebound.sensitivity.map.observe import Seen
 from moebound.sensitivity.map.predict import Change, Floats, Layer, Response

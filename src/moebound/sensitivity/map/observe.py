@@ -32,9 +32,9 @@ from typing import Any
 import torch
 
 from moebound.errors import MoeboundError
-from moebound.sensitivity.live import ExpertsModule
-from moebound.sensitivity.map.calibration import Calibration
-from moebound.sensitivity.map.calls import Heard, Pairs, listen
+from moebound.evaluate.calibration import Calibration
+from moebound.model.calls import Heard, Pairs, listen
+from moebound.model.live import ExpertsModule
 from moebound.sensitivity.map.margins import Choices, Margin
 
 

@@ -24,9 +24,9 @@ import numpy.typing as npt
 import torch
 
 from moebound.checkpoint.families import Role
+from moebound.model.undo import Matrices, exactly_undone
 from moebound.sensitivity.decoded import Original
 from moebound.sensitivity.map.observe import Seen
-from moebound.sensitivity.undo import Matrices, exactly_undone
 
 Floats = npt.NDArray[np.float64]
 

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moebound.checkpoint.appended import Appended, parse_line
-from moebound.checkpoint.durable import disk_errors
 from moebound.errors import FormatError, MoeboundError
+from moebound.files.appended import Appended, parse_line
+from moebound.files.durable import disk_errors
 
 SUFFIX = ".rows.partial"
 

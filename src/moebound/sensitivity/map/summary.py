@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebound.sensitivity.map.calibration import Calibration
+from moebound.evaluate.calibration import Calibration
 from moebound.sensitivity.map.document import ExpertLine, SensitivityMap
 from moebound.sensitivity.map.predict import Response
 from moebound.sensitivity.map.ranks import rank_correlation

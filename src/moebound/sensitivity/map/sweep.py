@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebound.sensitivity.map.calibration import Calibration
+from moebound.evaluate.calibration import Calibration
+from moebound.evaluate.replay import Replay
 from moebound.sensitivity.map.predict import Change, Floats
-from moebound.sensitivity.map.replay import Replay
 
 
 def kl(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from moebound.sensitivity.live import ExpertsModule
-from moebound.sensitivity.map.calibration import Calibration
-from moebound.sensitivity.map.calls import Pairs
+from moebound.evaluate.calibration import Calibration
+from moebound.evaluate.replay import Replay
+from moebound.model.calls import Pairs
+from moebound.model.live import ExpertsModule
 from moebound.sensitivity.map.observe import Pass, forward, frozen, probe_generator
-from moebound.sensitivity.map.replay import Replay
 from moebound.sensitivity.map.sweep import Job, run_jobs
 
 

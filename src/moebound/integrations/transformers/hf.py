@@ -1,0 +1,281 @@
+"""`AutoModelForCausalLM.from_pretrained(store)`: an ordinary model with the decoded experts.
+
+In transformers a checkpoint's tensors are first renamed, then collected by `WeightConverter`s,
+whose operations stack and join the experts of a layer into one parameter. A store adds three
+things to that, and leaves the rest to transformers, so every family that it knows works:
+
+1. a renaming that takes the end off `...gate_up_proj.moebound.3`, so that all slices of a 3-D
+   tensor are collected in one place, in order;
+2. `Decode` as the first operation of every converter that collects compressed tensors;
+3. converters that only decode, for compressed tensors that the family collects by none.
+
+After loading, the converters are swapped for the family's own and the quantization config is
+dropped: the model is like one loaded from the decompressed checkpoint, and saves as one.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moebound.checkpoint import TensorInfo, read_into
+from moebound.codec import decode_array, parse, thread_count
+from moebound.codec.arrays import to_torch
+from moebound.errors import FormatError, StoreError
+from moebound.jobs.ordered import in_order
+from moebound.store import Settings, compressed_tensors
+from moebound.store.format import QUANT_METHOD, SLICE_MARK
+
+
+class MoeboundConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a store. Raises FormatError for a newer version."""
+
+    # postprocess_model then drops the config from the model, which has nothing quantized.
+    dequantize = True
+
+    def __init__(self, **fields: Any) -> None:
+        Settings.from_json(fields)
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+
+class Decode(ConversionOps):
+    """Envelopes to weights, in the dtype that the model wants; other tensors pass.
+
+    What a converter collects is, per pattern, a list: one tensor per expert, or (for a 3-D tensor)
+    an empty stand-in and then one per slice. The first stay a list, the others are stacked.
+    """
+
+    supports_many_to_many = True
+
+    def __init__(self, *, alone: bool = False) -> None:
+        self._alone = alone  # the only operation: its result goes by the target's name
+        self.dtype: torch.dtype | None = None
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **context: Any,
+    ) -> dict[str, Any]:
+        name = context.get("full_layer_name", target_patterns[0])
+        decoded = {pattern: self._convert(found, name) for pattern, found in input_dict.items()}
+        if self._alone:
+            (tensors,) = decoded.values()
+            return {target_patterns[0]: tensors}
+        return decoded
+
+    def _convert(self, tensors: Any, name: str) -> Any:
+        if not isinstance(tensors, list):
+            return tensors
+        sliced = bool(tensors) and tensors[0].dtype == torch.uint8 and tensors[0].numel() == 0
+        envelopes = tensors[1:] if sliced else tensors
+        threads = thread_count()
+        with ThreadPoolExecutor(threads) as pool:
+            # Few large tensors share the threads, many small ones take one each.
+            each = max(1, threads // max(1, len(envelopes)))
+            decoded = list(pool.map(lambda t: self._decode(t, name, each), envelopes))
+        return [torch.stack(decoded)] if sliced else decoded
+
+    def _decode(self, tensor: torch.Tensor, name: str, threads: int) -> torch.Tensor:
+        if tensor.dtype != torch.uint8:
+            return tensor
+        try:
+            out = decode_array(parse(tensor.cpu().contiguous().numpy().data), threads=threads)
+        except FormatError as error:
+            raise type(error)(f"a tensor that goes into {name!r}: {error}") from error
+        weights = to_torch(out).to(tensor.device)
+        return weights if self.dtype is None else weights.to(self.dtype)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        # Never asked: after loading, the family's own converters are put back.
+        raise NotImplementedError("a loaded model saves ordinary weights")
+
+
+class MoeboundQuantizer(HfQuantizer):
+    """Takes part in one from_pretrained. Raises StoreError, FormatError and CorruptionError that
+    name file and tensor, before any weight is loaded, for shards that are not whole."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise StoreError(
+                "quantization_config of method 'moebound' given for an ordinary checkpoint: "
+                "compress it first (`moebound compress`), then load the store"
+            )
+        self._compressed: list[TensorInfo] = []
+        self._model: Any = None
+        # Conversion, by id -> what the family has in its place, None where nothing.
+        self._familys_own: dict[int, Any] = {}
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._model = model
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        if any(file.suffix != ".safetensors" for file in files):
+            raise StoreError(f"{files[0].parent}: a store has safetensors shards only")
+        self._compressed = compressed_tensors(files)
+        if files and not self._compressed:
+            raise StoreError(
+                f"{files[0].parent}: config.json says this is a store, but no shard has "
+                "compressed tensors"
+            )
+        check_whole(self._compressed)
+        return model
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        if model is None:  # not every version hands it over
+            model = self._model
+        ways = _find_ways(self._compressed, weight_conversions, model)
+        updated = list[Any]()
+
+        def add(entry: Any, familys_own: Any) -> None:
+            self._familys_own[id(entry)] = familys_own
+            updated.append(entry)
+
+        add(_strip_slice_number(), None)
+        for position, entry in enumerate(weight_conversions):
+            add(_with_decode(entry) if position in ways.collecting else entry, entry)
+        for wrong, right in sorted(ways.undo.items()):
+            add(WeightRenaming(f"{re.escape(wrong)}$", right), None)
+        for tail in sorted(ways.alone):
+            decode: list[ConversionOps] = [Decode(alone=True)]
+            add(WeightConverter(f"{re.escape(tail)}$", tail, decode, force_cpu=True), None)
+        return updated
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """The dtype to load a checkpoint tensor in. Envelopes stay; their weights get it later."""
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, Decode):
+                operation.dtype = dtype
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._model = None
+        used = getattr(model, "_weight_conversions", None) or []
+        own = [self._familys_own.get(id(entry), entry) for entry in used]
+        model._weight_conversions = [entry for entry in own if entry is not None]
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+
+@dataclass
+class _Ways:
+    """How the compressed tensors travel through a family's conversions.
+
+    collecting: positions of the converters that collect some of them. alone: final names of those
+    that none collects. undo: names that renaming spoils -> what they were; transformers undoes
+    that for a key that is a parameter's name, but then passes over all converters. Names are
+    without what stands before their last number: `.mlp.up_proj.weight`.
+    """
+
+    collecting: set[int] = field(default_factory=set)
+    alone: set[str] = field(default_factory=set)
+    undo: dict[str, str] = field(default_factory=dict)
+
+
+def _find_ways(tensors: list[TensorInfo], conversions: list[Any], model: Any) -> _Ways:
+    # Matching leaves marks on a transform, and the originals' must tell what loading has matched.
+    tried = [deepcopy(entry) for entry in conversions]
+    strip = _strip_slice_number()
+    renamings = [strip, *(entry for entry in tried if isinstance(entry, WeightRenaming))]
+    converters = [entry for entry in tried if isinstance(entry, WeightConverter)]
+    prefix, parameters = model.base_model_prefix, model.state_dict()
+    ways = _Ways()
+    for name in sorted({strip.rename_source_key(tensor.name)[0] for tensor in tensors}):
+        final, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if final not in parameters:
+            plain, _ = rename_source_key(name, [], [], prefix, parameters)
+            if plain in parameters:
+                ways.undo[_tail(final)] = _tail(plain)
+                ways.alone.add(_tail(plain))
+                continue
+        if pattern is None:
+            ways.alone.add(_tail(final))
+    ways.collecting = {
+        position
+        for position, entry in enumerate(tried)
+        if isinstance(entry, WeightConverter) and entry.was_used()
+    }
+    return ways
+
+
+def _tail(name: str) -> str:
+    return re.split(r"(?<=\.)\d+(?=\.)", name)[-1]
+
+
+def _strip_slice_number() -> Any:
+    return WeightRenaming(re.escape(SLICE_MARK) + r"\d+$", "")
+
+
+def _with_decode(converter: Any) -> Any:
+    """The same converter with decoding in front; on the CPU, where decoding is."""
+    copy = WeightConverter(
+        list(converter._original_source_patterns),
+        list(converter._original_target_patterns),
+        [Decode(), *converter.operations],
+        force_cpu=True,
+    )
+    copy.scope_prefix, copy.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+    return copy
+
+
+def check_whole(tensors: list[TensorInfo]) -> None:
+    """Read these envelopes and check that they are whole. Raises FormatError or CorruptionError,
+    naming file and tensor."""
+    for _ in in_order(_check_whole, tensors, jobs=thread_count()):
+        pass
+
+
+def _check_whole(tensor: TensorInfo) -> None:
+    if tensor.n_bytes == 0:
+        return
+    data = bytearray(tensor.n_bytes)
+    read_into(tensor, memoryview(data))
+    try:
+        parse(data)
+    except FormatError as error:
+        raise type(error)(f"{tensor.file}: tensor {tensor.name!r}: {error}") from error
+
+
+def register() -> None:
+    """Enter config and quantizer into transformers' tables. Idempotent."""
+    from transformers.quantizers import auto
+
+    if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(MoeboundConfig)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(MoeboundQuantizer)
+
+
+# Also for those who import this module themselves: then it is half loaded when the tables appear,
+# and `register.py` leaves the entering to this line.
+register()

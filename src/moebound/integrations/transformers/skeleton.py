@@ -1,0 +1,119 @@
+"""A model without its routed experts: everything else is loaded, their parameters never exist.
+
+transformers builds a model on the `meta` device, then fills it. In between, a quantizer may change
+modules. This one takes the experts' parameters out and leaves, under the same names, tensors on
+`meta` with their shapes: so the checkpoint's tensors for them are "unexpected", which are not read,
+and what looks at shapes still finds them. A store's other compressed tensors (shared experts) are
+decoded as `hf.py` does.
+
+    model = load_skeleton(folder, routed=names, dtype="auto", device="cpu")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moebound.errors import CheckpointError, MoeboundError, UnsupportedArchitectureError
+from moebound.integrations.transformers.hf import MoeboundQuantizer, check_whole
+from moebound.model.quiet import without_bars
+from moebound.model.stacks import Stack, find_stack
+from moebound.store import compressed_tensors
+
+METHOD = "moebound-skeleton"
+"""`quant_method` of the config that stands in for the checkpoint's own while a skeleton loads."""
+
+
+def load_skeleton(
+    folder: Path, *, routed: Collection[str], dtype: torch.dtype | str, device: str
+) -> Any:
+    """The model in `folder`, on `device`, in evaluation mode; no routed expert in it.
+
+    routed: names of the routed experts' tensors, which are left unread.
+    Raises CheckpointError for what transformers cannot load, UnsupportedArchitectureError for a
+    family whose experts do not go through transformers' table of experts functions.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config.quantization_config = {"quant_method": METHOD, "routed": sorted(routed)}
+        options: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
+        with without_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, **options
+            )
+    except MoeboundError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded as a language model: {error}") from error
+    model.train(False)
+    return model
+
+
+class SkeletonConfig(QuantizationConfigMixin):
+    """Says which tensors stay unread. Dropped from the model once it is loaded."""
+
+    dequantize = True
+
+    def __init__(self, routed: list[str], **_: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # a new method
+        self.routed = routed
+
+
+class SkeletonQuantizer(MoeboundQuantizer):
+    """Takes the experts' parameters out before weights are loaded."""
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._model = model
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        routed = set(cast(SkeletonConfig, self.quantization_config).routed)
+        self._compressed = [t for t in compressed_tensors(files) if t.name not in routed]
+        check_whole(self._compressed)
+        for stack in _stacks(model):
+            _take_out(stack)
+        # They are left unread on purpose: no report about them.
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {r".*experts?\..*", r".*_linear\..*"}
+        return model
+
+
+def _stacks(model: nn.Module) -> list[Stack]:
+    found = [find_stack(name, module) for name, module in model.named_modules()]
+    stacks = [stack for stack in found if stack is not None]
+    for stack in stacks:
+        if not hasattr(stack.module, "_apply_gate"):
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__}: {stack.name} does not use transformers' experts "
+                "functions, so its experts cannot be loaded on demand; load the store with "
+                "from_pretrained, which decodes all of them"
+            )
+    return stacks
+
+
+def _take_out(stack: Stack) -> None:
+    for place in stack.places.values():
+        owner, _, leaf = place.parameter.rpartition(".")
+        module = stack.module.get_submodule(owner)
+        parameter = module._parameters.pop(leaf, None)
+        if parameter is not None:  # gate and up may share one
+            setattr(module, leaf, torch.empty_like(parameter, device="meta"))
+    # transformers initialises what no tensor of the checkpoint filled: here is nothing to fill.
+    stack.module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _register() -> None:
+    from transformers.quantizers import auto
+
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(SkeletonConfig)
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(SkeletonQuantizer)
+
+
+_register()

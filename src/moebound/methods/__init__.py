@@ -1,0 +1,1 @@
+"""Everything that makes experts smaller."""

@@ -1,0 +1,154 @@
+"""Which tier, which source, how much for the cache: from measured speeds, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from moebound.cache import Catalog
+from moebound.checkpoint.families import text_config
+from moebound.errors import CacheError
+from moebound.offload.budget import available_memory, parse_budget
+from moebound.offload.costs import (
+    Costs,
+    Speeds,
+    measure_compute,
+    measure_memory,
+    measure_speeds,
+    sample,
+)
+from moebound.offload.delivery import CpuDelivery, Delivery
+from moebound.offload.images import Image, Images
+from moebound.offload.slots import Kind
+from moebound.offload.tiers import DiskTier, RamTier, Tier, TierName
+from moebound.types import ExpertKey
+
+FALLBACK_MARGIN = 0.02
+"""Another way than the first is taken where it is predicted to be faster by more than this."""
+
+FREE_SHARE = 0.7
+"""Of the free memory, what experts get where no budget is given."""
+
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
+          "moe_top_k", "experts_per_token")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run: a source of experts and the tier they wait in.
+
+    Bytes: cache for decoded experts, held for those in RAM as they are on disk. hit_ratio: what is
+    expected, the share of experts that fit. seconds: a token, overlapped.
+    """
+
+    name: str
+    images: Images
+    tier: TierName
+    cache_bytes: int
+    held_bytes: int
+    hit_ratio: float
+    speeds: Speeds
+    costs: Costs
+
+    @property
+    def seconds(self) -> float:
+        return self.costs.overlapped_s(self.hit_ratio)
+
+
+def open_tier(
+    name: TierName, images: Iterable[Image], device: torch.device, *, drop_cache: bool
+) -> Tier:
+    """Where these experts wait. Reads them now, if that is RAM."""
+    if name == "ram":
+        return RamTier(images, pinned=device.type == "cuda")
+    return DiskTier(images, drop_cache=drop_cache)
+
+
+def open_delivery(tier: Tier, images: Images, device: torch.device, *, cores: int) -> Delivery:
+    """How experts get from there to the device."""
+    if device.type == "cpu":
+        return CpuDelivery(tier, cores=cores)
+    from moebound.offload.cuda import CudaDelivery
+
+    largest = max((image.n_bytes for image in images if image.encoded), default=0)
+    return CudaDelivery(tier, device, largest=largest, cores=cores)
+
+
+def choose(
+    sources: Mapping[str, Images],
+    kinds: Mapping[ExpertKey, Kind],
+    model: Any,
+    *,
+    budget: int | str | None,
+    tier: TierName | Literal["auto"],
+    device: torch.device,
+    cores: int,
+    drop_cache: bool,
+) -> list[Way]:
+    """The ways that fit the budget, the one to take first.
+
+    sources: by name, the one the user named first; it is left only for one that is predicted to be
+    faster by FALLBACK_MARGIN. Raises CacheError, with the smallest budget, if none fits.
+    """
+    decoded = sum(kind.n_bytes for kind in kinds.values())
+    if budget is None:
+        n_bytes = min(decoded, int(available_memory(device) * FREE_SHARE))
+    else:
+        n_bytes = parse_budget(budget, of=decoded)
+    layers, top_k = len({key.layer for key in kinds}), top_k_of(model.config.to_dict())
+    compute_s = measure_compute(max(kinds.values(), key=lambda kind: kind.n_bytes), device)
+    # All weights that are not experts' are read once a token.
+    rest = sum(p.numel() * p.element_size() for p in model.parameters())
+    other_s = rest * measure_memory(device) / layers
+    on_host = device.type == "cpu"  # where compressed experts and decoded ones share a memory
+    ways, least = list[Way](), list[int]()
+    for name, images in sources.items():
+        floor = catalog_of(images, kinds).smallest_budget(floor=1, working=top_k + 1)
+        probe = sample(images)
+        tiers: tuple[TierName, ...] = ("disk", "ram") if tier == "auto" else (tier,)
+        for at in tiers:
+            held = images.n_bytes if at == "ram" and on_host else 0
+            room = min(n_bytes - held, decoded)
+            least.append(floor + held)
+            if room < floor:
+                continue
+            waiting = open_tier(at, probe, device, drop_cache=drop_cache)
+            delivery = open_delivery(waiting, images, device, cores=cores)
+            speeds = measure_speeds(probe, delivery, kinds, device)
+            costs = Costs(speeds.read_s, speeds.decode_s, compute_s, other_s, layers, top_k)
+            ways.append(Way(name, images, at, room, held, room / decoded, speeds, costs))
+    if not ways:
+        raise CacheError(
+            f"budget {n_bytes} bytes: too small for {top_k + 1} experts of a layer at work and one "
+            f"kept in each of the other {layers - 1} layers"
+            + (", beside all experts as they are on disk" if tier == "ram" else "")
+            + f"; the smallest budget is {min(least)} bytes "
+            f"({100 * min(least) / decoded:.1f} % of all experts)"
+        )
+    best = min(ways, key=lambda way: way.seconds)
+    if best.seconds > ways[0].seconds * (1 - FALLBACK_MARGIN):
+        best = ways[0]
+    return [best, *(way for way in ways if way is not best)]
+
+
+def catalog_of(images: Images, kinds: Mapping[ExpertKey, Kind]) -> Catalog:
+    """What each expert takes in the cache, and what is moved to bring it in."""
+    keys = tuple(images.by_key)
+    return Catalog(
+        keys,
+        tuple(kinds[key].n_bytes for key in keys),
+        tuple(images.by_key[key].n_bytes for key in keys),
+    )
+
+
+def top_k_of(config: Mapping[str, Any]) -> int:
+    """Experts a token, from a model's config."""
+    text = text_config(config)
+    for name in _TOP_K:
+        value = text.get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 8  # no family known here leaves it out; a working set that does for most

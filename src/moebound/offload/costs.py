@@ -1,0 +1,153 @@
+"""What a token costs: measured speeds, and the model that makes a time of them.
+
+Per MoE layer, with k experts a token of which m have to be brought in: reading f seconds each,
+decoding d, computing c; other layers take T. On a CPU, decoding and computing share the cores.
+
+    one after the other   T + m (f + d) + k c
+    overlapped            T + max(m f, m d + k c)      the least that overlapping can reach
+
+(The physical model of offloading, with a decoder that has no processor of its own.) Raw weights are
+read in S / B seconds an expert and not decoded; they win where the link is faster than decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moebound.offload.delivery import Arrival, Delivery
+from moebound.offload.images import Image, Images
+from moebound.offload.meter import Load, clock
+from moebound.offload.slots import Kind, Slot
+from moebound.types import ExpertKey
+
+SAMPLE_BYTES = 96 << 20
+"""Read and decoded at most, to measure."""
+
+MIN_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds: read_s and decode_s an expert, compute_s an expert and token, other_s a layer for
+    all that is not its experts. n_layers with experts, top_k of them a token."""
+
+    read_s: float
+    decode_s: float
+    compute_s: float
+    other_s: float
+    n_layers: int
+    top_k: int
+
+    def overlapped_s(self, hit_ratio: float) -> float:
+        """Seconds a token at best."""
+        misses = self.top_k * (1 - hit_ratio)
+        busy = misses * self.decode_s + self.top_k * self.compute_s
+        return self.n_layers * (self.other_s + max(misses * self.read_s, busy))
+
+    def serial_s(self, hit_ratio: float) -> float:
+        """Seconds a token with nothing overlapped."""
+        misses = self.top_k * (1 - hit_ratio)
+        per_layer = misses * (self.read_s + self.decode_s) + self.top_k * self.compute_s
+        return self.n_layers * (self.other_s + per_layer)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Of one source on this machine. link: bytes/s from its tier. decode: weights/s with all
+    cores, None where there is nothing to decode."""
+
+    link: float
+    decode: float | None
+    read_s: float
+    decode_s: float
+
+
+def measure_speeds(
+    images: Sequence[Image],
+    delivery: Delivery,
+    kinds: Mapping[ExpertKey, Kind],
+    device: torch.device,
+) -> Speeds:
+    """Bring in these experts, as many at a time as the delivery does, and time it. The first ones
+    are brought in twice: what happens once only is not what is measured."""
+    workspace, together = delivery.workspace(), delivery.together
+    groups = [images[i : i + together] for i in range(0, len(images), together)]
+    loads = list[Load]()
+    for group in (groups[0], *groups):
+        begin = clock()
+        arrivals = [
+            Arrival(
+                image,
+                empty_slot(kinds[image.key], device),
+                Load(image.key, image.n_bytes, image.n_weights, False, begun=begin),
+            )
+            for image in group
+        ]
+        delivery.bring(arrivals, workspace)
+        loads += [arrival.load.share(len(group)) for arrival in arrivals]
+    loads = loads[len(groups[0]) :]
+    read = sum(load.read - load.begun for load in loads)
+    decode = sum(load.done - load.read for load in loads)
+    encoded = any(image.encoded for image in images)
+    return Speeds(
+        sum(load.n_bytes for load in loads) / max(read, 1e-9),
+        sum(load.n_weights for load in loads) / max(decode, 1e-9) if encoded else None,
+        read / len(loads),
+        decode / len(loads),
+    )
+
+
+def measure_compute(kind: Kind, device: torch.device, *, repeats: int = 20) -> float:
+    """Seconds for the products of one expert and one token: the least of some, since what else runs
+    at load time is not what will run, and one time slice is longer than a small expert takes."""
+    slot = empty_slot(kind, device)
+    for weight in slot.weights.values():
+        weight.zero_()
+    first = slot.first.t() if kind.transposed else slot.first
+    down = slot.down.t() if kind.transposed else slot.down
+    x = torch.zeros((1, first.shape[1]), dtype=kind.dtype, device=device)
+    times = []
+    for _ in range(repeats):
+        begin = clock()
+        inner = torch.nn.functional.linear(x, first)
+        torch.nn.functional.linear(inner[:, : down.shape[1]], down)
+        synchronize(device)
+        times.append(clock() - begin)
+    return min(times)
+
+
+def measure_memory(device: torch.device) -> float:
+    """Seconds to read a byte of the device's memory."""
+    probe = torch.zeros(16 << 20, dtype=torch.uint8, device=device)
+    times = []
+    for _ in range(5):
+        begin = clock()
+        probe.clone()
+        synchronize(device)
+        times.append(clock() - begin)
+    return min(times) / len(probe) / 2  # read and written
+
+
+def sample(images: Images) -> list[Image]:
+    """A few experts, spread over the model."""
+    everything = list(images)
+    size = max(1, images.n_bytes // len(everything))
+    n = min(len(everything), max(MIN_SAMPLES, min(16, SAMPLE_BYTES // size)))
+    return [everything[i * len(everything) // n] for i in range(n)]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def empty_slot(kind: Kind, device: torch.device) -> Slot:
+    """A slot outside of any pool."""
+    return Slot(
+        kind,
+        {n: torch.empty(s, dtype=kind.dtype, device=device) for n, s in kind.shapes},
+    )

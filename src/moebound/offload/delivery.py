@@ -1,0 +1,95 @@
+"""How an expert gets from its tier into a slot: the last stations of its way, for each device.
+
+A delivery is what a loading thread does with an expert for which there is room. `CpuDelivery` reads
+and decodes into the slot's memory; `cuda.py` has the one for GPUs.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moebound.offload.images import Image
+from moebound.offload.meter import Load, clock
+from moebound.offload.slots import Slot, fill, read_into_slot
+from moebound.offload.tiers import DiskTier, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """An expert on its way: where its bytes are, the memory it goes into, what it took."""
+
+    image: Image
+    slot: Slot
+    load: Load
+
+
+class Delivery(ABC):
+    """One object serves all threads of a loader; each brings a workspace of its own.
+
+    together: so many experts a thread brings at a time, at most. threads: so many serve it best.
+    buffer_bytes: what a workspace takes. kept_bytes: what it keeps beside them.
+    """
+
+    together: int = 1
+    kept_bytes: int = 0
+    threads: int
+    buffer_bytes: int
+
+    @abstractmethod
+    def workspace(self) -> Any:
+        """What one thread needs, made once for it."""
+
+    @abstractmethod
+    def bring(self, arrivals: Sequence[Arrival], workspace: Any) -> None:
+        """Put the weights of these experts, at most `together`, into their slots, and the times
+        into their loads. On return they are there.
+
+        Raises what reading and decoding raise; of all of them, then, nothing may be used.
+        """
+
+
+class CpuDelivery(Delivery):
+    """cores: so many threads decode at a time, and one alone uses all of them."""
+
+    def __init__(self, tier: Tier, *, cores: int) -> None:
+        self._tier, self._cores = tier, cores
+        # One more than can decode, so that one reads meanwhile, and one to make room ahead.
+        self.threads = cores + 2
+        self.buffer_bytes = tier.buffer_bytes
+        self._decoding = threading.BoundedSemaphore(cores)
+        self._under_way = 0
+        self._lock = threading.Lock()
+
+    def workspace(self) -> memoryview:
+        return self._tier.buffer()
+
+    def bring(self, arrivals: Sequence[Arrival], workspace: memoryview) -> None:
+        for arrival in arrivals:
+            self._bring(arrival.image, arrival.slot, arrival.load, workspace)
+
+    def _bring(self, image: Image, slot: Slot, load: Load, workspace: memoryview) -> None:
+        with self._lock:
+            self._under_way += 1
+        try:
+            tier = self._tier
+            if not image.encoded and isinstance(tier, DiskTier) and tier.into_slots:
+                read_into_slot(slot, image, drop_cache=tier.drop_cache)
+                load.read = load.done = clock()
+            else:
+                self._decode(image, slot, load, workspace)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def _decode(self, image: Image, slot: Slot, load: Load, workspace: memoryview) -> None:
+        data = self._tier.bytes_of(image, workspace)
+        load.read = clock()
+        with self._decoding:
+            threads = max(1, self._cores // self._under_way)
+            for part in image.parts:
+                fill(slot, part, data[part.start : part.stop], threads=threads)
+        load.done = clock()

@@ -1,0 +1,168 @@
+"""A layer's experts for a forward pass: those that are there at once, the others as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from itertools import chain
+
+import torch
+
+from moebound.cache import ExpertCache
+from moebound.cache.claim import Claim
+from moebound.cache.visits import gather, leading_first
+from moebound.errors import CacheError, MoeboundError
+from moebound.offload.fallback import CoarseCopies, Grade, Grades, shares_before
+from moebound.offload.loader import Loader, Order
+from moebound.offload.meter import Meter, clock
+from moebound.offload.predictors import Foresight
+from moebound.offload.slots import Slot
+from moebound.types import Array, ExpertKey
+
+WAIT_S = 300.0
+"""Only a hang takes so long."""
+
+Compute = Callable[[int, Slot | None], None]
+"""Called with the number of an expert in its module, and its weights; None to leave it out."""
+
+
+class Fetcher:
+    """The cache, the loader and the predictor of one model. One forward pass at a time.
+
+    decoding: whether the pass under way computes one token a text, as opposed to a prompt.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache[Slot],
+        loader: Loader,
+        meter: Meter,
+        foresight: Foresight,
+        *,
+        grades: Grades | None = None,
+        coarse: CoarseCopies | None = None,
+    ) -> None:
+        self.cache, self.loader, self.meter = cache, loader, meter
+        self.foresight = foresight
+        self.decoding = False
+        self._grades, self._coarse = grades, coarse
+
+    def begin_sequence(self) -> None:
+        """A new text begins."""
+        self.cache.begin_sequence()
+        self.foresight.begin_sequence()
+
+    def visit(
+        self,
+        layer: int,
+        first: int,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        x: torch.Tensor,
+        compute: Compute,
+    ) -> None:
+        """Call `compute` for each expert that is chosen: residents first, then the others in the
+        order in which they come.
+
+        first: number of the module's first expert in its layer. chosen, weights: [T, K], the
+        router's. x: [T, H], what the experts will be computed with. Raises what loading raises, an
+        error of moebound's own with the expert's name in front; nothing stays pinned then.
+        """
+        index = chosen.cpu().numpy()
+        gates: Array = weights.detach().float().cpu().numpy()
+        if len(index) == 1:
+            experts, leading = leading_first(index[0].tolist(), gates[0].tolist())
+            leading = leading if self.decoding else len(experts)
+            tokens: list[int] | None = None
+        else:
+            some, counts, leading = gather(index, gates, decode=self.decoding)
+            experts, tokens = some.tolist(), counts.tolist()
+        numbers = [expert + first for expert in experts]
+        found = self.cache.visit(layer, numbers, tokens=tokens, leading=leading)
+        self.meter.add(accesses=len(numbers), hits=len(found.hits))
+        pinned = dict.fromkeys(found.keys)
+        grades = self._graded(found.missing, first, index, gates)
+        computed = 0.0
+        orders = self.loader.demand(key for key, grade in grades.items() if grade == "full")
+        try:
+            if self.decoding:
+                self.foresight.look(layer, numbers, x)
+            aside = self._aside(grades)
+            arrivals = ((order.key, self._arrived(order)) for order in orders)
+            for key, slot in chain(found.hits.items(), arrivals):
+                begin = clock()
+                compute(key.expert - first, slot)
+                computed += clock() - begin
+                slot.after_use()
+                if orders:  # others may be waiting for its room
+                    self.cache.release((key,))
+                    del pinned[key]
+            for key, coming in aside.items():
+                self._compute_aside(key, first, coming, compute)
+        finally:
+            self.loader.cancel(orders)
+            self.cache.release(pinned)
+            self.meter.add(compute_s=computed)
+
+    def _graded(
+        self, missing: Sequence[ExpertKey], first: int, chosen: Array, gates: Array
+    ) -> dict[ExpertKey, Grade]:
+        if self._grades is None or not self.decoding or not missing:
+            return dict.fromkeys(missing, "full")
+        shares = shares_before(chosen, gates)
+        return {key: self._grades.of(shares[key.expert - first]) for key in missing}
+
+    def _aside(self, grades: Mapping[ExpertKey, Grade]) -> dict[ExpertKey, Future[Slot] | None]:
+        """What is computed without the cache: coarse copies, begun here, and None for nothing."""
+        found = dict[ExpertKey, Future[Slot] | None]()
+        for key, grade in grades.items():
+            if grade == "coarse" and self._coarse is not None:
+                found[key] = self._coarse.fetch(key)
+            elif grade != "full":
+                found[key] = None
+        self.meter.add(
+            skipped=sum(coming is None for coming in found.values()),
+            coarse=sum(coming is not None for coming in found.values()),
+        )
+        return found
+
+    def _compute_aside(
+        self, key: ExpertKey, first: int, coming: Future[Slot] | None, compute: Compute
+    ) -> None:
+        if coming is None:
+            compute(key.expert - first, None)
+            return
+        assert self._coarse is not None
+        begin = clock()
+        try:
+            slot = coming.result(WAIT_S)
+        except MoeboundError as error:
+            raise type(error)(f"{key}, its coarse copy: {error}") from error
+        self.meter.stalled(begin, clock(), slot.load)
+        compute(key.expert - first, slot)
+        slot.after_use()
+        self._coarse.give(slot)
+
+    def _arrived(self, order: Order) -> Slot:
+        begin, waited = clock(), not order.arrived.done()
+        try:
+            slot = order.arrived.result(WAIT_S)
+            if slot is None:  # somebody else had begun it; or gave it up since
+                obtained = self.cache.obtain(order.key)
+                slot = (
+                    self.loader.load(obtained, order) if isinstance(obtained, Claim) else obtained
+                )
+        except (TimeoutError, CancelledError) as error:
+            raise CacheError(f"{order.key}: did not come within {WAIT_S:g} s") from error
+        except MoeboundError as error:
+            raise type(error)(f"{order.key}: {error}") from error
+        if waited:
+            self.meter.stalled(begin, clock(), slot.load)
+        return slot
+
+    def close(self) -> None:
+        """End the loading threads; visits from now on raise CacheError."""
+        self.cache.close()  # first: a thread may wait for room in it
+        if self._coarse is not None:
+            self._coarse.close()
+        self.loader.close()

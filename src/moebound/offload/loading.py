@@ -1,0 +1,207 @@
+"""`moebound.load`: a store (or a checkpoint) and a memory budget become a model that runs.
+
+open the experts -> a model without them -> measure this machine, choose source and tier -> cache,
+loading threads, predictor -> each experts module is told where its experts come from
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from moebound.cache import ExpertCache
+from moebound.checkpoint import local_folder
+from moebound.codec import thread_count
+from moebound.errors import CacheError, CheckpointError
+from moebound.model.dtypes import parse_dtype
+from moebound.model.live import LiveExperts, live_experts
+from moebound.model.routers import find_routers
+from moebound.offload.choose import catalog_of, choose, open_delivery, open_tier
+from moebound.offload.fallback import CoarseCopies, Grades
+from moebound.offload.fetcher import Fetcher
+from moebound.offload.images import Images, open_images
+from moebound.offload.loader import Loader
+from moebound.offload.meter import Meter
+from moebound.offload.offloaded import Choice, Offloaded
+from moebound.offload.on_demand import NAME, LayerExperts, register_on_demand
+from moebound.offload.predictors import PREDICTORS, Foresight, Layers, Predictor
+from moebound.offload.slots import Kind, Slot, SlotPool
+from moebound.offload.tiers import TierName
+from moebound.types import ExpertKey
+from moebound.wordmath.builtin import resolve
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    ram_budget: int | str | None = None,
+    tier: TierName | Literal["auto"] = "auto",
+    device: str = "cpu",
+    dtype: str = "auto",
+    policy: str = "hobbit",
+    predictor: str = "none",
+    raw: str | os.PathLike[str] | None = None,
+    coarse: str | os.PathLike[str] | None = None,
+    coarse_above: float = 0.6,
+    skip_above: float | None = None,
+    threads: int | None = None,
+    drop_cache: bool = False,
+) -> Offloaded:
+    """Load a model whose experts are fetched and decoded when they are needed.
+
+    source: a store, or an ordinary checkpoint folder, whose experts are then read as they are.
+    ram_budget: bytes for experts, decoded and compressed together ("4GiB", "20%" of all experts
+        decoded); None for 70 % of what is free. On a GPU, of its memory, and for decoded experts
+        only. Everything else comes on top: the other weights, the KV cache, and the loading
+        threads' buffers (`choice.buffer_bytes`).
+    tier: where experts wait: "disk", "ram" (compressed, within the budget), or "auto" for the
+        faster by prediction. dtype: "auto" for the checkpoint's own. policy: of the cache.
+    predictor: "none", or one of `PREDICTORS`. raw: an ordinary checkpoint of the same model, to be
+        used where reading it is predicted to be faster than decoding. threads: native threads, None
+        for all CPUs. device: "cpu", or a CUDA device. drop_cache: keep the operating system from
+        caching what was read.
+
+    coarse, coarse_above, skip_above: graded fallback on a miss, off by default (`fallback.py`):
+        `coarse` is a store of the same model under a wider bound.
+
+    Guarantee: logits are those of the decoded weights; bit for bit the same whatever the budget,
+    tier, policy, predictor and timing; within float rounding those of stock transformers. With a
+    graded fallback none of this holds, beyond the bound of the coarse store.
+
+    Raises CacheError for a budget below the least (the message has it), CheckpointError and
+    UnsupportedArchitectureError for a model that cannot be run so, and what opening a damaged
+    store raises.
+    """
+    from moebound.integrations.transformers.skeleton import load_skeleton
+
+    computed_in = parse_dtype(dtype)
+    guess = _predictor(predictor)
+    path = local_folder(resolve(os.fspath(source)))
+    cores = thread_count() if threads is None else threads
+    images = open_images(path)
+    grades, coarser = None, None
+    if coarse is not None:
+        coarser = _same_sizes(
+            images, open_images(local_folder(resolve(os.fspath(coarse)))), "coarse"
+        )
+    if coarse is not None or skip_above is not None:
+        grades = Grades(None if coarse is None else coarse_above, skip_above)
+    sources = {"compressed" if images.compressed else "raw": images}
+    if raw is not None:
+        sources["raw"] = _same_model(images, open_images(local_folder(resolve(os.fspath(raw)))))
+    model = load_skeleton(path, routed=images.tensors, dtype=computed_in, device=device)
+    register_on_demand()
+    model.set_experts_implementation(NAME)
+    live = live_experts(model)
+    _check_experts(path, images, live)
+    kinds = _kinds(live, model.dtype)
+    place = torch.device(device)
+    ways = choose(sources, kinds, model, budget=ram_budget, tier=tier, device=place, cores=cores,
+                  drop_cache=drop_cache)  # fmt: skip
+    way = ways[0]
+    meter = Meter()
+    cache = ExpertCache[Slot](
+        catalog_of(way.images, kinds),
+        way.cache_bytes,
+        policy=policy,
+        working=way.costs.top_k + 1,
+    )
+    waiting = open_tier(way.tier, way.images, place, drop_cache=drop_cache)
+    delivery = open_delivery(waiting, way.images, place, cores=cores)
+    loader = Loader(
+        cache,
+        way.images.by_key,
+        kinds,
+        delivery,
+        SlotPool(way.cache_bytes, place, set(kinds.values())),
+        meter,
+        n_threads=delivery.threads,
+    )
+    copies = None
+    if coarser is not None:
+        disk = open_tier("disk", coarser, place, drop_cache=drop_cache)
+        copies = CoarseCopies(
+            coarser.by_key, kinds, open_delivery(disk, coarser, place, cores=cores), place
+        )
+    layers = _layers(model, live, way.costs.top_k)
+    fetcher = Fetcher(
+        cache,
+        loader,
+        meter,
+        Foresight(guess, layers, cache, meter, loader.expect),
+        grades=grades,
+        coarse=copies,
+    )
+    for entry in live.stacks:
+        entry.module.moebound = LayerExperts(  # type: ignore[assignment]  # no submodule
+            entry.layer, entry.first, fetcher
+        )
+    buffers = delivery.threads * delivery.buffer_bytes + delivery.kept_bytes
+    choice = Choice.of(ways, policy=policy, predictor=predictor, buffer_bytes=buffers)
+    return Offloaded(model, _load_tokenizer(path), fetcher, choice)
+
+
+def _predictor(name: str) -> Predictor | None:
+    if name == "none":
+        return None
+    if name not in PREDICTORS:
+        raise CacheError(f"predictor {name!r}: expected none, {', '.join(PREDICTORS)}")
+    return PREDICTORS[name]()
+
+
+def _same_model(store: Images, plain: Images) -> Images:
+    """`plain`, if it has the same experts of the same sizes."""
+    if plain.compressed:
+        raise CheckpointError(f"{plain.path}: raw: expected an ordinary checkpoint, found a store")
+    return _same_sizes(store, plain, "raw")
+
+
+def _same_sizes(images: Images, others: Images, option: str) -> Images:
+    sizes = [{image.key: image.n_weights for image in found} for found in (images, others)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{others.path}: {option}: its experts are not those of {images.path} (number or sizes)"
+        )
+    return others
+
+
+def _check_experts(path: Path, images: Images, live: LiveExperts) -> None:
+    missing = [key for key in live if key not in images.by_key]
+    surplus = [key for key in images.by_key if key not in live]
+    if missing or surplus:
+        what = f"lacks {missing[0]}" if missing else f"has {surplus[0]}, which the model has not"
+        raise CheckpointError(f"{path}: {what}")
+
+
+def _kinds(live: LiveExperts, dtype: torch.dtype) -> Mapping[ExpertKey, Kind]:
+    known = dict[Kind, Kind]()  # one object for all that are alike
+    found = dict[ExpertKey, Kind]()
+    for entry in live.stacks:
+        kind = Kind.of(entry.module, dtype)
+        kind = known.setdefault(kind, kind)
+        for index in range(entry.stack.n_experts):
+            found[ExpertKey(entry.layer, entry.first + index)] = kind
+    return found
+
+
+def _layers(model: Any, live: LiveExperts, top_k: int) -> Layers:
+    names = {entry.layer: entry.stack.name for entry in reversed(live.stacks)}
+    return Layers(
+        live.layers,
+        {layer: len(live.in_layer(layer)) for layer in live.layers},
+        top_k,
+        find_routers(model, names),
+    )
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError):
+        return None  # checkpoints of tests and benchmarks have none; who needs one says so

@@ -1,0 +1,152 @@
+"""A model whose experts stay compressed: what `moebound.load` returns."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from moebound.cache import ExpertCache
+from moebound.offload.choose import Way
+from moebound.offload.costs import Costs, Speeds
+from moebound.offload.fetcher import Fetcher
+from moebound.offload.meter import Meter, clock
+from moebound.offload.slots import Slot
+from moebound.offload.tiers import TierName
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen at load, and from what.
+
+    Bytes: cache for decoded experts, held for those in RAM as they are on disk, buffers for
+    reading, expert all experts as they are on disk. predicted_s: seconds a token by way (source
+    and tier), overlapped, at the hit ratio that is expected.
+    """
+
+    source: str
+    tier: TierName
+    policy: str
+    predictor: str
+    cache_bytes: int
+    held_bytes: int
+    buffer_bytes: int
+    expert_bytes: int
+    expected_hit_ratio: float
+    predicted_s: dict[str, float]
+    speeds: Speeds
+    costs: Costs
+
+    @classmethod
+    def of(cls, ways: list[Way], *, policy: str, predictor: str, buffer_bytes: int) -> Choice:
+        """Of the ways there are, the first one."""
+        way = ways[0]
+        return cls(
+            way.name, way.tier, policy, predictor, way.cache_bytes, way.held_bytes, buffer_bytes,
+            way.images.n_bytes, way.hit_ratio,
+            {f"{other.name}, {other.tier}": other.seconds for other in ways},
+            way.speeds, way.costs,
+        )  # fmt: skip
+
+
+class Offloaded:
+    """A stock transformers model that fetches its experts; its tokenizer; its numbers.
+
+    Use `model` as any other (`generate`, forward), for one batch at a time. Close it, or use it as
+    a context: its threads end, and the model can no longer be called.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, fetcher: Fetcher, choice: Choice) -> None:
+        self.model, self.tokenizer, self.choice = model, tokenizer, choice
+        self._fetcher = fetcher
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+        self._begun = 0.0
+
+    @property
+    def cache(self) -> ExpertCache[Slot]:
+        return self._fetcher.cache
+
+    @property
+    def meter(self) -> Meter:
+        return self._fetcher.meter
+
+    @property
+    def pool_bytes(self) -> int:
+        """Memory that decoded experts have, in use or not."""
+        return self._fetcher.loader.pool_bytes
+
+    def begin_sequence(self) -> None:
+        """A new text begins. Noticed by itself where a forward pass starts without a past."""
+        self._fetcher.begin_sequence()
+
+    def stats(self) -> dict[str, Any]:
+        """Everything counted since loading, or since `meter.reset()`, as one JSON-able document."""
+        found = self.meter.to_json()
+        accesses, hits = found["accesses"], found["hits"]
+        cache = self.cache.stats
+        return {
+            "choice": asdict(self.choice),
+            "hit_ratio": hits / accesses if accesses else None,
+            "tiers": {
+                "decoded": hits,
+                self.choice.tier: accesses - hits,
+            },
+            "bytes_moved": found["loaded_bytes"],
+            "evictions": cache.evictions,
+            "prefetch": {
+                "predictor": self.choice.predictor,
+                "active": self._fetcher.foresight.active,
+                "loads": found["prefetched"],
+                "precision": _share(found["predicted_right"], found["predicted"]),
+                "recall": _share(
+                    found["predicted_right"], found["predicted_right"] + accesses - hits
+                ),
+            },
+            "fallback": {"coarse": found["coarse"], "skipped": found["skipped"]},
+            "seconds_per_step": found["step_s"] / found["steps"] if found["steps"] else None,
+            "stall_s": found["stall_s"],
+            **{
+                name: found[name]
+                for name in ("loads", "read_s", "decode_s", "compute_s", "experts_s", "step_s",
+                             "steps", "tokens")
+            },
+        }  # fmt: skip
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._fetcher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
+        past = kwargs.get("past_key_values")
+        n_past = past.get_seq_length() if past is not None else 0
+        if n_past == 0:
+            self.begin_sequence()
+        n_tokens = inputs.shape[1] if isinstance(inputs, torch.Tensor) else 1
+        self._fetcher.decoding = n_tokens == 1
+        self.meter.add(tokens=inputs.shape[0] * n_tokens if inputs is not None else 0)
+        self._begun = clock()
+
+    def _end(self, module: Any, args: Any, output: Any) -> None:
+        self.meter.add(steps=1, step_s=clock() - self._begun)
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,134 @@
+"""The experts function `moebound`: a layer's experts are fetched while others are computed.
+
+transformers calls it in place of a layer's own loop over experts, with the router's choice. Hits
+are computed while misses are read and decoded; each expert is computed with all of its tokens at
+once and let go. Outputs wait in a table, one row for each (token, expert) pair, and are added up in
+the order of the router's choice: so the result does not depend, to the bit, on what was resident,
+on the order of arrival or on threads. It is that of `moebound-batched` computing one by one, up to
+the order of additions that of the model's own implementation.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from moebound.errors import CacheError
+from moebound.model.batched import sort_by_expert
+from moebound.offload.fetcher import Fetcher
+from moebound.offload.meter import clock
+from moebound.offload.slots import Slot
+
+NAME = "moebound"
+"""The value of `experts_implementation` that means this."""
+
+
+def register_on_demand() -> None:
+    """Enter the function into transformers' table under NAME. Idempotent."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if NAME not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(NAME, on_demand_experts)
+
+
+def on_demand_experts(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Σ over a token's experts of weight · expert(x), with experts of `self.moebound`.
+
+    hidden_states: [T, H]. top_k_index, top_k_weights: [T, K]. Returns [T, H].
+    Raises CacheError for a model that `moebound.load` has not prepared, and what loading an expert
+    raises, with the expert's name in front.
+    """
+    layer: LayerExperts | None = getattr(self, "moebound", None)
+    if layer is None:
+        raise CacheError(
+            "experts_implementation 'moebound' is for models that moebound.load returns: "
+            "there is nowhere to load experts from"
+        )
+    return layer.run(self, hidden_states, top_k_index, top_k_weights)
+
+
+class LayerExperts:
+    """Where one experts module gets its experts.
+
+    layer, first: its experts are keys (layer, first), (layer, first + 1), and so on.
+    """
+
+    def __init__(self, layer: int, first: int, fetcher: Fetcher) -> None:
+        self.layer, self.first = layer, first
+        self._fetcher = fetcher
+
+    def run(
+        self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `on_demand_experts`."""
+        begin = clock()
+        one = len(x) == 1
+        result = (self._one_token if one else self._many)(module, x, chosen, weights)
+        self._fetcher.meter.add(experts_s=clock() - begin)
+        return result
+
+    def _many(
+        self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        n_tokens, n_chosen = chosen.shape
+        routed = sort_by_expert(chosen.reshape(-1), module.num_experts)
+        ends = list(accumulate(routed.loads))
+        rows = x.index_select(0, routed.order // n_chosen)
+        outputs = torch.empty((len(rows), x.shape[1]), dtype=x.dtype, device=x.device)
+
+        def compute(expert: int, slot: Slot | None) -> None:
+            part = slice(ends[expert] - routed.loads[expert], ends[expert])
+            outputs[part] = 0 if slot is None else expert_output(module, expert, slot, rows[part])
+
+        self._fetcher.visit(self.layer, self.first, chosen, weights, x, compute)
+        outputs = _normed(module, outputs)
+        place = torch.empty_like(routed.order)
+        place[routed.order] = torch.arange(len(place), device=place.device)
+        found = outputs.index_select(0, place).view(n_tokens, n_chosen, -1)
+        return (found * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def _one_token(
+        self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The same without sorting: each expert has one row."""
+        places = {expert: place for place, expert in enumerate(chosen[0].tolist())}
+        outputs = torch.zeros((chosen.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
+
+        def compute(expert: int, slot: Slot | None) -> None:
+            place = places[expert]
+            outputs[place] = 0 if slot is None else expert_output(module, expert, slot, x)[0]
+
+        self._fetcher.visit(self.layer, self.first, chosen, weights, x, compute)
+        outputs = _normed(module, outputs)
+        return (outputs * weights[0].unsqueeze(-1)).sum(0, keepdim=True).to(x.dtype)
+
+
+def _normed(module: Any, outputs: torch.Tensor) -> torch.Tensor:
+    if getattr(module, "has_post_expert_norm", False):
+        normed: torch.Tensor = module.post_expert_norm(outputs)
+        return normed
+    return outputs
+
+
+def expert_output(module: Any, expert: int, slot: Slot, rows: torch.Tensor) -> torch.Tensor:
+    """One expert's output for its tokens. rows: [n, H]. Returns [n, H]."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    inner = _project(module, rows, slot.first, first, expert)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    return _project(module, inner, slot.down, "down_proj", expert)
+
+
+def _project(
+    module: Any, x: torch.Tensor, weight: torch.Tensor, name: str, expert: int
+) -> torch.Tensor:
+    matrix = weight.t() if module.is_transposed else weight
+    out = linear(x.to(weight.dtype), matrix)
+    return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out

@@ -1,0 +1,211 @@
+"""Memory for decoded experts, in the layout that the model's experts modules compute with.
+
+A `Slot` holds one expert, parameter by parameter, each shaped as one slice of the module's own:
+`gate_up_proj` [2I, H], `down_proj` [H, I] (or transposed, as the family has it). A `SlotPool` hands
+them out and takes them back, so that after a while no memory is asked for any more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moebound.checkpoint import Role, read_into
+from moebound.codec.arrays import to_torch, torch_dtype
+from moebound.errors import CorruptionError
+from moebound.offload.images import Image, Part
+from moebound.offload.meter import Load
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How experts of some modules lie in memory.
+
+    shapes: of one expert, by parameter, first the projection(s) into the expert, then `down_proj`.
+    gated: gate and up share `gate_up_proj`. transposed, interleaved: as the module has it.
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    dtype: torch.dtype
+    gated: bool
+    transposed: bool
+    interleaved: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype) -> Kind:
+        """Of an experts module, whose parameters may be on `meta`."""
+        gated = bool(module.has_gate)
+        names = ("gate_up_proj" if gated else "up_proj", "down_proj")
+        return cls(
+            tuple((name, tuple(getattr(module, name).shape[1:])) for name in names),
+            dtype,
+            gated,
+            bool(module.is_transposed),
+            gated and not module.is_concatenated,
+        )
+
+    @property
+    def n_bytes(self) -> int:
+        """Of one expert."""
+        return sum(torch.Size(shape).numel() for _, shape in self.shapes) * self.dtype.itemsize
+
+
+@dataclass(eq=False)
+class Slot:
+    """Room for one expert. weights: by parameter. load: what loading it took.
+
+    used: on a GPU, when the last computation with them will have ended.
+    """
+
+    kind: Kind
+    weights: dict[str, torch.Tensor]
+    load: Load | None = None
+    used: torch.cuda.Event | None = None
+
+    @property
+    def first(self) -> torch.Tensor:
+        """`gate_up_proj`, or `up_proj` of experts without gate."""
+        return self.weights[self.kind.shapes[0][0]]
+
+    @property
+    def down(self) -> torch.Tensor:
+        return self.weights["down_proj"]
+
+    def after_use(self) -> None:
+        """What overwrites the weights will wait for what has been computed until now."""
+        if self.down.device.type == "cuda":
+            self.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.used.record()
+
+    def whole(self, part: Part) -> torch.Tensor | None:
+        """The memory that this part's weights fill exactly as they are on disk, if there is any."""
+        kind, target = self.kind, None
+        transposed = _transposed(part, self)
+        if part.role in ("gate", "up") and kind.gated:
+            if not (transposed or kind.transposed or kind.interleaved):
+                half = self.first.shape[0] // 2
+                target = self.first[:half] if part.role == "gate" else self.first[half:]
+        elif transposed == kind.transposed and (
+            part.role != "gate_up" or part.layout.interleaved == kind.interleaved
+        ):
+            target = self.down if part.role == "down" else self.first
+        if target is None or target.dtype != torch_dtype(part.dtype):
+            return None
+        return target if target.is_contiguous() and target.shape == part.shape else None
+
+    def put(self, part: Part, weights: torch.Tensor, *, non_blocking: bool = False) -> None:
+        """Copy the weights of a part, as on disk, to where they belong. Casts.
+
+        Raises CorruptionError for a shape that this expert does not have.
+        """
+        matrix = weights.mT if _transposed(part, self) else weights
+        roles: tuple[tuple[Role, torch.Tensor], ...]
+        if part.role != "gate_up":
+            roles = ((part.role, matrix),)
+        elif part.layout.interleaved:
+            roles = (("gate", matrix[0::2]), ("up", matrix[1::2]))
+        else:
+            half = matrix.shape[0] // 2
+            roles = (("gate", matrix[:half]), ("up", matrix[half:]))
+        for role, values in roles:
+            target = self._view(role)
+            if target.shape != values.shape:
+                raise CorruptionError(
+                    f"tensor {part.name!r}: {role} projection of shape {list(values.shape)}, the "
+                    f"model expects {list(target.shape)}"
+                )
+            target.copy_(values, non_blocking=non_blocking)
+
+    def _view(self, role: Role) -> torch.Tensor:
+        """One projection as [out, in]."""
+        kind = self.kind
+        matrix = self.down if role == "down" else self.first
+        matrix = matrix.mT if kind.transposed else matrix
+        if role == "down" or not kind.gated:
+            return matrix
+        if kind.interleaved:
+            return matrix[0::2] if role == "gate" else matrix[1::2]
+        half = matrix.shape[0] // 2
+        return matrix[:half] if role == "gate" else matrix[half:]
+
+
+def _transposed(part: Part, slot: Slot) -> bool:
+    """Whether the part is [in, out] on disk. Where its family has both, the shape tells."""
+    if part.layout.transposed is not None:
+        return part.layout.transposed
+    hidden = slot.down.shape[1 if slot.kind.transposed else 0]
+    return part.shape[0 if part.role != "down" else 1] == hidden
+
+
+def plain_weights(part: Part, data: memoryview) -> torch.Tensor:
+    """The weights of a part that is not compressed; shares the bytes' memory."""
+    return torch.frombuffer(data, dtype=torch_dtype(part.dtype)).view(part.shape)
+
+
+def fill(slot: Slot, part: Part, data: memoryview, *, threads: int) -> None:
+    """Decode a part's bytes (or copy its weights) into the slot.
+
+    Raises FormatError or CorruptionError, naming file and tensor, for bytes that are damaged or
+    hold another shape or dtype than certified.
+    """
+    target = slot.whole(part)
+    if part.stored is None:
+        slot.put(part, plain_weights(part, data))
+    elif target is not None:
+        part.stored.decode_into(data, target, threads=threads)
+    else:
+        slot.put(part, to_torch(part.stored.decode(data, threads=threads)))
+
+
+def read_into_slot(slot: Slot, image: Image, *, drop_cache: bool) -> None:
+    """Read an expert that is not compressed, without a copy where disk and slot have it alike.
+
+    Raises as `Image.read` and `Slot.put`.
+    """
+    for span, part in zip(image.spans, image.parts, strict=True):
+        target = slot.whole(part)
+        weights = (
+            torch.empty(part.shape, dtype=torch_dtype(part.dtype)) if target is None else target
+        )
+        read_into(span, weights.view(torch.uint8).numpy().data, drop_cache=drop_cache)
+        if weights is not target:
+            slot.put(part, weights)
+
+
+class SlotPool:
+    """Slots of at most budget_bytes together; made when they are first needed.
+
+    kinds: how the experts of each kind look. device: where the memory is.
+    """
+
+    def __init__(self, budget_bytes: int, device: torch.device, kinds: Iterable[Kind]) -> None:
+        self.budget_bytes = budget_bytes
+        self.device = device
+        self._free: dict[Kind, list[Slot]] = {kind: [] for kind in kinds}
+        self.made_bytes = 0
+        self._lock = threading.Lock()
+
+    def take(self, kind: Kind) -> Slot:
+        """A slot of this kind. The cache has made room for it before, so there always is one."""
+        with self._lock:
+            if self._free[kind]:
+                return self._free[kind].pop()
+            # Of several kinds: what the others have free makes room.
+            for free in self._free.values():
+                while free and self.made_bytes + kind.n_bytes > self.budget_bytes:
+                    self.made_bytes -= free.pop().kind.n_bytes
+            self.made_bytes += kind.n_bytes
+        weights = {
+            name: torch.empty(shape, dtype=kind.dtype, device=self.device)
+            for name, shape in kind.shapes
+        }
+        return Slot(kind, weights)
+
+    def give(self, slot: Slot) -> None:
+        """Take one back."""
+        with self._lock:
+            self._free[slot.kind].append(slot)

@@ -1,0 +1,10 @@
+"""What a study found, as tables beside the paper's, verdicts on its conclusions, and one HTML page.
+
+read (files -> rows) -> tables (rows -> what is shown) -> verdicts (rules -> supports, contradicts,
+leaves open) -> plots, page. Nothing here runs a model.
+"""
+
+from moebound.paper.report.read import Study, read_study
+from moebound.paper.report.report import Report, make_report
+
+__all__ = ["Report", "Study", "make_report", "read_study"]

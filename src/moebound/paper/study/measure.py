@@ -1,0 +1,254 @@
+"""One loaded model, and what it does under one condition after another.
+
+Everything that a worker does is a method here, with plain data in and out, so that a worker may be
+this process, another one, or another machine: see `workers.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from moebound.errors import MoeboundError
+from moebound.evaluate.answering import answer
+from moebound.evaluate.loading import Loaded, load
+from moebound.evaluate.prompting import encode_prompts, encode_references
+from moebound.model.live import live_experts
+from moebound.paper.study.reading import Pair, Reading
+from moebound.paper.study.suite import BASELINE, Condition, ModelFacts, whole_layer
+from moebound.profile.profile import Profile, TaskUse
+from moebound.profile.routing import Recorder
+from moebound.sensitivity.noise import parse_source
+from moebound.sensitivity.perturb import perturbed
+from moebound.sensitivity.selectors import parse_selector
+from moebound.tasks import Problem, Task, get_task
+
+_SAMPLED = 64  # values of each tensor in a fingerprint
+_PROFILE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a worker gets its model and problems. Plain data. src, dtype, device, experts: as
+    `loading.load`. threads: of torch; None leaves it alone. batch: prompts answered at a time,
+    None for as many as pay."""
+
+    src: str
+    tasks: tuple[str, ...]
+    n_problems: int
+    n_read: int
+    dtype: str = "float32"
+    device: str = "cpu"
+    experts: str = "auto"
+    threads: int | None = None
+    batch: int | None = None
+
+    def with_threads(self, threads: int) -> Setup:
+        return replace(self, threads=threads)
+
+    def open(self) -> Measurer:
+        """Load the model. Raises CheckpointError, UnsupportedArchitectureError, TaskError."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        tasks = [get_task(text) for text in self.tasks]
+        loaded = load(self.src, dtype=self.dtype, device=self.device, experts=self.experts)
+        return Measurer(loaded, tasks, self)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished condition. row: as in rows.jsonl. answers: what the model wrote, problem by
+    problem; None if it was not asked."""
+
+    row: dict[str, Any]
+    answers: list[str] | None
+
+
+class Measurer:
+    """A model with the problems of some tasks. Not for several threads."""
+
+    def __init__(self, loaded: Loaded, tasks: Sequence[Task], setup: Setup) -> None:
+        self._loaded, self._setup = loaded, setup
+        self._experts = live_experts(loaded.model)
+        self._tasks = {task.name: task for task in tasks}
+        self._problems: dict[str, list[Problem]] = {}
+        self._readings: dict[str, Reading] = {}
+        self._profile: Profile | None = None
+        self._drafts: dict[str, list[str]] = {}
+
+    def facts(self) -> ModelFacts:
+        first = self._experts.layers[0]
+        return ModelFacts(
+            name=self._loaded.source.name,
+            fingerprint=fingerprint(self._loaded.model),
+            layers=self._experts.layers,
+            n_experts=len(self._experts.in_layer(first)),
+            top_k=self._top_k(),
+        )
+
+    def source(self) -> dict[str, str]:
+        """How the model was loaded, for records."""
+        return self._loaded.source.to_json()
+
+    def task_use(self, task: str) -> dict[str, Any]:
+        """Which experts the task uses, as JSON of `TaskUse`."""
+        pairs, text = self._pairs(task, self._setup.n_problems)
+        with torch.inference_mode(), Recorder(self._loaded.model, end_ids=()) as recorder:
+            for start in range(0, len(pairs), _PROFILE_BATCH):
+                inputs = _padded(pairs[start : start + _PROFILE_BATCH], self._loaded.device)
+                self._loaded.model(**inputs, use_cache=False)
+            trace = recorder.take(model=self._loaded.source.name, task=task)
+        return TaskUse.of(trace, task=task, text=text).to_json()
+
+    def use(self, known: Mapping[str, Any]) -> None:
+        """What is known of the model without an error. "profile": says what "most used" means, by
+        a condition's own task. "answers": by task, what it answers: drafts, which save time where
+        an error changes few answers, and change nothing (see evaluate/drafts.py)."""
+        self._profile = Profile.from_json(known["profile"])
+        self._drafts = {str(task): list(texts) for task, texts in known["answers"].items()}
+
+    def run(self, condition: Condition) -> Measured:
+        """Put the error in, measure, take it out. The weights are then what they were, bit for
+        bit, whatever happens.
+
+        Raises MoeboundError for experts that do not exist, CodecError and BackendUnavailable as
+        the source does.
+        """
+        begun = time.perf_counter()
+        reading = self._reading(condition.task)
+        keys = []
+        if condition.source != BASELINE:
+            usage = None if self._profile is None else self._profile.only(condition.task)
+            keys = list(parse_selector(condition.selector).resolve(self._experts, usage))
+        layers = sorted({key.layer for key in keys})
+        first = layers[0] if layers and reading.starts_at(layers[0]) else 0
+        with ExitStack() as stack:
+            realised = None
+            if condition.source != BASELINE:
+                source, experts = parse_source(condition.source), self._experts.pick(keys)
+                error = perturbed(experts, source, condition.bound, seed=condition.seed)
+                realised = stack.enter_context(error).to_json()
+            answers = self._answers(condition.task) if condition.answers else None
+            difference = reading.compare(first)
+        layer = whole_layer(condition.selector)
+        row = {
+            "condition": condition.id,
+            "task": condition.task,
+            "table": condition.table,
+            "selector": condition.selector,
+            "experts_changed": len(keys),
+            "layers": layers,
+            # For `plan --study`: the condition is all experts of this layer.
+            **({} if layer is None else {"layer": layer}),
+            "source": condition.source,
+            "rate": condition.rate,
+            "seed": condition.seed,
+            **self._judged(condition.task, answers),
+            **asdict(difference),
+            "realised": realised,
+            "seconds": round(time.perf_counter() - begun, 3),
+        }
+        return Measured(row, answers)
+
+    def _answers(self, task: str) -> list[str]:
+        problems = self._problems_of(task)
+        drafts = self._drafts.get(task)
+        if drafts is not None and len(drafts) != len(problems):
+            drafts = None
+        outputs = answer(
+            self._loaded, self._tasks[task], problems, batch=self._setup.batch, drafts=drafts
+        )
+        return [output.text for output in outputs]
+
+    def _judged(self, task: str, answers: list[str] | None) -> dict[str, Any]:
+        """Counts, and which problems were right: bit i of the number is problem i."""
+        if answers is None:
+            return {"n": 0, "ica": None, "pia": None, "valid": None, "right": None}
+        verdicts = [
+            self._tasks[task].judge(problem, text)
+            for problem, text in zip(self._problems_of(task), answers, strict=True)
+        ]
+        right = {
+            "ica": sum(verdict.ica << i for i, verdict in enumerate(verdicts)),
+            "pia": sum(verdict.pia << i for i, verdict in enumerate(verdicts)),
+        }
+        return {
+            "n": len(verdicts),
+            "ica": right["ica"].bit_count(),
+            "pia": right["pia"].bit_count(),
+            "valid": sum(verdict.valid for verdict in verdicts),
+            "right": {name: format(bits, "x") for name, bits in right.items()},
+        }
+
+    def _problems_of(self, task: str) -> list[Problem]:
+        if task not in self._tasks:
+            raise MoeboundError(f"task {task!r} is not among {', '.join(self._tasks)}")
+        if task not in self._problems:
+            self._problems[task] = self._tasks[task].problems(self._setup.n_problems)
+        return self._problems[task]
+
+    def _reading(self, task: str) -> Reading:
+        if task not in self._readings:
+            pairs, _ = self._pairs(task, self._setup.n_read)
+            self._readings[task] = Reading(self._loaded.model, self._experts, pairs)
+        return self._readings[task]
+
+    def _pairs(self, task: str, limit: int) -> tuple[list[Pair], str]:
+        """The first prompts with reference solutions; without those, with the model's answers."""
+        asked, tokenizer = self._tasks[task], self._loaded.tokenizer
+        problems = self._problems_of(task)[:limit]
+        prompts = encode_prompts(tokenizer, asked, problems)
+        if all(problem.reference for problem in problems):
+            solutions = encode_references(tokenizer, asked, problems)
+            return list(zip(prompts, solutions, strict=True)), "references"
+        problems, prompts = problems[: self._setup.n_read], prompts[: self._setup.n_read]
+        outputs = answer(self._loaded, asked, problems, batch=self._setup.batch)
+        texts = [output.text for output in outputs]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        pairs = [(p, [*ids, *end]) for p, ids in zip(prompts, encoded, strict=True) if ids or end]
+        if not pairs:
+            raise MoeboundError(
+                f"task {task!r}: no solutions to read, and the model writes nothing"
+            )
+        return pairs, "answers"
+
+    def _top_k(self) -> int:
+        """Experts chosen a token: heard, since configs have many names for it."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self._loaded.device)
+        with torch.inference_mode(), Recorder(self._loaded.model, end_ids=()) as recorder:
+            self._loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            return int(recorder.take().layers[0].index.shape[1])
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Names a model by its tensors: names, shapes, and some values of each."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        values = flat[:: max(1, len(flat) // _SAMPLED)].cpu()
+        if values.is_floating_point():
+            values = values.float()
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _padded(pairs: Sequence[Pair], device: torch.device) -> dict[str, torch.Tensor]:
+    rows = [[*prompt, *solution] for prompt, solution in pairs]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def cores() -> int:
+    """Of this machine, as far as this process may use them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

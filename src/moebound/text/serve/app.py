@@ -1,0 +1,119 @@
+"""The routes. Everything that takes time happens in another thread: the worker's, or a helper."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import JSONResponse, Response
+
+from moebound.text.generation import GenerationSettings
+from moebound.text.serve.answers import Events, Format, Kind, Stream, Whole
+from moebound.text.serve.config import ServeConfig
+from moebound.text.serve.engine import Engine
+from moebound.text.serve.errors import ApiError, install_handlers
+from moebound.text.serve.guard import Guard
+from moebound.text.serve.prompts import Prompts
+from moebound.text.serve.schema import ChatRequest, CompletionRequest
+from moebound.text.serve.worker import Job, Worker
+
+LAST_PASS_S = 60.0
+"""What a forward pass that was running at shutdown is given to end."""
+
+
+def create_app(
+    engine: Engine,
+    config: ServeConfig,
+    worker: Worker,
+    *,
+    hosts: Collection[str] | None = None,
+) -> FastAPI:
+    """The application, for any ASGI server. hosts: see `Guard`. The worker is started and ended
+    with the application's lifespan; the engine is left open."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        worker.close()
+        worker.cancel_running()
+        await asyncio.to_thread(worker.join, LAST_PASS_S)
+
+    # No pages of documentation: they load scripts from elsewhere.
+    app = FastAPI(
+        title="moebound", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
+    )
+    app.add_middleware(
+        Guard, api_key=config.api_key, hosts=hosts, max_body_bytes=config.max_body_bytes
+    )
+    install_handlers(app)
+    _add_facts(app, engine, config, worker)
+    _add_generation(app, config, worker, Prompts(engine, config))
+    return app
+
+
+def _add_facts(app: FastAPI, engine: Engine, config: ServeConfig, worker: Worker) -> None:
+    model = {
+        "id": config.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "moebound",
+    }
+
+    @app.get("/health")
+    async def health() -> Response:
+        alive = worker.state()["alive"]
+        return JSONResponse({"status": "ok" if alive else "down"}, 200 if alive else 503)
+
+    @app.get("/stats")
+    async def stats() -> Response:
+        found = await asyncio.to_thread(engine.stats)
+        server = {**worker.state(), **worker.stats.to_json()}
+        return JSONResponse({"model": config.name, "server": server, "engine": found})
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        _check_model(name, config)
+        return JSONResponse(model)
+
+
+def _add_generation(app: FastAPI, config: ServeConfig, worker: Worker, prompts: Prompts) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(request: ChatRequest) -> Response:
+        return await answer("chat", request, prompts.chat)
+
+    @app.post("/v1/completions")
+    async def completion(request: CompletionRequest) -> Response:
+        return await answer("completion", request, prompts.completion)
+
+    async def answer(
+        kind: Kind, request: Any, encode: Callable[[Any], tuple[list[int], GenerationSettings]]
+    ) -> Response:
+        if request.model is not None:
+            _check_model(request.model, config)
+        request.check_rest()
+        ids, settings = await asyncio.to_thread(encode, request)
+        events, format_ = Events(), Format(kind, config.name)
+        job = Job(ids, settings, events.put, continues=kind == "completion")
+        worker.submit(job)
+        if request.stream:
+            return Stream(worker, job, events, format_, usage=request.wants_usage)
+        return Whole(worker, job, events, format_)
+
+
+def _check_model(name: str, config: ServeConfig) -> None:
+    if name != config.name:
+        raise ApiError(
+            404,
+            f"model {name!r}: this server has {config.name!r}",
+            param="model",
+            code="model_not_found",
+        )

@@ -1,0 +1,119 @@
+"""Before any route, and for all of them: API key, host, and size of the body."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Collection
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moebound.text.serve.errors import ApiError, bad_request
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class Guard:
+    """ASGI middleware. api_key: that every request must bear; None for no key. hosts: that requests
+    may be addressed to; None for any. max_body_bytes: of one request.
+
+    hosts are for a server on loopback without a key: the browser of the machine it runs on carries
+    requests of any page there, if the page's own name is made to point to loopback (DNS rebinding);
+    such requests have that name as their host.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        hosts: Collection[str] | None,
+        max_body_bytes: int,
+    ) -> None:
+        self._app = app
+        self._digest = None if api_key is None else _digest(api_key)
+        self._hosts = hosts
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # nothing here speaks anything else
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        try:
+            headers = Headers(scope=scope)
+            self._check_host(headers)
+            self._check_key(headers)
+            self._check_length(headers)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, self._counted(receive), send)
+
+    def _check_host(self, headers: Headers) -> None:
+        if self._hosts is None or "host" not in headers:
+            return
+        name = _host_name(headers["host"])
+        if name not in self._hosts:
+            raise ApiError(
+                403,
+                f"host {name!r}: without an API key this server answers to "
+                f"{', '.join(sorted(self._hosts))} only",
+                code="host_not_allowed",
+            )
+
+    def _check_key(self, headers: Headers) -> None:
+        if self._digest is None:
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # Digests are of one length, and comparing them takes as long whatever the key is.
+        right = hmac.compare_digest(_digest(key.strip()), self._digest)
+        if not (right and scheme.lower() == "bearer"):
+            raise ApiError(
+                401,
+                "expected the server's API key: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _check_length(self, headers: Headers) -> None:
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdecimal()):
+            raise bad_request(f"Content-Length {length!r}: expected a number")
+        if len(length) > 18 or int(length) > self._max_body_bytes:
+            raise self._too_large()
+
+    def _counted(self, receive: Receive) -> Receive:
+        """receive, for bodies that do not say how long they are."""
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return counted
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"the body is larger than the {self._max_body_bytes} bytes that this server takes",
+            code="request_too_large",
+        )
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _host_name(host: str) -> str:
+    """Without the port, and without the brackets of an IPv6 address."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.rpartition(":")[0].lower() if ":" in host else host.lower()

@@ -1,0 +1,124 @@
+"""From an engine to a process that serves: socket, signals, shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from moebound.errors import MoeboundError
+from moebound.text.serve.app import LAST_PASS_S, create_app
+from moebound.text.serve.config import ServeConfig
+from moebound.text.serve.engine import Engine
+from moebound.text.serve.guard import LOOPBACK
+from moebound.text.serve.stats import Record
+from moebound.text.serve.worker import Worker
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that has the address and does not listen yet: nobody else gets the address while the
+    model is loaded. port: 0 for any that is free. Raises MoeboundError if it cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise MoeboundError(f"host {host!r}: {error.strerror or error}") from error
+    for family, kind, protocol, _, address in found:
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError as error:
+            bound.close()
+            refused = error
+        else:
+            return bound
+    raise MoeboundError(
+        f"{host}:{port}: the address cannot be had: {refused.strerror or refused}"
+    ) from refused
+
+
+def url(bound: socket.socket) -> str:
+    """Where the API is, as clients want it: http://127.0.0.1:8000/v1"""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+def is_loopback(bound: socket.socket) -> bool:
+    host = str(bound.getsockname()[0])
+    return host == "::1" or host.startswith("127.")
+
+
+def serve(
+    engine: Engine,
+    config: ServeConfig,
+    bound: socket.socket,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    on_record: Callable[[Record], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Serve until SIGINT or SIGTERM. Returns the server's statistics.
+
+    bound: as `bind` makes it; closed at the end, as the engine is not. on_ready: called once, when
+    requests are taken. on_record: called after each of them, from another thread.
+
+    A signal: no new connections, those that wait get 503, the running request goes on for
+    config.grace_s and then gets 503 too; at a second signal at once.
+    """
+    worker = Worker(engine, config.queue, on_record=on_record)
+    Server(engine, config, bound, worker, on_ready=on_ready).run(sockets=[bound])
+    return worker.stats.to_json()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which ends in good order after a signal instead of raising it again."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServeConfig,
+        bound: socket.socket,
+        worker: Worker,
+        *,
+        on_ready: Callable[[], None],
+    ) -> None:
+        guarded = config.api_key is not None or not is_loopback(bound)
+        hosts = None if guarded else LOOPBACK | {str(bound.getsockname()[0])}
+        settings = uvicorn.Config(
+            create_app(engine, config, worker, hosts=hosts),
+            log_config=None,  # warnings reach stderr, and stdout stays ours
+            access_log=False,
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(config.grace_s + LAST_PASS_S),
+        )
+        super().__init__(settings)
+        self._worker, self._grace_s, self._on_ready = worker, config.grace_s, on_ready
+        self._hurry = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Nothing but flags: a signal may come while this thread holds a lock of the worker.
+        self._hurry = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.close()
+        ending = asyncio.create_task(self._end_running())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_running(self) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._grace_s
+        while not self._hurry and loop.time() < deadline:
+            await asyncio.sleep(0.05)
+        self._worker.cancel_running()

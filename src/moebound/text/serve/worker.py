@@ -1,0 +1,194 @@
+"""One thread that generates, one text at a time, and the bounded queue before it.
+
+A job's events go to `notify`, from the worker's thread: pieces, the last of which has a finish, or
+one exception. A job that is cancelled while it waits leaves the queue at once; one that runs stops
+before its next forward pass, for a pass cannot be broken off.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moebound.text.generation import Finish, GenerationSettings, Piece, generate
+from moebound.text.serve.engine import Engine
+from moebound.text.serve.errors import ApiError, shutting_down
+from moebound.text.serve.stats import Outcome, Record, ServeStats
+
+LONGEST_RETRY_S = 60
+
+Event = Piece | Exception
+log = logging.getLogger("moebound.serve")
+
+
+@dataclass(eq=False)
+class Job:
+    """One text to generate. accepted: on the clock of time.perf_counter."""
+
+    prompt_ids: list[int]
+    settings: GenerationSettings
+    notify: Callable[[Event], None]
+    continues: bool = False
+    accepted: float = field(default_factory=time.perf_counter)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Worker:
+    """engine: what generates. queue: jobs that may wait while one runs. on_record: called after
+    each job, from the worker's thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        queue: int,
+        *,
+        on_record: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        self.stats = ServeStats()
+        self._engine, self._queue, self._on_record = engine, queue, on_record
+        self._changed = threading.Condition()
+        self._waiting = deque[Job]()
+        self._running: Job | None = None
+        self._closed = False
+        # A daemon, so that a forward pass that hangs cannot keep the process.
+        self._thread = threading.Thread(target=self._work, name="moebound-generate", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Raises ApiError: 429 with a full queue, 503 after `close`."""
+        with self._changed:
+            if self._closed:
+                raise shutting_down()
+            busy = len(self._waiting) + (self._running is not None)
+            if busy <= self._queue:
+                self._waiting.append(job)
+                self._changed.notify()
+                return
+        self.stats.refuse()
+        after = min(max(1, math.ceil(self.stats.mean_s())), LONGEST_RETRY_S)
+        raise ApiError(
+            429,
+            f"the queue is full: one request runs and {busy - 1} wait; come again in {after} s",
+            kind="rate_limit_error",
+            code="queue_full",
+            headers={"Retry-After": str(after)},
+        )
+
+    def cancel(self, job: Job) -> None:
+        """Idempotent; for a job that has ended, nothing."""
+        job.cancelled.set()
+        with self._changed:
+            if job not in self._waiting:
+                return
+            self._waiting.remove(job)
+        self._leave(job, "cancelled", "while it waited")
+
+    def close(self) -> None:
+        """No more jobs: those that wait get 503, the one that runs goes on. Idempotent."""
+        with self._changed:
+            self._closed = True
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify()
+        for job in waiting:
+            job.notify(shutting_down())
+            self._leave(job, "cancelled", "shutting down")
+
+    def cancel_running(self) -> None:
+        """The job that runs gets 503 now, and stops as soon as it can."""
+        with self._changed:
+            job = self._running
+        if job is not None:
+            job.cancelled.set()
+            job.notify(shutting_down())
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread to end, after `close`. Returns whether it has."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def state(self) -> dict[str, int | bool]:
+        """alive: whether jobs are taken and there is a thread to do them."""
+        with self._changed:
+            return {
+                "alive": self._thread.is_alive() and not self._closed,
+                "running": int(self._running is not None),
+                "waiting": len(self._waiting),
+                "queue": self._queue,
+            }
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._closed):
+                    self._changed.wait()
+                if not self._waiting:
+                    return
+                job = self._running = self._waiting.popleft()
+            last = self._run(job)
+            # Counted and out of the way first: who has an answer finds both when asking again.
+            with self._changed:
+                self._running = None
+            if last is not None:
+                job.notify(last)
+
+    def _run(self, job: Job) -> Event | None:
+        """Returns the last event, which is still to be sent; None for a job that was cancelled."""
+        begun = time.perf_counter()
+        try:
+            self._engine.begin_sequence()
+            for piece in generate(
+                self._engine.model,
+                self._engine.tokenizer,
+                job.prompt_ids,
+                job.settings,
+                continues=job.continues,
+                should_stop=job.cancelled.is_set,
+            ):
+                if piece.finish is None:
+                    job.notify(piece)
+        except Exception as error:
+            log.error("a request failed", exc_info=error)
+            self._leave(job, "failed", type(error).__name__, begun)
+            return error
+        assert piece.finish is not None  # of the last piece of any text
+        if piece.finish.reason == "cancelled":
+            self._leave(job, "cancelled", "while it ran", begun, piece.finish)
+            return None
+        self._leave(job, "completed", piece.finish.reason, begun, piece.finish)
+        return piece
+
+    def _leave(
+        self,
+        job: Job,
+        outcome: Outcome,
+        reason: str,
+        begun: float | None = None,
+        finish: Finish | None = None,
+    ) -> None:
+        """begun: on the clock of time.perf_counter, None for a job that only waited."""
+        now = time.perf_counter()
+        queued = (now if begun is None else begun) - job.accepted
+        first = None if finish is None else finish.first_token_s
+        record = Record(
+            outcome=outcome,
+            reason=reason,
+            n_prompt=len(job.prompt_ids),
+            n_new=0 if finish is None else finish.n_new,
+            queued_s=queued,
+            ttft_s=None if first is None else queued + first,
+            tpot_s=None if finish is None else finish.seconds_per_token,
+            total_s=now - job.accepted,
+        )
+        self.stats.add(record)
+        try:
+            self._on_record(record)
+        except Exception as error:  # a log that cannot be written must not end the thread
+            log.error("a record was lost", exc_info=error)

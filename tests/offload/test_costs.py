@@ -1,0 +1,56 @@
+"""The cost model: what overlapping and compressing can be worth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moebound.offload.costs import Costs, measure_compute
+from moebound.offload.slots import Kind
+
+seconds = st.floats(0, 1)
+costs = st.builds(Costs, seconds, seconds, seconds, seconds, st.integers(1, 64), st.integers(1, 8))
+
+
+@given(costs, st.floats(0, 1))
+def test_overlapping_never_costs(found: Costs, hits: float) -> None:
+    assert found.overlapped_s(hits) <= found.serial_s(hits) * (1 + 1e-12)
+
+
+@given(costs, st.floats(0, 1), st.floats(0, 1))
+def test_hits_never_cost(found: Costs, one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    assert found.overlapped_s(high) <= found.overlapped_s(low) + 1e-12
+    assert found.serial_s(high) <= found.serial_s(low) + 1e-12
+
+
+def test_by_hand() -> None:
+    # 2 layers, 4 experts a token, half of them missing: two reads of 3 s each hide two decodes of
+    # 1 s and four products of 0.5 s, beside 0.25 s for the rest of a layer.
+    found = Costs(3.0, 1.0, 0.5, 0.25, 2, 4)
+    assert found.overlapped_s(0.5) == pytest.approx(2 * (0.25 + 6.0))
+    assert found.serial_s(0.5) == pytest.approx(2 * (0.25 + 2 * 4.0 + 4 * 0.5))
+    assert found.overlapped_s(1.0) == pytest.approx(2 * (0.25 + 2.0))
+
+
+def test_break_even() -> None:
+    """Compression pays in a pipeline as soon as decoding and computing are faster than the link."""
+    raw = Costs(12.0, 0.0, 1.0, 0.0, 1, 1)
+    small = replace(raw, read_s=3.0, decode_s=10.0)
+    slow = replace(small, decode_s=12.0)
+    assert small.overlapped_s(0) < raw.overlapped_s(0) < slow.overlapped_s(0)
+
+
+def test_computing_is_timed_where_nothing_came_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the repeats are held up; one is not."""
+    took = [7.0] * 12 + [0.25] + [9.0] * 7
+    ticks = iter([at for second in took for at in (100.0, 100.0 + second)])
+    monkeypatch.setattr("moebound.offload.costs.clock", lambda: next(ticks))
+    kind = Kind(
+        (("gate_up_proj", (4, 3)), ("down_proj", (3, 2))), torch.float32, True, False, False
+    )
+    assert measure_compute(kind, torch.device("cpu"), repeats=len(took)) == 0.25
