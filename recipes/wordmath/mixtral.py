@@ -37,7 +37,7 @@ def config(vocab_size: int, *, layers: int = 8, experts: int = 8) -> MixtralConf
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
-        rope_theta=10000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.02,

@@ -154,7 +154,7 @@ def run(folder: Path, stopped: Sequence[int] = (), **changed: Any) -> Any:
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
     tmp_path: Path, architecture: str, optimizer: str
 ) -> None:
-    kind = {"architecture": architecture, "optimizer": optimizer}
+    kind: dict[str, Any] = {"architecture": architecture, "optimizer": optimizer}
     whole = run(tmp_path / "whole", **kind)
     run(tmp_path / "parts", **kind, stop_at=1)
     (tmp_path / "parts" / "checkpoint.pt.unfinished").write_bytes(b"killed while writing")

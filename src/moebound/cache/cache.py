@@ -256,7 +256,8 @@ class ExpertCache(Generic[V]):
         flying = sum(held[i] for i in self._in_flight)
         return f"of {self.budget_bytes} bytes, {pinned} are pinned and {flying} in flight"
 
-    def _filled(self, claim: Claim[V], value: V) -> None:
+    def filled(self, claim: Claim[V], value: V) -> None:
+        """See `Claim.fill`, which calls it."""
         with self._changed:
             if self._in_flight.get(claim.number) is not claim:
                 raise CacheError(f"{claim.key}: filled or abandoned before")
@@ -271,7 +272,8 @@ class ExpertCache(Generic[V]):
             self._counts[4] += self.catalog.load_bytes[claim.number]
             self._changed.notify_all()
 
-    def _abandoned(self, claim: Claim[V], error: BaseException | None) -> None:
+    def abandoned(self, claim: Claim[V], error: BaseException | None) -> None:
+        """See `Claim.abandon`, which calls it."""
         with self._changed:
             if self._in_flight.get(claim.number) is not claim:
                 return

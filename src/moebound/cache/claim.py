@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 from moebound.types import ExpertKey
 
-if TYPE_CHECKING:
-    from moebound.cache.cache import ExpertCache
-
 V = TypeVar("V")
+
+
+class Claimed(Protocol[V]):
+    """What a claim was made on: the live cache."""
+
+    def filled(self, claim: Claim[V], value: V) -> None: ...
+    def abandoned(self, claim: Claim[V], error: BaseException | None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Claim(Generic[V]):
 
     def __init__(
         self,
-        cache: ExpertCache[V],
+        cache: Claimed[V],
         key: ExpertKey,
         number: int,
         evicted: tuple[tuple[ExpertKey, V], ...],
@@ -69,12 +73,12 @@ class Claim(Generic[V]):
 
         Raises CacheError if the claim was filled or abandoned before.
         """
-        self._cache._filled(self, value)
+        self._cache.filled(self, value)
 
     def abandon(self, error: BaseException | None = None) -> None:
         """It will not come; its room is free again. Whoever waits for it gets the error, until
         somebody claims the expert anew. Does nothing once filled or abandoned."""
-        self._cache._abandoned(self, error)
+        self._cache.abandoned(self, error)
 
     def __enter__(self) -> Self:
         return self

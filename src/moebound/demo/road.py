@@ -39,11 +39,10 @@ from moebound.evaluate.transcript import read_transcript
 from moebound.files.durable import disk_errors
 from moebound.files.json_document import load_json, save_json
 from moebound.files.rows import KEY, Rows
-from moebound.jobs.workers import InProcess, Opens, Processes, Workers
+from moebound.jobs.workers import InProcess, Opens, Processes, Workers, cores
 from moebound.paper.report import Report as StudyReport
 from moebound.paper.report import make_report, read_study
 from moebound.paper.study.measure import Setup as StudySetup
-from moebound.paper.study.measure import cores
 from moebound.paper.study.run import Step, run_study
 from moebound.paper.study.suite import Suite
 from moebound.paper.study.suite_file import get_suite

@@ -8,13 +8,10 @@ nothing but answers travels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from moebound.errors import BackendUnavailable, MoeboundError
-from moebound.jobs.workers import Workers
-from moebound.paper.study.measure import Measured, Setup, cores
-from moebound.paper.study.suite import Condition
+from moebound.jobs.workers import Opens, Workers, cores
 
 LOCAL = "local"
 
@@ -36,13 +33,13 @@ class RayWorkers(Workers):
     Raises BackendUnavailable without Ray, MoeboundError if the cluster cannot be reached.
     """
 
-    def __init__(self, setup: Setup, count: int, address: str, *, gpus: float = 0.0) -> None:
+    def __init__(self, setup: Opens, count: int, address: str, *, gpus: float = 0.0) -> None:
         if count < 1:
             raise MoeboundError(f"workers {count}: expected 1 or more")
         ray = self._ray = _ray()
         self.count = count
         threads = setup.threads or max(1, cores() // count)
-        self._setup = replace(setup, threads=threads)
+        self._setup = setup.with_threads(threads)
         options: dict[str, Any] = {"num_cpus": threads, "num_gpus": gpus}
         self._ours = not ray.is_initialized()
         if self._ours:
@@ -59,7 +56,7 @@ class RayWorkers(Workers):
     def call(self, method: str, *args: Any) -> Any:
         return self._get(self._grow(1)[0].call.remote(method, args))
 
-    def run(self, conditions: Sequence[Condition], known: Mapping[str, Any]) -> Iterator[Measured]:
+    def run(self, conditions: Sequence[Any], known: Mapping[str, Any]) -> Iterator[Any]:
         left = list(reversed(conditions))
         busy: dict[Any, Any] = {}
         for worker in self._grow(min(self.count, len(left))):
@@ -100,7 +97,7 @@ class RayWorkers(Workers):
 class _Actor:
     """A worker on some machine. The model is loaded with its first call."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Opens) -> None:
         self._setup = setup
         self._measurer: Any = None
 

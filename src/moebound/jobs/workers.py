@@ -10,6 +10,7 @@ adds in another order.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +20,14 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from moebound.errors import MoeboundError
-from moebound.paper.study.measure import cores
 
 GRACE_S = 5.0
 """How long a process may take to end by itself."""
+
+
+def cores() -> int:
+    """CPUs of this machine, as far as this process may use them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Opens(Protocol):

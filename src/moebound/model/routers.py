@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from moebound.offload.predictors import Router
+Router = Callable[[torch.Tensor], torch.Tensor]
+"""[T, H], a layer's input to its experts -> [T, K], the experts it chooses."""
 
 _NAMES = ("gate", "router")
 

@@ -11,9 +11,10 @@ from moebound.files.documents import Document, read_document, read_rows
 from moebound.plan.items import RATES, ExpertSizes, Items
 from moebound.plan.losses import PROFILE_FORMAT, SENSITIVITY_FORMAT, curves_from_study
 from moebound.plan.make import Budget, Evidence, make_plan
-from moebound.plan.measured import Measure, Measured
+from moebound.plan.measured import Measured
 from moebound.plan.plan import Plan, PlannedExpert
 from moebound.plan.schemes import Scheme, effective_rank
+from moebound.plan.within import Measure
 
 __all__ = [
     "PROFILE_FORMAT",

@@ -12,10 +12,9 @@ from moebound.plan import schemes
 from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.plan.joint import Joint
 from moebound.plan.losses import from_sensitivity, from_study, shares_from_profile
-from moebound.plan.measured import Measure
 from moebound.plan.plan import Plan, planned_experts
 from moebound.plan.schemes import Scheme
-from moebound.plan.within import within_measured
+from moebound.plan.within import Measure, within_measured
 
 
 @dataclass(frozen=True)

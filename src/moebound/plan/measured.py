@@ -9,15 +9,12 @@ a function, so that this folder loads no model; `sensitivity/trial.py` has one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moebound.errors import PlanError
 from moebound.files.documents import index, number
-
-if TYPE_CHECKING:
-    from moebound.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,6 @@ class Measured:
             bool(data.get("exact", True)),
             index(data.get("n_tried", 1), "measured: n_tried"),
         )
-
-
-Measure = Callable[["Plan"], Measured]
-"""What a plan loses. The same for the same plan."""
 
 
 def _finite(value: float) -> float | None:

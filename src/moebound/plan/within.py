@@ -15,8 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from moebound.errors import PlanError
-from moebound.plan.measured import Measure, Measured
+from moebound.plan.measured import Measured
 from moebound.plan.plan import Plan
+
+Measure = Callable[[Plan], Measured]
+"""What a plan loses. The same for the same plan."""
 
 MOST_TRIED = 8
 CLOSE = 0.8

@@ -1,6 +1,7 @@
 """Which experts will be needed next: guesses, and whether they pay."""
 
-from moebound.offload.predictors.base import Layers, Predictor, Router
+from moebound.model.routers import Router
+from moebound.offload.predictors.base import Layers, Predictor
 from moebound.offload.predictors.foresight import Foresight
 from moebound.offload.predictors.gate import GateAhead
 from moebound.offload.predictors.matching import ActivationMatching

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from moebound.model.routers import Router
 from moebound.types import Array
-
-Router = Callable[[torch.Tensor], torch.Tensor]
-"""[T, H], a layer's input to its experts -> [T, K], the experts it chooses."""
 
 
 @dataclass(frozen=True)

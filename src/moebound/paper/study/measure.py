@@ -7,7 +7,6 @@ this process, another one, or another machine: see `workers.py`.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -247,8 +246,3 @@ def _padded(pairs: Sequence[Pair], device: torch.device) -> dict[str, torch.Tens
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def cores() -> int:
-    """Of this machine, as far as this process may use them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
