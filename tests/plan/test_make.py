@@ -168,8 +168,9 @@ def test_damaged_plans(evidence: Evidence, tmp_path: Path) -> None:
         ({"experts": [{**first, "bounds": {}}]}, "bounds: expected one"),
         ({"experts": [{**first, "bounds": {"up": {"mode": "rate", "value": -1}}}]}, "BoundError"),
         ({"experts": [{**first, "layer": -1}]}, "layer: expected a whole number"),
-        ({"codec": None}, "codec: expected str"),
-        ({"version": 2}, "version 2"),
+        ({"method": None}, "method: expected str"),
+        ({"version": 1}, "method: expected str"),
+        ({"version": 3}, "version 3"),
         ({"joint": {"sums": [2, 1], "measured": [1, 2]}}, "joint: sums: expected ascending"),
     ):
         path = tmp_path / "bad.json"

@@ -129,6 +129,11 @@ class ExpertCache(Generic[V]):
             self._counts[1] += len(hits)
             return Found(hits, tuple(missing))
 
+    def peek(self, key: ExpertKey) -> V | None:
+        """Its value, if it is resident; nothing is counted, and nothing held."""
+        with self._changed:
+            return self._values.get(self.catalog.number(key))
+
     def claim(
         self, key: ExpertKey, *, speculative: bool = False, timeout: float = DEFAULT_TIMEOUT_S
     ) -> Claim[V] | None:

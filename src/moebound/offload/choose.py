@@ -106,7 +106,8 @@ def choose(
     on_host = device.type == "cpu"  # where compressed experts and decoded ones share a memory
     ways, least = list[Way](), list[int]()
     for name, images in sources.items():
-        floor = catalog_of(images, kinds).smallest_budget(floor=1, working=top_k + 1)
+        working = top_k + 1 + images.most_shared
+        floor = catalog_of(images, kinds).smallest_budget(floor=1, working=working)
         probe = sample(images)
         tiers: tuple[TierName, ...] = ("disk", "ram") if tier == "auto" else (tier,)
         for at in tiers:
@@ -135,12 +136,15 @@ def choose(
 
 
 def catalog_of(images: Images, kinds: Mapping[ExpertKey, Kind]) -> Catalog:
-    """What each expert takes in the cache, and what is moved to bring it in."""
-    keys = tuple(images.by_key)
+    """What each expert and shared part takes in the cache, and what is moved to bring it in."""
+    found = sorted(images.everything, key=lambda image: image.key)
     return Catalog(
-        keys,
-        tuple(kinds[key].n_bytes for key in keys),
-        tuple(images.by_key[key].n_bytes for key in keys),
+        tuple(image.key for image in found),
+        tuple(
+            max(1, image.shared.record.held_bytes) if image.shared else kinds[image.key].n_bytes
+            for image in found
+        ),
+        tuple(image.n_bytes for image in found),
     )
 
 

@@ -48,7 +48,7 @@ class DeviceDecoder:
         self._first = dict[ExpertKey, int]()  # the number of an image's first array
         streams = list[Stream]()
         for image, data in held:
-            found = _read(image, data) if image.encoded else []
+            found = _read(image, data) if image.encoded and image.enveloped else []
             if found and all(stream.coded is not None for stream in found):
                 self._first[image.key] = len(streams)
                 streams += found

@@ -24,12 +24,12 @@ from moebound.offload.choose import catalog_of, choose, open_delivery, open_tier
 from moebound.offload.fallback import CoarseCopies, Grades
 from moebound.offload.fetcher import Fetcher
 from moebound.offload.images import Images, open_images
-from moebound.offload.loader import Loader
+from moebound.offload.loader import Held, Loader
 from moebound.offload.meter import Meter
 from moebound.offload.offloaded import Choice, Offloaded
 from moebound.offload.on_demand import NAME, LayerExperts, register_on_demand
 from moebound.offload.predictors import PREDICTORS, Foresight, Layers, Predictor
-from moebound.offload.slots import Kind, Slot, SlotPool
+from moebound.offload.slots import Kind, SlotPool
 from moebound.offload.tiers import TierName
 from moebound.types import ExpertKey
 from moebound.wordmath.builtin import resolve
@@ -104,17 +104,17 @@ def load(
                   drop_cache=drop_cache)  # fmt: skip
     way = ways[0]
     meter = Meter()
-    cache = ExpertCache[Slot](
+    cache = ExpertCache[Held](
         catalog_of(way.images, kinds),
         way.cache_bytes,
         policy=policy,
-        working=way.costs.top_k + 1,
+        working=way.costs.top_k + 1 + way.images.most_shared,
     )
-    waiting = open_tier(way.tier, way.images, place, drop_cache=drop_cache)
+    waiting = open_tier(way.tier, way.images.everything, place, drop_cache=drop_cache)
     delivery = open_delivery(waiting, way.images, place, cores=cores)
     loader = Loader(
         cache,
-        way.images.by_key,
+        {image.key: image for image in way.images.everything},
         kinds,
         delivery,
         SlotPool(way.cache_bytes, place, set(kinds.values())),
@@ -138,7 +138,7 @@ def load(
     )
     for entry in live.stacks:
         entry.module.moebound = LayerExperts(  # type: ignore[assignment]  # no submodule
-            entry.layer, entry.first, fetcher
+            entry.layer, entry.first, fetcher, way.images.edits.get(entry.layer)
         )
     buffers = delivery.threads * delivery.buffer_bytes + delivery.kept_bytes
     choice = Choice.of(ways, policy=policy, predictor=predictor, buffer_bytes=buffers)

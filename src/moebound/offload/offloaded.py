@@ -12,8 +12,8 @@ from moebound.cache import ExpertCache
 from moebound.offload.choose import Way
 from moebound.offload.costs import Costs, Speeds
 from moebound.offload.fetcher import Fetcher
+from moebound.offload.loader import Held
 from moebound.offload.meter import Meter, clock
-from moebound.offload.slots import Slot
 from moebound.offload.tiers import TierName
 
 
@@ -68,7 +68,7 @@ class Offloaded:
         self._begun = 0.0
 
     @property
-    def cache(self) -> ExpertCache[Slot]:
+    def cache(self) -> ExpertCache[Held]:
         return self._fetcher.cache
 
     @property

@@ -12,7 +12,7 @@ from moebound.plan import schemes
 from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.plan.joint import Joint
 from moebound.plan.losses import from_sensitivity, from_study, shares_from_profile
-from moebound.plan.plan import Plan, planned_experts
+from moebound.plan.plan import CODEC_METHOD, Plan, planned_experts
 from moebound.plan.schemes import Scheme
 from moebound.plan.within import Measure, within_measured
 
@@ -119,7 +119,7 @@ def make_plan(
         _check(asked, items, most, joint, source_bytes)
         rates = _rates(chosen, items, experts, share, most, loss)
         return Plan(
-            codec=codec,
+            method=CODEC_METHOD + codec,
             scheme=chosen,
             budget=budget.asked,
             source=source,
