@@ -87,14 +87,14 @@ void bind_device(nb::module_& m) {
   m.def("bound_plan", [](nb::handle payload, size_t n, unsigned source, unsigned output, double bound) {
     const Buffer buffer(payload);
     const auto info = array_info(dtype_from(source), dtype_from(output), bound, n, 1);
-    moebound::PayloadPlan plan;
+    moebound::ParsedPayload parsed;
     {
       const Away away;
-      plan = moebound::plan_payload(info, buffer.data(), buffer.size());
+      parsed = moebound::parse_payload(info, buffer.data(), buffer.size());
     }
-    nb::dict found = to_dict(std::move(plan.layout));
-    found["segments"] = to_array(std::move(plan.segments));
-    found["values"] = to_array(std::move(plan.values));
+    nb::dict found = to_dict(std::move(parsed.layout));
+    found["segments"] = to_array(std::move(parsed.segments));
+    found["values"] = to_array(std::move(parsed.values));
     return found;
   }, "payload"_a, "n"_a, "source"_a, "output"_a, "bound"_a);
 }

@@ -41,11 +41,11 @@ size_t search_width(const Layout& layout) {
   return 0;
 }
 
-void fill_search_tables(const Layout& layout, DecodePlan& plan) {
-  const size_t width = plan.search_width;
-  plan.search_tables.resize(2 * width * layout.n_tables);
+void fill_search_tables(const Layout& layout, DecodeSetup& setup) {
+  const size_t width = setup.search_width;
+  setup.search_tables.resize(2 * width * layout.n_tables);
   for (uint32_t t = 0; t < layout.n_tables; ++t) {
-    uint16_t* const cumulative = plan.search_tables.data() + 2 * width * t;
+    uint16_t* const cumulative = setup.search_tables.data() + 2 * width * t;
     uint16_t* const frequency = cumulative + width;
     std::fill_n(cumulative, width, uint16_t(0xFFFF));
     std::copy_n(layout.frequencies.data() + t * layout.n_symbols, layout.n_symbols, frequency);
@@ -54,39 +54,39 @@ void fill_search_tables(const Layout& layout, DecodePlan& plan) {
   }
 }
 
-void fill_tables(const Layout& layout, DecodePlan& plan) {
-  plan.tables.reserve(size_t(layout.n_tables) << layout.table_log);
+void fill_tables(const Layout& layout, DecodeSetup& setup) {
+  setup.tables.reserve(size_t(layout.n_tables) << layout.table_log);
   for (uint32_t t = 0; t < layout.n_tables; ++t) {
     const uint16_t* f = layout.frequencies.data() + t * layout.n_symbols;
     for (uint32_t s = 0; s < layout.n_symbols; ++s) {
-      for (uint32_t k = 0; k < f[s]; ++k) plan.tables.push_back(table_entry(s, f[s], k));
+      for (uint32_t k = 0; k < f[s]; ++k) setup.tables.push_back(table_entry(s, f[s], k));
     }
   }
 }
 
-void fill_values(const ArrayInfo& info, const Layout& layout, DecodePlan& plan) {
+void fill_values(const ArrayInfo& info, const Layout& layout, DecodeSetup& setup) {
   if (info.bound == 0) {
     check_exact(layout);
-    plan.values16.resize(size_t(layout.n_symbols) << kExactLowBits);
-    for (size_t i = 0; i < plan.values16.size(); ++i) {
-      plan.values16[i] = unrotated(uint16_t((size_t(layout.symbol_low) << kExactLowBits) + i));
+    setup.values16.resize(size_t(layout.n_symbols) << kExactLowBits);
+    for (size_t i = 0; i < setup.values16.size(); ++i) {
+      setup.values16[i] = unrotated(uint16_t((size_t(layout.symbol_low) << kExactLowBits) + i));
     }
-    plan.values32.assign(plan.values16.begin(), plan.values16.end());
+    setup.values32.assign(setup.values16.begin(), setup.values16.end());
     return;
   }
   const Grid grid = grid_of(info, layout);
-  plan.values32 = bin_values(layout, grid, info.output == DType::kF32 ? F32::kSign : BF16::kSign);
+  setup.values32 = bin_values(layout, grid, info.output == DType::kF32 ? F32::kSign : BF16::kSign);
   if (info.output == DType::kF32) return;
-  plan.values16.assign(plan.values32.begin(), plan.values32.end());
-  plan.values16.resize(std::max(plan.values16.size(), kMostPermuted));  // whole registers
+  setup.values16.assign(setup.values32.begin(), setup.values32.end());
+  setup.values16.resize(std::max(setup.values16.size(), kMostPermuted));  // whole registers
   if (layout.low_bits || layout.n_symbols > kMaxShuffleSymbols) return;
   const size_t n_blocks = (layout.n_symbols + 15) / 16;
-  plan.shuffle_low.assign(32 * n_blocks, 0);
-  plan.shuffle_high.assign(32 * n_blocks, 0);
+  setup.shuffle_low.assign(32 * n_blocks, 0);
+  setup.shuffle_high.assign(32 * n_blocks, 0);
   for (size_t s = 0; s < layout.n_symbols; ++s) {
     for (size_t half = 0; half < 32; half += 16) {
-      plan.shuffle_low[s / 16 * 32 + half + s % 16] = uint8_t(plan.values16[s]);
-      plan.shuffle_high[s / 16 * 32 + half + s % 16] = uint8_t(plan.values16[s] >> 8);
+      setup.shuffle_low[s / 16 * 32 + half + s % 16] = uint8_t(setup.values16[s]);
+      setup.shuffle_high[s / 16 * 32 + half + s % 16] = uint8_t(setup.values16[s] >> 8);
     }
   }
 }
@@ -97,18 +97,18 @@ void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes,
                   unsigned threads) {
   std::vector<SegmentBytes> segments;
   const Layout layout = parse_layout(payload, n_bytes, info.n, segments);
-  DecodePlan plan;
-  plan.layout = &layout;
-  plan.n = info.n;
-  plan.output = info.output;
-  plan.search_width = search_width(layout);
-  if (plan.search_width) {
-    fill_search_tables(layout, plan);
+  DecodeSetup setup;
+  setup.layout = &layout;
+  setup.n = info.n;
+  setup.output = info.output;
+  setup.search_width = search_width(layout);
+  if (setup.search_width) {
+    fill_search_tables(layout, setup);
   } else {
-    fill_tables(layout, plan);
-    plan.starts = table_starts(layout, 1u << layout.table_log);
+    fill_tables(layout, setup);
+    setup.starts = table_starts(layout, 1u << layout.table_log);
   }
-  fill_values(info, layout, plan);
+  fill_values(info, layout, setup);
   const DecodeSegments decode = decoder();
   const size_t stride = size_t(layout.rows_per_segment) * layout.columns * item_size(info.output);
   // Segments go to threads in batches of up to kMostTogether, of even size, as many for each thread.
@@ -123,7 +123,7 @@ void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes,
       const size_t last = std::min(first + layout.rows_per_segment, layout.rows(info.n));
       jobs[i - begin] = {&segments[i], first, last, static_cast<uint8_t*>(out) + i * stride};
     }
-    if (!decode(plan, jobs, end - begin)) damaged = begin;
+    if (!decode(setup, jobs, end - begin)) damaged = begin;
   });
   if (damaged != SIZE_MAX) {
     throw Corrupt("segment " + std::to_string(damaged) + " or one soon behind it is damaged");

@@ -55,17 +55,17 @@ struct Segment {
   uint32_t n_words = 0;
 };
 
-Segment make_segment(const EncodePlan& plan, const Symbols& symbols, size_t first, size_t last) {
-  const Layout& layout = *plan.layout;
-  const size_t n_weights = std::min(plan.n, last * layout.columns) - first * layout.columns;
+Segment make_segment(const EncodeSetup& setup, const Symbols& symbols, size_t first, size_t last) {
+  const Layout& layout = *setup.layout;
+  const size_t n_weights = std::min(setup.n, last * layout.columns) - first * layout.columns;
   thread_local Scratch<uint16_t> words_scratch;  // at most kMaxSegmentWeights: never large
   uint16_t* const words_end = words_scratch.room_for(n_weights + kWordSlack) + n_weights + kWordSlack;
   uint32_t states[1u << kMaxLanesLog];
   const PutPlanes put = planes_writer();
-  const uint16_t* const words = encoder()(plan, first, last, states, words_end);
+  const uint16_t* const words = encoder()(setup, first, last, states, words_end);
   Segment segment;
   segment.n_words = uint32_t(words_end - words);
-  segment.n_bytes = segment_n_bytes(layout, segment.n_words, groups_in_rows(layout, first, last, plan.n));
+  segment.n_bytes = segment_n_bytes(layout, segment.n_words, groups_in_rows(layout, first, last, setup.n));
   segment.bytes = std::make_unique_for_overwrite<uint8_t[]>(segment.n_bytes);
   uint8_t* const behind_states = segment.bytes.get() + 4 * layout.lanes();
   uint8_t* const behind_words = std::copy_n(reinterpret_cast<const uint8_t*>(words), 2 * size_t(segment.n_words), behind_states);
@@ -73,7 +73,7 @@ Segment make_segment(const EncodePlan& plan, const Symbols& symbols, size_t firs
   std::memcpy(segment.bytes.get(), states, 4 * layout.lanes());
   std::fill(behind_words, planes, uint8_t(0));
   for (size_t row = first; layout.low_bits && row < last; ++row) {
-    const size_t row_stop = std::min(plan.n, (row + 1) * layout.columns);
+    const size_t row_stop = std::min(setup.n, (row + 1) * layout.columns);
     for (size_t i = row * layout.columns; i < row_stop; i += kGroup, planes += 4 * layout.low_bits) {
       put(symbols.low + i, std::min<size_t>(kGroup, row_stop - i), layout.low_bits, planes);
     }
@@ -124,12 +124,12 @@ EncodedBound encode_bound(const ArrayInfo& info, const void* source, const Encod
   std::iota(all_rows.begin(), all_rows.end(), size_t(0));
   choose_tables(count_symbols(symbols.symbol, layout, n, all_rows), n, layout);
 
-  const EncodePlan plan{&layout, n, symbols.symbol, encode_entries(layout),
-                        table_starts(layout, layout.n_symbols)};
+  const EncodeSetup setup{&layout, n, symbols.symbol, encode_entries(layout),
+                          table_starts(layout, layout.n_symbols)};
   std::vector<Segment> segments(layout.segments(n));
   for_each_index(segments.size(), options.threads, [&](size_t i) {
     const size_t first = i * layout.rows_per_segment;
-    segments[i] = make_segment(plan, symbols, first, std::min(first + layout.rows_per_segment, rows));
+    segments[i] = make_segment(setup, symbols, first, std::min(first + layout.rows_per_segment, rows));
   });
 
   EncodedBound encoded;

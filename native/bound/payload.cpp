@@ -36,19 +36,19 @@ void check_exact(const Layout& layout) {
   }
 }
 
-PayloadPlan plan_payload(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes) {
-  PayloadPlan plan;
+ParsedPayload parse_payload(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes) {
+  ParsedPayload parsed;
   std::vector<SegmentBytes> segments;
-  plan.layout = parse_layout(payload, n_bytes, info.n, segments);
-  plan.segments.reserve(segments.size());
-  for (const SegmentBytes& segment : segments) plan.segments.push_back(uint64_t(segment.states - payload));
+  parsed.layout = parse_layout(payload, n_bytes, info.n, segments);
+  parsed.segments.reserve(segments.size());
+  for (const SegmentBytes& segment : segments) parsed.segments.push_back(uint64_t(segment.states - payload));
   if (info.bound == 0) {
-    check_exact(plan.layout);
+    check_exact(parsed.layout);
   } else {
     const uint32_t sign = info.output == DType::kF32 ? F32::kSign : BF16::kSign;
-    plan.values = bin_values(plan.layout, grid_of(info, plan.layout), sign);
+    parsed.values = bin_values(parsed.layout, grid_of(info, parsed.layout), sign);
   }
-  return plan;
+  return parsed;
 }
 
 }  // namespace moebound

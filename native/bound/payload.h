@@ -20,7 +20,7 @@ Grid grid_of(const ArrayInfo& info, const Layout& layout);
 // Throws Corrupt unless bins can be patterns, as in an exact copy.
 void check_exact(const Layout& layout);
 
-struct PayloadPlan {
+struct ParsedPayload {
   Layout layout;
   std::vector<uint64_t> segments;  // where each begins, in bytes from the payload's first
   std::vector<uint32_t> values;    // bin_values; none of an exact copy, whose bins are patterns
@@ -28,6 +28,6 @@ struct PayloadPlan {
 
 // Every offset and length of a payload is checked here: states, words and planes of each segment lie
 // inside it. Throws Corrupt.
-PayloadPlan plan_payload(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes);
+ParsedPayload parse_payload(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes);
 
 }  // namespace moebound

@@ -156,12 +156,12 @@ struct LookUpEmit {
 };
 
 template <class Emit>
-bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, size_t last,
+bool decode(const DecodeSetup& setup, const SegmentBytes& segment, size_t first, size_t last,
             typename Emit::Out* out, const Emit emit) {
-  if (!states_are_valid(*plan.layout, segment)) return false;
-  const __m128i table_log = _mm_cvtsi32_si128(int(plan.layout->table_log));
-  const __m256i slot_mask = _mm256_set1_epi32(int((1u << plan.layout->table_log) - 1));
-  const uint32_t* const tables = plan.tables.data();
+  if (!states_are_valid(*setup.layout, segment)) return false;
+  const __m128i table_log = _mm_cvtsi32_si128(int(setup.layout->table_log));
+  const __m256i slot_mask = _mm256_set1_epi32(int((1u << setup.layout->table_log) - 1));
+  const uint32_t* const tables = setup.tables.data();
   __m256i x[4];
   for (size_t v = 0; v < 4; ++v) {
     x[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(segment.states + 32 * v));
@@ -184,7 +184,7 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
     }
     emit(entry, planes, to);
   };
-  if (!walk_rows(plan, segment, first, last, out, group)) return false;
+  if (!walk_rows(setup, segment, first, last, out, group)) return false;
   __m256i same = _mm256_set1_epi32(-1);
   for (const __m256i lanes : x) {
     same = _mm256_and_si256(same, _mm256_cmpeq_epi32(lanes, _mm256_set1_epi32(int(kStateLow))));
@@ -192,20 +192,20 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
   return _mm256_movemask_epi8(same) == -1;
 }
 
-bool decode_segment(const DecodePlan& plan, const SegmentJob& job) {
+bool decode_segment(const DecodeSetup& setup, const SegmentJob& job) {
   const SegmentBytes& segment = *job.bytes;
   const size_t first = job.first, last = job.last;
   void* const out = job.out;
-  const uint32_t low_bits = plan.layout->low_bits;
-  if (plan.output == DType::kF32) {
-    return decode(plan, segment, first, last, static_cast<uint32_t*>(out),
-                  LookUpEmit<uint32_t>{plan.values32.data(), low_bits});
+  const uint32_t low_bits = setup.layout->low_bits;
+  if (setup.output == DType::kF32) {
+    return decode(setup, segment, first, last, static_cast<uint32_t*>(out),
+                  LookUpEmit<uint32_t>{setup.values32.data(), low_bits});
   }
   const auto by_shuffles = [&](auto blocks) {
-    return decode(plan, segment, first, last, static_cast<uint16_t*>(out),
-                  ShuffleEmit<decltype(blocks)::value>{plan.shuffle_low.data(), plan.shuffle_high.data()});
+    return decode(setup, segment, first, last, static_cast<uint16_t*>(out),
+                  ShuffleEmit<decltype(blocks)::value>{setup.shuffle_low.data(), setup.shuffle_high.data()});
   };
-  switch (plan.shuffle_low.size() / 32) {
+  switch (setup.shuffle_low.size() / 32) {
     case 1: return by_shuffles(std::integral_constant<size_t, 1>{});
     case 2: return by_shuffles(std::integral_constant<size_t, 2>{});
     case 3: return by_shuffles(std::integral_constant<size_t, 3>{});
@@ -216,15 +216,15 @@ bool decode_segment(const DecodePlan& plan, const SegmentJob& job) {
     case 8: return by_shuffles(std::integral_constant<size_t, 8>{});
     default: break;
   }
-  return decode(plan, segment, first, last, static_cast<uint16_t*>(out),
-                LookUpEmit<uint16_t>{plan.values16.data(), low_bits});
+  return decode(setup, segment, first, last, static_cast<uint16_t*>(out),
+                LookUpEmit<uint16_t>{setup.values16.data(), low_bits});
 }
 
 }  // namespace
 
-bool decode_segments_avx2(const DecodePlan& plan, const SegmentJob* jobs, size_t n) {
-  if (plan.layout->lanes() != kLanes) return decode_segments_scalar(plan, jobs, n);
-  return std::all_of(jobs, jobs + n, [&](const SegmentJob& job) { return decode_segment(plan, job); });
+bool decode_segments_avx2(const DecodeSetup& setup, const SegmentJob* jobs, size_t n) {
+  if (setup.layout->lanes() != kLanes) return decode_segments_scalar(setup, jobs, n);
+  return std::all_of(jobs, jobs + n, [&](const SegmentJob& job) { return decode_segment(setup, job); });
 }
 
 namespace {
@@ -264,11 +264,11 @@ __attribute__((always_inline)) inline void retreat(__m256i& x, __m256i entry, __
 
 }  // namespace
 
-uint16_t* encode_segment_avx2(const EncodePlan& plan, size_t first, size_t last, uint32_t* states,
+uint16_t* encode_segment_avx2(const EncodeSetup& setup, size_t first, size_t last, uint32_t* states,
                               uint16_t* words_end) {
-  const Layout& layout = *plan.layout;
+  const Layout& layout = *setup.layout;
   if (layout.lanes() != kLanes || layout.table_log < kLeastEncodedTableLog) {
-    return encode_segment_scalar(plan, first, last, states, words_end);
+    return encode_segment_scalar(setup, first, last, states, words_end);
   }
   const __m128i table_log = _mm_cvtsi32_si128(int(layout.table_log));
   const __m128i limit_shift = _mm_cvtsi32_si128(int(32 - layout.table_log));
@@ -282,13 +282,13 @@ uint16_t* encode_segment_avx2(const EncodePlan& plan, size_t first, size_t last,
       const __m256i index = _mm256_add_epi32(
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + 8 * v)),
           _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(symbols + 8 * v))));
-      retreat(x[v], look_up(plan.entries.data(), index), first_lanes(n_active, v), table_log, limit_shift, word);
+      retreat(x[v], look_up(setup.entries.data(), index), first_lanes(n_active, v), table_log, limit_shift, word);
     }
   };
   for (size_t row = last; row-- > first;) {
-    const uint32_t* start = plan.starts.of_row(row);
-    const uint8_t* symbols = plan.symbols + row * layout.columns;
-    size_t j = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
+    const uint32_t* start = setup.starts.of_row(row);
+    const uint8_t* symbols = setup.symbols + row * layout.columns;
+    size_t j = std::min<size_t>(layout.columns, setup.n - row * layout.columns);
     if (const size_t left = j % kLanes; left) {
       j -= left;
       uint8_t padded[kLanes] = {};

@@ -59,14 +59,14 @@ struct SearchFinder {
   Words<kWidth> cumulative[K], frequency[K];
   __m512i slot_mask, order;
 
-  explicit SearchFinder(const DecodePlan& plan)
-      : slot_mask(_mm512_set1_epi16(short((1u << plan.layout->table_log) - 1))) {
+  explicit SearchFinder(const DecodeSetup& setup)
+      : slot_mask(_mm512_set1_epi16(short((1u << setup.layout->table_log) - 1))) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     order = pack_words(even, _mm512_add_epi32(even, _mm512_set1_epi32(1)));
   }
 
-  void start_row(const DecodePlan& plan, size_t k, size_t row) {
-    const uint16_t* const table = plan.search_table(row);
+  void start_row(const DecodeSetup& setup, size_t k, size_t row) {
+    const uint16_t* const table = setup.search_table(row);
     cumulative[k].load(table);
     frequency[k].load(table + kWidth);
   }
@@ -109,10 +109,10 @@ struct GatherFinder {
   __m512i slot_mask;
   const uint32_t* offsets[K];
 
-  explicit GatherFinder(const DecodePlan& plan)
-      : tables(plan.tables.data()), slot_mask(_mm512_set1_epi32(int((1u << plan.layout->table_log) - 1))) {}
+  explicit GatherFinder(const DecodeSetup& setup)
+      : tables(setup.tables.data()), slot_mask(_mm512_set1_epi32(int((1u << setup.layout->table_log) - 1))) {}
 
-  void start_row(const DecodePlan& plan, size_t k, size_t row) { offsets[k] = plan.offsets(row); }
+  void start_row(const DecodeSetup& setup, size_t k, size_t row) { offsets[k] = setup.offsets(row); }
 
   __attribute__((always_inline)) void operator()(const States (&x)[K], size_t j, Found (&found)[K]) const {
     __m512i entry[K][2];
@@ -171,10 +171,10 @@ __attribute__((always_inline)) inline __m512i bins(const uint16_t* symbols, cons
 
 // Writes 32 values a turn with store(bins, out), those of a ragged end by way of a buffer.
 template <class Value, class Store>
-__attribute__((always_inline)) inline void emit_groups(const DecodePlan& plan, const uint16_t* symbols,
+__attribute__((always_inline)) inline void emit_groups(const DecodeSetup& setup, const uint16_t* symbols,
                                                        const uint8_t* planes, size_t n, uint8_t* bytes,
                                                        const Store& store) {
-  const uint32_t low_bits = plan.layout->low_bits;
+  const uint32_t low_bits = setup.layout->low_bits;
   auto* out = reinterpret_cast<Value*>(bytes);
   for (size_t i = 0; i < n; i += kLanes, planes += 4 * low_bits) {
     Value ragged[kLanes];
@@ -186,18 +186,19 @@ __attribute__((always_inline)) inline void emit_groups(const DecodePlan& plan, c
 
 // 16-bit values of up to kWidth bins.
 template <size_t kWidth>
-void emit_by_permutes(const DecodePlan& plan, const uint16_t* symbols, const uint8_t* planes, size_t n, uint8_t* out) {
+void emit_by_permutes(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, size_t n,
+                      uint8_t* out) {
   Words<kWidth> values;
-  values.load(plan.values16.data());
-  emit_groups<uint16_t>(plan, symbols, planes, n, out, [&](__m512i bin, uint16_t* to) __attribute__((always_inline)) {
+  values.load(setup.values16.data());
+  emit_groups<uint16_t>(setup, symbols, planes, n, out, [&](__m512i bin, uint16_t* to) __attribute__((always_inline)) {
     _mm512_storeu_si512(to, values[bin]);
   });
 }
 
 template <class Value>
-void emit_by_gathers(const DecodePlan& plan, const uint16_t* symbols, const uint8_t* planes, size_t n, uint8_t* out) {
-  const uint32_t* const values = plan.values32.data();
-  emit_groups<Value>(plan, symbols, planes, n, out, [&](__m512i bin, Value* to) __attribute__((always_inline)) {
+void emit_by_gathers(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, size_t n, uint8_t* out) {
+  const uint32_t* const values = setup.values32.data();
+  emit_groups<Value>(setup, symbols, planes, n, out, [&](__m512i bin, Value* to) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (size_t v = 0; v < 2; ++v) {
       const __m256i half = v ? _mm512_extracti64x4_epi64(bin, 1) : _mm512_castsi512_si256(bin);
@@ -211,9 +212,9 @@ void emit_by_gathers(const DecodePlan& plan, const uint16_t* symbols, const uint
   });
 }
 
-Emit emit_for(const DecodePlan& plan) {
-  const size_t n_bins = size_t(plan.layout->n_symbols) << plan.layout->low_bits;
-  if (plan.output == DType::kF32) return emit_by_gathers<uint32_t>;
+Emit emit_for(const DecodeSetup& setup) {
+  const size_t n_bins = size_t(setup.layout->n_symbols) << setup.layout->low_bits;
+  if (setup.output == DType::kF32) return emit_by_gathers<uint32_t>;
   if (n_bins <= 64) return emit_by_permutes<64>;
   if (n_bins <= 128) return emit_by_permutes<128>;
   if (n_bins <= 256) return emit_by_permutes<256>;
@@ -223,12 +224,12 @@ Emit emit_for(const DecodePlan& plan) {
 
 // n_rows rows of `columns` weights of K segments under way.
 template <size_t K, template <size_t> class Finder>
-bool decode_rows(const DecodePlan& plan, Stream* streams, States* states, size_t n_rows, size_t columns) {
-  const __m128i table_log = _mm_cvtsi32_si128(int(plan.layout->table_log));
-  Finder<K> finder(plan);
+bool decode_rows(const DecodeSetup& setup, Stream* streams, States* states, size_t n_rows, size_t columns) {
+  const __m128i table_log = _mm_cvtsi32_si128(int(setup.layout->table_log));
+  Finder<K> finder(setup);
   States x[K];
   for (size_t k = 0; k < K; ++k) std::copy_n(states[k], 2, x[k]);
-  const auto start_row = [&](size_t k) { finder.start_row(plan, k, streams[k].row); };
+  const auto start_row = [&](size_t k) { finder.start_row(setup, k, streams[k].row); };
   const auto group = [&](size_t j, uint32_t active, size_t g) __attribute__((always_inline)) {
     Found found[K];
     finder(x, j, found);
@@ -238,43 +239,43 @@ bool decode_rows(const DecodePlan& plan, Stream* streams, States* states, size_t
       _mm512_store_si512(streams[k].symbols + kLanes * g, found[k].symbols);
     }
   };
-  if (!walk<K>(plan, streams, n_rows, columns, emit_for(plan), start_row, group)) return false;
+  if (!walk<K>(setup, streams, n_rows, columns, emit_for(setup), start_row, group)) return false;
   for (size_t k = 0; k < K; ++k) std::copy_n(x[k], 2, states[k]);
   return true;
 }
 
 // Whole rows of K segments together, as many as the shortest has.
 template <size_t K, template <size_t> class Finder>
-bool decode_together(const DecodePlan& plan, Stream* streams, States* states) {
-  const size_t whole = plan.n / plan.layout->columns;  // the row behind these is shorter
+bool decode_together(const DecodeSetup& setup, Stream* streams, States* states) {
+  const size_t whole = setup.n / setup.layout->columns;  // the row behind these is shorter
   size_t n_rows = SIZE_MAX;
   for (size_t k = 0; k < K; ++k) {
     n_rows = std::min(n_rows, std::min(whole, streams[k].last_row) - std::min(whole, streams[k].row));
   }
-  return decode_rows<K, Finder>(plan, streams, states, n_rows, plan.layout->columns);
+  return decode_rows<K, Finder>(setup, streams, states, n_rows, setup.layout->columns);
 }
 
 template <template <size_t> class Finder>
-bool decode(const DecodePlan& plan, const SegmentJob* jobs, size_t n) {
+bool decode(const DecodeSetup& setup, const SegmentJob* jobs, size_t n) {
   Stream streams[kMostTogether];
   States states[kMostTogether];
   for (size_t k = 0; k < n; ++k) {
-    if (!states_are_valid(*plan.layout, *jobs[k].bytes)) return false;
+    if (!states_are_valid(*setup.layout, *jobs[k].bytes)) return false;
     streams[k].begin(jobs[k]);
     for (size_t v = 0; v < 2; ++v) states[k][v] = _mm512_loadu_si512(jobs[k].bytes->states + 64 * v);
   }
   // All whole rows that they have in common; each goes on alone.
-  const bool good = n == 4   ? decode_together<4, Finder>(plan, streams, states)
-                    : n == 3 ? decode_together<3, Finder>(plan, streams, states)
-                    : n == 2 ? decode_together<2, Finder>(plan, streams, states)
+  const bool good = n == 4   ? decode_together<4, Finder>(setup, streams, states)
+                    : n == 3 ? decode_together<3, Finder>(setup, streams, states)
+                    : n == 2 ? decode_together<2, Finder>(setup, streams, states)
                              : true;
   if (!good) return false;
-  const size_t last_columns = plan.n % plan.layout->columns;
+  const size_t last_columns = setup.n % setup.layout->columns;
   const __m512i low = _mm512_set1_epi32(int(kStateLow));
   for (size_t k = 0; k < n; ++k) {
-    if (!decode_together<1, Finder>(plan, streams + k, states + k)) return false;
+    if (!decode_together<1, Finder>(setup, streams + k, states + k)) return false;
     if (streams[k].row < streams[k].last_row &&
-        !decode_rows<1, Finder>(plan, streams + k, states + k, 1, last_columns)) {
+        !decode_rows<1, Finder>(setup, streams + k, states + k, 1, last_columns)) {
       return false;
     }
     if (streams[k].word != streams[k].words_end) return false;
@@ -294,13 +295,13 @@ using SearchFinder128 = SearchFinder<128, K>;
 
 }  // namespace
 
-bool decode_segments_avx512(const DecodePlan& plan, const SegmentJob* jobs, size_t n) {
-  if (plan.layout->lanes() != kLanes) return decode_segments_scalar(plan, jobs, n);
-  switch (plan.search_width) {
-    case 32: return decode<SearchFinder32>(plan, jobs, n);
-    case 64: return decode<SearchFinder64>(plan, jobs, n);
-    case 128: return decode<SearchFinder128>(plan, jobs, n);
-    default: return decode<GatherFinder>(plan, jobs, n);
+bool decode_segments_avx512(const DecodeSetup& setup, const SegmentJob* jobs, size_t n) {
+  if (setup.layout->lanes() != kLanes) return decode_segments_scalar(setup, jobs, n);
+  switch (setup.search_width) {
+    case 32: return decode<SearchFinder32>(setup, jobs, n);
+    case 64: return decode<SearchFinder64>(setup, jobs, n);
+    case 128: return decode<SearchFinder128>(setup, jobs, n);
+    default: return decode<GatherFinder>(setup, jobs, n);
   }
 }
 

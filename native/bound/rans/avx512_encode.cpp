@@ -46,11 +46,11 @@ __attribute__((always_inline)) inline void retreat(__m512i& x, __m512i entry, __
 
 }  // namespace
 
-uint16_t* encode_segment_avx512(const EncodePlan& plan, size_t first, size_t last, uint32_t* states,
+uint16_t* encode_segment_avx512(const EncodeSetup& setup, size_t first, size_t last, uint32_t* states,
                                 uint16_t* words_end) {
-  const Layout& layout = *plan.layout;
+  const Layout& layout = *setup.layout;
   if (layout.lanes() != kLanes || layout.table_log < kLeastEncodedTableLog) {
-    return encode_segment_scalar(plan, first, last, states, words_end);
+    return encode_segment_scalar(setup, first, last, states, words_end);
   }
   const __m128i table_log = _mm_cvtsi32_si128(int(layout.table_log));
   const __m128i limit_shift = _mm_cvtsi32_si128(int(32 - layout.table_log));
@@ -64,15 +64,15 @@ uint16_t* encode_segment_avx512(const EncodePlan& plan, size_t first, size_t las
       const __m512i symbol =
           _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(symbols + 16 * v)));
       entry[v] = _mm512_i32gather_epi32(_mm512_add_epi32(_mm512_loadu_si512(start + 16 * v), symbol),
-                                        plan.entries.data(), 4);
+                                        setup.entries.data(), 4);
     }
     retreat(x[1], entry[1], __mmask16(active >> 16), table_log, limit_shift, word);
     retreat(x[0], entry[0], __mmask16(active), table_log, limit_shift, word);
   };
   for (size_t row = last; row-- > first;) {
-    const uint32_t* start = plan.starts.of_row(row);
-    const uint8_t* symbols = plan.symbols + row * layout.columns;
-    size_t j = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
+    const uint32_t* start = setup.starts.of_row(row);
+    const uint8_t* symbols = setup.symbols + row * layout.columns;
+    size_t j = std::min<size_t>(layout.columns, setup.n - row * layout.columns);
     if (const size_t left = j % kLanes; left) {
       j -= left;
       uint8_t padded[kLanes] = {};

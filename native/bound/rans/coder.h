@@ -37,7 +37,7 @@ inline uint32_t table_entry(uint32_t symbol, uint32_t frequency, uint32_t bias) 
 constexpr size_t kMostPermuted = 512;
 
 // What all segments of a payload share, unpacked for speed.
-struct DecodePlan {
+struct DecodeSetup {
   const Layout* layout = nullptr;
   size_t n = 0;
   DType output = DType::kBF16;
@@ -73,11 +73,11 @@ struct SegmentJob {
 
 // Decodes n segments that follow one another. Returns false if the bytes of one are damaged; what
 // was to be written may then be anything.
-using DecodeSegments = bool (*)(const DecodePlan&, const SegmentJob*, size_t n);
+using DecodeSegments = bool (*)(const DecodeSetup&, const SegmentJob*, size_t n);
 
-bool decode_segments_scalar(const DecodePlan&, const SegmentJob*, size_t);
-bool decode_segments_avx2(const DecodePlan&, const SegmentJob*, size_t);
-bool decode_segments_avx512(const DecodePlan&, const SegmentJob*, size_t);
+bool decode_segments_scalar(const DecodeSetup&, const SegmentJob*, size_t);
+bool decode_segments_avx2(const DecodeSetup&, const SegmentJob*, size_t);
+bool decode_segments_avx512(const DecodeSetup&, const SegmentJob*, size_t);
 
 // More than this many segments together are of no use to any path.
 constexpr size_t kMostTogether = 4;
@@ -86,7 +86,7 @@ constexpr size_t kMostTogether = 4;
 constexpr size_t kLeastSearch = 32, kWidestSearch = 128;
 
 // What all segments share at the other end.
-struct EncodePlan {
+struct EncodeSetup {
   const Layout* layout = nullptr;
   size_t n = 0;
   const uint8_t* symbols = nullptr;  // [n]
@@ -99,11 +99,11 @@ constexpr size_t kWordSlack = 8;  // words in front of the buffer that an encode
 // Encodes rows [first, last), the last weight first, words downwards from words_end. Sets the
 // states that the decoder begins with and returns the first word. The buffer below words_end has
 // room for a word a weight and kWordSlack more.
-using EncodeSegment = uint16_t* (*)(const EncodePlan&, size_t first, size_t last, uint32_t* states,
+using EncodeSegment = uint16_t* (*)(const EncodeSetup&, size_t first, size_t last, uint32_t* states,
                                     uint16_t* words_end);
 
-uint16_t* encode_segment_scalar(const EncodePlan&, size_t, size_t, uint32_t*, uint16_t*);
-uint16_t* encode_segment_avx2(const EncodePlan&, size_t, size_t, uint32_t*, uint16_t*);
-uint16_t* encode_segment_avx512(const EncodePlan&, size_t, size_t, uint32_t*, uint16_t*);
+uint16_t* encode_segment_scalar(const EncodeSetup&, size_t, size_t, uint32_t*, uint16_t*);
+uint16_t* encode_segment_avx2(const EncodeSetup&, size_t, size_t, uint32_t*, uint16_t*);
+uint16_t* encode_segment_avx512(const EncodeSetup&, size_t, size_t, uint32_t*, uint16_t*);
 
 }  // namespace moebound

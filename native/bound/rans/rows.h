@@ -21,9 +21,9 @@ constexpr size_t kReach = 2 * kLanes + 32;
 // lanes (all of them if all_active is std::true_type) with the tables at `offsets` (none: nullptr),
 // move `word` past the words used, write 32 values to `to`. Returns whether the words came out even.
 template <class Value, class Group>
-__attribute__((always_inline)) inline bool walk_rows(const DecodePlan& plan, const SegmentBytes& segment, size_t first,
-                                                     size_t last, Value* out, const Group& group) {
-  const Layout& layout = *plan.layout;
+__attribute__((always_inline)) inline bool walk_rows(const DecodeSetup& setup, const SegmentBytes& segment,
+                                                     size_t first, size_t last, Value* out, const Group& group) {
+  const Layout& layout = *setup.layout;
   const size_t plane_bytes = 4 * size_t(layout.low_bits);
   const uint8_t* word = segment.words;
   const uint8_t* const words_end = word + 2 * size_t(segment.n_words);
@@ -50,8 +50,8 @@ __attribute__((always_inline)) inline bool walk_rows(const DecodePlan& plan, con
   };
 
   for (size_t row = first; row < last; ++row) {
-    const uint32_t* offsets = plan.offsets(row);
-    const size_t columns = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
+    const uint32_t* offsets = setup.offsets(row);
+    const size_t columns = std::min<size_t>(layout.columns, setup.n - row * layout.columns);
     size_t j = 0;
     for (; j + kLanes <= columns; j += kLanes, out += kLanes) {
       if (!step(offsets ? offsets + j : nullptr, kLanes, std::true_type{}, out)) return false;

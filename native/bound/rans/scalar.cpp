@@ -7,9 +7,9 @@ namespace moebound {
 namespace {
 
 template <class Out>
-bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, size_t last, Out* out,
+bool decode(const DecodeSetup& setup, const SegmentBytes& segment, size_t first, size_t last, Out* out,
             const Out* values) {
-  const Layout& layout = *plan.layout;
+  const Layout& layout = *setup.layout;
   const uint32_t lanes = layout.lanes(), mask = (1u << layout.table_log) - 1;
   const uint32_t low_bits = layout.low_bits;
   if (!states_are_valid(layout, segment)) return false;
@@ -19,15 +19,15 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
   const uint8_t* const words_end = word + 2 * size_t(segment.n_words);
   const uint8_t* plane = segment.planes;
   for (size_t row = first; row < last; ++row) {
-    const uint32_t* offsets = plan.offsets(row);
-    const size_t columns = std::min<size_t>(layout.columns, plan.n - row * layout.columns);
+    const uint32_t* offsets = setup.offsets(row);
+    const size_t columns = std::min<size_t>(layout.columns, setup.n - row * layout.columns);
     for (size_t start = 0; start < columns; start += kGroup) {
       uint32_t planes[kMaxLowBits];
       for (uint32_t b = 0; b < low_bits; ++b, plane += 4) planes[b] = load<uint32_t>(plane);
       const size_t end = std::min<size_t>(start + kGroup, columns);
       for (size_t j = start; j < end; ++j) {
         uint32_t& x = states[j & (lanes - 1)];
-        const uint32_t entry = plan.tables[(offsets ? offsets[j] : 0u) + (x & mask)];
+        const uint32_t entry = setup.tables[(offsets ? offsets[j] : 0u) + (x & mask)];
         x = ((entry >> 8 & 0xFFF) + 1) * (x >> layout.table_log) + (entry >> 20);
         if (x < kStateLow) {
           if (word == words_end) return false;
@@ -47,26 +47,26 @@ bool decode(const DecodePlan& plan, const SegmentBytes& segment, size_t first, s
 
 }  // namespace
 
-bool decode_segments_scalar(const DecodePlan& plan, const SegmentJob* jobs, size_t n) {
+bool decode_segments_scalar(const DecodeSetup& setup, const SegmentJob* jobs, size_t n) {
   return std::all_of(jobs, jobs + n, [&](const SegmentJob& job) {
     const auto to = [&]<class Out>(const std::vector<Out>& values) {
-      return decode(plan, *job.bytes, job.first, job.last, static_cast<Out*>(job.out), values.data());
+      return decode(setup, *job.bytes, job.first, job.last, static_cast<Out*>(job.out), values.data());
     };
-    return plan.output == DType::kF32 ? to(plan.values32) : to(plan.values16);
+    return setup.output == DType::kF32 ? to(setup.values32) : to(setup.values16);
   });
 }
 
-uint16_t* encode_segment_scalar(const EncodePlan& plan, size_t first, size_t last, uint32_t* states,
+uint16_t* encode_segment_scalar(const EncodeSetup& setup, size_t first, size_t last, uint32_t* states,
                                 uint16_t* words_end) {
-  const Layout& layout = *plan.layout;
+  const Layout& layout = *setup.layout;
   const uint32_t lanes = layout.lanes(), table_log = layout.table_log;
   std::fill_n(states, lanes, kStateLow);
   uint16_t* word = words_end;
   for (size_t row = last; row-- > first;) {
-    const uint32_t* start = plan.starts.of_row(row);
-    const uint8_t* symbol = plan.symbols + row * layout.columns;
-    for (size_t j = std::min<size_t>(layout.columns, plan.n - row * layout.columns); j-- > 0;) {
-      const uint32_t entry = plan.entries[start[j] + symbol[j]];
+    const uint32_t* start = setup.starts.of_row(row);
+    const uint8_t* symbol = setup.symbols + row * layout.columns;
+    for (size_t j = std::min<size_t>(layout.columns, setup.n - row * layout.columns); j-- > 0;) {
+      const uint32_t entry = setup.entries[start[j] + symbol[j]];
       const uint32_t frequency = (entry & 0xFFF) + 1;
       uint32_t& x = states[j & (lanes - 1)];
       if (x >> (32 - table_log) >= frequency) {

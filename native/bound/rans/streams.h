@@ -19,7 +19,7 @@ constexpr size_t kChunkGroups = 16;
 constexpr size_t kReach = kChunkGroups * 2 * kLanes + 32;
 
 // The values of n symbols, planes beginning at the first's: what comes out of a chunk.
-using Emit = void (*)(const DecodePlan&, const uint16_t* symbols, const uint8_t* planes, size_t n, uint8_t* out);
+using Emit = void (*)(const DecodeSetup&, const uint16_t* symbols, const uint8_t* planes, size_t n, uint8_t* out);
 
 // One segment under way: what it reads next, where it writes next.
 struct Stream {
@@ -62,9 +62,10 @@ struct Stream {
 // stream k; group(j, active, g) decodes, in every stream, the lanes of `active` from column j on,
 // moves `word`, and writes 32 symbols, the chunk's g-th. False if a stream has run out of words.
 template <size_t K, class StartRow, class Group>
-__attribute__((always_inline)) inline bool walk(const DecodePlan& plan, Stream* streams, size_t n_rows, size_t columns,
-                                                Emit emit, const StartRow& start_row, const Group& group) {
-  const size_t plane_bytes = 4 * size_t(plan.layout->low_bits), value_bytes = item_size(plan.output);
+__attribute__((always_inline)) inline bool walk(const DecodeSetup& setup, Stream* streams, size_t n_rows,
+                                                size_t columns, Emit emit, const StartRow& start_row,
+                                                const Group& group) {
+  const size_t plane_bytes = 4 * size_t(setup.layout->low_bits), value_bytes = item_size(setup.output);
   for (size_t i = 0; i < n_rows; ++i) {
     for (size_t k = 0; k < K; ++k) start_row(k);
     for (size_t j = 0; j < columns;) {
@@ -77,7 +78,7 @@ __attribute__((always_inline)) inline bool walk(const DecodePlan& plan, Stream* 
         group(j + g * kLanes, g < n_full ? ~0u : (1u << n % kLanes) - 1, g);
       }
       for (size_t k = 0; k < K; ++k) {
-        emit(plan, streams[k].symbols, streams[k].plane, n, streams[k].out);
+        emit(setup, streams[k].symbols, streams[k].plane, n, streams[k].out);
         streams[k].plane += n_groups * plane_bytes;
         streams[k].out += n * value_bytes;
       }
