@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from moebound.sensitivity.map.document import SensitivityMap
+from moebound.files.formats.sensitivity_map import SensitivityMap
 from moebound.tasks import get_task
 from untrained import untrained
 

@@ -143,12 +143,10 @@ def bench_quality(
     """
     from moebound.bench.quality import QUANTIZERS, run
     from moebound.bench.quality_table import render_quality
-    from moebound.plan import SENSITIVITY_FORMAT, read_document
+    from moebound.files.formats import sensitivity_map
     from moebound.tasks import get_task
 
-    document = None
-    if sensitivity is not None:
-        document = read_document(sensitivity, SENSITIVITY_FORMAT, 1)
+    document = None if sensitivity is None else sensitivity_map.FORMAT.read(sensitivity)
     names = QUANTIZERS if quantizers is None else tuple(quantizers.split(","))
     with step_bar(output) as say:
         report = run(

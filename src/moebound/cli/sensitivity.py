@@ -16,7 +16,7 @@ from moebound.cli.steps import step_bar
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from moebound.sensitivity.map.document import SensitivityMap
+    from moebound.files.formats.sensitivity_map import SensitivityMap
 
 
 @click.command()

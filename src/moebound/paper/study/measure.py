@@ -19,9 +19,10 @@ from moebound.errors import MoeboundError
 from moebound.evaluate.answering import answer
 from moebound.evaluate.loading import Loaded, load
 from moebound.evaluate.prompting import encode_prompts, encode_references
+from moebound.files.formats.study import BASELINE, Condition
 from moebound.model.live import live_experts
 from moebound.paper.study.reading import Pair, Reading
-from moebound.paper.study.suite import BASELINE, Condition, ModelFacts, whole_layer
+from moebound.paper.study.suite import ModelFacts, whole_layer
 from moebound.profile.profile import Profile, TaskUse
 from moebound.profile.routing import Recorder
 from moebound.sensitivity.noise import parse_source

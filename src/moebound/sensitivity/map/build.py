@@ -17,8 +17,8 @@ from moebound.evaluate.calibration import Calibration, calibration_of
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.replay import Replay, baseline, decoder_layers
 from moebound.evaluate.text import solved_rows
+from moebound.files.formats.sensitivity_map import FORMAT, SensitivityMap
 from moebound.model.live import LiveExperts, live_experts
-from moebound.sensitivity.map.document import SensitivityMap
 from moebound.sensitivity.map.layer import LayerPrediction, predict_layer
 from moebound.sensitivity.map.observe import Seen, observe
 from moebound.sensitivity.map.predict import Response, replaced
@@ -68,8 +68,8 @@ class Build:
         self.layers = decoder_layers(model, self.entries[0])
         self.sampled = _sample(self.live, settings)
         header = {
-            "rows": "moebound.sensitivity",
-            "version": 1,
+            "rows": FORMAT.name,
+            "version": FORMAT.version,
             "model": named.model,
             "task": named.task,
             "text": calibration.digest,
