@@ -110,7 +110,7 @@ def plan(
         sizes,
         evidence,
         budget,
-        source=source_name(src),
+        source=wording.source_name(src),
         codec=codec,
         scheme=chosen,
         per_role=None if per is None else per == "matrix",
@@ -121,11 +121,6 @@ def plan(
     del document["experts"]
     output.result({"path": str(out), **document}, wording.facts(f"{src} -> {out}", _lines(made)))
     return exits.OK
-
-
-def source_name(src: str) -> str:
-    """What a plan or a card calls a source: a path by its last part, any other name as it is."""
-    return Path(src).resolve().name if Path(src).exists() else src
 
 
 def _trial(

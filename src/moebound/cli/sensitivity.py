@@ -70,10 +70,10 @@ def sensitivity(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moebound.evaluate.loading import load
     from moebound.sensitivity.map.build import Build
-    from moebound.sensitivity.map.settings import Settings
+    from moebound.sensitivity.map.settings import MapSettings
     from moebound.tasks import get_task
 
-    settings = Settings(
+    settings = MapSettings(
         rates=tuple(sorted(set(rates))), codec=codec, measure=measure,  # type: ignore[arg-type]
         n_sampled=sample, seed=seed, n_ties=ties,
     )  # fmt: skip

@@ -51,7 +51,7 @@ from moebound.plan import Budget, Evidence, Plan, make_plan
 from moebound.profile.profile import Profile
 from moebound.profile.profiling import profile_tasks
 from moebound.sensitivity.map.build import Build
-from moebound.sensitivity.map.settings import Settings
+from moebound.sensitivity.map.settings import MapSettings
 from moebound.store import measure_sizes, open_store, verify
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import resolve
@@ -209,7 +209,7 @@ class _Road:
         if path.exists():
             return
         # Without jumps, which plans do not use, and without a sample to compare with.
-        settings = Settings(rates=MAP_RATES, codec=PLANNED_CODEC, measure="none", n_ties=0)
+        settings = MapSettings(rates=MAP_RATES, codec=PLANNED_CODEC, measure="none", n_ties=0)
         n = min(MAP_PROBLEMS, self.asked.n_problems)
         task, skip = get_task(TASK), self.asked.n_problems
         Build.of(loaded, task, n, settings, path, self.say, skip=skip).run()

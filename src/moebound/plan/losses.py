@@ -193,7 +193,7 @@ def _level(lines: Mapping[ExpertKey, ExpertLine], keys: Sequence[ExpertKey], cou
     sums: dict[int, Floats] = defaultdict(lambda: np.zeros((2, count)))
     for key, line in lines.items():
         if line.measured_kl is not None:
-            sums[key.layer] += [np.maximum(line.measured_kl, 0.0), line.predicted_kl]
+            sums[key.layer] += np.array([np.maximum(line.measured_kl, 0.0), line.predicted_kl])
     level = {
         layer: np.where((both > 0).all(axis=0), both[0] / np.where(both[1] > 0, both[1], 1), 1.0)
         for layer, both in sums.items()

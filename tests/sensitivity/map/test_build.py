@@ -17,11 +17,11 @@ from moebound.files.formats.sensitivity_map import SensitivityMap
 from moebound.model import live_experts
 from moebound.sensitivity.map.build import Build, Named
 from moebound.sensitivity.map.rows import SUFFIX, Rows
-from moebound.sensitivity.map.settings import Settings
+from moebound.sensitivity.map.settings import MapSettings
 
 from .texts import random_text, sure_model
 
-SETTINGS = Settings((0.3, 0.8), n_probes=2, n_ties=3, n_sampled=3)
+SETTINGS = MapSettings((0.3, 0.8), n_probes=2, n_ties=3, n_sampled=3)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_rows_of_another_run_are_refused(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "map.json"
     text = random_text(3)
     Build(model, text, Named("m", "t"), SETTINGS, path).rows.close()
-    for other, settings in ((text, Settings((0.5,))), (random_text(4), SETTINGS)):
+    for other, settings in ((text, MapSettings((0.5,))), (random_text(4), SETTINGS)):
         with pytest.raises(MoeboundError, match="another run"):
             Build(model, other, Named("m", "t"), settings, path)
     with pytest.raises(MoeboundError, match="task differ"):
@@ -173,7 +173,7 @@ def test_calibration() -> None:
                                  {"measure": "most"}, {"n_probes": 0}, {"seed": -1}])  # fmt: skip
 def test_settings_that_make_no_sense(bad: dict[str, Any]) -> None:
     with pytest.raises(MoeboundError):
-        Settings(**bad)
+        MapSettings(**bad)
 
 
 def test_without_ties_the_smooth_part_is_left(model: Any, tmp_path: Path) -> None:

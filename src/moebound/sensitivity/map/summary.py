@@ -13,7 +13,7 @@ from moebound.evaluate.calibration import Calibration
 from moebound.files.formats.sensitivity_map import ExpertLine, SensitivityMap
 from moebound.sensitivity.map.predict import Response
 from moebound.sensitivity.map.ranks import rank_correlation
-from moebound.sensitivity.map.settings import Settings
+from moebound.sensitivity.map.settings import MapSettings
 
 Row = Mapping[str, Any]
 
@@ -22,7 +22,7 @@ def assemble(
     model: str,
     task: str,
     calibration: Calibration,
-    settings: Settings,
+    settings: MapSettings,
     rows: Sequence[Row],
     response: Response,
     *,
@@ -47,7 +47,7 @@ def assemble(
 def _joint(
     experts: Sequence[ExpertLine],
     layers: Sequence[Row],
-    settings: Settings,
+    settings: MapSettings,
     response: Response,
     measured: Sequence[float],
 ) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _quality(experts: Sequence[ExpertLine], n_rates: int) -> dict[str, Any]:
 
 
 def _speed(
-    ties: Row, layers: Sequence[Row], experts: Sequence[ExpertLine], settings: Settings
+    ties: Row, layers: Sequence[Row], experts: Sequence[ExpertLine], settings: MapSettings
 ) -> dict[str, Any]:
     """Against a pass of the whole model for each expert at each rate, timed in the same run: CPU
     seconds of all threads on a CPU, else seconds."""
