@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moebound.errors import BoundError, PlanError, StoreError
+from moebound.errors import BoundError, FormatError, PlanError, StoreError
 from moebound.plan import Budget, Evidence, Plan, Scheme, effective_rank, make_plan
 from moebound.types import ErrorBound, ExpertKey
 
@@ -80,7 +80,7 @@ def test_all_at_once_is_not_the_sum(evidence: Evidence, tmp_path: Path) -> None:
     assert again.bits_per_weight == pytest.approx(3, rel=2e-3)
     assert Plan.from_json(json.loads(made.to_bytes())) == made
     content["joint"]["measured_kl"] = [1.0]
-    with pytest.raises(PlanError, match="joint: measured_kl: expected 4 numbers"):
+    with pytest.raises(FormatError, match="joint: measured_kl: expected 4 numbers"):
         plan(Evidence(sensitivity=as_document(content, tmp_path)), Budget(bpw=3))
 
 

@@ -10,7 +10,6 @@ import click
 from moebound.cli import exits, wording
 from moebound.cli.options import BoundValue, CodecId, IndexSet, MethodSetting, chosen_bound
 from moebound.cli.output import Output, output_options
-from moebound.cli.plan import source_name
 from moebound.cli.progress import progress_bar
 from moebound.types import BoundMode, BoundScope, ErrorBound
 
@@ -136,7 +135,7 @@ def compress(
                 jobs=jobs,
                 on_existing="resume" if resume else "overwrite" if overwrite else "error",
                 progress=progress,
-                source=source_name(src),
+                source=wording.source_name(src),
             )
         except KeyboardInterrupt:
             output.note("what is written is kept: the same command with --resume goes on from it")

@@ -24,7 +24,7 @@ from moebound.codec.arrays import (
 from moebound.codec.base import ArraySpec, Codec, Payload
 from moebound.codec.certificate import Certificate, promised, sha256
 from moebound.codec.envelope import Envelope
-from moebound.codec.measure import Measured, measure, stats
+from moebound.codec.measure import Distortion, measure, stats
 from moebound.codec.registry import codec_class, get_codec
 from moebound.codec.strict import within_bound
 from moebound.errors import BoundError, BoundViolatedError, CodecError, CorruptionError, FormatError
@@ -219,7 +219,7 @@ def _encode(x: Array, spec: ArraySpec, codec: Codec, *, from_torch: bool, thread
     )
 
 
-def _measure(x: Array, data: bytes, abs_bound: float, threads: int) -> Measured:
+def _measure(x: Array, data: bytes, abs_bound: float, threads: int) -> Distortion:
     return measure(x, decode_array(envelope.parse(data), threads=threads), abs_bound)
 
 

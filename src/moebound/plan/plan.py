@@ -14,15 +14,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moebound.errors import BoundError, PlanError
-from moebound.files.documents import index, number, read_document
-from moebound.files.durable import PartialFile
+from moebound.errors import BoundError, FormatError, PlanError
+from moebound.files.documents import Format, count, fields_of, number
+from moebound.files.durable import save_bytes
 from moebound.plan.items import Floats, Items
 from moebound.plan.joint import Joint
 from moebound.plan.measured import Measured
 from moebound.types import ErrorBound, ExpertKey
 
-FORMAT, VERSION = "moebound.plan", 2
+FORMAT = Format("moebound.plan", 2, PlanError)
 CODEC_METHOD = "bounded:"
 """The method that keeps bounds, as `methods.get_method` knows it; a codec follows."""
 
@@ -60,10 +60,10 @@ class PlannedExpert:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PlannedExpert:
-        """Raises PlanError."""
+        """Raises PlanError, FormatError."""
         key = ExpertKey(
-            index(data.get("layer"), "a planned expert's layer"),
-            index(data.get("expert"), "a planned expert's number"),
+            count(data.get("layer"), "a planned expert's layer"),
+            count(data.get("expert"), "a planned expert's number"),
             bool(data.get("shared", False)),
         )
         bounds, method, group = data.get("bounds"), data.get("method"), data.get("group")
@@ -80,8 +80,8 @@ class PlannedExpert:
         return cls(
             key,
             resolved,
-            index(data.get("n_weights"), f"{key}: n_weights"),
-            index(data.get("predicted_bytes"), f"{key}: predicted_bytes"),
+            count(data.get("n_weights"), f"{key}: n_weights"),
+            count(data.get("predicted_bytes"), f"{key}: predicted_bytes"),
             None if kl is None else number(kl, f"{key}: predicted_kl"),
             method,
             group,
@@ -233,8 +233,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.header,
             "method": self.method,
             "scheme": self.scheme,
             "budget": dict(self.budget),
@@ -263,6 +262,13 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Raises PlanError for anything `to_json` cannot have made."""
+        try:
+            return cls._from_json(data)
+        except FormatError as error:
+            raise PlanError(str(error)) from error
+
+    @classmethod
+    def _from_json(cls, data: Mapping[str, Any]) -> Plan:
         experts, budget, made = data.get("experts"), data.get("budget"), data.get("made", {})
         measured = data.get("measured")
         method = data.get("method")
@@ -285,7 +291,7 @@ class Plan:
             scheme=data["scheme"],
             budget={str(k): number(v, f"budget: {k}") for k, v in budget.items()},
             source=data["source"],
-            source_bytes=index(data.get("source_bytes"), "source_bytes"),
+            source_bytes=count(data.get("source_bytes"), "source_bytes"),
             experts=tuple(PlannedExpert.from_json(expert) for expert in experts),
             made=made,
             joint=Joint.from_json(data.get("joint", {})),
@@ -294,22 +300,14 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all. Raises StoreError if the disk refuses."""
-        file = PartialFile(path)
-        try:
-            file.write(self.to_bytes(), 0)
-            file.finish()
-        except BaseException:
-            file.discard()
-            raise
+        save_bytes(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> Plan:
         """Raises PlanError, naming the file."""
-        document = read_document(path, FORMAT, VERSION)
-        try:
+        document = FORMAT.read(path)
+        with fields_of(str(path), PlanError):
             return cls.from_json(document.content)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
 
 
 def planned_experts(items: Items, rates: Floats) -> tuple[PlannedExpert, ...]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from moebound.checkpoint import Checkpoint, ExpertMatrix, TensorInfo, read_chunks
 from moebound.codec import measure, stats, thread_count
 from moebound.codec.certificate import sha256
-from moebound.codec.measure import Measured
+from moebound.codec.measure import Distortion
 from moebound.errors import MoeboundError, StoreError
 from moebound.jobs.ordered import in_order
 from moebound.methods import RouterEdit
@@ -324,7 +324,7 @@ def _check_bound(
     _check_measured(matrix, found, checked)
 
 
-def _check_measured(matrix: StoredMatrix, found: Measured, checked: _Checked) -> None:
+def _check_measured(matrix: StoredMatrix, found: Distortion, checked: _Checked) -> None:
     """Are the errors those that were certified? Where nothing is promised, that is all there is."""
     name, certificate = matrix.tensor.name, matrix.record.certificate
     checked.found(None, found.max_abs_error)

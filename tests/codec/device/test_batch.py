@@ -1,4 +1,4 @@
-"""Plans: where bytes stand, and what is refused before anything is launched."""
+"""Batches: where bytes stand, and what is refused before anything is launched."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from moebound import encode
 from moebound.codec.bound import BoundCodec
-from moebound.codec.device import decode_to, plan_decode, read_stream
+from moebound.codec.device import DecodeBatch, decode_to, read_stream
 from moebound.errors import BackendUnavailable, CodecError, CorruptionError
 
 from .. import weights
@@ -27,55 +27,55 @@ def outs() -> list[torch.Tensor]:
 
 def test_envelopes_stand_apart_with_their_segments_aligned() -> None:
     data = envelopes()
-    plan = plan_decode(data)
-    assert plan.aligned
+    batch = DecodeBatch.of(data)
+    assert batch.aligned
     end = 0
-    for stream, offset in zip(plan.streams, plan.offsets, strict=True):
+    for stream, offset in zip(batch.streams, batch.offsets, strict=True):
         assert offset >= end
         assert stream.coded is not None
         assert (stream.coded.segments + offset).max() % 4 == 0
         end = offset + stream.n_bytes
-    assert plan.n_bytes == end
+    assert batch.n_bytes == end
 
 
-def test_pack_puts_each_envelope_where_the_plan_says() -> None:
+def test_pack_puts_each_envelope_at_its_offset() -> None:
     data = envelopes()
-    plan = plan_decode(data)
-    packed = torch.zeros(plan.n_bytes, dtype=torch.uint8)
-    plan.pack(data, packed)
-    for offset, envelope in zip(plan.offsets, data, strict=True):
+    batch = DecodeBatch.of(data)
+    packed = torch.zeros(batch.n_bytes, dtype=torch.uint8)
+    batch.pack(data, packed)
+    for offset, envelope in zip(batch.offsets, data, strict=True):
         assert packed[offset : offset + len(envelope)].numpy().tobytes() == envelope
     with pytest.raises(CodecError, match="bytes or more"):
-        plan.pack(data, packed[:-1])
+        batch.pack(data, packed[:-1])
     with pytest.raises(CodecError, match="expected an envelope of"):
-        plan.pack([data[0], data[0], data[2]], packed)
+        batch.pack([data[0], data[0], data[2]], packed)
 
 
-def test_streams_may_be_kept_and_planned_again() -> None:
+def test_streams_may_be_kept_for_another_batch() -> None:
     streams = [read_stream(data) for data in envelopes()]
-    assert plan_decode(streams).n_bytes == plan_decode(envelopes()).n_bytes
-    odd = plan_decode(streams[:1], offsets=[streams[0].alignment_offset + 1])
+    assert DecodeBatch.of(streams).n_bytes == DecodeBatch.of(envelopes()).n_bytes
+    odd = DecodeBatch.of(streams[:1], offsets=[streams[0].alignment_offset + 1])
     assert not odd.aligned
 
 
 @pytest.mark.parametrize("offsets", [[0], [0, 1, -4]])
 def test_offsets_that_cannot_be_are_refused(offsets: list[int]) -> None:
     with pytest.raises(CodecError, match="offsets: expected 3, none below 0"):
-        plan_decode(envelopes(), offsets=offsets)
+        DecodeBatch.of(envelopes(), offsets=offsets)
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:
-    plan = plan_decode(envelopes())
-    good = torch.zeros(plan.n_bytes, dtype=torch.uint8)
+    batch = DecodeBatch.of(envelopes())
+    good = torch.zeros(batch.n_bytes, dtype=torch.uint8)
     for compressed, message in [
         (good[:-1], "bytes or more"),
         (good.view(torch.int8), "flat tensor of uint8"),
-        (torch.zeros(plan.n_bytes + 1, dtype=torch.uint8)[1:], "even address"),
+        (torch.zeros(batch.n_bytes + 1, dtype=torch.uint8)[1:], "even address"),
     ]:
         with pytest.raises(CodecError, match=message):
-            plan.launch(compressed, outs())
+            batch.launch(compressed, outs())
     with pytest.raises(CodecError, match="expected 3 tensors, found 2"):
-        plan.launch(good, outs()[:2])
+        batch.launch(good, outs()[:2])
     for i, wrong in [
         (0, torch.zeros(40, 511, dtype=torch.bfloat16)),
         (1, torch.zeros(7, 33)),
@@ -84,7 +84,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         tensors = outs()
         tensors[i] = wrong
         with pytest.raises(CodecError, match=rf"outs\[{i}\]"):
-            plan.launch(good, tensors)
+            batch.launch(good, tensors)
 
 
 def test_the_cpu_is_no_device() -> None:
@@ -93,11 +93,11 @@ def test_the_cpu_is_no_device() -> None:
         decode_to(envelopes(), "cpu")
 
 
-def test_what_the_host_can_see_is_refused_at_planning() -> None:
+def test_what_the_host_can_see_is_refused_when_a_batch_is_made() -> None:
     data = bytearray(envelopes()[0])
     data[-40] ^= 1
     with pytest.raises(CorruptionError, match="checksum"):
-        plan_decode([bytes(data)])
+        DecodeBatch.of([bytes(data)])
 
 
 def test_arrays_that_the_host_decodes_need_no_kernel() -> None:

@@ -1,17 +1,17 @@
-"""Decode many arrays with one launch: the plan.
+"""Decode many arrays with one launch: a batch.
 
     streams = [read_stream(data) for data in envelopes]
-    plan = plan_decode(streams)
-    plan.pack(envelopes, staging)                   # or read them from a file to plan.offsets
+    batch = DecodeBatch.of(streams)
+    batch.pack(envelopes, staging)                  # or read them from a file to batch.offsets
     compressed.copy_(staging, non_blocking=True)
-    launched = plan.launch(compressed, outs)        # asynchronous, on the current stream
+    launched = batch.launch(compressed, outs)       # asynchronous, on the current stream
     ...
     launched.check()                                # waits; raises if a segment was damaged
 
-A plan is one block of numbers, 7 to 15 kB for a matrix of an expert of Moonlight size, that travels
-to the device with each launch; plans may be kept, and launched again (`resident.py` has what stays
-on the device). On the CPU the same runs under triton's interpreter (TRITON_INTERPRET=1 before
-triton is imported): that is for tests.
+What the kernels need to know of it is one block of numbers, 7 to 15 kB for a matrix of an expert of
+Moonlight size, that travels to the device with each launch; batches may be kept, and launched again
+(`resident.py` has what stays on the device). On the CPU the same runs under triton's interpreter
+(TRITON_INTERPRET=1 before triton is imported): that is for tests.
 
 Arrays that no kernel decodes, of codecs other than `bound` and `lossless`, were decoded by
 `read_stream` on the host, and `prepare` copies them.
@@ -47,8 +47,8 @@ Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
-class DecodePlan:
-    """Where everything is, for one set of arrays. Made by `plan_decode`.
+class DecodeBatch:
+    """Arrays that are decoded together, and where everything is.
 
     streams: of each array. offsets: where each envelope begins in the buffer of compressed bytes.
     n_bytes: of that buffer, at least. aligned: whether all segments begin at even offsets; bytes
@@ -61,8 +61,31 @@ class DecodePlan:
     aligned: bool
     metadata: Metadata
 
+    @classmethod
+    def of(
+        cls, arrays: Sequence[Stream | Bytes], *, offsets: Sequence[int] | None = None
+    ) -> DecodeBatch:
+        """A batch of these arrays.
+
+        arrays: envelopes, or what `read_stream` made of them. offsets: where each envelope stands
+        in the buffer of compressed bytes, anywhere, also overlapping; one behind the other if None,
+        each so that its segments are aligned. Raises as `read_stream`.
+        """
+        streams = tuple(a if isinstance(a, Stream) else read_stream(a) for a in arrays)
+        chosen = _in_a_row(streams) if offsets is None else [int(offset) for offset in offsets]
+        if len(chosen) != len(streams) or any(offset < 0 for offset in chosen):
+            raise CodecError(f"offsets: expected {len(streams)}, none below 0; found {chosen}")
+        ends = [offset + stream.n_bytes for offset, stream in zip(chosen, streams, strict=True)]
+        aligned = all(
+            (offset + int(stream.coded.segments[0])) % 2 == 0
+            for offset, stream in zip(chosen, streams, strict=True)
+            if stream.coded is not None
+        )
+        numbers = metadata.build(streams)
+        return cls(streams, tuple(chosen), max(ends, default=0), aligned, numbers)
+
     def pack(self, envelopes: Sequence[Bytes], into: torch.Tensor) -> None:
-        """Copy envelopes, those the plan was made of, to their offsets of a CPU tensor of uint8.
+        """Copy envelopes, those of the batch, to their offsets of a CPU tensor of uint8.
 
         Raises CodecError if one has another size, or they do not fit.
         """
@@ -154,29 +177,6 @@ def check_outs(
             )
 
 
-def plan_decode(
-    arrays: Sequence[Stream | Bytes], *, offsets: Sequence[int] | None = None
-) -> DecodePlan:
-    """Plan to decode these arrays with one launch.
-
-    arrays: envelopes, or what `read_stream` made of them. offsets: where each envelope stands in
-    the buffer of compressed bytes, anywhere, also overlapping; one behind the other if None, each
-    so that its segments are aligned. Raises as `read_stream`.
-    """
-    streams = tuple(a if isinstance(a, Stream) else read_stream(a) for a in arrays)
-    chosen = _in_a_row(streams) if offsets is None else [int(offset) for offset in offsets]
-    if len(chosen) != len(streams) or any(offset < 0 for offset in chosen):
-        raise CodecError(f"offsets: expected {len(streams)}, none below 0; found {chosen}")
-    ends = [offset + stream.n_bytes for offset, stream in zip(chosen, streams, strict=True)]
-    aligned = all(
-        (offset + int(stream.coded.segments[0])) % 2 == 0
-        for offset, stream in zip(chosen, streams, strict=True)
-        if stream.coded is not None
-    )
-    numbers = metadata.build(streams)
-    return DecodePlan(streams, tuple(chosen), max(ends, default=0), aligned, numbers)
-
-
 def decode_to(
     data: Bytes | Sequence[Bytes],
     device: torch.device | str,
@@ -185,21 +185,21 @@ def decode_to(
     """The arrays of envelopes, decoded on a device; waits for it.
 
     data: one envelope, or several. out: tensors to decode into, one each; new ones of the arrays'
-    shapes if None. Raises as `read_stream`, `DecodePlan.launch` and `Launched.check`.
+    shapes if None. Raises as `read_stream`, `DecodeBatch.launch` and `Launched.check`.
     """
     import torch
 
     envelopes = [data] if isinstance(data, bytes | bytearray | memoryview) else list(data)
-    plan = plan_decode(envelopes)
+    batch = DecodeBatch.of(envelopes)
     device = torch.device(device)
-    staging = torch.empty(plan.n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    plan.pack(envelopes, staging)
+    staging = torch.empty(batch.n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    batch.pack(envelopes, staging)
     if out is None:
         out = [
             torch.empty(stream.spec.shape, dtype=torch_dtype(stream.spec.dtype), device=device)
-            for stream in plan.streams
+            for stream in batch.streams
         ]
-    plan.launch(staging.to(device, non_blocking=True), out).check()
+    batch.launch(staging.to(device, non_blocking=True), out).check()
     return list(out)
 
 
