@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 from moebound.bench.environment import describe
-from moebound.bench.quality import stored
+from moebound.bench.quality import in_a_store
 from moebound.checkpoint import open_checkpoint
+from moebound.evaluate.candidate import Original, in_folder, score
 from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import load
 from moebound.evaluate.text import solved_rows
@@ -47,7 +48,8 @@ def main() -> None:
     problems = task.problems(args.skip + args.limit + args.measure)[args.skip :]
     problems, others = problems[: args.limit], problems[args.limit :]
     trial = Trial.of(loaded, task, others)
-    baseline = Baseline.of(loaded.model, solved_rows(loaded.tokenizer, task, problems))
+    rows_read = solved_rows(loaded.tokenizer, task, problems)
+    original = Original(loaded.model, Baseline.of(loaded.model, rows_read))
     sizes = measure_sizes(checkpoint)
     rows = []
     for bpw in args.bpw:
@@ -63,8 +65,8 @@ def main() -> None:
                 measure=trial.measure,
             )
             assert plan.measured is not None
-            with stored(checkpoint, plan) as (folder, about):
-                found = baseline.compare(load(folder).model)
+            with in_a_store(checkpoint, plan) as (folder, about):
+                found = score(in_folder(folder), original).score
             rows.append(
                 {
                     "bpw": bpw,
@@ -72,7 +74,7 @@ def main() -> None:
                     "bits_per_weight": 8 * about["n_bytes"] / about["n_weights"],
                     "predicted_kl": plan.kl,
                     "plan_measured_kl": plan.measured.kl,
-                    "plan_measured_stderr": plan.measured.stderr,
+                    "plan_measured_stderr": plan.measured.score.answer_kl_stderr,
                     "largest_rate": about["largest_rate"],
                     **found.to_json(),
                 }

@@ -11,8 +11,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "moebound"
 ORDER = [
-    *("_native", "errors", "types", "files", "jobs", "wordmath", "checkpoint", "codec", "model"),
-    *("methods", "plan", "store", "cache", "integrations", "offload", "text"),  # the product
+    *("_native", "errors", "types", "files", "jobs", "score", "wordmath", "checkpoint", "codec"),
+    *("model", "methods", "plan", "store"),  # the product
+    *("cache", "integrations", "offload", "text"),
     *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),  # measures
     *("cli", "__main__"),
 ]

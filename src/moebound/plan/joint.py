@@ -37,7 +37,14 @@ class Joint:
         if not isinstance(joint, Mapping) or joint.get("measured_kl") is None:
             return cls()
         rates = numbers(joint.get("bounds"), None, f"{where}: joint: bounds")
-        found = numbers(joint["measured_kl"], len(rates), f"{where}: joint: measured_kl")
+        listed = joint["measured_kl"]
+        if isinstance(listed, list) and len(listed) == len(rates):
+            # null: nothing was left of the model there, which says nothing of sums.
+            rates = [rate for rate, kl in zip(rates, listed, strict=True) if kl is not None]
+            listed = [kl for kl in listed if kl is not None]
+            if not rates:
+                return cls()
+        found = numbers(listed, len(rates), f"{where}: joint: measured_kl")
         pairs: list[tuple[float, float]] = []
         for rate, measured in sorted(zip(rates, found, strict=True)):
             loss = items.loss_at(np.full(len(items.keys), rate)) if rate > 0 else None

@@ -6,7 +6,8 @@ import pytest
 
 from moebound.paper.study import reading as reading_module
 from moebound.paper.study.measure import Measurer
-from moebound.paper.study.reading import Difference, Reading
+from moebound.paper.study.reading import Reading
+from moebound.score import Score
 from moebound.sensitivity.perturb import perturbed
 from moebound.sensitivity.selectors import parse_selector
 from moebound.types import ErrorBound
@@ -19,7 +20,7 @@ def fresh(measurer: Measurer) -> Reading:
     return Reading(measurer._loaded.model, measurer._experts, pairs)
 
 
-def compared(measurer: Measurer, reading: Reading, layer: int, first: int) -> Difference:
+def compared(measurer: Measurer, reading: Reading, layer: int, first: int) -> Score:
     keys = parse_selector(f"layer:{layer}").resolve(measurer._experts, None)
     experts = measurer._experts.pick(keys)
     with perturbed(experts, "gaussian-sd", ErrorBound(0.5, "rate", "expert"), seed=1):
@@ -32,8 +33,8 @@ def test_the_start_changes_nothing(measurer: Measurer, layer: int) -> None:
     whole = compared(measurer, reading, layer, 0)
     assert reading.starts_at(layer)
     assert compared(measurer, reading, layer, layer) == whole
-    assert whole.kl is not None
-    assert whole.kl > 0
+    assert whole.kl_nats > 0
+    assert whole.answer_kl_nats > 0
     assert whole.where is not None
     assert len(whole.where["residual"]) == 4
     assert whole.where["residual"][:layer] == [0.0] * layer

@@ -19,6 +19,7 @@ import numpy as np
 
 from moebound.errors import FormatError, MoeboundError
 from moebound.files.documents import ROWS_FILE
+from moebound.score import Score
 from moebound.types import Array
 
 FORMAT, VERSION = "moebound.study", 1
@@ -47,10 +48,9 @@ class Row:
     n: problems answered, 0 for a condition that was only read, for its predictions.
     layers: decoder indices of the layers with an error. rate: None where the source has no bound.
     ica, pia: counts of right answers among n; valid: outputs that have an answer at all. right: for
-    each metric bool [n], by problem. kl: nats a position, to the unperturbed model. residual:
-    relative change of the residual stream behind each decoder layer; routing: share of routing
-    decisions that changed in each MoE layer; None if not recorded. realised: see
-    `perturb.Realised`.
+    each metric bool [n], by problem. score: to the unperturbed model. residual: relative change of
+    the residual stream behind each decoder layer; routing: share of routing decisions that changed
+    in each MoE layer; None if not recorded. realised: see `perturb.Realised`.
     """
 
     condition: str
@@ -69,8 +69,7 @@ class Row:
     pia: int
     valid: int
     right: Mapping[Metric, Array]
-    kl: float | None
-    top1: float | None
+    score: Score
     realised: Mapping[str, Any]
     residual: tuple[float, ...] | None
     routing: tuple[float, ...] | None
@@ -249,12 +248,23 @@ def _row(entry: Any, known: Mapping[str, Condition], study: Study) -> Row:
         pia=counts["pia"],
         valid=counts["valid"],
         right=right,
-        kl=None if entry.get("kl") is None else max(0.0, _number(entry["kl"], "kl")),
-        top1=None if entry.get("top1") is None else _number(entry["top1"], "top1"),
+        score=_score(entry),
         realised=dict(entry.get("realised") or {}),
         residual=_numbers(where.get("residual"), "where.residual"),
         routing=_numbers(where.get("routing"), "where.routing"),
         seconds=_number(entry.get("seconds", 0.0), "seconds"),
+    )
+
+
+def _score(entry: Mapping[str, Any]) -> Score:
+    """Rows of the first version have KL and agreement of the solutions' tokens, and no more. A
+    `kl` of null: the model said nothing any more."""
+    if "score" in entry:
+        return Score.from_json(entry["score"])
+    kl, top1 = entry.get("kl"), entry.get("top1")
+    return Score(
+        answer_kl_nats=math.inf if kl is None else max(0.0, _number(kl, "kl")),
+        answer_top1_agreement=math.nan if top1 is None else _number(top1, "top1"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from moebound.errors import FormatError
 from moebound.files.json_document import check_header, load_json, save_json
+from moebound.score.record import finite
 from moebound.types import ExpertKey
 
 FORMAT, VERSION = "moebound.sensitivity", 1
@@ -33,7 +35,8 @@ class ExpertLine:
 
     mean_abs: mean |weight| of all its n_weights. n_tokens: how many were sent to it. n_bytes: of
     its encoded matrices. predicted_kl: nats a scored position; flips_kl: the part of it that comes
-    from routers which change their mind. measured_kl: None where it was not measured.
+    from routers which change their mind. measured_kl: None where it was not measured; infinite, in
+    the JSON null, where the model said nothing any more.
     """
 
     key: ExpertKey
@@ -56,7 +59,9 @@ class ExpertLine:
             "bytes": list(self.n_bytes),
             "predicted_kl": list(self.predicted_kl),
             "flips_kl": list(self.flips_kl),
-            "measured_kl": None if self.measured_kl is None else list(self.measured_kl),
+            "measured_kl": (
+                None if self.measured_kl is None else [finite(kl) for kl in self.measured_kl]
+            ),
             "by_role": {
                 role: {
                     "mean_abs": line.mean_abs,
@@ -79,7 +84,7 @@ class ExpertLine:
             tuple(int(n) for n in data["bytes"]),
             _numbers(data["predicted_kl"]),
             _numbers(data["flips_kl"]),
-            None if measured is None else _numbers(measured),
+            None if measured is None else _measured(measured),
             {
                 str(role): RoleLine(
                     float(line["mean_abs"]),
@@ -163,6 +168,10 @@ class SensitivityMap:
     def load(cls, path: Path) -> SensitivityMap:
         """Raises MoeboundError for a file that cannot be read, FormatError for a wrong one."""
         return cls.from_json(load_json(path), name=str(path))
+
+
+def _measured(values: Any) -> Numbers:
+    return tuple(math.inf if value is None else float(value) for value in values)
 
 
 def _numbers(values: Any) -> Numbers:
