@@ -74,7 +74,7 @@ def main() -> None:
                     "bits_per_weight": 8 * about["n_bytes"] / about["n_weights"],
                     "predicted_kl": plan.kl,
                     "plan_measured_kl": plan.measured.kl,
-                    "plan_measured_stderr": plan.measured.score.answer_kl_stderr,
+                    "plan_measured_stderr": plan.measured.stderr,
                     "largest_rate": about["largest_rate"],
                     **found.to_json(),
                 }

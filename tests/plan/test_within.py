@@ -37,8 +37,7 @@ class Meter:
 
     def __call__(self, plan: Plan) -> Measured:
         self.tried.append(plan)
-        found = Score(answer_kl_nats=self.loses(plan), answer_kl_stderr=0.1, n_problems=8)
-        return Measured(found, "t")
+        return Measured.of(self.loses(plan), 0.1, "t", 8)
 
 
 def made(evidence: Evidence, budget: Budget, meter: Meter | None = None) -> Plan:

@@ -159,7 +159,7 @@ def run(
     sizes: dict[str, list[ExpertSizes]] = {}
     rows: list[QualityRow] = []
 
-    def keep(name: str, size_of: str, found: Result[Any, Evaluation], **about: Any) -> None:
+    def keep(name: str, size_of: str, found: Result[Any], **about: Any) -> None:
         scored = with_answers(found.score, answers, found.asked)
         rows.append(QualityRow(name, size_of, **about, score=scored, evaluation=found.asked))
 

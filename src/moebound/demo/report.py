@@ -12,7 +12,6 @@ from moebound.paper.report import Report as StudyReport
 from moebound.plan import Plan
 from moebound.profile.profile import Profile
 from moebound.score import Score, Tally
-from moebound.score.record import finite
 
 KEPT_RATE = 0.3
 """Near this rate are the store that the page speaks of first, and plan.json."""
@@ -62,19 +61,10 @@ class StoreRow:
         return self.score.tally
 
     def to_json(self) -> dict[str, Any]:
-        """What the first version called by names of its own, and "score" with all figures."""
-        score = self.score
-        return {
-            **vars(self),
-            "kl_nats": finite(score.answer_kl_nats),
-            "kl_stderr": finite(score.answer_kl_stderr),
-            "text_kl_nats": finite(score.kl_nats),
-            "top1": score.answer_top1_agreement,
-            "tally": asdict(self.tally),
-            "lost": score.lost,
-            "gained": score.gained,
-            "score": score.to_json(),
-        }
+        """With the first version's names of some figures; "score" has all."""
+        score = self.score.to_json()
+        first = {old: score.get(new) for old, new in _FIRST_VERSION.items()}
+        return {**vars(self), **first, "score": score}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StoreRow:

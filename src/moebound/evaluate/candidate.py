@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, overload
+from typing import Any, Generic, Protocol, TypeVar
 
 from moebound.checkpoint import Checkpoint
 from moebound.evaluate.loading import Loaded, load
@@ -25,7 +25,6 @@ from moebound.store import CompressSummary, VerifyReport, compress, verify
 from moebound.types import ErrorBound
 
 E = TypeVar("E")
-A = TypeVar("A")
 
 
 class Text(Protocol):
@@ -43,31 +42,25 @@ class Original:
 
 
 @dataclass(frozen=True)
-class Result(Generic[E, A]):
+class Result(Generic[E]):
     """entered: what the candidate's `with` gave. asked: what `ask` gave."""
 
     score: Score
     entered: E
-    asked: A
+    asked: Any
 
 
-@overload
-def score(candidate: AbstractContextManager[E], original: Original) -> Result[E, None]: ...
-@overload
 def score(
-    candidate: AbstractContextManager[E], original: Original, *, ask: Callable[[E], A]
-) -> Result[E, A]: ...
-def score(
-    candidate: AbstractContextManager[Any],
+    candidate: AbstractContextManager[E],
     original: Original,
     *,
-    ask: Callable[[Any], Any] | None = None,
-) -> Result[Any, Any]:
+    ask: Callable[[E], Any] = lambda _: None,
+) -> Result[E]:
     """Read the original's text with a candidate. ask: what else to do meanwhile, such as let the
     model answer problems; called with what the candidate yields. The original is as it was
     afterwards."""
     with candidate as entered:
-        asked = None if ask is None else ask(entered)
+        asked = ask(entered)
         model = entered.model if isinstance(entered, Loaded) else original.model
         return Result(original.text.compare(model), entered, asked)
 
@@ -87,15 +80,8 @@ class Stored:
     checked: VerifyReport
 
 
-def stored(
-    checkpoint: Checkpoint,
-    path: Path,
-    bound: ErrorBound | Plan,
-    *,
-    jobs: int | None = None,
-    **options: Any,
-) -> Stored:
+def stored(checkpoint: Checkpoint, path: Path, bound: ErrorBound | Plan, **options: Any) -> Stored:
     """Write a store and verify it. options: further ones of `compress`, as which it raises. A bound
     that does not hold is in `checked`."""
-    summary = compress(checkpoint, path, bound=bound, jobs=jobs, **options)
-    return Stored(path, summary, verify(path, against=checkpoint, jobs=jobs))
+    summary = compress(checkpoint, path, bound=bound, **options)
+    return Stored(path, summary, verify(path, against=checkpoint, jobs=options.get("jobs")))

@@ -29,10 +29,32 @@ class Measured:
     task: str
     n_tried: int = 1
 
+    @classmethod
+    def of(
+        cls,
+        kl: float,
+        stderr: float,
+        task: str,
+        n_problems: int,
+        *,
+        exact: bool = True,
+        n_tried: int = 1,
+    ) -> Measured:
+        """Where no more than KL of the solutions' tokens is known."""
+        return cls(
+            Score(answer_kl_nats=kl, answer_kl_stderr=stderr, n_problems=n_problems, exact=exact),
+            task,
+            n_tried,
+        )
+
     @property
     def kl(self) -> float:
         """Nats a token of the solutions: what plans keep a limit of."""
         return self.score.answer_kl_nats
+
+    @property
+    def stderr(self) -> float:
+        return self.score.answer_kl_stderr
 
     @property
     def n_problems(self) -> int:
@@ -60,18 +82,20 @@ class Measured:
         if not isinstance(data, Mapping):
             raise PlanError(f"measured: expected an object, found {str(data)[:40]!r}")
         kl, stderr = data.get("kl"), data.get("stderr")
+        alone = cls.of(
+            math.inf if kl is None else number(kl, "measured: kl"),
+            math.nan if stderr is None else number(stderr, "measured: stderr"),
+            str(data.get("task", "")),
+            index(data.get("n_problems"), "measured: n_problems"),
+            exact=bool(data.get("exact", True)),
+            n_tried=index(data.get("n_tried", 1), "measured: n_tried"),
+        )
+        if "score" not in data:
+            return alone
         try:
-            score = replace(
-                Score.from_json(data.get("score", {})),
-                answer_kl_nats=math.inf if kl is None else number(kl, "measured: kl"),
-                answer_kl_stderr=math.nan if stderr is None else number(stderr, "measured: stderr"),
-                n_problems=index(data.get("n_problems"), "measured: n_problems"),
-                exact=bool(data.get("exact", True)),
-            )
+            return replace(alone, score=Score.from_json(data["score"]))
         except FormatError as error:
             raise PlanError(f"measured: score: {error}") from error
-        n_tried = index(data.get("n_tried", 1), "measured: n_tried")
-        return cls(score, str(data.get("task", "")), n_tried)
 
 
 _ALONE = {"answer_kl_nats", "answer_kl_stderr", "n_problems", "exact"}

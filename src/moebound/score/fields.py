@@ -7,12 +7,11 @@ never without that of all tokens, which is what a plan for the solutions pays wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from moebound.score.record import Score
-from moebound.score.statistics import Interval, mcnemar
+from moebound.score.statistics import Interval
 
 Digits = tuple[str, str]
 """Formats of a figure and of its standard error."""
@@ -21,22 +20,18 @@ Digits = tuple[str, str]
 @dataclass(frozen=True)
 class Field:
     """name: of the figure in a Score. title: above a column. about: what it is, for a caption.
-    digits: of the figure, and of its standard error. percent: a share, shown as such. stderr: the
-    name of its standard error. read: of the predictions, so a mean over repetitions means
-    something."""
+    stderr: the name of its standard error. percent: a share, to be shown as such."""
 
     name: str
     title: str
     about: str
-    digits: Digits
+    digits: Digits = (".3g", ".2g")
     unit: str = ""
     stderr: str = ""
     percent: bool = False
-    read: bool = True
-    of: Callable[[Score], Any] | None = None
 
     def value(self, score: Score) -> Any:
-        return self.of(score) if self.of is not None else getattr(score, self.name)
+        return getattr(score, self.name)
 
     def known(self, score: Score) -> bool:
         value = self.value(score)
@@ -52,59 +47,43 @@ class Field:
         if not self.known(score):
             return ""
         value = self.value(score)
-        if isinstance(value, str):
-            return value
+        if isinstance(value, Interval):
+            down = score.tally is not None and score.tally.down
+            low, at, high = (100 * share for share in (value.low, value.value, value.high))
+            return "/" if down else f"{at:.1f} ({low:.1f}-{high:.1f})"
         text = self.number(value, digits)
         if self.stderr:
             text += f" ± {getattr(score, self.stderr):{(digits or self.digits)[1]}}"
         return text
 
 
-def _share(name: str) -> Callable[[Score], str | None]:
-    def text(score: Score) -> str | None:
-        if score.tally is None:
-            return None
-        return "/" if score.tally.down else share(getattr(score.tally, f"{name}_share"))
-
-    return text
-
-
-def share(found: Interval) -> str:
-    """ "98.4 (97.0-99.1)", in percent."""
-    return f"{100 * found.value:.1f} ({100 * found.low:.1f}-{100 * found.high:.1f})"
-
-
-def _p(score: Score) -> float | None:
-    if score.lost is None or score.gained is None:
-        return None
-    return mcnemar(score.lost, score.gained)
-
-
-_KL = ("nats a token", (".3g", ".2g"))
-
-FIELDS = {
-    field.name: field
-    for field in (
-        Field("answer_kl_nats", "KL, answers", "of the solutions' tokens, nats, ± its standard "
-              "error", _KL[1], _KL[0], "answer_kl_stderr"),
-        Field("kl_nats", "KL, all text", "of all tokens, prompts included", _KL[1], _KL[0],
-              "kl_stderr"),
-        Field("answer_top1_agreement", "same top token", "share of the solutions' tokens where "
-              "both hold the same for the most likely", (".2f", ""), percent=True),
-        Field("ica", "ICA", "right in the format asked, with 95 % intervals", ("", ""),
-              read=False, of=_share("ica")),
-        Field("pia", "PIA", "right in any format", ("", ""), read=False, of=_share("pia")),
-        Field("p", "p", "exact McNemar of PIA to the original, not corrected for the number of "
-              "rows", (".2g", ""), read=False, of=_p),
-    )
-}  # fmt: skip
-TABLE = tuple(FIELDS.values())
-READ = tuple(field for field in TABLE if field.read)
-"""Those of the predictions."""
-
-
-KL = (FIELDS["answer_kl_nats"], FIELDS["kl_nats"])
-"""What stands wherever a KL does: the solutions' tokens, and all."""
+KL = (
+    Field(
+        "answer_kl_nats", "KL, answers", "of the solutions' tokens, nats, ± its standard error",
+        unit="nats a token", stderr="answer_kl_stderr",
+    ),
+    Field(
+        "kl_nats", "KL, all text", "of all tokens, prompts included",
+        unit="nats a token", stderr="kl_stderr",
+    ),
+)  # fmt: skip
+"""What stands wherever a KL does."""
+READ = (
+    *KL,
+    Field(
+        "answer_top1_agreement", "same top token",
+        "share of the solutions' tokens where both hold the same for the most likely",
+        (".2f", ""), percent=True,
+    ),
+)  # fmt: skip
+"""Of the predictions."""
+TABLE = (
+    *READ,
+    Field("ica", "ICA", "right in the format asked, percent, with 95 % intervals"),
+    Field("pia", "PIA", "right in any format"),
+    Field("p", "p", "exact McNemar of PIA to the original, not corrected for the number of rows",
+          (".2g", "")),
+)  # fmt: skip
 
 
 def kl_lines(score: Score, digits: Digits | None = None) -> list[tuple[Field, str]]:

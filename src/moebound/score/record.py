@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from moebound.errors import FormatError
-from moebound.score.statistics import Interval, wilson
+from moebound.score.statistics import Interval, mcnemar, wilson
 
 DOWN_SHARE = 0.1
 """With fewer valid outputs than this share, a condition is down."""
@@ -87,6 +87,20 @@ class Score:
     per_problem: tuple[tuple[float, bool | None], ...] = ()
     where: Mapping[str, Any] | None = None
 
+    @property
+    def ica(self) -> Interval | None:
+        return None if self.tally is None else self.tally.ica_share
+
+    @property
+    def pia(self) -> Interval | None:
+        return None if self.tally is None else self.tally.pia_share
+
+    @property
+    def p(self) -> float | None:
+        """Of PIA like the original's."""
+        unknown = self.lost is None or self.gained is None
+        return None if unknown else mcnemar(self.lost or 0, self.gained or 0)
+
     def to_json(self) -> dict[str, Any]:
         """The figures that are known."""
         found: dict[str, Any] = {}
@@ -118,25 +132,18 @@ _STORED = [field.name for field in fields(Score) if field.name not in ("per_prob
 
 def _read(name: str, value: Any) -> Any:
     if name == "tally":
-        if not isinstance(value, Mapping) or value.keys() != Tally.__dataclass_fields__.keys():
-            raise FormatError(f"{name}: expected counts of answers, found {str(value)[:40]!r}")
-        return Tally(**{count: _count(count, found) for count, found in value.items()})
-    if name == "exact":
-        if not isinstance(value, bool):
-            raise FormatError(f"{name}: expected true or false, found {value!r}")
-        return value
-    if not isinstance(getattr(Score, name), float):
-        return _count(name, value)
-    if value is None:
-        return math.nan if name.endswith("_stderr") else math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise FormatError(f"{name}: expected a finite number, found {value!r}")
-    if value < 0:
-        raise FormatError(f"{name}: expected 0 or more, found {value!r}")
-    return float(value)
+        counts = value if isinstance(value, Mapping) else {}
+        return Tally(**{count: _read(f"tally: {count}", counts.get(count)) for count in _COUNTS})
+    if isinstance(getattr(Score, name, None), float):
+        if value is None:
+            return math.nan if name.endswith("_stderr") else math.inf
+        kinds: tuple[type, ...] = (int, float)
+    else:
+        kinds = (bool,) if name == "exact" else (int,)
+    right = isinstance(value, kinds) and isinstance(value, bool) == (name == "exact")
+    if not right or not 0 <= value < math.inf:
+        raise FormatError(f"{name}: expected {kinds[-1].__name__} of 0 or more, found {value!r}")
+    return float(value) if kinds[-1] is float else value
 
 
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise FormatError(f"{name}: expected a whole number from 0, found {value!r}")
-    return value
+_COUNTS = [field.name for field in fields(Tally)]

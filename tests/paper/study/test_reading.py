@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from moebound.paper.study import reading as reading_module
@@ -50,3 +52,17 @@ def test_a_model_that_cannot_be_started_is_run_whole(
     assert not reading.starts_at(3)
     assert not reading.starts_at(0)
     assert compared(measurer, reading, 3, 3) == whole
+
+
+def test_a_model_that_says_nothing_is_infinitely_far(measurer: Measurer) -> None:
+    reading = fresh(measurer)
+    norm = measurer._loaded.model.model.norm.weight
+    kept = norm.data.clone()
+    try:
+        norm.data.fill_(math.nan)
+        found = reading.compare()
+    finally:
+        norm.data.copy_(kept)
+    assert found.kl_nats == found.answer_kl_nats == math.inf
+    assert found.top1_agreement == found.answer_top1_agreement == 0
+    assert reading.compare().kl_nats == 0
