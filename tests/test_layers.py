@@ -11,19 +11,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "moebound"
 ORDER = [
-    *(
-        "_native",
-        "errors",
-        "types",
-        "plugins",
-        "files",
-        "jobs",
-        "wordmath",
-        "checkpoint",
-        "codec",
-        "model",
-    ),
-    *("methods", "plan", "store", "cache", "integrations", "offload", "text"),  # the product
+    *("_native", "errors", "types", "plugins", "score", "files", "jobs", "wordmath"),  # ground
+    *("checkpoint", "codec", "model", "methods", "plan", "store"),  # the product, and on
+    *("cache", "integrations", "offload", "text"),
     *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),  # measures
     *("cli", "__main__"),
 ]

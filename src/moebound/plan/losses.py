@@ -7,6 +7,7 @@ errors, and above the widest is on the safe side. `exponent` says what power the
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -132,9 +133,10 @@ def curves_from_study(
     """
     of_source: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
     for row in rows:
-        if row.layer is not None and row.rate is not None and row.kl is not None:
+        kl = row.score.answer_kl_nats
+        if row.layer is not None and row.rate is not None and math.isfinite(kl):
             name = row.source.removeprefix("codec:")
-            of_source[name].append((row.layer, row.rate, row.kl))
+            of_source[name].append((row.layer, row.rate, kl))
     if not of_source:
         raise PlanError(
             "the study has no condition that changes a whole layer, with its KL: run a suite that "
