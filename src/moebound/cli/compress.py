@@ -10,7 +10,6 @@ import click
 from moebound.cli import exits, wording
 from moebound.cli.options import BoundValue, CodecId, IndexSet, chosen_bound
 from moebound.cli.output import Output, output_options
-from moebound.cli.plan import source_name
 from moebound.cli.progress import progress_bar
 from moebound.types import BoundMode, BoundScope, ErrorBound
 
@@ -109,9 +108,8 @@ def compress(
 
     from moebound import store
     from moebound.checkpoint import open_checkpoint
-    from moebound.wordmath.builtin import resolve
 
-    checkpoint = open_checkpoint(resolve(src))
+    checkpoint = open_checkpoint(src)
     with progress_bar(output, "compressing") as progress:
         try:
             done = store.compress(
@@ -125,7 +123,6 @@ def compress(
                 jobs=jobs,
                 on_existing="resume" if resume else "overwrite" if overwrite else "error",
                 progress=progress,
-                source=source_name(src),
             )
         except KeyboardInterrupt:
             output.note("what is written is kept: the same command with --resume goes on from it")
