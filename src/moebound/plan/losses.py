@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moebound.checkpoint.families import HALVES
 from moebound.errors import PlanError
 from moebound.files.documents import Document, index, number, numbers
 from moebound.plan.items import ExpertSizes, Floats, Items
@@ -23,7 +24,6 @@ PROFILE_FORMAT, PROFILE_VERSION = "moebound.profile", 1
 
 # A map of one checkpoint says nothing about another: their mean |weight| must agree this far.
 _SAME_MODEL = 1e-3
-_FUSED = {"gate_up": ("gate", "up")}
 
 
 def power_law(measured: Floats, loss: Floats, rates: Floats) -> Floats:
@@ -211,7 +211,7 @@ def _loss(
     by_role, total = entry.get("by_role") or {}, np.zeros(count)
     for role in roles:
         # A checkpoint may keep in one matrix what the model's map has apart.
-        for part in (role,) if role in by_role else _FUSED.get(role, (role,)):
+        for part in (role,) if role in by_role else HALVES.get(role, (role,)):
             if part not in by_role:
                 raise PlanError(f"{where}: by_role: no {part!r}; plan a bound per expert instead")
             total += _smooth(by_role[part], count, f"{where}: by_role: {part}")
