@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moebound.cache.trace import Trace
+from moebound.cache import Trace
 from moebound.errors import FormatError, MoeboundError
 from moebound.files.json_document import check_header, load_json, save_json
 from moebound.profile.balance import Balance, balance

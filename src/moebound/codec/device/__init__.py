@@ -18,12 +18,13 @@ both ways.
 `encode_on` is in `encode.py`; nothing else here imports torch before it is used.
 """
 
-from moebound.codec.device.launch import Launched, PreparedDecode, Schedule
+from moebound.codec.device.launch import DEFAULT_SCHEDULE, Launched, PreparedDecode, Schedule
 from moebound.codec.device.plan import DecodePlan, decode_to, plan_decode
 from moebound.codec.device.resident import Resident
 from moebound.codec.device.stream import Stream, read_stream
 
 __all__ = [
+    "DEFAULT_SCHEDULE",
     "DecodePlan",
     "Launched",
     "PreparedDecode",
