@@ -11,7 +11,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "moebound"
 ORDER = [
-    *("_native", "errors", "types", "files", "jobs", "wordmath", "checkpoint", "codec", "model"),
+    *(
+        "_native",
+        "errors",
+        "types",
+        "plugins",
+        "files",
+        "jobs",
+        "wordmath",
+        "checkpoint",
+        "codec",
+        "model",
+    ),
     *("methods", "plan", "store", "cache", "integrations", "offload", "text"),  # the product
     *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),  # measures
     *("cli", "__main__"),

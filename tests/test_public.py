@@ -23,6 +23,7 @@ ERRORS = {
     "CodecError",
     "CorruptionError",
     "FormatError",
+    "MethodError",
     "MoeboundError",
     "PlanError",
     "StoreError",

@@ -31,7 +31,6 @@ from moebound.sensitivity.noise import parse_source
 from moebound.sensitivity.perturb import perturbed
 from moebound.store import compress, measure_sizes, open_store, verify
 from moebound.tasks import Task
-from moebound.wordmath.builtin import resolve
 
 QUANTIZERS = (
     "rtn:int4:g64",
@@ -146,7 +145,7 @@ def run(
     ways = [*UNIFORM, *([PLANNED] if sensitivity is not None else [])]
     total = len(sources) * (1 + len(ways))
     say("loading", 0, total)
-    checkpoint = open_checkpoint(resolve(src))
+    checkpoint = open_checkpoint(src)
     loaded = load(src)
     problems = task.problems(limit)
     text = Baseline.of(loaded.model, solved_rows(loaded.tokenizer, task, problems))
@@ -209,7 +208,7 @@ def stored(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[Path, dict[str,
             {
                 "n_bytes": summary.expert_bytes_after,
                 "n_weights": summary.n_weights,
-                "largest_rate": plan.widest.value,
+                "largest_rate": plan.widest.value if plan.widest else None,
                 "max_abs_error": max(errors),
             },
         )

@@ -27,7 +27,7 @@ Role = Literal["gate", "up", "down", "gate_up"]
 
 ROLE_ORDER: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
 
-HALVES: Mapping[Role, tuple[Role, Role]] = {"gate_up": ("gate", "up")}
+HALVES: Mapping[str, tuple[Role, Role]] = {"gate_up": ("gate", "up")}
 """What a matrix holds that is two in one."""
 
 

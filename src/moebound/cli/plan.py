@@ -160,18 +160,15 @@ def _trial(
 
 
 def _read(sensitivity: Path | None, study: Path | None, profile: Path | None) -> Evidence:
-    from moebound.plan import (
-        PROFILE_FORMAT,
-        SENSITIVITY_FORMAT,
-        Evidence,
-        read_document,
-        read_rows,
-    )
+    from moebound.files.formats import profile as profile_file
+    from moebound.files.formats import sensitivity_map
+    from moebound.files.formats.study import read_rows
+    from moebound.plan import Evidence
 
     return Evidence(
-        None if sensitivity is None else read_document(sensitivity, SENSITIVITY_FORMAT, 1),
+        None if sensitivity is None else sensitivity_map.FORMAT.read(sensitivity),
         None if study is None else read_rows(study),
-        None if profile is None else read_document(profile, PROFILE_FORMAT, 1),
+        None if profile is None else profile_file.FORMAT.read(profile),
     )
 
 
