@@ -93,12 +93,11 @@ def plan(
     from moebound.checkpoint import open_checkpoint
     from moebound.plan import Budget, make_plan
     from moebound.store import measure_sizes
-    from moebound.wordmath.builtin import resolve
 
     evidence = _read(sensitivity, study, profile)
     budget = Budget(bpw=bpw, ratio=ratio, max_kl=max_kl)
     chosen = evidence.scheme if scheme is None else scheme
-    checkpoint = open_checkpoint(resolve(src))
+    checkpoint = open_checkpoint(src)
     measure = None
     if evidence.sensitivity is not None and not no_measure:
         measure = _trial(output, src, checkpoint, evidence.sensitivity, problems)
@@ -110,7 +109,7 @@ def plan(
         sizes,
         evidence,
         budget,
-        source=wording.source_name(src),
+        source=checkpoint.name,
         codec=codec,
         scheme=chosen,
         per_role=None if per is None else per == "matrix",

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from moebound.checkpoint.families import HALVES
 from moebound.errors import PlanError
 from moebound.files.documents import Document
 from moebound.files.formats import profile
@@ -24,7 +25,6 @@ from moebound.types import ExpertKey
 
 # A map of one checkpoint says nothing about another: their mean |weight| must agree this far.
 _SAME_MODEL = 1e-3
-_FUSED = {"gate_up": ("gate", "up")}
 
 
 def power_law(measured: Floats, loss: Floats, rates: Floats) -> Floats:
@@ -177,7 +177,7 @@ def _loss(line: ExpertLine, roles: tuple[str, ...] | None) -> Floats:
     total = np.zeros(len(line.predicted_kl))
     for role in roles:
         # A checkpoint may keep in one matrix what the model's map has apart.
-        for part in (role,) if role in line.by_role else _FUSED.get(role, (role,)):
+        for part in (role,) if role in line.by_role else HALVES.get(role, (role,)):
             if part not in line.by_role:
                 raise PlanError(f"{line.key}: no {part!r} in by_role; plan a bound per expert")
             total += _smooth(line.by_role[part])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moebound.checkpoint import top_k_of
 from moebound.errors import MoeboundError
 from moebound.evaluate.answering import answer
 from moebound.evaluate.candidate import Original, score
@@ -91,7 +92,7 @@ class Measurer:
             fingerprint=of_state(self._loaded.model),
             layers=self._experts.layers,
             n_experts=len(self._experts.in_layer(first)),
-            top_k=self._top_k(),
+            top_k=top_k_of(self._loaded.model.config.to_dict()),
         )
 
     def source(self) -> dict[str, str]:
@@ -227,13 +228,6 @@ class Measurer:
                 f"task {task!r}: no solutions to read, and the model writes nothing"
             )
         return pairs, "answers"
-
-    def _top_k(self) -> int:
-        """Experts chosen a token: heard, since configs have many names for it."""
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self._loaded.device)
-        with torch.inference_mode(), Recorder(self._loaded.model, end_ids=()) as recorder:
-            self._loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            return int(recorder.take().layers[0].index.shape[1])
 
 
 def _padded(pairs: Sequence[Pair], device: torch.device) -> dict[str, torch.Tensor]:
