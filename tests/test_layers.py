@@ -11,8 +11,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "moebound"
 ORDER = [
-    *("_native", "errors", "types", "files", "jobs", "wordmath", "checkpoint", "codec", "model"),
-    *("methods", "plan", "store", "cache", "integrations", "offload", "text"),  # the product
+    *("_native", "errors", "extras", "types", "files", "jobs", "wordmath", "checkpoint", "codec"),
+    *("model", "methods", "plan", "store", "cache", "integrations", "offload", "text"),  # the product
     *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),  # measures
     *("cli", "__main__"),
 ]

@@ -111,7 +111,7 @@ def test_without_llama_cpp_its_run_says_what_to_install(
     settings = Settings(shapes=replace(SHAPES, hidden=64), tiers=(), peers=("llama.cpp",), tokens=2)
     (row,) = run(settings, tmp_path).rows
     assert (row["name"], row["routing"]) == ("llama.cpp, own routing", "own")
-    assert "llama-cpp-python and gguf not installed: pip install" in row["error"]
+    assert "llama.cpp needs llama-cpp-python and gguf: pip install" in row["error"]
     assert not (tmp_path / "raw.gguf").exists()
 
 

@@ -68,6 +68,8 @@ def test_entropy_coding_keeps_the_weights_and_counts_real_bytes() -> None:
     assert coded.n_bytes < 0.6 * plain.n_bytes
 
 
+# NumPy says so of what hqq does with torch's tensors.
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 def test_hqq_is_the_library_and_beats_rounding_to_nearest() -> None:
     pytest.importorskip("hqq.core.quantize", reason="pip install 'moebound[compare]'")
     matrix = weights(64, 128)
@@ -82,7 +84,7 @@ def test_hqq_is_the_library_and_beats_rounding_to_nearest() -> None:
 
 def test_without_hqq_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "hqq.core.quantize", None)
-    with pytest.raises(BackendUnavailable, match=r"pip install 'moebound\[compare\]'"):
+    with pytest.raises(BackendUnavailable, match=r"pip install 'moebound\[peers\]'"):
         apply("hqq:int4:g64", weights(8, 64))
 
 

@@ -24,7 +24,8 @@ import torch
 
 from moebound.checkpoint.families import Role
 from moebound.codec import encode_certified
-from moebound.errors import BackendUnavailable, MoeboundError
+from moebound.errors import MoeboundError
+from moebound.extras import need
 from moebound.sensitivity.noise import Changed, ErrorSource, Generators
 from moebound.types import Array, DType, ErrorBound, TensorStats
 
@@ -61,6 +62,10 @@ class Quantizer(ErrorSource):
     @property
     def needs_bound(self) -> bool:
         return False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("hqq",) if self.method == "hqq" else ()
 
     def _apply(
         self,
@@ -136,10 +141,4 @@ def _hqq(matrix: torch.Tensor, bits: int, group: int) -> Quantized:
 
 
 def _hqq_quantizer() -> Any:
-    try:
-        from hqq.core.quantize import Quantizer as HqqQuantizer
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"hqq is not installed ({error}): pip install 'moebound[compare]'"
-        ) from error
-    return HqqQuantizer
+    return need("hqq.core.quantize", "quantizer hqq").Quantizer

@@ -40,6 +40,7 @@ from moebound.codec import (
 )
 from moebound.codec.arrays import to_numpy
 from moebound.errors import BoundError, MoeboundError
+from moebound.extras import check
 from moebound.types import DType, ErrorBound, ExpertKey, TensorStats
 
 Generators = Callable[[Role], np.random.Generator]
@@ -87,6 +88,15 @@ class ErrorSource(ABC):
     def needs_bound(self) -> bool:
         """Whether the error has a size, which a bound sets."""
         return True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Modules of `extras.PACKAGES` that it cannot do without."""
+        return ()
+
+    def check_installed(self) -> None:
+        """Make sure that the library behind it is there. Raises BackendUnavailable."""
+        check(f"error source {self.id}", *self.needs)
 
     def apply(
         self,
@@ -216,6 +226,10 @@ class CodecSource(ErrorSource):
     def needs_bound(self) -> bool:
         return get_codec(self.name).lossy
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return get_codec(self.name).needs
+
     def _apply(
         self,
         weights: Mapping[Role, torch.Tensor],
@@ -253,8 +267,7 @@ _SIMULATED: dict[str, ErrorSource] = {
 def parse_source(text: str | ErrorSource) -> ErrorSource:
     """The source of an id: one of `source_ids()`, or `codec:` and a codec with its options.
 
-    Raises MoeboundError with the ids there are, CodecError for an unknown codec or option,
-    BackendUnavailable if the codec's library is not installed.
+    Raises MoeboundError with the ids there are, CodecError for an unknown codec or option.
     """
     if isinstance(text, ErrorSource):
         return text

@@ -21,14 +21,15 @@ class Promise:
 
     @classmethod
     def of(cls, bound: ErrorBound | Plan, codec: str | None) -> Promise:
-        """Raises CodecError for an unknown codec, PlanError for another than the plan's."""
+        """Raises CodecError for an unknown codec, BackendUnavailable for one whose library is not
+        installed, PlanError for another than the plan's."""
         if isinstance(bound, Plan):
             if codec not in (None, bound.codec):
                 raise PlanError(f"codec {codec!r}: the plan was made for {bound.codec!r}")
             made = cls(bound.widest, bound.codec, bound)
         else:
             made = cls(bound, codec or "bound")
-        get_codec(made.codec)
+        get_codec(made.codec).check_installed()
         return made
 
     def bounds(self, expert: Expert) -> list[ErrorBound]:

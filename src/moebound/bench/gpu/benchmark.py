@@ -25,6 +25,7 @@ from moebound.codec.bound import BoundCodec
 from moebound.codec.device import Schedule
 from moebound.codec.device.launch import DEFAULT_SCHEDULE
 from moebound.errors import BackendUnavailable, MoeboundError
+from moebound.extras import need
 
 FORMAT = 1
 KINDS = ("gaussian", "gaussian-rows-cols")
@@ -164,11 +165,9 @@ def _segments_for_copies(settings: Settings) -> int:
 
 
 def _environment() -> dict[str, Any]:
-    try:
-        import torch
-        import triton
-    except ImportError as error:
-        raise BackendUnavailable(f"{error.name} is missing: pip install 'moebound[gpu]'") from None
+    import torch
+
+    triton = need("triton", "the benchmark on a GPU")
     if not torch.cuda.is_available():
         raise BackendUnavailable(
             f"no CUDA device: torch {torch.__version__} on {platform.machine()} finds none"
