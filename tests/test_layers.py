@@ -11,9 +11,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "moebound"
 ORDER = [
+    # the product
     *("_native", "errors", "extras", "types", "files", "jobs", "wordmath", "checkpoint", "codec"),
-    *("model", "methods", "plan", "store", "cache", "integrations", "offload", "text"),  # the product
-    *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),  # measures
+    *("model", "methods", "plan", "store", "cache", "integrations", "offload", "text"),
+    # what measures
+    *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),
     *("cli", "__main__"),
 ]
 

@@ -38,9 +38,7 @@ def build(folder: Path, *options: str, include: str = "") -> Path:
             "2",
         ],
     ):
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "native"
 
