@@ -1,30 +1,39 @@
 # make demo   set everything up and go the whole road on a real model; leaves demo/index.html
 # make test   set everything up and run all tests
+# make check  lint, types and the quick tests; nothing is built but the package itself
 # make lint   ruff and mypy, strict
 # make bench  the codec benchmark, a table on the terminal
+# make peers  set up what the benchmarks compare with: SZ3, ZFP, HQQ, llama.cpp; lm-eval and Ray too
 #
 # Needed beforehand: Python 3.11 to 3.13 with venv, and a C++20 compiler. Everything else goes into
-# .venv. PYTHON=python3.12 picks another interpreter, VENV=dir another place.
+# .venv. PYTHON=python3.12 picks another interpreter, VENV=dir another place, TEST_OPTIONS=... are
+# pytest's. LLAMA_NATIVE=ON builds llama.cpp for this machine's processor, as figures need it.
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= demo
 TEST_JOBS ?= auto
+TEST_OPTIONS ?=
+LLAMA_NATIVE ?= OFF
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Many test processes with one thread each finish sooner than one with many.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS)
 # Each stamp stands for one step that is done; it is redone when what it depends on changes.
 STAMPS := $(VENV)/.stamps
 NATIVE := CMakeLists.txt $(shell find native -type f)
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test check lint bench peers install clean
 
 demo: install
 	$(BIN)/moebound demo -o $(DEMO)
 
-# Many test processes with one thread each finish sooner than one with many.
-test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS)
+test: peers
+	$(PYTEST) $(TEST_OPTIONS)
+
+check: lint
+	$(PYTEST) -m "not slow" $(TEST_OPTIONS)
 
 lint: install
 	$(BIN)/ruff check .
@@ -35,6 +44,8 @@ bench: install
 	$(BIN)/moebound bench codec
 
 install: $(STAMPS)/package
+
+peers: $(STAMPS)/package $(STAMPS)/peers
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -52,6 +63,19 @@ $(STAMPS)/tools: $(STAMPS)/venv constraints.txt
 
 # Editable: Python files are used where they are, the native module is built again when it changes.
 $(STAMPS)/package: $(STAMPS)/tools pyproject.toml $(NATIVE)
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $@
+
+# llama.cpp without what nothing here calls, and past pip's cache, which would hand out what was built
+# for another processor.
+$(STAMPS)/llama-$(LLAMA_NATIVE): $(STAMPS)/tools bench/llama-cpp.cmake | $(STAMPS)/package
+	CMAKE_ARGS="-DGGML_NATIVE=$(LLAMA_NATIVE) -DLLAVA_BUILD=OFF \
+	  -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/bench/llama-cpp.cmake" \
+	  $(PIP) install -c constraints.txt --no-cache-dir --no-build-isolation --force-reinstall \
+	  --no-deps llama-cpp-python
+	@rm -f $(STAMPS)/llama-* && touch $@
+
+$(STAMPS)/peers: $(STAMPS)/package $(STAMPS)/llama-$(LLAMA_NATIVE)
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 

@@ -113,7 +113,7 @@ def test_without_llama_cpp_its_run_says_what_to_install(
     )
     (row,) = run(settings, tmp_path).rows
     assert (row["name"], row["routing"]) == ("llama.cpp, own routing", "own")
-    assert "llama-cpp-python and gguf not installed: pip install" in row["error"]
+    assert "llama.cpp needs llama-cpp-python and gguf: pip install" in row["error"]
     assert not (tmp_path / "raw.gguf").exists()
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-from moebound import text
 
 from .conftest import SRC, Run
 
@@ -56,14 +53,3 @@ def test_a_template_that_is_no_text(run: Run, tmp_path: Path) -> None:
     ran = run("serve", SRC, "--port", 0, "--chat-template", path)
     assert ran.code == 2
     assert str(path) in ran.stderr
-
-
-def test_without_the_packages(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The package that is imported anew here takes the old one's place in its parent, too.
-    monkeypatch.setattr(text, "serve", getattr(text, "serve", None), raising=False)
-    for name in [name for name in sys.modules if name.startswith("moebound.text.serve")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    ran = run("serve", SRC)
-    assert ran.code == 2
-    assert "pip install 'moebound[serve]'" in ran.stderr

@@ -80,6 +80,17 @@ def test_gsm8k(tmp_path: Path) -> None:
         assert worth(task, problem, text) == expected, text
 
 
+def test_parquet_has_the_same_problems(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install 'moebound[parquet]'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([GSM, GSM]), tmp_path / "g.parquet")
+    lines = Gsm8k(write(tmp_path / "g.jsonl", GSM, GSM))
+    assert Gsm8k(tmp_path / "g.parquet").problems() == lines.problems()
+    (tmp_path / "g.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(TaskError, match=r"g\.parquet: cannot be read as parquet"):
+        Gsm8k(tmp_path / "g.parquet").problems()
+
+
 def test_math(tmp_path: Path) -> None:
     row = {"problem": "x?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "Level 1"}
     folder = tmp_path / "test" / "algebra"
@@ -107,7 +118,7 @@ def test_data_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = write(tmp_path / "gsm8k" / "test.jsonl", GSM)
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     assert find_data("gsm8k", None, hub=("a/b", "c")) == path
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TaskError, match=r"MOEBOUND_DATA/math/test\.jsonl.*--data"):
         find_data("math", None, hub=("nobody/nothing", "c.jsonl"))
     with pytest.raises(TaskError, match="no such file"):

@@ -19,7 +19,7 @@ from moebound.checkpoint.shards import (
     read_tensors,
     total_bytes,
 )
-from moebound.errors import BackendUnavailable, CheckpointError, UnsupportedArchitectureError
+from moebound.errors import CheckpointError, UnsupportedArchitectureError
 from moebound.types import Array
 from moebound.wordmath.builtin import resolve
 
@@ -201,13 +201,8 @@ def _download(
     # What can only be a path is not looked up on the hub: the hub's error would mislead.
     if not _HUB_ID.fullmatch(src) or src.endswith(".safetensors"):
         raise CheckpointError(f"{src}: no such file or folder")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"{src}: no such folder, and fetching it from the hub needs huggingface_hub: "
-            "pip install huggingface_hub"
-        ) from error
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(
             snapshot_download(

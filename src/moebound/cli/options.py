@@ -93,7 +93,7 @@ class CodecId(click.ParamType):  # type: ignore[type-arg]  # generic since Click
         from moebound.codec import get_codec
 
         try:
-            get_codec(value)
+            get_codec(value).check_installed()
         except MoeboundError as error:
             self.fail(str(error), param, ctx)
         return str(value)

@@ -68,10 +68,13 @@ def profile(
     # read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moebound.evaluate.loading import load
+    from moebound.extras import check
     from moebound.profile.profiling import profile_tasks
     from moebound.tasks import get_task
 
     # Everything that can be wrong with what was asked is found before the model is loaded.
+    if figures is not None:
+        check("--figures", "matplotlib")
     asked = [(task, task.problems(limit)) for task in map(get_task, tasks)]
     loaded = load(src, dtype=dtype, device=device)
     with step_bar(output) as say:

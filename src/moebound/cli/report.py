@@ -40,10 +40,12 @@ def report(output: Output, folder: Path, page: Path | None) -> int:
     its conclusions and open questions for this model. A study that is not finished gives a report
     that says what is missing. The page needs no network.
     """
+    from moebound.extras import check
     from moebound.files.durable import save_bytes
     from moebound.paper.report import make_report, read_study
     from moebound.paper.report.page import render
 
+    check("the page of a report", "matplotlib")
     found = make_report(read_study(folder))
     path = folder / PAGE_FILE if page is None else page
     save_bytes(path, render(found).encode())

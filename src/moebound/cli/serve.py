@@ -12,7 +12,7 @@ import click
 from moebound.cli import exits, wording
 from moebound.cli.offload import load_offloaded, offload_options
 from moebound.cli.output import Output, output_options
-from moebound.errors import BackendUnavailable, MoeboundError
+from moebound.errors import MoeboundError
 
 KEY_VARIABLE = "MOEBOUND_API_KEY"
 
@@ -62,13 +62,8 @@ def serve(
 
     --json: one document on stdout, as soon as requests are taken, with the URL.
     """
-    try:
-        from moebound.text.serve import server
-        from moebound.text.serve.config import ServeConfig
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"serving needs FastAPI and uvicorn: pip install 'moebound[serve]' ({error})"
-        ) from error
+    from moebound.text.serve import server
+    from moebound.text.serve.config import ServeConfig
 
     # Everything that can be wrong with what was asked is found before the model is loaded.
     config = ServeConfig(

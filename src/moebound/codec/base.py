@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moebound.errors import CodecError
+from moebound.extras import check
 from moebound.types import NUMPY_DTYPES, Array, DType
 
 Positions = npt.NDArray[np.uint64]
@@ -69,12 +70,14 @@ class Codec(ABC):
         value it does not list as a miss. Where it is False, `encode` decodes, looks for weights
         that break the bound, and patches them (`strict.py`).
     lossy: False for a codec that ignores the bound and returns the same bits.
+    needs: modules of `extras.PACKAGES` that it cannot do without.
     """
 
     id: ClassVar[str]
     version: ClassVar[int] = 1
     keeps_bound: ClassVar[bool] = False
     lossy: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_options(cls, options: str) -> Self:
@@ -93,6 +96,14 @@ class Codec(ABC):
         Checked before memory for a forged shape is asked for. The default says 2^20 a byte.
         """
         return n_bytes << 20
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Make sure that the library behind it is there, before long work that will need it.
+
+        Raises BackendUnavailable with the command that installs it.
+        """
+        check(f"codec {cls.id}", *cls.needs)
 
     @abstractmethod
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:

@@ -30,14 +30,14 @@ from __future__ import annotations
 
 import struct
 from math import prod
-from types import ModuleType
 from typing import ClassVar, Self
 
 import numpy as np
 
 from moebound.codec.base import ArraySpec, Codec, Payload
 from moebound.codec.rounding import smallest_with_patch
-from moebound.errors import BackendUnavailable, CodecError, CorruptionError
+from moebound.errors import CodecError, CorruptionError
+from moebound.extras import need
 from moebound.types import Array
 
 ALGORITHMS = {
@@ -81,6 +81,7 @@ class SZ3Codec(Codec):
     """
 
     id: ClassVar[str] = "sz3"
+    needs: ClassVar[tuple[str, ...]] = ("pysz",)
 
     def __init__(self, algorithm: str = "nopred") -> None:
         if algorithm not in ALGORITHMS:
@@ -115,7 +116,7 @@ class SZ3Codec(Codec):
     def decompress(
         self, data: memoryview, spec: ArraySpec, out: Array, *, threads: int = 1
     ) -> None:
-        pysz = _pysz()
+        pysz = need("pysz", "codec sz3")
         _check_sizes(data, spec.size)
         try:
             stream = np.frombuffer(data, np.uint8)
@@ -129,17 +130,9 @@ class SZ3Codec(Codec):
         return f"SZ3Codec({self.algorithm!r})"
 
 
-def _pysz() -> ModuleType:
-    try:
-        import pysz
-    except ImportError as error:
-        raise BackendUnavailable("codec sz3 needs pysz: pip install 'pysz>=1.1'") from error
-    return pysz  # type: ignore[no-any-return]
-
-
 def _compress(values: Array, bound: float, algorithm: str, spec: ArraySpec) -> bytes:
     """SZ3's stream for finite float32 values."""
-    pysz = _pysz()
+    pysz = need("pysz", "codec sz3")
     config = pysz.szConfig()
     config.errorBoundMode = pysz.szErrorBoundMode.ABS
     config.absErrorBound = bound

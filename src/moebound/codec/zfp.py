@@ -19,13 +19,13 @@ Leading axes are collapsed: matrices are smallest. Bits per weight, 2048x1408 bf
 from __future__ import annotations
 
 from math import prod
-from types import ModuleType
 from typing import ClassVar
 
 import numpy as np
 
 from moebound.codec.base import ArraySpec, Codec, Payload
-from moebound.errors import BackendUnavailable, CodecError, CorruptionError
+from moebound.errors import CodecError, CorruptionError
+from moebound.extras import need
 from moebound.types import Array
 
 _WORD_BYTES = 8
@@ -42,6 +42,7 @@ class ZfpCodec(Codec):
     """
 
     id: ClassVar[str] = "zfp"
+    needs: ClassVar[tuple[str, ...]] = ("zfpy",)
 
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
         if spec.abs_bound == 0.0:
@@ -49,7 +50,7 @@ class ZfpCodec(Codec):
         with np.errstate(invalid="ignore"):  # widening a signalling NaN
             values = x.astype(np.float32)
         values[~np.isfinite(values)] = 0.0
-        stream = _zfpy().compress_numpy(
+        stream = need("zfpy", "codec zfp").compress_numpy(
             values.reshape(_blocks_shape(spec.shape)),
             tolerance=spec.abs_bound,
             write_header=False,
@@ -59,7 +60,7 @@ class ZfpCodec(Codec):
     def decompress(
         self, data: memoryview, spec: ArraySpec, out: Array, *, threads: int = 1
     ) -> None:
-        zfpy = _zfpy()
+        zfpy = need("zfpy", "codec zfp")
         shape = _blocks_shape(spec.shape)
         padded = np.zeros(_longest(shape), np.uint8)
         if not 0 < len(data) <= len(padded) or spec.abs_bound == 0.0:
@@ -74,14 +75,6 @@ class ZfpCodec(Codec):
             raise CorruptionError(f"zfp: {error}") from error
         with np.errstate(over="ignore", invalid="ignore"):  # the patch has what overflowed
             out[:] = values.reshape(-1)
-
-
-def _zfpy() -> ModuleType:
-    try:
-        import zfpy
-    except ImportError as error:
-        raise BackendUnavailable("codec zfp needs zfpy: pip install 'zfpy>=1.0.1'") from error
-    return zfpy  # type: ignore[no-any-return]
 
 
 def _blocks_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

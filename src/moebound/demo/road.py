@@ -36,6 +36,7 @@ from moebound.evaluate.evaluation import Evaluation
 from moebound.evaluate.loading import Loaded, load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.transcript import read_transcript
+from moebound.extras import check
 from moebound.files.documents import load_json, save_json
 from moebound.files.durable import disk_errors
 from moebound.files.formats import sensitivity_map
@@ -111,6 +112,9 @@ def run(
     that does not hold is no exception but a row with `verified` False.
     """
     asked = asked or Asked()
+    check("the demo's page", "matplotlib")
+    for codec in asked.codecs:
+        get_codec(codec).check_installed()
     suite = get_suite(asked.suite)
     place = begin(folder, asked.to_json())
     with one_thread():

@@ -10,20 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moebound.errors import BackendUnavailable, MoeboundError
+from moebound.errors import MoeboundError
+from moebound.extras import need
 from moebound.jobs.workers import Opens, Workers, cores
 
 LOCAL = "local"
-
-
-def _ray() -> Any:
-    try:
-        import ray  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise BackendUnavailable(
-            "studies over a cluster need Ray, which is not installed: pip install 'moebound[ray]'"
-        ) from error
-    return ray
 
 
 class RayWorkers(Workers):
@@ -36,7 +27,7 @@ class RayWorkers(Workers):
     def __init__(self, setup: Opens, count: int, address: str, *, gpus: float = 0.0) -> None:
         if count < 1:
             raise MoeboundError(f"workers {count}: expected 1 or more")
-        ray = self._ray = _ray()
+        ray = self._ray = need("ray", "work on a cluster")
         self.count = count
         threads = setup.threads or max(1, cores() // count)
         self._setup = setup.with_threads(threads)

@@ -136,6 +136,11 @@ class Method(ABC):
         return False
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """Modules of `extras.PACKAGES` that `encode` cannot do without."""
+        return ()
+
+    @property
     def versions(self) -> tuple[int, ...]:
         """Of everything whose bytes `encode` writes."""
         return (self.version,)

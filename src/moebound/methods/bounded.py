@@ -50,6 +50,10 @@ class Bounded(Method):
         return get_codec(self.codec).lossy
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        return get_codec(self.codec).needs
+
+    @property
     def versions(self) -> tuple[int, ...]:
         return (self.version, get_codec(self.codec).version)
 

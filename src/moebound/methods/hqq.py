@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from moebound.codec.fields import FieldReader
-from moebound.errors import BackendUnavailable, MethodError
+from moebound.errors import MethodError
+from moebound.extras import need
 from moebound.methods.base import MatrixSpec
 from moebound.methods.rtn import Grouped, Head
 from moebound.types import Array
@@ -25,13 +26,17 @@ class Hqq(Grouped):
 
     id: ClassVar[str] = "hqq"
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("hqq",)
+
     def quantized(self, matrix: Array) -> bytes:
         if matrix.size % self.group:
             raise MethodError(
                 f"a matrix of {matrix.size} weights is not a whole number of groups of "
                 f"{self.group}, which hqq asks for"
             )
-        codes, meta = _quantizer().quantize(
+        codes, meta = need("hqq.core.quantize", "method hqq").Quantizer.quantize(
             torch.from_numpy(matrix), nbits=self.bits, group_size=self.group, axis=1, device="cpu",
             bitpack=False, compute_dtype=torch.float16,
         )  # fmt: skip
@@ -51,13 +56,3 @@ class Hqq(Grouped):
         groups = (head.codes(read, spec) - zero) * scale
         weights: Array = groups.reshape(-1)[: spec.size].reshape(spec.shape)
         return weights
-
-
-def _quantizer() -> Any:
-    try:
-        from hqq.core.quantize import Quantizer
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"hqq is not installed ({error}): pip install 'moebound[peers]'"
-        ) from error
-    return Quantizer

@@ -14,6 +14,8 @@ from html import escape
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from moebound.extras import need
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -57,7 +59,7 @@ def drawing(
     name: of this drawing, unique on its page. alt: what it shows, for who cannot see it.
     """
     # Heavy, and not needed by anyone who only imports this package.
-    import matplotlib as mpl
+    mpl = need("matplotlib", "drawing")
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):
@@ -71,7 +73,7 @@ def inline(
 ) -> str:
     """A figure that is drawn already, as inline SVG. colors: what stands in for which of the
     page's; others stay."""
-    import matplotlib as mpl
+    mpl = need("matplotlib", "drawing")
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     style: Any = {key: _STYLE[key] for key in ("svg.fonttype", "svg.hashsalt", "text.parse_math")}

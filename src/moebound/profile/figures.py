@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 
 from moebound.errors import MoeboundError
+from moebound.extras import need
 from moebound.files.durable import disk_errors
 from moebound.profile.balance import by_chance
 from moebound.profile.profile import Profile, TaskUse, balance_of
@@ -69,7 +70,7 @@ def _styled(make: Callable[P, Figure]) -> Callable[P, Figure]:
     @wraps(make)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
         # Heavy, and not needed by anyone who only imports this module.
-        import matplotlib as mpl
+        mpl = need("matplotlib", "drawing")
 
         with mpl.rc_context(_STYLE):
             return make(*args, **kwargs)
@@ -83,8 +84,7 @@ def draw(profile: Profile, folder: Path, *, formats: Sequence[str] = FORMATS) ->
     formats: endings that matplotlib knows. Returns the files. Raises StoreError if the disk
     refuses, MoeboundError for a profile in which nothing was routed.
     """
-    import matplotlib as mpl
-
+    mpl = need("matplotlib", "drawing")
     folder = Path(folder)
     written: list[Path] = []
     with mpl.rc_context(_STYLE), disk_errors(folder):

@@ -32,6 +32,7 @@ from moebound.checkpoint.families import ROLE_ORDER, Role
 from moebound.codec import codec_ids, get_codec, stats, thread_count
 from moebound.codec.arrays import to_numpy
 from moebound.errors import BoundError, MoeboundError
+from moebound.extras import check
 from moebound.methods import BOUNDED, ExpertView, compress_expert, get_method, method_ids
 from moebound.types import Array, DType, ErrorBound, ExpertKey, TensorStats
 
@@ -80,6 +81,15 @@ class ErrorSource(ABC):
     def needs_bound(self) -> bool:
         """Whether the error has a size, which a bound sets."""
         return True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Modules of `extras.PACKAGES` that it cannot do without."""
+        return ()
+
+    def check_installed(self) -> None:
+        """Make sure that the library behind it is there. Raises BackendUnavailable."""
+        check(f"error source {self.id}", *self.needs)
 
     def apply(
         self,
@@ -211,6 +221,10 @@ class MethodSource(ErrorSource):
     def needs_bound(self) -> bool:
         return get_method(self.setting).needs_bound
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return get_method(self.setting).needs
+
     def _apply(
         self,
         weights: Mapping[Role, torch.Tensor],
@@ -263,8 +277,7 @@ _SIMULATED: dict[str, ErrorSource] = {
 def parse_source(text: str | ErrorSource) -> ErrorSource:
     """The source of an id: one of `source_ids()`, with the options of its codec or method.
 
-    Raises MoeboundError with the ids there are, CodecError or MethodError for an unknown option,
-    BackendUnavailable if the library behind it is not installed.
+    Raises MoeboundError with the ids there are, CodecError or MethodError for an unknown option.
     """
     if isinstance(text, ErrorSource):
         return text

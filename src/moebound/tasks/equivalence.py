@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 
-from moebound.errors import BackendUnavailable, MoeboundError
+from moebound.errors import MoeboundError
+from moebound.extras import unavailable
 
 SECONDS = 10.0
 START_SECONDS = 120.0
@@ -72,9 +73,7 @@ class Checker:
             self.close()
             if ready is None:
                 raise MoeboundError("the process that compares answers does not start")
-            raise BackendUnavailable(
-                "comparing mathematical answers needs math-verify: pip install math-verify"
-            )
+            raise unavailable("comparing mathematical answers", "math_verify")
 
     def _ask(self, question: list[str]) -> list[object] | None:
         assert self._process is not None

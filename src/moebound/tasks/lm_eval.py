@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moebound.errors import BackendUnavailable, TaskError
+from moebound.errors import TaskError
+from moebound.extras import unavailable
 
 PREFIX = "lm-eval:"
 
@@ -44,9 +45,7 @@ def run_lm_eval(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise BackendUnavailable(
-            f"task {name!r}: tasks of lm-eval need it: pip install 'moebound[lm-eval]' ({error})"
-        ) from error
+        raise unavailable(f"task {name!r}", "lm_eval", reason=error) from error
     name = name.removeprefix(PREFIX)
     manager = TaskManager()
     if not name or name not in manager.all_tasks:

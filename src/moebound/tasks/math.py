@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moebound.errors import TaskError
+from moebound.extras import check
 from moebound.tasks.answers import boxed, last_boxed
 from moebound.tasks.base import Problem, Task, Verdict
 from moebound.tasks.equivalence import same
@@ -31,6 +32,8 @@ class Math(Task):
         self._data = data
 
     def problems(self, limit: int | None = None) -> list[Problem]:
+        # Better told now than behind the first answer.
+        check("task math", "math_verify")
         path = find_data(self.name, self._data, hub=HUB)
         found: list[Problem] = []
         for where, row in read_rows(path):

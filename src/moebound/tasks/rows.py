@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moebound.errors import BackendUnavailable, TaskError
+from moebound.errors import TaskError
+from moebound.extras import unavailable
 
 DATA_VARIABLE = "MOEBOUND_DATA"
 """The environment variable with a folder of data sets: gsm8k/test.jsonl, math/test.jsonl."""
@@ -73,9 +74,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise BackendUnavailable(
-            f"{path}: reading parquet needs pyarrow: pip install pyarrow"
-        ) from error
+        raise unavailable(f"{path}: reading parquet", "pyarrow", reason=error) from error
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ArrowException) as error:

@@ -13,6 +13,24 @@
 using __mmask16 = simde__mmask16;
 using __mmask32 = simde__mmask32;
 
+// Newer versions of SIMDe have some of these themselves.
+#undef _mm_popcnt_u32
+#undef _mm512_i32gather_epi32
+#undef _mm512_cmplt_epu32_mask
+#undef _mm512_maskz_expand_epi32
+#undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepi32_epi16
+#undef _mm512_mask_cmpge_epu32_mask
+#undef _mm512_cmpneq_epi32_mask
+#undef _mm512_srai_epi32
+#undef _mm512_mask_srli_epi32
+#undef _mm512_cvttps_epi32
+#undef _mm512_cvtepi32_ps
+#undef _mm512_cvtepu32_ps
+#undef _mm512_rcp14_ps
+#undef _mm512_cvtepu8_epi32
+#undef _mm256_mask_storeu_epi16
+
 inline int _mm_popcnt_u32(uint32_t x) { return std::popcount(x); }
 
 inline __m512i _mm512_i32gather_epi32(__m512i index, const void* base, int scale) {
@@ -84,11 +102,9 @@ inline __mmask16 as_mask(const std::array<bool, 16>& lanes) {
   return __mmask16(mask);
 }
 
-#undef _mm512_mask_cmpge_epu32_mask
 inline __mmask16 _mm512_mask_cmpge_epu32_mask(__mmask16 mask, __m512i a, __m512i b) {
   return __mmask16(mask & as_mask(each_lane<uint32_t>([](auto x, auto y) { return x >= y; }, a, b)));
 }
-#undef _mm512_cmpneq_epi32_mask
 inline __mmask16 _mm512_cmpneq_epi32_mask(__m512i a, __m512i b) {
   return as_mask(each_lane<uint32_t>([](auto x, auto y) { return x != y; }, a, b));
 }

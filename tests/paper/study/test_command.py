@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from moebound.files.formats.study import ROWS_FILE, read_rows, read_study
 from moebound.files.rows import read_lines
 from moebound.paper.study.measure import Measured, Measurer
 from moebound.plan.losses import curves_from_study
-
-HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
 @pytest.fixture
@@ -75,18 +73,31 @@ def test_bad_calls_are_told(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
 def test_without_ray_the_command_to_install_it_is_told(
-    command: list[str], capsys: pytest.CaptureFixture[str]
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*command, "--ray", "local"]) == 2
     assert "pip install 'moebound[ray]'" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed")
+def test_without_the_library_of_a_codec_nothing_is_begun(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pysz", None)
+    assert main(command) == 2
+    assert "codec:sz3 needs pysz: pip install 'moebound[peers]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 def test_a_cluster_gives_the_same_rows(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("ray", reason="pip install 'moebound[ray]'")
     other = str(tmp_path / "ray")
     assert main(command) == 0
     assert main([*command[:-1], other, "--workers", "2", "--ray", "local"]) == 0

@@ -24,6 +24,7 @@ from moebound.bench.gpu.verify import Check, verify
 from moebound.codec.bound import BoundCodec
 from moebound.codec.device import DEFAULT_SCHEDULE, Schedule
 from moebound.errors import BackendUnavailable, MoeboundError
+from moebound.extras import need
 
 FORMAT = 1
 KINDS = ("gaussian", "gaussian-rows-cols")
@@ -165,11 +166,9 @@ def _segments_for_copies(settings: GpuSettings) -> int:
 
 
 def _environment() -> dict[str, Any]:
-    try:
-        import torch
-        import triton
-    except ImportError as error:
-        raise BackendUnavailable(f"{error.name} is missing: pip install 'moebound[gpu]'") from None
+    import torch
+
+    triton = need("triton", "the benchmark on a GPU")
     if not torch.cuda.is_available():
         raise BackendUnavailable(
             f"no CUDA device: torch {torch.__version__} on {platform.machine()} finds none"

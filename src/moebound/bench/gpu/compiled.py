@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moebound.errors import BackendUnavailable
+from moebound.extras import unavailable
 
 CAPABILITIES = (80, 90)
 
@@ -94,8 +94,8 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
         from triton import compile as triton_compile
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-    except ImportError:
-        raise BackendUnavailable("compiling needs triton: pip install 'moebound[gpu]'") from None
+    except ImportError as error:
+        raise unavailable("compiling kernels", "triton", reason=error) from error
     from moebound.codec.device import decode_kernel, encode_kernel
 
     function = getattr(decode_kernel, variant.kernel, None) or getattr(

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from moebound.checkpoint import Checkpoint, TensorInfo, open_checkpoint, read_tensor
-from moebound.errors import BackendUnavailable, UnsupportedArchitectureError
+from moebound.errors import UnsupportedArchitectureError
+from moebound.extras import need
 from moebound.types import Array
-
-INSTALL = "pip install 'moebound[compare]'"
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,7 @@ def write_gguf(source: Path, file: Path) -> Path:
     """
     if file.exists():
         return file
-    try:
-        import gguf
-    except ImportError as error:
-        raise BackendUnavailable(f"writing GGUF needs the package gguf: {INSTALL}") from error
-
+    gguf = need("gguf", "writing GGUF")
     checkpoint = open_checkpoint(source)
     _check(checkpoint)
     tensors = list(_tensors(checkpoint, gguf))

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from moebound.bench.offload.gguf_file import INSTALL, write_gguf
+from moebound.bench.offload.gguf_file import write_gguf
 from moebound.bench.offload.model import make_checkpoint, make_store
 from moebound.bench.offload.routing import fit_trace
 from moebound.bench.offload.settings import OffloadSettings
 from moebound.bench.offload.text import drawn_ids, task_ids
 from moebound.cache import Trace, ZipfTrace, load_trace
 from moebound.checkpoint import local_folder, open_checkpoint, top_k_of
-from moebound.errors import BackendUnavailable, UnsupportedArchitectureError
+from moebound.errors import UnsupportedArchitectureError
+from moebound.extras import check
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,7 @@ class Prepared:
         """
         if how != "llama.cpp":
             return self.store if source == "compressed" else self.raw
-        missing = [
-            package
-            for package, module in (("llama-cpp-python", "llama_cpp"), ("gguf", "gguf"))
-            if importlib.util.find_spec(module) is None
-        ]
-        if missing:
-            raise BackendUnavailable(f"llama.cpp: {' and '.join(missing)} not installed: {INSTALL}")
+        check("llama.cpp", "llama_cpp", "gguf")
         return write_gguf(self.raw, self.gguf)
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebound.bench.offload.gguf_file import INSTALL
 from moebound.bench.offload.routing import ForcedRouting
 from moebound.cache import Trace
-from moebound.errors import BackendUnavailable, UnsupportedArchitectureError
+from moebound.errors import UnsupportedArchitectureError
+from moebound.extras import need
 
 
 class Subject(ABC):
@@ -90,10 +90,7 @@ class LlamaCpp(Subject):
     """Its own router chooses: nothing can be put in place of it. As many threads as torch has."""
 
     def __init__(self, spec: dict[str, Any], trace: Trace | None) -> None:
-        try:
-            import llama_cpp
-        except ImportError as error:
-            raise BackendUnavailable(f"llama.cpp needs llama-cpp-python: {INSTALL}") from error
+        llama_cpp = need("llama_cpp", "llama.cpp")
         n_context = spec["prompt"] + max(spec["warm"], spec["tokens"]) + 1
         threads = torch.get_num_threads()
         self._model: Any = llama_cpp.Llama(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moebound.errors import BackendUnavailable
+from moebound.extras import need
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +25,7 @@ def check_device(device: torch.device) -> None:
     Raises BackendUnavailable without triton, and for a device that is not CUDA; with
     TRITON_INTERPRET=1 the CPU will do, slowly, for tests.
     """
-    try:
-        import triton
-    except ImportError:
-        raise BackendUnavailable(
-            "work on a device needs triton: pip install 'moebound[gpu]'"
-        ) from None
+    triton = need("triton", "work on a device")
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise BackendUnavailable(
             f"device {device}: expected a CUDA device; on the CPU use moebound.encode and "

@@ -26,6 +26,7 @@ from moebound.paper.study.folder import Asked, missing, prepare
 from moebound.paper.study.measure import Setup
 from moebound.paper.study.suite import ModelFacts, Suite, baseline
 from moebound.profile.profile import Profile, TaskUse
+from moebound.sensitivity.noise import parse_source
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def run_study(
     task_names: as the tasks call themselves. sources, n_seeds: in place of the suite's.
 
     Raises MoeboundError for a folder of another study (see `folder.prepare`), for places that the
-    model does not have, and as `Measurer.run`; StoreError if the disk refuses. Rows that are
-    finished stay in any case.
+    model does not have, and as `Measurer.run`; BackendUnavailable where the library of a source is
+    not installed; StoreError if the disk refuses. Rows that are finished stay in any case.
     """
     facts: ModelFacts = workers.call("facts")
     conditions = suite.conditions(facts, task_names, sources=sources, n_seeds=n_seeds)
@@ -85,6 +86,8 @@ def run_study(
         n_seeds=suite.n_seeds if n_seeds is None else n_seeds,
         conditions=tuple(conditions),
     )
+    for source in {condition.source for condition in conditions} - {BASELINE}:
+        parse_source(source).check_installed()
     prepare(folder, asked)
     with Rows(folder / ROWS_FILE) as rows, Rows(folder / ANSWERS_FILE) as answers:
         todo = missing(conditions, rows.found)

@@ -14,5 +14,5 @@ server.py     socket, signals, shutdown
 
 One text at a time: keys and values of one sequence are all the state, so memory has a bound that
 does not depend on how many ask. Whoever comes meanwhile waits in the queue, or is told to come
-again. Needs fastapi and uvicorn: pip install 'moebound[serve]'.
+again.
 """
