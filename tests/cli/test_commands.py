@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_compress_tells_both_sizes(run: Run, tmp_path: Path) -> None:
     assert ran.code == 0
     assert "bits per weight" in ran.stdout
     assert "whole model" in ran.stdout
-    assert "worst kept / asked  0." in ran.stdout
+    assert re.search(r"worst kept / asked +0\.", ran.stdout)
 
 
 def test_exact_codec_needs_no_bound(run: Run, tmp_path: Path) -> None:
