@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS)
 # Each stamp stands for one step that is done; it is redone when what it depends on changes.
 STAMPS := $(VENV)/.stamps
-NATIVE := CMakeLists.txt $(wildcard native/CMakeLists.txt native/*.cpp native/*.h)
+NATIVE := CMakeLists.txt $(shell find native -type f)
 
 .PHONY: demo test check lint bench peers install clean
 

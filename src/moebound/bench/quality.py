@@ -209,7 +209,7 @@ def stored(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[Path, dict[str,
             {
                 "n_bytes": summary.expert_bytes_after,
                 "n_weights": summary.n_weights,
-                "largest_rate": plan.widest.value,
+                "largest_rate": plan.widest.value if plan.widest else None,
                 "max_abs_error": max(errors),
             },
         )

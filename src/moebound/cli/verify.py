@@ -17,7 +17,7 @@ SHOWN = 20
 
 @click.command()
 @click.argument("dst", type=click.Path(file_okay=False))
-@click.option("--against", metavar="SRC", help="The original, to measure every bound again.")
+@click.option("--against", metavar="SRC", help="The original, to measure every error again.")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -45,7 +45,7 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
         ("verdict", verdict),
         ("looked at", f"{report.n_experts} experts, {report.n_tensors} tensors, "
          f"{wording.n_bytes(report.n_bytes)}"),
-        ("worst kept / asked", f"{wording.kept_over_asked(report.worst)} ({measured})"),
+        *wording.promise(report.guarantee, report.worst, report.max_abs_error, measured),
         ("time", f"{report.seconds:.1f} s"),
     ]  # fmt: skip
     problems = [

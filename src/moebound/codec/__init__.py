@@ -13,16 +13,16 @@ from moebound.codec.base import ArraySpec, Codec, Payload
 from moebound.codec.certificate import Certificate
 from moebound.codec.envelope import Envelope, parse
 from moebound.codec.estimate import estimate_bytes
-from moebound.codec.measure import Measured, measure, stats
+from moebound.codec.measure import Distortion, measure, stats
 from moebound.codec.registry import codec_ids, get_codec, register_codec
 
 __all__ = [
     "ArraySpec",
     "Certificate",
     "Codec",
+    "Distortion",
     "Encoded",
     "Envelope",
-    "Measured",
     "Payload",
     "codec_ids",
     "decode",

@@ -37,8 +37,9 @@ from moebound.evaluate.loading import Loaded, load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.transcript import read_transcript
 from moebound.extras import check
+from moebound.files.documents import load_json, save_json
 from moebound.files.durable import disk_errors
-from moebound.files.json_document import load_json, save_json
+from moebound.files.formats import sensitivity_map
 from moebound.files.rows import KEY, Rows
 from moebound.jobs.workers import InProcess, Opens, Processes, Workers, cores
 from moebound.paper.report import Report as StudyReport
@@ -47,11 +48,11 @@ from moebound.paper.study.measure import Setup as StudySetup
 from moebound.paper.study.run import Step, run_study
 from moebound.paper.study.suite import Suite
 from moebound.paper.study.suite_file import get_suite
-from moebound.plan import SENSITIVITY_FORMAT, Budget, Evidence, Plan, make_plan, read_document
+from moebound.plan import Budget, Evidence, Plan, make_plan
 from moebound.profile.profile import Profile
 from moebound.profile.profiling import profile_tasks
 from moebound.sensitivity.map.build import Build
-from moebound.sensitivity.map.settings import Settings
+from moebound.sensitivity.map.settings import MapSettings
 from moebound.store import measure_sizes, open_store, verify
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import resolve
@@ -212,7 +213,7 @@ class _Road:
         if path.exists():
             return
         # Without jumps, which plans do not use, and without a sample to compare with.
-        settings = Settings(rates=MAP_RATES, codec=PLANNED_CODEC, measure="none", n_ties=0)
+        settings = MapSettings(rates=MAP_RATES, codec=PLANNED_CODEC, measure="none", n_ties=0)
         n = min(MAP_PROBLEMS, self.asked.n_problems)
         task, skip = get_task(TASK), self.asked.n_problems
         Build.of(loaded, task, n, settings, path, self.say, skip=skip).run()
@@ -241,7 +242,7 @@ class _Road:
         missing = [rate for rate in budgets if not self._plan_file(rate).exists()]
         if missing:
             sizes = measure_sizes(checkpoint, codec=PLANNED_CODEC)
-            evidence = Evidence(read_document(self.folder.map, SENSITIVITY_FORMAT, 1))
+            evidence = Evidence(sensitivity_map.FORMAT.read(self.folder.map))
             for rate in missing:
                 plan = make_plan(
                     sizes, evidence, Budget(bpw=budgets[rate]), source=SRC, codec=PLANNED_CODEC

@@ -21,12 +21,18 @@ def find_routers(model: nn.Module, experts: dict[int, str]) -> dict[int, Router]
     """
     found = dict[int, Router]()
     for layer, name in experts.items():
-        block = model.get_submodule(name.rpartition(".")[0])
-        router = next((getattr(block, n) for n in _NAMES if hasattr(block, n)), None)
-        if isinstance(router, nn.Module):
+        router, block = router_of(model, name), model.get_submodule(name.rpartition(".")[0])
+        if router is not None:
             top_k = int(getattr(router, "top_k", 0) or getattr(block, "top_k", 0) or 0)
             found[layer] = _callable(router, top_k)
     return found
+
+
+def router_of(model: nn.Module, experts: str) -> nn.Module | None:
+    """The router that stands beside an experts module of that name; None where none is known."""
+    block = model.get_submodule(experts.rpartition(".")[0])
+    router = next((getattr(block, n) for n in _NAMES if hasattr(block, n)), None)
+    return router if isinstance(router, nn.Module) else None
 
 
 def _callable(router: nn.Module, top_k: int) -> Router:

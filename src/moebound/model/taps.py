@@ -31,7 +31,7 @@ def tap(model: nn.Module, stack: Stack, hear: Hear) -> RemovableHandle:
 
     Raises UnsupportedArchitectureError for a module whose decisions cannot be heard.
     """
-    if _gets_decisions(stack.module):
+    if gets_decisions(stack.module):
         return stack.module.register_forward_pre_hook(_before_experts(hear), with_kwargs=True)
     owner = model.get_submodule(stack.name.rpartition(".")[0])
     for place in (owner, stack.module):
@@ -44,7 +44,8 @@ def tap(model: nn.Module, stack: Stack, hear: Hear) -> RemovableHandle:
     )
 
 
-def _gets_decisions(module: nn.Module) -> bool:
+def gets_decisions(module: nn.Module) -> bool:
+    """Whether an experts module is called as (hidden_states, top_k_index, top_k_weights)."""
     kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
     positional = sum(
         kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moebound.errors import PlanError
-from moebound.files.documents import index, number
+from moebound.files.documents import count, number
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Measured:
 
     @classmethod
     def from_json(cls, data: Any) -> Measured:
-        """Raises PlanError."""
+        """Raises PlanError, FormatError."""
         if not isinstance(data, Mapping):
             raise PlanError(f"measured: expected an object, found {str(data)[:40]!r}")
         kl, stderr = data.get("kl"), data.get("stderr")
@@ -50,9 +50,9 @@ class Measured:
             math.inf if kl is None else number(kl, "measured: kl"),
             math.nan if stderr is None else number(stderr, "measured: stderr"),
             str(data.get("task", "")),
-            index(data.get("n_problems"), "measured: n_problems"),
+            count(data.get("n_problems"), "measured: n_problems"),
             bool(data.get("exact", True)),
-            index(data.get("n_tried", 1), "measured: n_tried"),
+            count(data.get("n_tried", 1), "measured: n_tried"),
         )
 
 

@@ -36,7 +36,7 @@ SCHEDULES = (DEFAULT_SCHEDULE, Schedule(wide=True), Schedule(wide=False), Schedu
 
 
 @dataclass(frozen=True)
-class Settings:
+class GpuSettings:
     """What is measured. segments: weights of each."""
 
     rates: tuple[float, ...] = (0.05, 0.3, 0.8)
@@ -57,7 +57,7 @@ class GpuReport:
     transfer: list[TransferRow]
     nvcomp: str | None
     seconds: float
-    settings: Settings = field(default_factory=Settings)
+    settings: GpuSettings = field(default_factory=GpuSettings)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -74,13 +74,15 @@ class GpuReport:
         }
 
 
-def run(settings: Settings | None = None, *, say: Callable[[str], None] | None = None) -> GpuReport:
+def run(
+    settings: GpuSettings | None = None, *, say: Callable[[str], None] | None = None
+) -> GpuReport:
     """Measure on the current CUDA device.
 
     Raises BackendUnavailable without one, or without triton; MoeboundError if a check fails: then
     nothing is timed.
     """
-    chosen, say = settings or Settings(), say or (lambda _: None)
+    chosen, say = settings or GpuSettings(), say or (lambda _: None)
     environment = _environment()
     start = time.monotonic()
     say("checking")
@@ -106,7 +108,7 @@ def run(settings: Settings | None = None, *, say: Callable[[str], None] | None =
     )
 
 
-def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeRow]:
+def _decode_rows(settings: GpuSettings, say: Callable[[str], None]) -> list[DecodeRow]:
     """Every segment size at every rate; schedules and the most experts at the middle one."""
     rows: list[DecodeRow] = []
     middle = settings.rates[len(settings.rates) // 2]
@@ -126,7 +128,7 @@ def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeR
     return rows
 
 
-def _host_rows(settings: Settings, say: Callable[[str], None]) -> list[HostRow]:
+def _host_rows(settings: GpuSettings, say: Callable[[str], None]) -> list[HostRow]:
     say("the host's part")
     middle = settings.rates[len(settings.rates) // 2]
     return [
@@ -136,7 +138,7 @@ def _host_rows(settings: Settings, say: Callable[[str], None]) -> list[HostRow]:
     ]
 
 
-def _encode_rows(settings: Settings, say: Callable[[str], None]) -> list[EncodeRow]:
+def _encode_rows(settings: GpuSettings, say: Callable[[str], None]) -> list[EncodeRow]:
     rows = []
     for kind in KINDS:
         matrices = expert(kind)
@@ -147,7 +149,7 @@ def _encode_rows(settings: Settings, say: Callable[[str], None]) -> list[EncodeR
     return rows
 
 
-def _transfer_rows(settings: Settings, say: Callable[[str], None]) -> list[TransferRow]:
+def _transfer_rows(settings: GpuSettings, say: Callable[[str], None]) -> list[TransferRow]:
     rows = []
     matrices = expert(KINDS[1])
     for rate in settings.rates:
@@ -159,7 +161,7 @@ def _transfer_rows(settings: Settings, say: Callable[[str], None]) -> list[Trans
     return rows
 
 
-def _segments_for_copies(settings: Settings) -> int:
+def _segments_for_copies(settings: GpuSettings) -> int:
     """16,384 weights, or what is nearest of those that are measured."""
     return min(settings.segments, key=lambda weights: abs(weights - 16384))
 

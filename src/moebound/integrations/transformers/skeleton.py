@@ -73,8 +73,8 @@ class SkeletonQuantizer(MoeboundQuantizer):
         self._model = model
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         routed = set(cast(SkeletonConfig, self.quantization_config).routed)
-        self._compressed = [t for t in compressed_tensors(files) if t.name not in routed]
-        check_whole(self._compressed)
+        self._take([t for t in compressed_tensors(files) if t.name not in routed], model)
+        check_whole(self._compressed, self._own)
         for stack in _stacks(model):
             _take_out(stack)
         # They are left unread on purpose: no report about them.

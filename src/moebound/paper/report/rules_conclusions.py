@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
+from moebound.files.formats.study import METRICS, Metric
 from moebound.paper.report import evidence as ev
 from moebound.paper.report.cells import RANDOMISED, Cell
 from moebound.paper.report.compare import MARGIN, Difference
 from moebound.paper.report.evidence import Evidence, Favours, Finding, points
-from moebound.paper.report.read import METRICS, Metric
 from moebound.paper.report.scene import (
     Pair,
     Scene,
