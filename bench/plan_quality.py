@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 
 from moebound.bench.environment import describe
-from moebound.bench.quality import stored
+from moebound.bench.quality import in_a_store
 from moebound.checkpoint import open_checkpoint
+from moebound.evaluate.candidate import Original, in_folder, score
 from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import load
 from moebound.evaluate.text import solved_rows
@@ -48,7 +49,8 @@ def main() -> None:
     problems = task.problems(args.skip + args.limit + args.measure)[args.skip :]
     problems, others = problems[: args.limit], problems[args.limit :]
     trial = Trial.of(loaded, task, others)
-    baseline = Baseline.of(loaded.model, solved_rows(loaded.tokenizer, task, problems))
+    rows_read = solved_rows(loaded.tokenizer, task, problems)
+    original = Original(loaded.model, Baseline.of(loaded.model, rows_read))
     sizes = measure_sizes(checkpoint)
     rows = []
     for bpw in args.bpw:
@@ -64,8 +66,8 @@ def main() -> None:
                 measure=trial.measure,
             )
             assert plan.measured is not None
-            with stored(checkpoint, plan) as (folder, about):
-                found = baseline.compare(load(folder).model)
+            with in_a_store(checkpoint, plan) as (folder, about):
+                found = score(in_folder(folder), original).score
             rows.append(
                 {
                     "bpw": bpw,

@@ -11,7 +11,7 @@ import pytest
 from moebound.errors import FormatError, TaskError
 from moebound.evaluate import scoring
 from moebound.evaluate.answering import Output
-from moebound.evaluate.evaluation import Evaluation, Scored, Tally, compare_to
+from moebound.evaluate.evaluation import Evaluation, Scored, compare_to, tally
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.transcript import read_transcript, rescore
@@ -24,18 +24,18 @@ def scored(name: int, *, pia: bool = True, ica: bool = False, valid: bool = True
 
 def test_down_means_that_nearly_nothing_is_valid() -> None:
     alive = [scored(n, valid=n < 10) for n in range(100)]
-    assert not Tally.of(alive).down
-    assert Tally.of(alive[1:]).down
-    assert not Tally.of([]).down
-    tally = Tally.of(alive)
-    assert (tally.n, tally.valid, tally.unfinished) == (100, 10, 90)
-    assert tally.pia_share.value == 1
+    assert not tally(alive).down
+    assert tally(alive[1:]).down
+    assert not tally([]).down
+    counts = tally(alive)
+    assert (counts.n, counts.valid, counts.unfinished) == (100, 10, 90)
+    assert counts.pia_share.value == 1
 
 
 def test_formats_add_up() -> None:
     found = Evaluation({}, "t", tuple(scored(n, ica=n > 5) for n in range(11)))
-    assert {name: tally.n for name, tally in found.by_format.items()} == {"boxed": 5, "json": 6}
-    assert sum(tally.ica for tally in found.by_format.values()) == found.total.ica == 5
+    assert {name: one.n for name, one in found.by_format.items()} == {"boxed": 5, "json": 6}
+    assert sum(one.ica for one in found.by_format.values()) == found.total.ica == 5
     assert json.loads(json.dumps(found.to_json()))["total"]["n"] == 11
 
 

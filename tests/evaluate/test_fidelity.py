@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from moebound.errors import TaskError
-from moebound.evaluate.fidelity import Baseline, Fidelity, log_probabilities
+from moebound.evaluate.fidelity import Baseline, logits_of
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.perplexity import perplexity
 from moebound.evaluate.text import answered_rows, batches, pad, solved_rows
+from moebound.score import Score
 from moebound.tasks import get_task
 
 
@@ -34,7 +35,9 @@ def test_a_comparison_in_parts_is_that_of_the_whole(loaded: Loaded, changed: Loa
     task = get_task("wordmath")
     rows = solved_rows(loaded.tokenizer, task, task.problems(9))
     batch = pad(rows, 0)
-    p, q = (log_probabilities(one.model, batch) for one in (loaded, changed))
+    p, q = (
+        logits_of(one.model, batch)[:, :-1].double().log_softmax(-1) for one in (loaded, changed)
+    )
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     agree = (p.argmax(-1) == q.argmax(-1)).double()
     right = (q.argmax(-1) == batch.input_ids[:, 1:]) | ~batch.answers
@@ -42,10 +45,11 @@ def test_a_comparison_in_parts_is_that_of_the_whole(loaded: Loaded, changed: Loa
     baseline = Baseline.of(loaded.model, rows)
     found = baseline.compare(changed.model)
     assert found.exact
-    assert found.per_prompt == tuple(right.all(dim=1).tolist())
+    each, reproduced = zip(*found.per_problem, strict=True)
+    assert reproduced == tuple(right.all(dim=1).tolist())
     assert found.kl_nats == pytest.approx(float(kl[batch.predicts].mean()), rel=1e-4)
     assert found.answer_kl_nats == pytest.approx(float(kl[batch.answers].mean()), rel=1e-4)
-    assert found.prompt_kl == pytest.approx(of_prompts, rel=1e-3)
+    assert each == pytest.approx(of_prompts, rel=1e-3)
     assert found.top1_agreement == pytest.approx(float(agree[batch.predicts].mean()))
     assert found.answer_kl_nats > 0
     same = baseline.compare(loaded.model)
@@ -66,7 +70,11 @@ def test_a_broken_model_is_infinitely_far(loaded: Loaded) -> None:
     broken = copy.deepcopy(loaded.model)
     with torch.no_grad():
         broken.model.norm.weight.fill_(math.nan)
-    assert baseline.compare(broken).kl_nats == math.inf
+    found = baseline.compare(broken)
+    assert found.kl_nats == found.answer_kl_nats == math.inf
+    assert math.isnan(found.kl_stderr)
+    assert found.top1_agreement == found.reproduced == 0
+    assert found.to_json()["kl_nats"] is None
 
 
 def test_batches_hold_each_row_once_and_their_limit() -> None:
@@ -124,7 +132,7 @@ class Says:
 
 def compared(
     original: torch.Tensor, changed: torch.Tensor, lengths: list[int], *, answers: int
-) -> Fidelity:
+) -> Score:
     """Of rows of these many tokens (all of token 0), the last `answers` of each being the solution,
     under models that say this."""
     rows = [([0] * (length - answers), [0] * answers) for length in lengths]
@@ -169,7 +177,7 @@ def test_reproduced_asks_for_every_token_of_the_solution() -> None:
     q[1, 2] = logs(0.1, 0.9)  # the last token of the solution: does
     found = compared(p, q, [4, 4], answers=2)
     assert found.reproduced == 1
-    assert found.per_prompt == (True, False)
+    assert [right for _, right in found.per_problem] == [True, False]
 
 
 def test_a_batch_covers_prompt_solution_and_end(loaded: Loaded) -> None:

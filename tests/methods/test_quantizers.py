@@ -92,7 +92,7 @@ def test_without_hqq_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ["rtn:int9:g64", "rtn:int4", "hqq:int4:g64:coded:x", "rtn:int4:g"])
 def test_options_that_are_none(name: str) -> None:
-    with pytest.raises(MethodError, match=f"method '{name[:3]}': options .* int2 to int8"):
+    with pytest.raises(MethodError, match=f"method '{name}': .* int2 to int8"):
         parse_source(name)
 
 

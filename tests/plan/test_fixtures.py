@@ -64,7 +64,7 @@ def test_what_was_measured() -> None:
     measured = Plan.load(FOLDER / "by_matrix.json").measured
     assert measured is not None
     assert (measured.kl, measured.stderr, measured.task) == (0.00213, 0.000321, "wordmath")
-    assert (measured.n_problems, measured.exact, measured.n_tried) == (256, False, 3)
+    assert (measured.n_problems, measured.score.exact, measured.n_tried) == (256, False, 3)
     broken = Plan.load(FOLDER / "not_finite.json").measured
     assert broken is not None
     assert broken.kl == math.inf

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from moebound.errors import PlanError
 from moebound.plan import RATES, Budget, Evidence, Measured, Plan, make_plan
 from moebound.plan.within import MOST_TRIED
+from moebound.score import Score
 
 from .conftest import as_document, experts, sensitivity
 
@@ -36,7 +37,7 @@ class Meter:
 
     def __call__(self, plan: Plan) -> Measured:
         self.tried.append(plan)
-        return Measured(self.loses(plan), 0.1, "t", 8)
+        return Measured.of(self.loses(plan), 0.1, "t", 8)
 
 
 def made(evidence: Evidence, budget: Budget, meter: Meter | None = None) -> Plan:
@@ -130,13 +131,17 @@ def test_a_limit_below_every_prediction(evidence: Evidence) -> None:
 
 def test_what_was_measured_comes_back_from_the_file(evidence: Evidence, tmp_path: Path) -> None:
     for kl, stderr in ((0.002, 0.0004), (math.inf, math.nan)):
-        found = Measured(kl, stderr, "wordmath", 64, exact=False)
+        score = Score(0.01, 0.001, kl, stderr, n_problems=64, exact=False)
+        found = Measured(score, "wordmath")
         plan = replace(made(evidence, Budget(bpw=3)), measured=found)
         plan.save(tmp_path / "plan.json")
         again = Plan.load(tmp_path / "plan.json").measured
         assert again is not None
         assert again.to_json() == found.to_json()
-        assert (again.kl, again.n_problems, again.exact) == (kl, 64, False)
+        assert (again.kl, again.n_problems, again.score.exact) == (kl, 64, False)
+        assert again.score.kl_nats == 0.01
+        old = {name: value for name, value in found.to_json().items() if name != "score"}
+        assert Measured.from_json(old).kl == kl  # of an earlier version
     document = plan.to_json()
     del document["measured"]  # of an earlier version
     assert Plan.from_json(document).measured is None

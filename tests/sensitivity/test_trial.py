@@ -54,7 +54,8 @@ def test_it_is_the_kl_of_the_store(
     text = Baseline.of(loaded.model, solved_rows(loaded.tokenizer, task, task.problems(9)[5:]))
     want = text.compare(load(tmp_path / "store").model)
     assert found.kl == pytest.approx(want.answer_kl_nats, rel=1e-9)
-    assert found.stderr == pytest.approx(want.answer_kl_stderr, rel=1e-9)
+    assert found.score.answer_kl_stderr == pytest.approx(want.answer_kl_stderr, rel=1e-9)
+    assert found.score.kl_nats == pytest.approx(want.kl_nats, rel=1e-9)
     assert found.kl > 0
     assert (found.task, found.n_problems, found.n_tried) == ("wordmath", 4, 1)
 

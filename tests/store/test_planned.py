@@ -15,6 +15,7 @@ from moebound.errors import CodecError, PlanError, StoreError
 from moebound.plan import RATES, Budget, Evidence, Measured, Plan, PlannedExpert, make_plan
 from moebound.plan.items import Items
 from moebound.plan.plan import planned_experts
+from moebound.score import Score
 from moebound.store import compress, decompress, measure_sizes, open_store, plan_of, verify
 from moebound.store.card import Measurement, model_card, read_measurement, write_card
 from moebound.types import ErrorBound, ExpertKey, TensorStats
@@ -179,10 +180,12 @@ def test_the_card(source: MakeSource, tmp_path: Path) -> None:
 
 
 def test_the_card_has_what_was_measured_of_the_plan(source: MakeSource, tmp_path: Path) -> None:
-    plan = replace(uneven(source()), measured=Measured(0.00213, 0.000321, "word|math", 256))
+    found = Score(0.0381, 0.0029, answer_kl_nats=0.00213, answer_kl_stderr=3.21e-4, n_problems=256)
+    plan = replace(uneven(source()), measured=Measured(found, "word|math"))
     run(source(), tmp_path / "dst", bound=plan)
     card = (tmp_path / "dst" / "README.md").read_text()
-    assert "| measured KL, nats per token | 0.00213 ± 0.00032 |" in card
+    assert "| measured KL, answers, nats per token | 0.00213 ± 0.00032 |" in card
+    assert "| measured KL, all text, nats per token | 0.0381 ± 0.0029 |" in card
     assert "| measured on | 256 problems of word math that planning did not see |" in card
 
 

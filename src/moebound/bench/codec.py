@@ -17,12 +17,16 @@ from moebound.bench.matrices import Matrix
 from moebound.bench.report import BenchReport, Row, Sz3Sizes
 from moebound.bench.table import render_table
 from moebound.bench.timing import interleaved, memcpy_gb_per_s
-from moebound.codec import envelope
-from moebound.codec.api import decode_into, encode_certified
-from moebound.codec.base import ArraySpec, Codec
-from moebound.codec.certificate import Certificate
-from moebound.codec.measure import stats
-from moebound.codec.registry import get_codec
+from moebound.codec import (
+    ArraySpec,
+    Certificate,
+    Codec,
+    decode_into,
+    encode_certified,
+    envelope,
+    get_codec,
+    stats,
+)
 from moebound.codec.strict import within_bound
 from moebound.errors import BackendUnavailable, BoundError
 from moebound.types import Array, DType, ErrorBound

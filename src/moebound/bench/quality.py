@@ -20,18 +20,19 @@ from typing import Any
 from moebound.bench.environment import describe
 from moebound.checkpoint import Checkpoint, open_checkpoint
 from moebound.errors import BoundViolatedError
-from moebound.evaluate.evaluation import Evaluation, compare_to
-from moebound.evaluate.fidelity import Baseline, Fidelity
-from moebound.evaluate.loading import Loaded, load
+from moebound.evaluate.candidate import Original, Result, in_folder, score, stored
+from moebound.evaluate.evaluation import Evaluation, compare_to, with_answers
+from moebound.evaluate.fidelity import Baseline
+from moebound.evaluate.loading import load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.text import solved_rows
 from moebound.model.live import live_experts
 from moebound.plan import Budget, Document, Evidence, ExpertSizes, Plan, Scheme, make_plan
+from moebound.score import Score
 from moebound.sensitivity.noise import parse_source
 from moebound.sensitivity.perturb import perturbed
-from moebound.store import compress, measure_sizes, open_store, verify
+from moebound.store import measure_sizes, open_store
 from moebound.tasks import Task
-from moebound.wordmath.builtin import resolve
 
 QUANTIZERS = (
     "rtn:int4:g64",
@@ -82,7 +83,7 @@ class QualityRow:
     n_weights: int
     largest_rate: float | None
     max_abs_error: float
-    fidelity: Fidelity
+    score: Score
     evaluation: Evaluation
 
     @property
@@ -97,7 +98,7 @@ class QualityRow:
             "bits_per_weight": self.bits_per_weight,
             "largest_rate": self.largest_rate,
             "max_abs_error": self.max_abs_error,
-            "fidelity": self.fidelity.to_json(),
+            "fidelity": self.score.to_json(),
             "total": self.evaluation.total.to_json(),
             "to_original": compare_to(baseline, self.evaluation).to_json(),
         }
@@ -146,32 +147,39 @@ def run(
     ways = [*UNIFORM, *([PLANNED] if sensitivity is not None else [])]
     total = len(sources) * (1 + len(ways))
     say("loading", 0, total)
-    checkpoint = open_checkpoint(resolve(src))
+    checkpoint = open_checkpoint(src)
     loaded = load(src)
     problems = task.problems(limit)
-    text = Baseline.of(loaded.model, solved_rows(loaded.tokenizer, task, problems))
+    original = Original(
+        loaded.model, Baseline.of(loaded.model, solved_rows(loaded.tokenizer, task, problems))
+    )
     answers = evaluate(loaded, task, limit=limit)
     live = live_experts(loaded.model)
     sizes: dict[str, list[ExpertSizes]] = {}
     rows: list[QualityRow] = []
 
-    def measured(name: str, size_of: str, model: Loaded, **about: Any) -> None:
-        found = text.compare(model.model), evaluate(model, task, limit=limit)
-        rows.append(QualityRow(name, size_of, **about, fidelity=found[0], evaluation=found[1]))
+    def keep(name: str, size_of: str, found: Result[Any], **about: Any) -> None:
+        scored = with_answers(found.score, answers, found.asked)
+        rows.append(QualityRow(name, size_of, **about, score=scored, evaluation=found.asked))
 
     for source in sources:
         say(source.id, len(rows), total)
-        with perturbed(live, source, None) as realised:
-            assert realised.n_bytes is not None
-            measured(
-                source.id,
-                source.id,
-                loaded,
-                n_bytes=realised.n_bytes,
-                n_weights=realised.n_weights,
-                largest_rate=None,
-                max_abs_error=realised.max_abs_error,
-            )
+        found = score(
+            perturbed(live, source, None),
+            original,
+            ask=lambda _: evaluate(loaded, task, limit=limit),
+        )
+        realised = found.entered
+        assert realised.n_bytes is not None
+        keep(
+            source.id,
+            source.id,
+            found,
+            n_bytes=realised.n_bytes,
+            n_weights=realised.n_weights,
+            largest_rate=None,
+            max_abs_error=realised.max_abs_error,
+        )
         bits = 8 * rows[-1].n_bytes / rows[-1].n_weights
         for way in ways:
             say(f"{way.name} at {bits:.2f} bits", len(rows), total)
@@ -185,30 +193,32 @@ def run(
                 codec=way.codec,
                 scheme=way.scheme,
             )
-            with stored(checkpoint, plan) as (folder, about):
-                measured(way.name, source.id, load(folder), **about)
+            with in_a_store(checkpoint, plan) as (folder, about):
+                of_store = score(
+                    in_folder(folder), original, ask=lambda one: evaluate(one, task, limit=limit)
+                )
+            keep(way.name, source.id, of_store, **about)
     return QualityReport(src, task.name, len(problems), answers, tuple(rows), describe())
 
 
 @contextmanager
-def stored(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[Path, dict[str, Any]]]:
+def in_a_store(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A store on disk, checked, for as long as the `with` lasts; and what it came to."""
     work = Path(tempfile.mkdtemp(prefix="moebound-quality-"))
     try:
-        folder = work / "store"
-        summary = compress(checkpoint, folder, bound=plan)
-        if not verify(folder, against=checkpoint).ok:
+        made = stored(checkpoint, work / "store", plan)
+        if not made.checked.ok:
             raise BoundViolatedError(f"codec {plan.codec}: a store breaks its bound or is damaged")
         errors = [
             matrix.record.certificate.max_abs_error
-            for expert in open_store(folder).experts()
+            for expert in open_store(made.path).experts()
             for matrix in expert.matrices
         ]
         yield (
-            folder,
+            made.path,
             {
-                "n_bytes": summary.expert_bytes_after,
-                "n_weights": summary.n_weights,
+                "n_bytes": made.summary.expert_bytes_after,
+                "n_weights": made.summary.n_weights,
                 "largest_rate": plan.widest.value if plan.widest else None,
                 "max_abs_error": max(errors),
             },

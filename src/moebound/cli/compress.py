@@ -118,9 +118,8 @@ def compress(
 
     from moebound import store
     from moebound.checkpoint import open_checkpoint
-    from moebound.wordmath.builtin import resolve
 
-    checkpoint = open_checkpoint(resolve(src))
+    checkpoint = open_checkpoint(src)
     with progress_bar(output, "compressing") as progress:
         try:
             done = store.compress(
@@ -135,7 +134,6 @@ def compress(
                 jobs=jobs,
                 on_existing="resume" if resume else "overwrite" if overwrite else "error",
                 progress=progress,
-                source=wording.source_name(src),
             )
         except KeyboardInterrupt:
             output.note("what is written is kept: the same command with --resume goes on from it")

@@ -15,9 +15,10 @@ from moebound.cli.steps import step_bar
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from moebound.evaluate.evaluation import Comparison, Evaluation, Tally
+    from moebound.evaluate.evaluation import Comparison, Evaluation
     from moebound.evaluate.loading import Loaded
-    from moebound.evaluate.statistics import Interval, Paired
+    from moebound.score import Tally
+    from moebound.score.statistics import Interval, Paired
 
 LM_EVAL = "lm-eval:"
 DOWN = "/"

@@ -93,12 +93,11 @@ def plan(
     from moebound.checkpoint import open_checkpoint
     from moebound.plan import Budget, make_plan
     from moebound.store import measure_sizes
-    from moebound.wordmath.builtin import resolve
 
     evidence = _read(sensitivity, study, profile)
     budget = Budget(bpw=bpw, ratio=ratio, max_kl=max_kl)
     chosen = evidence.scheme if scheme is None else scheme
-    checkpoint = open_checkpoint(resolve(src))
+    checkpoint = open_checkpoint(src)
     measure = None
     if evidence.sensitivity is not None and not no_measure:
         measure = _trial(output, src, checkpoint, evidence.sensitivity, problems)
@@ -110,7 +109,7 @@ def plan(
         sizes,
         evidence,
         budget,
-        source=wording.source_name(src),
+        source=checkpoint.name,
         codec=codec,
         scheme=chosen,
         per_role=None if per is None else per == "matrix",
@@ -129,6 +128,7 @@ def _trial(
     """What measures plans of SRC. Raises MoeboundError where it cannot be done."""
     from moebound.errors import MoeboundError
     from moebound.evaluate.loading import load
+    from moebound.score import kl_lines
     from moebound.sensitivity.trial import N_PROBLEMS, Trial, check_memory, unread
 
     @contextmanager
@@ -151,8 +151,9 @@ def _trial(
     def measure(plan: Plan) -> Measured:
         with hinted():
             found = trial().measure(plan)
+        read = ", ".join(f"{field.title} {text}" for field, text in kl_lines(found.score))
         output.note(
-            f"{plan.bits_per_weight:.3f} bits per weight: KL {found.kl:.3g} measured, "
+            f"{plan.bits_per_weight:.3f} bits per weight: {read} measured, "
             f"{plan.kl or 0:.3g} predicted"
         )
         return found
@@ -194,6 +195,10 @@ def _measured(made: Plan) -> list[tuple[str, str]]:
     found = made.measured
     if found is None:
         return [] if made.kl is None else [("measured KL", "not measured: expect more")]
-    text = f"{found.n_problems} other problems of {found.task}"
+    from moebound.score import kl_lines
+
     tried = f", the best of {found.n_tried} plans tried" if found.n_tried > 1 else ""
-    return [("measured KL", f"{found.kl:.3g} ± {found.stderr:.2g}, on {text}{tried}")]
+    return [
+        *((f"measured {field.title}", text) for field, text in kl_lines(found.score)),
+        ("measured on", f"{found.n_problems} other problems of {found.task}{tried}"),
+    ]

@@ -96,8 +96,13 @@ def _short(found: SensitivityMap, out: Path) -> dict[str, object]:
 
 
 def _tables(found: SensitivityMap, out: Path) -> list[RenderableType]:
+    from moebound.score import Score, kl_lines
+
     checks, joint = found.checks, found.joint
-    names = ["rate", "all experts: predicted", "measured", "mean of one expert", "largest",
+    scores = [Score.from_json(score) for score in joint["scores"]]
+    pair = [field for field, _ in kl_lines(scores[0])]
+    measured = [field.title.replace("KL", "measured") for field in pair]
+    names = ["rate", "all experts: predicted", *measured, "mean of one expert", "largest",
              "which", "rank correlation"]  # fmt: skip
     rows = []
     for r, rate in enumerate(found.bounds):
@@ -105,7 +110,8 @@ def _tables(found: SensitivityMap, out: Path) -> list[RenderableType]:
         mean = sum(line.predicted_kl[r] for line in found.experts) / len(found.experts)
         rank = checks["rank_correlation_by_bound"][r]
         rows.append(
-            [f"{rate:g}", f"{joint['predicted_kl'][r]:.3g}", f"{joint['measured_kl'][r]:.3g}",
+            [f"{rate:g}", f"{joint['predicted_kl'][r]:.3g}",
+             *(field.number(field.value(scores[r])) for field in pair),
              f"{mean:.3g}", f"{worst.predicted_kl[r]:.3g}", str(worst.key),
              "" if rank is None else f"{rank:.3f}"]
         )  # fmt: skip

@@ -31,13 +31,10 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
     Exit code 1 if anything is not as promised.
     """
     from moebound import store
-    from moebound.checkpoint import open_checkpoint
-    from moebound.wordmath.builtin import resolve
 
     require_store(Path(dst))
-    original = None if against is None else open_checkpoint(resolve(against))
     with progress_bar(output, "verifying") as progress:
-        report = store.verify(dst, against=original, jobs=jobs, progress=progress)
+        report = store.verify(dst, against=against, jobs=jobs, progress=progress)
 
     verdict = "good" if report.ok else f"{len(report.problems)} problems"
     measured = "measured again" if against is not None else "as certified; --against measures it"

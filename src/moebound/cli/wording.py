@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -14,7 +13,7 @@ from moebound.demo.columns import kept_over_asked
 from moebound.types import ErrorBound, Guarantee
 
 __all__ = ["bits", "bound", "facts", "grid", "index_ranges", "kept_over_asked", "n_bytes",
-           "percent", "promise", "ratio", "source_name"]  # fmt: skip
+           "percent", "promise", "ratio"]  # fmt: skip
 
 EXACT = ErrorBound(math.ulp(0.0))
 """The smallest bound there is; what exact codecs are given when none is asked for."""
@@ -101,8 +100,3 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
-
-
-def source_name(src: str) -> str:
-    """What a plan or a card calls a source: a path by its last part, any other name as it is."""
-    return Path(src).resolve().name if Path(src).exists() else src

@@ -9,6 +9,7 @@ from moebound.codec.api import (
     encode_certified,
     thread_count,
 )
+from moebound.codec.arrays import to_numpy, to_torch, torch_dtype
 from moebound.codec.base import ArraySpec, Codec, Payload
 from moebound.codec.certificate import Certificate
 from moebound.codec.envelope import Envelope, parse
@@ -37,4 +38,7 @@ __all__ = [
     "register_codec",
     "stats",
     "thread_count",
+    "to_numpy",
+    "to_torch",
+    "torch_dtype",
 ]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from moebound.score import READ, Field
 
 if TYPE_CHECKING:  # the command line's help must not load all that a report is made of
     from moebound.bench.report import BenchReport
@@ -13,6 +16,9 @@ if TYPE_CHECKING:  # the command line's help must not load all that a report is 
     from moebound.demo.report import Report, StoreRow
 
 R = TypeVar("R")
+
+KL_DIGITS = (".5f", ".5f")
+"""Of a figure and its error: as many for all, so that they stand one below the other."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,10 @@ class Column(Generic[R]):
 _NARROW = {
     "promise": "",
     "bits per weight": "bits/w",
-    "KL, nats": "KL",
+    "nats a token": "",
+    "KL, answers": "KL, ans.",
+    "KL, all text": "KL, all",
+    "same top token": "same",
     "Gweights/s": "Gw/s",
     "problems": "",
     "lost, gained": "lost, g.",
@@ -49,11 +58,14 @@ def store_columns(report: Report) -> list[Column[StoreRow]]:
         Column("bits per weight", "experts", lambda row: f"{row.expert_bits_per_weight:.2f}"),
         Column("bits per weight", "model", lambda row: f"{row.model_bits_per_weight:.2f}"),
         Column("", "MB", lambda row: f"{row.expert_bytes / 1e6:.2f}"),
-        Column("KL, nats", "± error", lambda row: f"{row.kl_nats:.5f} ± {row.kl_stderr:.5f}"),
-        Column("", "same token", lambda row: f"{100 * row.top1:.2f} %"),
+        *(Column(field.unit, field.title, partial(_figure, field)) for field in READ),
         Column("right", f"of {report.n_problems}", lambda row: str(row.tally.pia)),
-        Column("problems", "lost, gained", lambda row: f"−{row.lost} +{row.gained}"),
+        Column("problems", "lost, gained", lambda row: f"−{row.score.lost} +{row.score.gained}"),
     ]
+
+
+def _figure(field: Field, row: StoreRow) -> str:
+    return field.text(row.score, KL_DIGITS if field.unit else None)
 
 
 def rate_of(row: StoreRow) -> str:

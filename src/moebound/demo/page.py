@@ -75,7 +75,7 @@ def _in_short(report: Report) -> list[str]:
             text += f" For the same promise {' and '.join(others)}."
         found.append(text)
         planned = report.row(first.codec, first.rate, planned=True)
-        if planned is not None and first.kl_nats:
+        if planned is not None and first.score.answer_kl_nats:
             found.append(
                 "With a bound of its own for every expert, chosen from measurements, the same "
                 f"bytes move the model's predictions {page_stores.times(planned, first)} "

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TypeVar
 
 from moebound.demo.columns import Column
-from moebound.evaluate.statistics import Interval
+from moebound.score.statistics import Interval
 
 R = TypeVar("R")
 

@@ -62,16 +62,17 @@ def _plot(
 
         axes = figure.add_subplot()
         for title, index in series.items():
-            chosen = [row for row in rows if row.title == title and row.kl_nats > 0]
+            chosen = [r for r in rows if r.title == title and r.score.answer_kl_nats > 0]
             if not chosen:
                 continue
+            far = [(row.score.answer_kl_nats, row.score.answer_kl_stderr) for row in chosen]
             axes.errorbar(
                 [x_of(row) for row in chosen],
-                [row.kl_nats for row in chosen],
+                [kl for kl, _ in far],
                 # On a logarithmic axis a bar to 0 has no end.
                 yerr=[
-                    [min(2 * row.kl_stderr, 0.9 * row.kl_nats) for row in chosen],
-                    [2 * row.kl_stderr for row in chosen],
+                    [min(2 * error, 0.9 * kl) for kl, error in far],
+                    [2 * error for _, error in far],
                 ],
                 label=title,
                 color=SERIES[index % len(SERIES)],
@@ -84,7 +85,7 @@ def _plot(
                 capsize=2.5,
             )
         axes.set_yscale("log")
-        axes.set_ylabel("KL to the original, nats a token")
+        axes.set_ylabel("KL to the original, solutions, nats a token")
         axes.set_xlabel(x_label)
         if log_x:
             axes.set_xscale("log")

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moebound.bench.report import BenchReport
-from moebound.evaluate.evaluation import Evaluation, Tally
+from moebound.evaluate.evaluation import Evaluation
 from moebound.paper.report import Report as StudyReport
 from moebound.plan import Plan
 from moebound.profile.profile import Profile
+from moebound.score import Score, Tally
 
 KEPT_RATE = 0.3
 """Near this rate are the store that the page speaks of first, and plan.json."""
@@ -30,10 +31,7 @@ class StoreRow:
     many bytes as `bound` does at `rate`. expert_bits_per_weight: bytes of the compressed experts.
     model_bits_per_weight: the weight files whole, headers included. worst: the largest measured
     error over the error asked, 1 or less where the promise is kept. n_tensors: that were verified.
-    problems: what verifying found. kl_nats, kl_stderr: of the solutions' tokens, to the original;
-    text_kl_nats: of all tokens, prompts included. top1: share of the solutions' tokens where both
-    hold the same token for the most likely. tally: greedy answers. lost, gained: problems that only
-    the original solves, and only the store.
+    problems: what verifying found. score: to the original, answers included.
     """
 
     name: str
@@ -50,28 +48,43 @@ class StoreRow:
     verified: bool
     n_tensors: int
     problems: tuple[str, ...]
-    kl_nats: float
-    kl_stderr: float
-    text_kl_nats: float
-    top1: float
-    tally: Tally
-    lost: int
-    gained: int
+    score: Score
 
     @property
     def title(self) -> str:
         return f"{self.codec}, planned" if self.planned else self.codec
 
+    @property
+    def tally(self) -> Tally:
+        """Of its answers; every store is asked."""
+        assert self.score.tally is not None
+        return self.score.tally
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """With the first version's names of some figures; "score" has all."""
+        score = self.score.to_json()
+        first = {old: score.get(new) for old, new in _FIRST_VERSION.items()}
+        return {**vars(self), **first, "score": score}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StoreRow:
-        """Of what `to_json` gave."""
-        fields = {name: data[name] for name in cls.__dataclass_fields__}
-        fields["tally"] = Tally(**data["tally"])
+        """Of what `to_json` gave, in this version or the first."""
+        fields = {name: data.get(name) for name in cls.__dataclass_fields__}
         fields["problems"] = tuple(data["problems"])
-        return cls(**fields)
+        score = data.get("score") or {new: data[old] for old, new in _FIRST_VERSION.items()}
+        fields["score"] = Score.from_json(score)
+        return cls(**fields)  # type: ignore[arg-type]
+
+
+_FIRST_VERSION = {
+    "kl_nats": "answer_kl_nats",
+    "kl_stderr": "answer_kl_stderr",
+    "text_kl_nats": "kl_nats",
+    "top1": "answer_top1_agreement",
+    "tally": "tally",
+    "lost": "lost",
+    "gained": "gained",
+}
 
 
 @dataclass(frozen=True)

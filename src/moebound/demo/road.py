@@ -20,7 +20,7 @@ import torch
 from moebound.bench import codec as bench
 from moebound.bench.matrices import synthetic
 from moebound.bench.report import BenchReport
-from moebound.checkpoint import Checkpoint, open_checkpoint
+from moebound.checkpoint import Checkpoint, open_checkpoint, top_k_of
 from moebound.codec import get_codec
 from moebound.demo.folder import Folder, begin
 from moebound.demo.report import (
@@ -55,7 +55,6 @@ from moebound.sensitivity.map.build import Build
 from moebound.sensitivity.map.settings import MapSettings
 from moebound.store import measure_sizes, open_store, verify
 from moebound.tasks import get_task
-from moebound.wordmath.builtin import resolve
 
 SRC, TASK, EASIER = "builtin:wordmath", "wordmath-hard", "wordmath"
 RATES = (0.1, 0.3, 0.8)
@@ -134,7 +133,7 @@ class _Road:
     def go(self, command: str) -> Report:
         asked = self.asked
         with self._step("answers of the original"):
-            checkpoint, loaded = open_checkpoint(resolve(SRC)), load(SRC)
+            checkpoint, loaded = open_checkpoint(SRC), load(SRC)
             original = {task: self._evaluate(loaded, task) for task in (TASK, EASIER)}
         with self._step("profile"):
             profile = self._profile(loaded)
@@ -332,7 +331,7 @@ def _model_facts(checkpoint: Checkpoint, model: Any) -> ModelFacts:
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         n_moe_layers=len({expert.key.layer for expert in experts}),
         n_experts=len(experts),
-        experts_per_token=int(checkpoint.config.get("num_experts_per_tok", 0)),
+        experts_per_token=top_k_of(checkpoint.config),
         expert_weights=sum(expert.size for expert in experts),
         weights_per_matrix=max(matrix.size for matrix in matrices),
         weight_file_bytes=weight_file_bytes(checkpoint.path),

@@ -18,14 +18,14 @@ from moebound.checkpoint import open_checkpoint
 from moebound.codec import get_codec
 from moebound.demo.folder import Folder
 from moebound.demo.report import StoreRow
-from moebound.evaluate.evaluation import compare_to
+from moebound.evaluate.candidate import Original, in_folder, score, stored
+from moebound.evaluate.evaluation import with_answers
 from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.text import solved_rows
 from moebound.evaluate.transcript import read_transcript, rescore
 from moebound.plan import Plan
-from moebound.store import compress, verify
 from moebound.tasks import get_task
 from moebound.types import ErrorBound
 from moebound.wordmath.builtin import resolve
@@ -94,7 +94,7 @@ class Stores:
         self._task = get_task(setup.task)
         loaded = load(setup.src)
         rows = solved_rows(loaded.tokenizer, self._task, self._task.problems(setup.n_problems))
-        self._text = Baseline.of(loaded.model, rows)
+        self._original = Original(loaded.model, Baseline.of(loaded.model, rows))
         self._answers = read_transcript(self._folder.answers(setup.task))
 
     def use(self, known: Mapping[str, Any]) -> None:
@@ -105,18 +105,20 @@ class Stores:
         hold is no exception but a row with `verified` False."""
         path, setup = self._folder.stores / case.name, self._setup
         bound = case.bound
-        summary = compress(
-            self._checkpoint, path, bound=bound, codec=case.codec, jobs=setup.threads,
+        made = stored(
+            self._checkpoint, path, bound, codec=case.codec, jobs=setup.threads,
             on_existing="resume", source=setup.src,
         )  # fmt: skip
-        checked = verify(path, against=self._checkpoint, jobs=setup.threads)
-        loaded = load(path)
-        far = self._text.compare(loaded.model)
-        found = evaluate(
-            loaded, self._task, limit=setup.n_problems,
-            answers=self._folder.answers(case.name), drafts=self._answers.texts,
+        summary, checked = made.summary, made.checked
+        found = score(
+            in_folder(path),
+            self._original,
+            ask=lambda loaded: evaluate(
+                loaded, self._task, limit=setup.n_problems,
+                answers=self._folder.answers(case.name), drafts=self._answers.texts,
+            ),
         )  # fmt: skip
-        pairs = compare_to(rescore(self._answers, self._task), found).pia
+        answers = rescore(self._answers, self._task)
         before, after = weight_file_bytes(self._checkpoint.path), weight_file_bytes(path)
         return StoreRow(
             name=case.name,
@@ -133,13 +135,7 @@ class Stores:
             verified=checked.ok,
             n_tensors=checked.n_tensors,
             problems=tuple(f"{problem.tensor}: {problem.message}" for problem in checked.problems),
-            kl_nats=far.answer_kl_nats,
-            kl_stderr=far.answer_kl_stderr,
-            text_kl_nats=far.kl_nats,
-            top1=far.answer_top1_agreement,
-            tally=found.total,
-            lost=pairs.lost,
-            gained=pairs.gained,
+            score=with_answers(found.score, answers, found.asked),
         )
 
 

@@ -9,7 +9,8 @@ evaluation.py   counts, accuracies and intervals
 transcript.py   answers in a file, appended as they come; scores from them
 scoring.py      a task from beginning to end
 text.py         prompts with their solutions, to be read at once
-fidelity.py     KL and agreement to another model's predictions
+kl.py           KL of next-token distributions, and sums of it: nothing else computes one
+fidelity.py     a model's predictions on a text, to compare others with
+candidate.py    a changed model, in place or on disk -> its score
 perplexity.py   how well a text is predicted
-statistics.py   intervals, paired tests, corrections
 """

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moebound.errors import MoeboundError
+from moebound.evaluate.text import Batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,12 @@ class Calibration:
             "attention_mask": self.attention_mask[rows, :length].to(device),
             "use_cache": False,
         }
+
+    def batch(self, rows: slice) -> Batch:
+        """These sequences as text to compare on: every token read predicts one that is there."""
+        length = self.longest(rows)
+        mask = self.attention_mask[rows, :length]
+        return Batch(self.input_ids[rows, :length], mask, mask.bool(), self.scored[rows, :length])
 
     def longest(self, rows: slice | torch.Tensor) -> int:
         return int(torch.tensor(self.lengths)[rows].max())

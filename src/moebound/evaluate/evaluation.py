@@ -8,15 +8,13 @@ it ended by itself, before the limit on its length, and gives an answer, right o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moebound.evaluate.answering import Output
-from moebound.evaluate.statistics import Interval, Paired, paired, wilson
+from moebound.score import Score, Tally
+from moebound.score.statistics import Paired, paired
 from moebound.tasks.base import Problem, Task, Verdict
-
-DOWN_SHARE = 0.1
-"""With fewer valid outputs than this share, a condition is down."""
 
 
 @dataclass(frozen=True)
@@ -51,46 +49,15 @@ def score(task: Task, problem: Problem, output: Output) -> Scored:
     )
 
 
-@dataclass(frozen=True)
-class Tally:
-    """Counts of a set of answers. unfinished: cut off at the limit."""
-
-    n: int
-    ica: int
-    pia: int
-    valid: int
-    unfinished: int
-
-    @classmethod
-    def of(cls, rows: Sequence[Scored]) -> Tally:
-        return cls(
-            len(rows),
-            sum(row.ica for row in rows),
-            sum(row.pia for row in rows),
-            sum(row.valid for row in rows),
-            sum(not row.finished for row in rows),
-        )
-
-    @property
-    def ica_share(self) -> Interval:
-        return wilson(self.ica, self.n)
-
-    @property
-    def pia_share(self) -> Interval:
-        return wilson(self.pia, self.n)
-
-    @property
-    def down(self) -> bool:
-        """The paper's "/"."""
-        return self.n > 0 and self.valid < DOWN_SHARE * self.n
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "down": self.down,
-            "ica_share": self.ica_share.to_json(),
-            "pia_share": self.pia_share.to_json(),
-        }
+def tally(rows: Sequence[Scored]) -> Tally:
+    """Counts of these answers."""
+    return Tally(
+        len(rows),
+        sum(row.ica for row in rows),
+        sum(row.pia for row in rows),
+        sum(row.valid for row in rows),
+        sum(not row.finished for row in rows),
+    )
 
 
 @dataclass(frozen=True)
@@ -103,13 +70,13 @@ class Evaluation:
 
     @property
     def total(self) -> Tally:
-        return Tally.of(self.rows)
+        return tally(self.rows)
 
     @property
     def by_format(self) -> dict[str, Tally]:
         """Of each answer format that is asked for, by name."""
         names = sorted({row.format for row in self.rows})
-        return {name: Tally.of([row for row in self.rows if row.format == name]) for name in names}
+        return {name: tally([row for row in self.rows if row.format == name]) for name in names}
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the single answers."""
@@ -117,7 +84,7 @@ class Evaluation:
             "source": self.source,
             "task": self.task,
             "total": self.total.to_json(),
-            "by_format": {name: tally.to_json() for name, tally in self.by_format.items()},
+            "by_format": {name: counts.to_json() for name, counts in self.by_format.items()},
         }
 
 
@@ -140,3 +107,9 @@ def compare_to(baseline: Evaluation, found: Evaluation) -> Comparison:
         paired([b.ica for b, _ in pairs], [a.ica for _, a in pairs]),
         paired([b.pia for b, _ in pairs], [a.pia for _, a in pairs]),
     )
+
+
+def with_answers(score: Score, baseline: Evaluation, found: Evaluation) -> Score:
+    """A score with what the model answered, beside what the original did."""
+    pairs = compare_to(baseline, found).pia
+    return replace(score, tally=found.total, lost=pairs.lost, gained=pairs.gained)

@@ -16,7 +16,7 @@ import torch
 
 from moebound.errors import TaskError
 from moebound.evaluate.loading import Loaded
-from moebound.evaluate.statistics import ratio_stderr
+from moebound.score.statistics import ratio_stderr
 
 LENGTH = 1024
 

@@ -20,15 +20,17 @@ Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 class Batch:
     """Sequences of prompt + solution + end, padded on the right. B sequences, T tokens.
 
-    input_ids, attention_mask: [B, T]. Position t of a row predicts token t + 1, so the masks below
-    are [B, T - 1]: `predicts` are the positions whose next token is there (not padding), `answers`
-    those of them whose next token belongs to the solution or is its end.
+    input_ids, attention_mask: [B, T]. Position t of a row predicts token t + 1. Masks of positions,
+    [B, T - 1] or, where the last token is not read, [B, T]: `predicts` are those whose next token
+    is there (not padding), `answers` those of them whose next token belongs to the solution or is
+    its end. targets: next tokens, in the masks' shape; None where they are not known.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     predicts: torch.Tensor
     answers: torch.Tensor
+    targets: torch.Tensor | None = None
 
 
 def pad(rows: Rows, pad_token: int) -> Batch:
@@ -41,7 +43,8 @@ def pad(rows: Rows, pad_token: int) -> Batch:
         input_ids[index, :length] = torch.tensor([*prompt, *solution])
         attention_mask[index, :length] = 1
         answers[index, len(prompt) - 1 : length - 1] = True
-    return Batch(input_ids, attention_mask, attention_mask[:, 1:].bool(), answers)
+    predicts = attention_mask[:, 1:].bool()
+    return Batch(input_ids, attention_mask, predicts, answers, input_ids[:, 1:])
 
 
 def solved_rows(tokenizer: Any, task: Task, problems: Sequence[Problem]) -> Rows:

@@ -1,10 +1,12 @@
 """JSON documents that say what they are, on disk whole or not there; what is wrong is named.
 
-FORMAT = Format("moebound.plan", 1)
-save_json(path, {**FORMAT.header, "rates": [0.1, 0.3]})
-document = FORMAT.read(path)
-with fields_of(str(path)):
-    rates = numbers(document.content["rates"], "rates")
+    FORMAT = Format("moebound.plan", 1)
+    save_json(path, {**FORMAT.header, "rates": [0.1, 0.3]})
+    document = FORMAT.read(path)
+    with fields_of(str(path)):
+        rates = numbers(document.content["rates"], "rates")
+
+Formats that several folders share have a module each in `formats/`.
 """
 
 from __future__ import annotations

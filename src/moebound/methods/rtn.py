@@ -46,7 +46,7 @@ class Grouped(Method):
         found = _OPTIONS.fullmatch(options)
         if not found or int(found[2]) < 2:
             raise MethodError(
-                f"method {cls.id!r}: options {options!r}: expected int2 to int8 and groups of 2 "
+                f"method '{cls.id}:{options}': expected integers of int2 to int8 and groups of 2 "
                 f"weights or more, as in {cls.id}:int4:g64; then :coded, if the integers are to be "
                 "entropy-coded"
             )

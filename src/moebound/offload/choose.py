@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from moebound.cache import Catalog
-from moebound.checkpoint.families import text_config
+from moebound.checkpoint import top_k_of
 from moebound.errors import CacheError
 from moebound.offload.budget import available_memory, parse_budget
 from moebound.offload.costs import (
@@ -31,9 +31,6 @@ FALLBACK_MARGIN = 0.02
 
 FREE_SHARE = 0.7
 """Of the free memory, what experts get where no budget is given."""
-
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
-          "moe_top_k", "experts_per_token")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,8 @@ def choose(
     """The load paths that fit the budget, the one to take first.
 
     sources: by name, the one the user named first; it is left only for one that is predicted to be
-    faster by FALLBACK_MARGIN. Raises CacheError, with the smallest budget, if none fits.
+    faster by FALLBACK_MARGIN. Raises CacheError, with the smallest budget, if none fits, and as
+    `top_k_of`.
     """
     decoded = sum(kind.n_bytes for kind in kinds.values())
     if budget is None:
@@ -146,13 +144,3 @@ def catalog_of(images: Images, kinds: Mapping[ExpertKey, Kind]) -> Catalog:
         ),
         tuple(image.n_bytes for image in found),
     )
-
-
-def top_k_of(config: Mapping[str, Any]) -> int:
-    """Experts a token, from a model's config."""
-    text = text_config(config)
-    for name in _TOP_K:
-        value = text.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 8  # no family known here leaves it out; a working set that does for most

@@ -73,7 +73,7 @@ class Fetcher:
         """
         index = chosen.cpu().numpy()
         gates: Array = weights.detach().float().cpu().numpy()
-        if len(index) == 1:
+        if len(index) == 1 and len(set(index[0].tolist())) == index.shape[1]:
             experts, leading = leading_first(index[0].tolist(), gates[0].tolist())
             leading = leading if self.decoding else len(experts)
             tokens: list[int] | None = None

@@ -202,7 +202,7 @@ def _layers(model: Any, live: LiveExperts, top_k: int) -> Layers:
         live.layers,
         {layer: len(live.in_layer(layer)) for layer in live.layers},
         top_k,
-        find_routers(model, names),
+        find_routers(model, names, top_k),
     )
 
 

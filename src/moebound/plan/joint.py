@@ -36,7 +36,14 @@ class Joint:
         if joint.get("measured_kl") is None:
             return cls()
         rates = numbers(joint.get("bounds"), f"{where}: joint: bounds")
-        found = numbers(joint["measured_kl"], f"{where}: joint: measured_kl", n=len(rates))
+        listed = joint["measured_kl"]
+        if isinstance(listed, list) and len(listed) == len(rates):
+            # null: nothing was left of the model there, which says nothing of sums.
+            rates = tuple(r for r, kl in zip(rates, listed, strict=True) if kl is not None)
+            listed = [kl for kl in listed if kl is not None]
+            if not rates:
+                return cls()
+        found = numbers(listed, f"{where}: joint: measured_kl", n=len(rates))
         pairs: list[tuple[float, float]] = []
         for rate, measured in sorted(zip(rates, found, strict=True)):
             loss = items.loss_at(np.full(len(items.keys), rate)) if rate > 0 else None

@@ -7,12 +7,14 @@ errors, and above the widest is on the safe side. `exponent` says what power the
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from moebound.checkpoint.families import HALVES
 from moebound.errors import PlanError
 from moebound.files.documents import Document
 from moebound.files.formats import profile
@@ -23,7 +25,6 @@ from moebound.types import ExpertKey
 
 # A map of one checkpoint says nothing about another: their mean |weight| must agree this far.
 _SAME_MODEL = 1e-3
-_FUSED = {"gate_up": ("gate", "up")}
 
 
 def power_law(measured: Floats, loss: Floats, rates: Floats) -> Floats:
@@ -132,9 +133,10 @@ def curves_from_study(
     """
     of_source: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
     for row in rows:
-        if row.layer is not None and row.rate is not None and row.kl is not None:
+        kl = row.score.answer_kl_nats
+        if row.layer is not None and row.rate is not None and math.isfinite(kl):
             name = row.source.removeprefix("codec:")
-            of_source[name].append((row.layer, row.rate, row.kl))
+            of_source[name].append((row.layer, row.rate, kl))
     if not of_source:
         raise PlanError(
             "the study has no condition that changes a whole layer, with its KL: run a suite that "
@@ -175,7 +177,7 @@ def _loss(line: ExpertLine, roles: tuple[str, ...] | None) -> Floats:
     total = np.zeros(len(line.predicted_kl))
     for role in roles:
         # A checkpoint may keep in one matrix what the model's map has apart.
-        for part in (role,) if role in line.by_role else _FUSED.get(role, (role,)):
+        for part in (role,) if role in line.by_role else HALVES.get(role, (role,)):
             if part not in line.by_role:
                 raise PlanError(f"{line.key}: no {part!r} in by_role; plan a bound per expert")
             total += _smooth(line.by_role[part])

@@ -13,32 +13,68 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moebound.errors import PlanError
+from moebound.errors import FormatError, PlanError
 from moebound.files.documents import count, number
+from moebound.score import Score
 
 
 @dataclass(frozen=True)
 class Measured:
-    """KL to the original with all experts changed as planned, nats a token of the solutions.
-
-    stderr: its standard error, problems being the sample; NaN for one problem. task, n_problems:
-    the text, which nothing that the plan is made from has read. exact: False where the rare tokens
-    of a large vocabulary were taken for one, which makes it a lower limit. n_tried: plans measured
-    on these problems until this one was taken.
+    """The score of the model with all experts changed as planned. task: the text, which nothing
+    that the plan is made from has read. n_tried: plans measured on these problems until this one
+    was taken.
     """
 
-    kl: float
-    stderr: float
+    score: Score
     task: str
-    n_problems: int
-    exact: bool = True
     n_tried: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        kl: float,
+        stderr: float,
+        task: str,
+        n_problems: int,
+        *,
+        exact: bool = True,
+        n_tried: int = 1,
+    ) -> Measured:
+        """Where no more than KL of the solutions' tokens is known."""
+        return cls(
+            Score(answer_kl_nats=kl, answer_kl_stderr=stderr, n_problems=n_problems, exact=exact),
+            task,
+            n_tried,
+        )
+
+    @property
+    def kl(self) -> float:
+        """Nats a token of the solutions: what plans keep a limit of."""
+        return self.score.answer_kl_nats
+
+    @property
+    def stderr(self) -> float:
+        return self.score.answer_kl_stderr
+
+    @property
+    def n_problems(self) -> int:
+        return self.score.n_problems or 0
 
     def after(self, n_tried: int) -> Measured:
         return replace(self, n_tried=n_tried)
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "kl": _finite(self.kl), "stderr": _finite(self.stderr)}
+        """Plans of before "score" have the figures in front of it, and keep their bytes."""
+        score = self.score.to_json()
+        return {
+            "kl": score.get("answer_kl_nats"),
+            "stderr": score.get("answer_kl_stderr"),
+            "task": self.task,
+            "n_problems": self.n_problems,
+            "exact": self.score.exact,
+            "n_tried": self.n_tried,
+            **({"score": score} if score.keys() > _ALONE else {}),
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> Measured:
@@ -46,15 +82,20 @@ class Measured:
         if not isinstance(data, Mapping):
             raise PlanError(f"measured: expected an object, found {str(data)[:40]!r}")
         kl, stderr = data.get("kl"), data.get("stderr")
-        return cls(
+        alone = cls.of(
             math.inf if kl is None else number(kl, "measured: kl"),
             math.nan if stderr is None else number(stderr, "measured: stderr"),
             str(data.get("task", "")),
             count(data.get("n_problems"), "measured: n_problems"),
-            bool(data.get("exact", True)),
-            count(data.get("n_tried", 1), "measured: n_tried"),
+            exact=bool(data.get("exact", True)),
+            n_tried=count(data.get("n_tried", 1), "measured: n_tried"),
         )
+        if "score" not in data:
+            return alone
+        try:
+            return replace(alone, score=Score.from_json(data["score"]))
+        except FormatError as error:
+            raise PlanError(f"measured: score: {error}") from error
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+_ALONE = {"answer_kl_nats", "answer_kl_stderr", "n_problems", "exact"}

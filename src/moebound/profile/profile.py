@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moebound.cache.trace import Trace
+from moebound.cache import Trace
 from moebound.errors import MoeboundError
 from moebound.files.documents import fields_of, load_json, save_json
 from moebound.files.formats import profile as form

@@ -33,7 +33,7 @@ from moebound.evaluate.text import Rows, batches, pad
 from moebound.files.documents import load_json, save_json
 from moebound.profile.profile import Profile, TaskUse
 from moebound.profile.routing import Recorder
-from moebound.tasks.base import Problem, Task
+from moebound.tasks import Problem, Task
 
 Text = Literal["answers", "references"]
 Asked = Sequence[tuple[Task, Sequence[Problem]]]

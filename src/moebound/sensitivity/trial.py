@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from moebound.checkpoint import Checkpoint
 from moebound.errors import PlanError
+from moebound.evaluate.candidate import Original, score
 from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.text import solved_rows
@@ -37,11 +37,11 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A loaded model, and what it predicts on some problems before anything is changed."""
+    """A loaded model, and what it predicts on some problems of a task before anything is
+    changed."""
 
-    model: Any
+    original: Original
     experts: LiveExperts
-    text: Baseline
     task: str
 
     @classmethod
@@ -50,21 +50,14 @@ class Trial:
         UnsupportedArchitectureError for a model without experts that are known here."""
         experts = live_experts(loaded.model)
         rows = solved_rows(loaded.tokenizer, task, problems)
-        return cls(loaded.model, experts, Baseline.of(loaded.model, rows), task.name)
+        return cls(Original(loaded.model, Baseline.of(loaded.model, rows)), experts, task.name)
 
     def measure(self, plan: Plan) -> Measured:
         """What a plan loses on them. Raises MoeboundError if it is not for this model, and
         UnsupportedArchitectureError where experts cannot be changed in place: quantized weights,
         and weights that are not in memory."""
-        with planned(self.experts, plan):
-            found = self.text.compare(self.model)
-        return Measured(
-            found.answer_kl_nats,
-            found.answer_kl_stderr,
-            self.task,
-            self.text.n_rows,
-            exact=found.exact,
-        )
+        found = score(planned(self.experts, plan), self.original)
+        return Measured(found.score, self.task)
 
 
 def unread(sensitivity: Document, n_problems: int) -> tuple[Task, list[Problem]]:

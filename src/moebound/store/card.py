@@ -17,6 +17,7 @@ from typing import Any
 from moebound.errors import StoreError
 from moebound.files.durable import disk_errors
 from moebound.plan import Plan
+from moebound.score import kl_lines
 from moebound.store.folder import write_synced
 from moebound.store.format import (
     CARD_FILE,
@@ -156,9 +157,13 @@ def _planned(plan: Plan, totals: ExpertTotals) -> Iterable[tuple[str, str]]:
     yield "predicted bytes", f"{plan.n_bytes} (written: {off:+.2f} %)"
     yield "predicted KL, nats per token", "not known" if plan.kl is None else f"{plan.kl:.3g}"
     if plan.measured is not None:
-        kl, text = plan.measured, _text(plan.measured.task)
-        yield "measured KL, nats per token", f"{kl.kl:.3g} ± {kl.stderr:.2g}"
-        yield "measured on", f"{kl.n_problems} problems of {text} that planning did not see"
+        for field, text in kl_lines(plan.measured.score):
+            yield f"measured {field.title}, nats per token", text
+        task = _text(plan.measured.task)
+        yield (
+            "measured on",
+            f"{plan.measured.n_problems} problems of {task} that planning did not see",
+        )
     for name in ("sensitivity", "profile"):
         found = plan.made.get(name)
         if isinstance(found, Mapping):

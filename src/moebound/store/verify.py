@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from moebound.checkpoint import Checkpoint, ExpertMatrix, TensorInfo, read_chunks
+from moebound.checkpoint import Checkpoint, ExpertMatrix, TensorInfo, open_checkpoint, read_chunks
 from moebound.codec import measure, stats, thread_count
 from moebound.codec.certificate import sha256
 from moebound.codec.measure import Distortion
@@ -51,17 +51,18 @@ _TOLERANCE = 1e-9
 def verify(
     store_path: Path | str,
     *,
-    against: Checkpoint | None = None,
+    against: Checkpoint | Path | str | None = None,
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> VerifyReport:
     """Check everything that can be checked, and report what is wrong.
 
-    against: the original checkpoint, to measure every bound again. jobs: as for `compress`.
-    Memory is that of jobs + 1 experts (with the original, twice that).
+    against: the original, open or as `open_checkpoint` takes it, to measure every bound again.
+    jobs: as for `compress`. Memory is that of jobs + 1 experts (with the original, twice that).
     Raises StoreError if store_path is no folder; everything else is a Problem of the report.
     """
     begun, path = time.monotonic(), Path(store_path)
+    against = None if against is None else open_checkpoint(against)
     against_path = None if against is None else str(against.path)
     if not path.is_dir():
         raise StoreError(f"{path}: no such folder")

@@ -25,6 +25,7 @@ from moebound.checkpoint import (
     Checkpoint,
     ShardWriter,
     TensorSpec,
+    open_checkpoint,
     read_chunks,
     read_header,
 )
@@ -78,7 +79,7 @@ _PART_SUFFIX = ".records.jsonl"
 
 
 def compress(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | Path | str,
     dst: Path | str,
     *,
     bound: ErrorBound | Plan | None = None,
@@ -95,6 +96,7 @@ def compress(
 ) -> CompressSummary:
     """Write the checkpoint to dst with its experts compressed, and say what it came to.
 
+    checkpoint: or what `open_checkpoint` opens, a path, a hub id or a built-in model.
     bound: kept by every weight of every chosen expert; scope "expert" takes its reference from all
         matrices of the expert together. Or a plan, with bounds of its own for every expert of the
         checkpoint. None for a method that knows none.
@@ -110,7 +112,7 @@ def compress(
           resume     also: a dst that this very run has finished before is left as it is
           overwrite  start anew; an old store at dst is replaced when the new one is whole
     shard_bytes: shards hold at most so many bytes of the source. source: what the model card calls
-        the source, its folder's name if None.
+        the source, the checkpoint's name if None.
 
     Guarantee: dst appears whole, or not at all. Raises StoreError (place, disk, selection, another
     run's work), PlanError for a plan that is not for this checkpoint, MethodError for a method that
@@ -126,6 +128,7 @@ def compress(
     jobs = thread_count() if jobs is None else jobs
     if jobs < 1 or shard_bytes < 1:
         raise StoreError(f"jobs {jobs}, shard_bytes {shard_bytes}: expected at least 1")
+    checkpoint = open_checkpoint(checkpoint)
     check_apart(dst, checkpoint.path)
     if recipe.plan is not None and not (layers is None and experts is None):
         raise PlanError(
@@ -143,7 +146,7 @@ def compress(
         shared_experts,
         run_id(run),
         plan=None if recipe.plan is None else recipe.plan.sha256,
-        source=source or checkpoint.path.name,
+        source=source or checkpoint.name,
     )
 
     job = _Job(checkpoint, layout, settings, recipe, jobs)

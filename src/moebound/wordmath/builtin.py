@@ -1,4 +1,4 @@
-"""Names that stand for a model inside the package: `builtin:wordmath`."""
+"""Models inside the package, by name: `builtin:wordmath`, `builtin:wordmath-mixtral`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from moebound.errors import CheckpointError
 
 PREFIX = "builtin:"
-_FOLDERS = {"wordmath": Path(__file__).parent / "model"}
+_HERE = Path(__file__).parent
+_FOLDERS = {"wordmath": _HERE / "model", "wordmath-mixtral": _HERE / "mixtral"}
 
 
 def resolve(src: str) -> str:

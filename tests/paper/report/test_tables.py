@@ -73,8 +73,9 @@ def test_cells_pool_seeds_and_mark_what_is_significant(paperlike_report: Report)
     assert noise.pia.mark == "lower"
     assert noise.pia.difference is not None
     assert noise.pia.difference.value < -0.2
-    assert noise.kl is not None
-    assert noise.kl[1] < noise.kl[0] < noise.kl[2]
+    mean, low, high = noise.figures["answer_kl_nats"]
+    assert low < mean < high
+    assert noise.to_json()["kl"] == (mean, low, high)  # its name in the first version
     assert real.bits_per_weight == pytest.approx(3.1)
 
 
@@ -92,7 +93,7 @@ def test_conditions_that_are_only_read_have_kl_and_no_accuracy(paperlike_report:
     assert cell.n == 0
     assert math.isnan(cell.pia.share)
     assert cell.pia.difference is None
-    assert cell.kl is not None
+    assert "answer_kl_nats" in cell.figures
 
 
 def test_the_papers_numbers() -> None:

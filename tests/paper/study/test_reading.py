@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from moebound.paper.study import reading as reading_module
 from moebound.paper.study.measure import Measurer
-from moebound.paper.study.reading import Difference, Reading
+from moebound.paper.study.reading import Reading
+from moebound.score import Score
 from moebound.sensitivity.perturb import perturbed
 from moebound.sensitivity.selectors import parse_selector
 from moebound.types import ErrorBound
@@ -19,7 +22,7 @@ def fresh(measurer: Measurer) -> Reading:
     return Reading(measurer._loaded.model, measurer._experts, pairs)
 
 
-def compared(measurer: Measurer, reading: Reading, layer: int, first: int) -> Difference:
+def compared(measurer: Measurer, reading: Reading, layer: int, first: int) -> Score:
     keys = parse_selector(f"layer:{layer}").resolve(measurer._experts, None)
     experts = measurer._experts.pick(keys)
     with perturbed(experts, "gaussian-sd", ErrorBound(0.5, "rate", "expert"), seed=1):
@@ -32,8 +35,8 @@ def test_the_start_changes_nothing(measurer: Measurer, layer: int) -> None:
     whole = compared(measurer, reading, layer, 0)
     assert reading.starts_at(layer)
     assert compared(measurer, reading, layer, layer) == whole
-    assert whole.kl is not None
-    assert whole.kl > 0
+    assert whole.kl_nats > 0
+    assert whole.answer_kl_nats > 0
     assert whole.where is not None
     assert len(whole.where["residual"]) == 4
     assert whole.where["residual"][:layer] == [0.0] * layer
@@ -49,3 +52,17 @@ def test_a_model_that_cannot_be_started_is_run_whole(
     assert not reading.starts_at(3)
     assert not reading.starts_at(0)
     assert compared(measurer, reading, 3, 3) == whole
+
+
+def test_a_model_that_says_nothing_is_infinitely_far(measurer: Measurer) -> None:
+    reading = fresh(measurer)
+    norm = measurer._loaded.model.model.norm.weight
+    kept = norm.data.clone()
+    try:
+        norm.data.fill_(math.nan)
+        found = reading.compare()
+    finally:
+        norm.data.copy_(kept)
+    assert found.kl_nats == found.answer_kl_nats == math.inf
+    assert found.top1_agreement == found.answer_top1_agreement == 0
+    assert reading.compare().kl_nats == 0

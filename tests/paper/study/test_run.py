@@ -17,6 +17,7 @@ from moebound.paper.study.measure import Measured, Measurer, Setup
 from moebound.paper.study.run import Outcome, Step, run_study
 from moebound.paper.study.suite import Suite
 from moebound.profile.profile import Profile
+from moebound.score import Score
 from moebound.sensitivity.perturb import Realised
 
 from .conftest import LAYERS, N_PROBLEMS, small_suite, timeless
@@ -78,6 +79,10 @@ def test_every_row_says_what_was_measured(whole: Path) -> None:
             assert row[name] == condition[name]
         assert row["n_positions"] > 0
         assert 0 <= row["top1"] <= 1
+        score = Score.from_json(row["score"])
+        assert (score.answer_kl_nats, score.answer_top1_agreement) == (row["kl"], row["top1"])
+        assert (score.n_answer_tokens, score.exact) == (row["n_positions"], True)
+        assert (score.n_tokens or 0) > row["n_positions"]
         assert len(row["where"]["residual"]) == 4
         assert len(row["where"]["routing"]) == len(LAYERS)
         if condition["answers"]:

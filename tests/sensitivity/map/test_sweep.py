@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moebound.evaluate.kl import kl
 from moebound.evaluate.replay import Replay, baseline, decoder_layers
 from moebound.model import live_experts
 from moebound.model.calls import listen
 from moebound.sensitivity.decoded import Original
 from moebound.sensitivity.map.observe import observe
 from moebound.sensitivity.map.predict import Layer, replaced
-from moebound.sensitivity.map.sweep import kl, measure_experts, measure_whole
+from moebound.sensitivity.map.sweep import measure_experts, measure_whole
 from moebound.types import ExpertKey
 
 from .texts import random_text, sure_model
@@ -74,8 +75,9 @@ def test_kl() -> None:
                                       reduction="none").sum(-1)  # fmt: skip
     torch.testing.assert_close(kl(a, b).float(), want, rtol=1e-5, atol=1e-6)
     assert kl(a, a + 3).abs().max() < 1e-12
-    sure = torch.tensor([0.0, -torch.inf])
+    sure = torch.tensor([[0.0, -torch.inf]])
     assert float(kl(sure, sure)) == 0.0
+    assert float(kl(sure, torch.full((1, 2), torch.nan))) == torch.inf
 
 
 def test_listening_changes_nothing() -> None:

@@ -22,8 +22,7 @@ from moebound.bench.gpu.throughput import (
 from moebound.bench.gpu.transfer import TransferRow, device_copy_gb_per_s, time_transfer
 from moebound.bench.gpu.verify import Check, verify
 from moebound.codec.bound import BoundCodec
-from moebound.codec.device import Schedule
-from moebound.codec.device.launch import DEFAULT_SCHEDULE
+from moebound.codec.device import DEFAULT_SCHEDULE, Schedule
 from moebound.errors import BackendUnavailable, MoeboundError
 from moebound.extras import need
 

@@ -12,8 +12,7 @@ import numpy as np
 
 from moebound.bench.gpu.cases import EXPERT_WEIGHTS, EncodedExpert
 from moebound.bench.timing import Timing
-from moebound.codec import envelope
-from moebound.codec.arrays import to_torch
+from moebound.codec import envelope, to_torch
 from moebound.codec.device import DecodeBatch, Resident, Schedule, read_stream
 from moebound.codec.device.metadata import SEGMENTS, TABLES
 from moebound.errors import MoeboundError

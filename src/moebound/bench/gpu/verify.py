@@ -12,12 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from moebound.codec import envelope
-from moebound.codec.api import decode, encode
-from moebound.codec.arrays import to_torch, torch_dtype
+from moebound.codec import decode, encode, envelope, to_torch, torch_dtype
 from moebound.codec.bound import BoundCodec
-from moebound.codec.device import DecodeBatch, Schedule, read_stream
-from moebound.codec.device.launch import DEFAULT_SCHEDULE
+from moebound.codec.device import DEFAULT_SCHEDULE, DecodeBatch, Schedule, read_stream
 from moebound.errors import CorruptionError
 from moebound.types import NUMPY_DTYPES, Array
 

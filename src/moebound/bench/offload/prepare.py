@@ -14,11 +14,9 @@ from moebound.bench.offload.routing import fit_trace
 from moebound.bench.offload.settings import OffloadSettings
 from moebound.bench.offload.text import drawn_ids, task_ids
 from moebound.cache import Trace, ZipfTrace, load_trace
-from moebound.checkpoint import local_folder, open_checkpoint
+from moebound.checkpoint import local_folder, open_checkpoint, top_k_of
 from moebound.errors import UnsupportedArchitectureError
 from moebound.extras import check
-from moebound.offload.choose import top_k_of
-from moebound.wordmath.builtin import resolve
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def prepare(settings: OffloadSettings, work: Path) -> Prepared:
         prefix = "store"
     else:
         stem = re.sub(r"[^A-Za-z0-9.-]+", "-", settings.model).strip("-")
-        raw, prefix = local_folder(resolve(settings.model)), f"{stem}-store"
+        raw, prefix = local_folder(settings.model), f"{stem}-store"
     checkpoint = open_checkpoint(raw)
     layers: dict[int, int] = {}
     for expert in checkpoint.experts():

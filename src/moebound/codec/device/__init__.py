@@ -19,11 +19,12 @@ both ways.
 """
 
 from moebound.codec.device.batch import DecodeBatch, decode_to
-from moebound.codec.device.launch import Launched, PreparedDecode, Schedule
+from moebound.codec.device.launch import DEFAULT_SCHEDULE, Launched, PreparedDecode, Schedule
 from moebound.codec.device.resident import Resident
 from moebound.codec.device.stream import Stream, read_stream
 
 __all__ = [
+    "DEFAULT_SCHEDULE",
     "DecodeBatch",
     "Launched",
     "PreparedDecode",

@@ -3,6 +3,7 @@ fields; those that no plan needs may be missing, as in maps of earlier commits."
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +22,7 @@ from moebound.files.documents import (
     numbers,
     save_json,
 )
+from moebound.score.record import finite
 from moebound.types import ExpertKey
 
 FORMAT = Format("moebound.sensitivity", 1)
@@ -58,7 +60,8 @@ class ExpertLine:
     mean_abs: mean |weight| of all its n_weights. n_tokens: how many were sent to it. n_bytes: of
     its encoded matrices. predicted_kl: nats a scored position; flips_kl: the part of it that comes
     from routers which change their mind, None where that was not told apart. measured_kl: None
-    where it was not measured. by_role: empty where projections were not perturbed alone.
+    where it was not measured; infinite, in the JSON null, where the model said nothing any more.
+    by_role: empty where projections were not perturbed alone.
     """
 
     key: ExpertKey
@@ -81,7 +84,9 @@ class ExpertLine:
             "bytes": _listed(self.n_bytes),
             "predicted_kl": list(self.predicted_kl),
             "flips_kl": _listed(self.flips_kl),
-            "measured_kl": _listed(self.measured_kl),
+            "measured_kl": (
+                None if self.measured_kl is None else [finite(kl) for kl in self.measured_kl]
+            ),
             "by_role": {role: line.to_json() for role, line in self.by_role.items()},
         }
 
@@ -97,8 +102,11 @@ class ExpertLine:
                 with fields_of(f"by_role: {role}"):
                     by_role[str(role)] = RoleLine.from_json(line, n_rates)
             measured = data.get("measured_kl")
-            if measured is not None:  # rounding may have left a KL of nothing just below 0
-                measured = numbers(measured, "measured_kl", n=n_rates, least=None)
+            if measured is not None:
+                known = [0.0 if kl is None else kl for kl in items(measured, "measured_kl")]
+                # Rounding may have left a KL of nothing just below 0.
+                numbers(known, "measured_kl", n=n_rates, least=None)
+                measured = tuple(math.inf if kl is None else float(kl) for kl in measured)
             n_bytes, predicted, flips = _by_rate(data, n_rates)
             return cls(
                 key,

@@ -11,6 +11,7 @@ docs/study.md has the fields.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from moebound.errors import FormatError, MoeboundError
 from moebound.files.documents import Format, count, fields_of, items, number
 from moebound.files.rows import KEY, read_lines
+from moebound.score import Score
 from moebound.types import Array, BoundScope, ErrorBound
 
 FORMAT = Format("moebound.study", 1)
@@ -101,10 +103,9 @@ class Row:
     layers: decoder indices of the layers with an error. layer: the one of them all of whose experts
     have it, None of any other condition. rate: None where the source has no bound.
     ica, pia: counts of right answers among n; valid: outputs that have an answer at all. right: for
-    each metric bool [n], by problem. kl: nats a position, to the unperturbed model. residual:
-    relative change of the residual stream behind each decoder layer; routing: share of routing
-    decisions that changed in each MoE layer; None if not recorded. realised: see
-    `perturb.Realised`.
+    each metric bool [n], by problem. score: to the unperturbed model. residual: relative change of
+    the residual stream behind each decoder layer; routing: share of routing decisions that changed
+    in each MoE layer; None if not recorded. realised: see `perturb.Realised`.
     """
 
     condition: str
@@ -124,8 +125,7 @@ class Row:
     pia: int
     valid: int
     right: Mapping[Metric, Array]
-    kl: float | None
-    top1: float | None
+    score: Score
     realised: Mapping[str, Any]
     residual: tuple[float, ...] | None
     routing: tuple[float, ...] | None
@@ -242,8 +242,7 @@ def _row(entry: Mapping[str, Any], asked: Condition | None, most_problems: int) 
                 f"{metric} is {counts[metric]}, but {int(right[metric].sum())} bits are set in "
                 f"right.{metric}"
             )
-    where, kl, top1 = entry.get("where") or {}, entry.get("kl"), entry.get("top1")
-    rate, layer = entry.get("rate"), entry.get("layer")
+    where, rate, layer = entry.get("where") or {}, entry.get("rate"), entry.get("layer")
     return Row(
         condition=name,
         task=str(entry["task"]),
@@ -262,12 +261,23 @@ def _row(entry: Mapping[str, Any], asked: Condition | None, most_problems: int) 
         pia=counts["pia"],
         valid=counts["valid"],
         right=right,
-        kl=None if kl is None else max(0.0, number(kl, "kl", least=None)),
-        top1=None if top1 is None else number(top1, "top1", least=None),
+        score=_score(entry),
         realised=dict(entry.get("realised") or {}),
         residual=_numbers(where.get("residual"), "where.residual"),
         routing=_numbers(where.get("routing"), "where.routing"),
         seconds=number(entry.get("seconds", 0.0), "seconds", least=None),
+    )
+
+
+def _score(entry: Mapping[str, Any]) -> Score:
+    """Rows of the first version have KL and agreement of the solutions' tokens, and no more. A
+    `kl` of null: the model said nothing any more."""
+    if "score" in entry:
+        return Score.from_json(entry["score"])
+    kl, top1 = entry.get("kl"), entry.get("top1")
+    return Score(
+        answer_kl_nats=math.inf if kl is None else max(0.0, number(kl, "kl", least=None)),
+        answer_top1_agreement=math.nan if top1 is None else number(top1, "top1", least=None),
     )
 
 

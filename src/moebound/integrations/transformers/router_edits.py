@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from moebound.checkpoint import top_k_of
 from moebound.errors import UnsupportedArchitectureError
 from moebound.methods import RouterEdit
 from moebound.model.live import ExpertsModule, live_experts
@@ -75,7 +76,8 @@ def _keep(model: Any, entry: ExpertsModule, dropped: set[int], where: str) -> No
         return  # offloaded: it cannot be tried here
     x = torch.randn(_TRIED, weight.shape[1], dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
-        choose = find_routers(model, {entry.layer: entry.stack.name})[entry.layer]
+        top_k = top_k_of(model.config.to_dict())
+        choose = find_routers(model, {entry.layer: entry.stack.name}, top_k)[entry.layer]
         chosen = set(choose(x).flatten().tolist())
     if not chosen or chosen & dropped:
         raise UnsupportedArchitectureError(

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moebound.evaluate.evaluation import DOWN_SHARE
-from moebound.evaluate.statistics import wilson
 from moebound.files.formats.study import BASELINE, Metric, Row, Study
 from moebound.paper.report.compare import LEVEL
+from moebound.score import READ
+from moebound.score.record import DOWN_SHARE
+from moebound.score.statistics import wilson
 from moebound.types import Array
 
 RANDOMISED = "randomise"
@@ -31,6 +32,10 @@ SOURCE_NAMES = {
     BASELINE: "no error",
 }
 _ORDER = [*SOURCE_NAMES]
+
+
+Figure = tuple[float, float, float]
+"""Mean, lowest and highest over seeds."""
 
 
 class CellKey(NamedTuple):
@@ -84,19 +89,29 @@ class Cell:
     def silent(self) -> bool:
         return self.valid < NO_OUTPUT
 
+    def values(self, name: str) -> tuple[float, ...]:
+        """A figure of the scores, by seed; of those that have it."""
+        found = (getattr(row.score, name) for row in self.rows)
+        return tuple(value for value in found if math.isfinite(value))
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """What was read, by the figure's name in a Score."""
+        named = {field.name: self.values(field.name) for field in READ}
+        return {
+            name: (float(np.mean(values)), min(values), max(values))
+            for name, values in named.items()
+            if values
+        }
+
     @cached_property
     def kls(self) -> tuple[float, ...]:
-        """Nats a position, by seed."""
-        return tuple(row.kl for row in self.rows if row.kl is not None)
+        """Nats a token of the solutions, by seed: what conditions are compared by."""
+        return self.values("answer_kl_nats")
 
     @property
     def kl(self) -> float | None:
         return float(np.mean(self.kls)) if self.kls else None
-
-    @property
-    def top1(self) -> float | None:
-        found = [row.top1 for row in self.rows if row.top1 is not None]
-        return float(np.mean(found)) if found else None
 
     @property
     def bits_per_weight(self) -> float | None:

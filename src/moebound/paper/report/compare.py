@@ -20,14 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from moebound.evaluate.statistics import mcnemar, sign_flip
 from moebound.paper.report import student
+from moebound.score.statistics import mcnemar, sign_flip
 from moebound.types import Array
 
 LEVEL = 0.95
 ALPHA = 0.05
 MARGIN = 0.03
 """Three points of accuracy: an interval inside of plus and minus this is called "no change"."""
+SEVERE = 0.10
+"""A drop by more is called severe."""
+NEAR = 1.25
+"""A simulation predicts if its mean effect (KL) is within this factor of the codec's."""
 FLOOR = 0.1
 """Below this share of right answers a task is too hard for the model to show a loss."""
 _Z = 1.959963984540054

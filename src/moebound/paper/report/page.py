@@ -9,7 +9,7 @@ from moebound.page import document
 from moebound.paper.report import page_tables, page_verdicts, paper, plots
 from moebound.paper.report.by_layer import whole_layers
 from moebound.paper.report.cells import RANDOMISED, source_name
-from moebound.paper.report.compare import MARGIN
+from moebound.paper.report.claims import PTS
 from moebound.paper.report.report import Report
 
 IN_SHORT = ("gaussian-sd-predicts", "gaussian-power-predicts", "where-most-sensitive",
@@ -73,9 +73,10 @@ def _tables(report: Report) -> str:
     return (
         "<section><h2>The paper's tables, beside this model's</h2>\n"
         '<p class="note"><b>▼ ▲</b> lower, higher than without an error, significant after the '
-        f"correction. <b>=</b> any change is within ±{100 * MARGIN:g} points (the whole 95 % "
+        f"correction. <b>=</b> any change is within ±{PTS} (the whole 95 % "
         "interval). No mark: neither can be said. <b>/</b> no valid output. <b>·</b> not asked to "
-        "answer. KL in nats a token. The paper's layers L1 to L26 are set beside the layers at "
+        "answer. KL in nats a token: of the solutions' tokens, and of all text, prompts included. "
+        "The paper's layers L1 to L26 are set beside the layers at "
         f"the same relative depth.</p>\n{body}</section>"
     )
 

@@ -11,7 +11,9 @@ from moebound.paper.report.cells import CODEC_PREFIX, RANDOMISED, source_name
 from moebound.paper.report.evidence import p_value
 from moebound.paper.report.paper import SIMULATION, PaperRow
 from moebound.paper.report.tables import EXTRA, Accuracy, Line, Measured, Table
+from moebound.score import KL, READ, Field
 
+_WIDTH = 2 + len(KL)
 FIRST = (SIMULATION, "gaussian-var", "gaussian-power")
 N_CODECS = 2
 _MARKS = {
@@ -56,16 +58,18 @@ def shown_sources(table: Table) -> list[str]:
 def _short(table: Table) -> str:
     sources = shown_sources(table)
     groups = "".join(
-        f'<th class="group edge" colspan="3">{escape(source_name(source))}</th>'
+        f'<th class="group edge" colspan="{_WIDTH}">{escape(source_name(source))}</th>'
         for source in sources
     )
-    names = '<th scope="col" class="edge">ICA</th><th scope="col">PIA</th><th scope="col">KL</th>'
+    names = '<th scope="col" class="edge">ICA</th><th scope="col">PIA</th>' + "".join(
+        f'<th scope="col">{field.title}</th>' for field in KL
+    )
     head = (
         f'<thead><tr><th></th><th></th><th class="group edge" colspan="2">paper</th>{groups}</tr>\n'
         '<tr><th scope="col">error in</th><th scope="col">bound</th><th scope="col" class="edge">'
         f'ICA</th><th scope="col">PIA</th>{names * len(sources)}</tr></thead>'
     )
-    body = [_baseline(table, 3 * len(sources))]
+    body = [_baseline(table, _WIDTH * len(sources))]
     rate: float | None = -1.0
     for line in table.lines:
         first = ' class="first"' if line.rate != rate and table.id in ("7", "9") else ""
@@ -111,15 +115,12 @@ def _paper(row: PaperRow | None) -> str:
 
 def _measured(cell: Measured | None) -> str:
     if cell is None:
-        return '<td class="edge"></td><td></td><td></td>'
-    kl = "" if cell.kl is None else _number(cell.kl[0])
+        return '<td class="edge"></td>' + "<td></td>" * (_WIDTH - 1)
+    read = "".join(f"<td><small>{_mean(cell, field)}</small></td>" for field in KL)
     if cell.silent:
         silent = f'title="{100 * cell.valid:.1f} % of the outputs have an answer"'
-        return f'<td class="edge" {silent}>/</td><td {silent}>/</td><td><small>{kl}</small></td>'
-    return (
-        f'<td class="edge">{_accuracy(cell.ica)}</td><td>{_accuracy(cell.pia)}</td>'
-        f"<td><small>{kl}</small></td>"
-    )
+        return f'<td class="edge" {silent}>/</td><td {silent}>/</td>{read}'
+    return f'<td class="edge">{_accuracy(cell.ica)}</td><td>{_accuracy(cell.pia)}</td>{read}'
 
 
 def _accuracy(found: Accuracy) -> str:
@@ -134,13 +135,20 @@ def _interval(found: Accuracy) -> str:
     return f"{found.share:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
-def _number(value: float) -> str:
+def _mean(cell: Measured, field: Field) -> str:
+    found = cell.figures.get(field.name)
+    return "" if found is None else _number(field, found[0])
+
+
+def _number(field: Field, value: float) -> str:
+    if field.percent:
+        return field.number(value)
     return "0" if value == 0 else f"{value:.2g}" if value >= 1e-3 else f"{value:.1e}"
 
 
 _LONG = (
     "error in", "bound", "source", "seeds", "ICA [95 %]", "change, p", "PIA [95 %]", "change, p",
-    "KL [seeds]", "top-1", "valid", "bits/weight",
+    *(f"{field.title} [seeds]" for field in READ), "valid", "bits/weight",
 )  # fmt: skip
 
 
@@ -153,7 +161,7 @@ def _long(table: Table) -> str:
                 escape(line.label) if index == 0 else "", _rate(line) if index == 0 else "",
                 escape(source_name(source)), str(cell.seeds),
                 *_both(cell.ica), *_both(cell.pia),
-                _range(cell.kl), "" if cell.top1 is None else f"{cell.top1:.4f}",
+                *(_range(cell, field) for field in READ),
                 "" if math.isnan(cell.valid) else f"{100 * cell.valid:.1f} %",
                 "" if cell.bits_per_weight is None else f"{cell.bits_per_weight:.2f}",
             ]  # fmt: skip
@@ -181,8 +189,9 @@ def _both(found: Accuracy) -> tuple[str, str]:
     return _interval(found), escape(change.replace("-", "−") + p_value(d.adjusted))
 
 
-def _range(kl: tuple[float, float, float] | None) -> str:
-    if kl is None:
+def _range(cell: Measured, field: Field) -> str:
+    found = cell.figures.get(field.name)
+    if found is None:
         return ""
-    mean, low, high = kl
-    return _number(mean) if low == high else f"{_number(mean)} [{_number(low)}, {_number(high)}]"
+    mean, low, high = (_number(field, value) for value in found)
+    return mean if low == high else f"{mean} [{low}, {high}]"

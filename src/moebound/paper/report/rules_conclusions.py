@@ -11,7 +11,8 @@ from itertools import combinations
 from moebound.files.formats.study import METRICS, Metric
 from moebound.paper.report import evidence as ev
 from moebound.paper.report.cells import RANDOMISED, Cell
-from moebound.paper.report.compare import MARGIN, Difference
+from moebound.paper.report.claims import PTS, SEVERE_PTS
+from moebound.paper.report.compare import SEVERE, Difference
 from moebound.paper.report.evidence import Evidence, Favours, Finding, points
 from moebound.paper.report.scene import (
     Pair,
@@ -24,7 +25,6 @@ from moebound.paper.report.scene import (
     shallow,
 )
 
-SEVERE = 0.10
 BY_POSITION = ("4", "6", "7", "8", "9")
 
 
@@ -55,8 +55,11 @@ def _judged(
     return Finding(ev.every(found), f"{ev.tally(found, words=words)}.", tuple(found))
 
 
-_UNCHANGED = ("unchanged within the margin of 3 points", "significantly and clearly lower")
-_SEVERE = ("lower by more than 10 points", "where a drop of 10 points is out of the question")
+_UNCHANGED = (f"unchanged within the margin of {PTS}", "significantly and clearly lower")
+_SEVERE = (
+    f"lower by more than {SEVERE_PTS}",
+    f"where a drop of {SEVERE_PTS} is out of the question",
+)
 
 
 def rare_expert_harmless(scene: Scene) -> Finding:
@@ -203,7 +206,7 @@ def deep_errors_help(scene: Scene) -> Finding:
     return Finding(ev.some(found), f"{ev.tally(found, words=GAINS)}.", tuple(found))
 
 
-GAINS = ("with a gain beyond chance", f"that exclude a gain of {100 * MARGIN:g} points")
+GAINS = ("with a gain beyond chance", f"that exclude a gain of {PTS}")
 
 
 def gain(difference: Difference) -> Favours:

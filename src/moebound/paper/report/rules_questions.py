@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from moebound.files.formats.study import METRICS
 from moebound.paper.report import evidence as ev
 from moebound.paper.report.cells import Cell
+from moebound.paper.report.compare import NEAR
 from moebound.paper.report.evidence import Evidence, Finding, factor
 from moebound.paper.report.rules_conclusions import GAINS, gain
 from moebound.paper.report.scene import Scene, deep, named
 from moebound.paper.report.suite import Suite
-
-NEAR = 1.25
-"""A simulation predicts if its mean effect (KL) is within this factor of the codec's."""
 
 
 def pairs(suite: Suite, simulation: str, codec: str) -> list[tuple[Cell, Cell]]:

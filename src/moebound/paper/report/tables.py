@@ -6,12 +6,13 @@ so that simulated and real errors stand side by side. Its first line is the mode
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from moebound.files.formats.study import METRICS, Condition, Metric, Row, Study
 from moebound.paper.report import paper
-from moebound.paper.report.cells import RANDOMISED, Cell, in_order, share_interval
+from moebound.paper.report.cells import RANDOMISED, Cell, Figure, in_order, share_interval
 from moebound.paper.report.compare import FLOOR, Difference
 from moebound.paper.report.evidence import plural
 from moebound.paper.report.paper import PaperRow, PaperTable
@@ -42,15 +43,15 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one cell of a table shows. seeds: how many draws of noise. kl: mean, lowest, highest."""
+    """What one cell of a table shows. seeds: how many draws of noise. figures: of the predictions,
+    by their name in a Score."""
 
     source: str
     ica: Accuracy
     pia: Accuracy
     silent: bool
     valid: float
-    kl: tuple[float, float, float] | None
-    top1: float | None
+    figures: Mapping[str, Figure]
     bits_per_weight: float | None
     seeds: int
     n: int
@@ -59,7 +60,15 @@ class Measured:
         return self.ica if metric == "ica" else self.pia
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "ica": self.ica.to_json(), "pia": self.pia.to_json()}
+        """kl, top1: what the first version had of the figures."""
+        top1 = self.figures.get("answer_top1_agreement")
+        return {
+            **vars(self),
+            "ica": self.ica.to_json(),
+            "pia": self.pia.to_json(),
+            "kl": self.figures.get("answer_kl_nats"),
+            "top1": None if top1 is None else top1[0],
+        }
 
 
 @dataclass(frozen=True)
@@ -185,15 +194,13 @@ def _line(suite: Suite, cells: list[Cell], known: PaperTable | None) -> Line:
 
 def _measured(suite: Suite, cell: Cell) -> Measured:
     ica, pia = (_accuracy(suite, cell, metric) for metric in METRICS)
-    mean = cell.kl
     return Measured(
         source=cell.key.source,
         ica=ica,
         pia=pia,
         silent=cell.silent,
         valid=cell.valid,
-        kl=None if mean is None else (mean, min(cell.kls), max(cell.kls)),
-        top1=cell.top1,
+        figures=cell.figures,
         bits_per_weight=cell.bits_per_weight,
         seeds=len(cell.rows),
         n=cell.n,
@@ -226,8 +233,7 @@ def _baseline(row: Row) -> Measured:
         pia=accuracy(row.pia),
         silent=False,
         valid=row.valid / max(row.n, 1),
-        kl=None,
-        top1=None,
+        figures={},
         bits_per_weight=None,
         seeds=1,
         n=row.n,

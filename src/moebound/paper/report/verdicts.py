@@ -50,7 +50,9 @@ ONCE: dict[str, Callable[[Suite], Finding]] = {
     "where-most-sensitive": by_layer.most_sensitive,
     "deep-gain-by-magnitude": questions.deep_gain_by_magnitude,
     "overlap": lambda s: questions.never("A study of errors does not measure time."),
-    "better-than-quantization": lambda s: questions.never("The suite has no quantizer in it."),
+    "better-than-quantization": lambda s: questions.never(
+        "A study has no quantizer in it; `moebound bench quality` compares at equal bytes."
+    ),
 }
 FROM_OTHERS = {"generalises": questions.generalises}
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from moebound.checkpoint import top_k_of
 from moebound.errors import MoeboundError
 from moebound.evaluate.answering import answer
+from moebound.evaluate.candidate import Original, score
 from moebound.evaluate.loading import Loaded, load
 from moebound.evaluate.prompting import encode_prompts, encode_references
 from moebound.files.formats.study import BASELINE, Condition
@@ -25,8 +27,9 @@ from moebound.paper.study.reading import Pair, Reading
 from moebound.paper.study.suite import ModelFacts, whole_layer
 from moebound.profile.profile import Profile, TaskUse
 from moebound.profile.routing import Recorder
+from moebound.score.record import finite
 from moebound.sensitivity.noise import parse_source
-from moebound.sensitivity.perturb import perturbed
+from moebound.sensitivity.perturb import Realised, perturbed
 from moebound.sensitivity.selectors import parse_selector
 from moebound.tasks import Problem, Task, get_task
 
@@ -89,7 +92,7 @@ class Measurer:
             fingerprint=of_state(self._loaded.model),
             layers=self._experts.layers,
             n_experts=len(self._experts.in_layer(first)),
-            top_k=self._top_k(),
+            top_k=top_k_of(self._loaded.model.config.to_dict()),
         )
 
     def source(self) -> dict[str, str]:
@@ -128,14 +131,16 @@ class Measurer:
             keys = list(parse_selector(condition.selector).resolve(self._experts, usage))
         layers = sorted({key.layer for key in keys})
         first = layers[0] if layers and reading.starts_at(layers[0]) else 0
-        with ExitStack() as stack:
-            realised = None
-            if condition.source != BASELINE:
-                source, experts = parse_source(condition.source), self._experts.pick(keys)
-                error = perturbed(experts, source, condition.bound, seed=condition.seed)
-                realised = stack.enter_context(error).to_json()
-            answers = self._answers(condition.task) if condition.answers else None
-            difference = reading.compare(first)
+        candidate: AbstractContextManager[Realised | None] = nullcontext()
+        if condition.source != BASELINE:
+            source, experts = parse_source(condition.source), self._experts.pick(keys)
+            candidate = perturbed(experts, source, condition.bound, seed=condition.seed)
+        found = score(
+            candidate,
+            Original(self._loaded.model, reading.starting(first)),
+            ask=lambda _: self._answers(condition.task) if condition.answers else None,
+        )
+        realised, read = found.entered, found.score
         layer = whole_layer(condition.selector)
         row = {
             "condition": condition.id,
@@ -149,12 +154,17 @@ class Measurer:
             "source": condition.source,
             "rate": condition.rate,
             "seed": condition.seed,
-            **self._judged(condition.task, answers),
-            **asdict(difference),
-            "realised": realised,
+            **self._judged(condition.task, found.asked),
+            # Names of the first version; "score" has these figures and all others.
+            "kl": finite(read.answer_kl_nats),
+            "top1": read.answer_top1_agreement,
+            "n_positions": read.n_answer_tokens,
+            "where": read.where,
+            "score": read.to_json(),
+            "realised": None if realised is None else realised.to_json(),
             "seconds": round(time.perf_counter() - begun, 3),
         }
-        return Measured(row, answers)
+        return Measured(row, found.asked)
 
     def _answers(self, task: str) -> list[str]:
         problems = self._problems_of(task)
@@ -218,13 +228,6 @@ class Measurer:
                 f"task {task!r}: no solutions to read, and the model writes nothing"
             )
         return pairs, "answers"
-
-    def _top_k(self) -> int:
-        """Experts chosen a token: heard, since configs have many names for it."""
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self._loaded.device)
-        with torch.inference_mode(), Recorder(self._loaded.model, end_ids=()) as recorder:
-            self._loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            return int(recorder.take().layers[0].index.shape[1])
 
 
 def _padded(pairs: Sequence[Pair], device: torch.device) -> dict[str, torch.Tensor]:

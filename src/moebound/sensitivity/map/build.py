@@ -12,12 +12,16 @@ import numpy as np
 import torch
 
 from moebound.evaluate.calibration import Calibration, calibration_of
+from moebound.evaluate.candidate import Original, score
+from moebound.evaluate.fidelity import Baseline, vocabulary_of
+from moebound.evaluate.kl import kept_tokens
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.replay import Replay, baseline, decoder_layers
 from moebound.evaluate.text import solved_rows
 from moebound.files.formats.sensitivity_map import FORMAT, SensitivityMap
 from moebound.model.fingerprint import of_experts
 from moebound.model.live import LiveExperts, live_experts
+from moebound.score.record import finite
 from moebound.sensitivity.map.layer import LayerPrediction, predict_layer
 from moebound.sensitivity.map.observe import Seen, observe
 from moebound.sensitivity.map.predict import Response, replaced
@@ -263,18 +267,25 @@ class Build:
                 self.model, self.calibration, replay.base.logits, tokens=self.settings.batch_tokens
             )
             seconds = self.clock() - began
-        sweep = measured[index][rate] if index in measured else None
-        return {"seconds": seconds, "kl": kl, "sweep_kl": sweep}
+        sweep = finite(measured[index][rate]) if index in measured else None
+        return {"seconds": seconds, "kl": finite(kl), "sweep_kl": sweep}
 
     def _joint(self, rates: Sequence[float]) -> Iterator[dict[str, Any]]:
-        base = baseline(self.model, self.calibration, self.layers, [], self.settings.batch_tokens)
+        text = Baseline.read(
+            self.model,
+            (
+                (torch.arange(rows.start, rows.stop), self.calibration.batch(rows))
+                for rows in self.calibration.batches(self.settings.batch_tokens)
+            ),
+            kept_tokens(vocabulary_of(self.model)),
+            whole_answers=True,
+        )
+        original = Original(self.model, text)
         for rate in rates:
             bound = ErrorBound(rate, "rate", "expert")
-            with perturbed(self.live, f"codec:{self.settings.codec}", bound):
-                kl = measure_whole(
-                    self.model, self.calibration, base.logits, tokens=self.settings.batch_tokens
-                )
-            yield {"kind": "joint", "rate": rate, "kl": kl}
+            found = score(perturbed(self.live, f"codec:{self.settings.codec}", bound), original)
+            kl = finite(found.score.answer_kl_nats)
+            yield {"kind": "joint", "rate": rate, "kl": kl, "score": found.score.to_json()}
 
 
 def _n_ties(ties: Sequence[Sequence[Tie]]) -> int:

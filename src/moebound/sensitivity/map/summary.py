@@ -11,6 +11,7 @@ import torch
 
 from moebound.evaluate.calibration import Calibration
 from moebound.files.formats.sensitivity_map import ExpertLine, SensitivityMap
+from moebound.score.record import Score, finite
 from moebound.sensitivity.map.predict import Response
 from moebound.sensitivity.map.ranks import rank_correlation
 from moebound.sensitivity.map.settings import MapSettings
@@ -33,8 +34,8 @@ def assemble(
     layers = sorted((row for row in rows if row["kind"] == "layer"), key=lambda row: row["place"])
     n_rates = len(settings.rates)
     experts = tuple(ExpertLine.from_json(e, n_rates) for row in layers for e in row["experts"])
-    measured = {row["rate"]: float(row["kl"]) for row in rows if row["kind"] == "joint"}
-    joint = _joint(experts, layers, settings, response, [measured[rate] for rate in settings.rates])
+    together = {row["rate"]: row for row in rows if row["kind"] == "joint"}
+    joint = _joint(experts, layers, settings, response, [together[rate] for rate in settings.rates])
     [ties] = [row for row in rows if row["kind"] == "ties"]
     checks = _quality(experts, n_rates) | _speed(ties, layers, experts, settings)
     return SensitivityMap(
@@ -49,8 +50,13 @@ def _joint(
     layers: Sequence[Row],
     settings: MapSettings,
     response: Response,
-    measured: Sequence[float],
+    rows: Sequence[Row],
 ) -> dict[str, Any]:
+    """rows: one for each rate. A `measured_kl` of None: the model said nothing any more."""
+    scores = [  # rows of an earlier version have no more than KL
+        Score.from_json(row.get("score", {"answer_kl_nats": row["kl"]})) for row in rows
+    ]
+    measured = [score.answer_kl_nats for score in scores]
     alone = np.array([line.predicted_kl for line in experts]).sum(0)
     slopes = sum(_unpacked(row["slopes"]) for row in layers)  # [R, G, N]
     assert isinstance(slopes, torch.Tensor)
@@ -61,7 +67,8 @@ def _joint(
         "predicted_kl": (smooth + flips).tolist(),
         "flips_kl": flips.tolist(),
         "sum_of_experts_kl": alone.tolist(),
-        "measured_kl": list(measured),
+        "measured_kl": [finite(value) for value in measured],
+        "scores": [score.to_json() for score in scores],
         "measured_over_predicted": _ratios(measured, (smooth + flips).tolist()),
         "measured_over_sum": _ratios(measured, alone.tolist()),
     }
@@ -99,7 +106,7 @@ def _speed(
     off = [
         abs(entry["kl"] - entry["sweep_kl"]) / max(abs(entry["kl"]), 1e-12)
         for entry in naive
-        if entry["sweep_kl"] is not None
+        if entry["sweep_kl"] is not None and entry["kl"] is not None
     ]
     return {
         "speedup_vs_naive": total / predicted,
@@ -113,7 +120,7 @@ def _speed(
 
 
 def _ratios(measured: Sequence[float], predicted: Sequence[float]) -> list[float | None]:
-    return [m / p if p > 0 else None for m, p in zip(measured, predicted, strict=True)]
+    return [finite(m / p) if p > 0 else None for m, p in zip(measured, predicted, strict=True)]
 
 
 def _unpacked(packed: Mapping[str, Any]) -> torch.Tensor:

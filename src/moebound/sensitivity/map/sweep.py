@@ -18,15 +18,9 @@ import numpy as np
 import torch
 
 from moebound.evaluate.calibration import Calibration
+from moebound.evaluate.kl import kl, mean
 from moebound.evaluate.replay import Replay
 from moebound.sensitivity.map.predict import Change, Floats
-
-
-def kl(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """[...]: KL(p || q) of next-token distributions from logits [..., V], nats, float64."""
-    p, q = torch.log_softmax(before.double(), -1), torch.log_softmax(after.double(), -1)
-    # A probability of 0 contributes nothing, where 0 · (-inf - x) would be NaN.
-    return torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,4 +131,4 @@ def measure_whole(
         logits = model(**calibration.inputs(rows, model.device)).logits
         scored = calibration.scored[rows, : logits.shape[1]].to(logits.device)
         total += float(kl(torch.cat(list(before[rows])), logits[scored]).sum())
-    return total / calibration.n_positions
+    return mean(total, calibration.n_positions)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebound.evaluate.statistics import (
+from moebound.score.statistics import (
     holm,
     mcnemar,
     paired,
