@@ -92,6 +92,7 @@ def test_exact_codec_needs_no_bound(run: Run, tmp_path: Path) -> None:
     assert run("verify", dst, "--against", SRC, "--json").document["worst"] == 0
 
 
+@pytest.mark.slow
 def test_shared_experts_on_request(run: Run, tmp_path: Path) -> None:
     options = ["--rate", "0.3", "--layers", "1", "--json"]
     without = run("compress", SRC, tmp_path / "a", *options).document
@@ -140,6 +141,7 @@ def test_bench_gpu_needs_a_gpu(run: Run) -> None:
     assert run("bench", "gpu", "--segments", "0").code == 2
 
 
+@pytest.mark.slow
 def test_bench_codec(run: Run) -> None:
     options = ["--limit", "1", "--rates", "0.3", "--codecs", "bound,sz3", "--seconds", "0.05"]
     ran = run("bench", "codec", "--input", SRC, *options, "--threads", "1")

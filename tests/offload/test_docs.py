@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from moebound.checkpoint import open_checkpoint
 from moebound.offload.predictors import PREDICTORS
 from moebound.store import compress
@@ -15,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_code_runs(tmp_path: Path) -> None:
     source = open_checkpoint(resolve("builtin:wordmath"))
     compress(source, tmp_path / "store", bound=ErrorBound(0.3, "rate"), layers={1, 2, 3})

@@ -327,6 +327,7 @@ class TestDamage:
             logits(offloaded.model)
 
 
+@pytest.mark.slow
 def test_stats_add_up(wordmath: Path) -> None:
     with load(wordmath, ram_budget="20%", tier="disk", predictor="gate") as offloaded:
         assert isinstance(offloaded, Offloaded)

@@ -57,6 +57,7 @@ ARCHITECTURES = ["deepseek", "mixtral"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.slow
 def test_the_fast_forward_pass_is_that_of_transformers(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_the_balance_loss_is_that_of_transformers() -> None:
     assert mixtral._balance_loss(scores, load).item() == pytest.approx(float(wanted), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_full_expert_drops_tokens_and_gradients_stay_finite() -> None:
     import deepseek
     from batches import batch
@@ -155,6 +157,7 @@ def run(folder: Path, stopped: Sequence[int] = (), **changed: Any) -> Any:
     ("architecture", "optimizer"),
     [("deepseek", "muon"), ("deepseek", "adamw"), ("mixtral", "muon")],
 )
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
     tmp_path: Path, architecture: str, optimizer: str
 ) -> None:
@@ -180,6 +183,7 @@ def test_a_run_that_is_told_to_stop_saves_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.slow
 def test_a_run_becomes_a_folder_that_transformers_loads(tmp_path: Path, architecture: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
