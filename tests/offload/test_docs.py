@@ -1,4 +1,4 @@
-"""docs/runtime.md: its code runs, and what it names is there."""
+"""docs/offload.md: its code runs, and what it names is there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moebound.types import ErrorBound
 from moebound.wordmath.builtin import resolve
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "offload.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
