@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Each stamp stands for one step that is done; it is redone when what it depends on changes.
 STAMPS := $(VENV)/.stamps
-NATIVE := CMakeLists.txt $(wildcard native/CMakeLists.txt native/*.cpp native/*.h)
+NATIVE := CMakeLists.txt $(shell find native -type f)
 
 .PHONY: demo test lint bench install clean
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moebound.bench.offload import Settings, render_offload, run
+from moebound.bench.offload import OffloadSettings, render_offload, run
 from moebound.bench.offload.model import Shapes
 
 CASES = {
@@ -26,7 +26,7 @@ CASES = {
 
 def main(out: Path, name: str) -> None:
     shapes, budget = CASES[name]
-    settings = Settings(
+    settings = OffloadSettings(
         shapes=shapes, codec="bound:segment=gpu", budgets=(budget,), tiers=("ram",),
         device="cuda", peers=(), tokens=64, warm=16, prompt=16,
     )  # fmt: skip

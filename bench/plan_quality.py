@@ -22,7 +22,8 @@ from moebound.evaluate.candidate import Original, in_folder, score
 from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import load
 from moebound.evaluate.text import solved_rows
-from moebound.plan import SENSITIVITY_FORMAT, Budget, Evidence, Scheme, make_plan, read_document
+from moebound.files.formats.sensitivity_map import FORMAT
+from moebound.plan import Budget, Evidence, Scheme, make_plan
 from moebound.sensitivity.trial import N_PROBLEMS, Trial
 from moebound.store import measure_sizes
 from moebound.tasks import get_task
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--measure", type=int, default=N_PROBLEMS)
     args = parser.parse_args()
 
-    document = read_document(args.map, SENSITIVITY_FORMAT, 1)
+    document = FORMAT.read(args.map)
     checkpoint, loaded = open_checkpoint(resolve(args.src)), load(args.src)
     task = get_task(args.task)
     problems = task.problems(args.skip + args.limit + args.measure)[args.skip :]

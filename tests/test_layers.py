@@ -11,8 +11,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "moebound"
 ORDER = [
-    *("_native", "errors", "types", "files", "jobs", "score", "wordmath", "checkpoint", "codec"),
-    *("model", "methods", "plan", "store"),  # the product
+    *("_native", "errors", "types", "plugins", "score", "files", "jobs", "wordmath"),  # ground
+    *("checkpoint", "codec", "model", "methods", "plan", "store"),  # the product, and on
     *("cache", "integrations", "offload", "text"),
     *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),  # measures
     *("cli", "__main__"),

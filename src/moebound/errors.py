@@ -12,6 +12,7 @@ MoeboundError
 ├── StoreError           a store cannot be written, resumed or read as asked
 ├── CacheError           a budget that experts do not fit into, or an expert that was not loaded
 ├── CodecError           no such codec, or it cannot take this array
+├── MethodError          no such method, or it cannot make these experts smaller
 └── BackendUnavailable   an optional dependency is not installed; the message has the command
 
 A message names the file, tensor or option, what was expected and what was found. The command
@@ -67,6 +68,10 @@ class CacheError(MoeboundError):
 
 class CodecError(MoeboundError, ValueError):
     """An unknown codec, or an array that the codec cannot take."""
+
+
+class MethodError(MoeboundError, ValueError):
+    """An unknown method or option, or a method that failed; the message names it."""
 
 
 class BackendUnavailable(MoeboundError, ImportError):

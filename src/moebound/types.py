@@ -26,6 +26,13 @@ NUMPY_DTYPES: dict[DType, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
 }
 
+Guarantee = Literal["max_abs", "lossless", "rmse", "none"]
+"""What is promised of a matrix, after the cast to the dtype the model will use.
+
+max_abs: no weight moves by more than a bound. lossless: every weight has the bits it had. rmse: the
+root mean square error is within a bound. none: nothing; the error was measured, once.
+"""
+
 BoundMode = Literal["abs", "rate", "range", "rmse"]
 BoundScope = Literal["matrix", "expert"]
 

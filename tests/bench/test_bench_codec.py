@@ -117,7 +117,7 @@ class TestRun:
         assert steps[0].label == "gaussian at rate 0.1"
 
     def test_a_broken_bound_ends_the_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(registry._classes, "shifted", Shifted)
+        monkeypatch.setitem(registry.CODECS.classes, "shifted", Shifted)
         with pytest.raises(BoundError, match="'shifted' broke its bound"):
             run(synthetic(["gaussian"], shape=SMALL), [0.1], ["shifted"])
 

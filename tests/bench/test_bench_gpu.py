@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moebound.bench.gpu import Settings, run
+from moebound.bench.gpu import GpuSettings, run
 from moebound.bench.gpu.cases import EXPERT_SHAPES, EXPERT_WEIGHTS, encode_expert, expert
 from moebound.bench.gpu.compiled import loop_instructions
 from moebound.bench.gpu.verify import _envelopes
@@ -20,7 +20,7 @@ def test_without_a_gpu_it_says_so_before_doing_anything() -> None:
     pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
     said: list[str] = []
     with pytest.raises(BackendUnavailable, match="no CUDA device"):
-        run(Settings(rates=(0.3,)), say=said.append)
+        run(GpuSettings(rates=(0.3,)), say=said.append)
     assert said == []
 
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moebound.bench.offload import OffloadReport, Settings, render_offload, run
+from moebound.bench.offload import OffloadReport, OffloadSettings, render_offload, run
 from moebound.bench.offload.model import Shapes, make_checkpoint, make_store
 from moebound.bench.offload.report import modelled_s, over_model
 from moebound.bench.offload.routing import ForcedRouting, fit_trace
@@ -31,7 +31,7 @@ EXPERT_BYTES = 2 * SHAPES.layers * SHAPES.experts * SHAPES.expert_weights
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> OffloadReport:
-    settings = Settings(
+    settings = OffloadSettings(
         shapes=SHAPES, budgets=(0.35,), tiers=("disk",), prompt=4, warm=2, tokens=4,
         peers=("stock", "accelerate"), routing=("forced", "own"),
     )  # fmt: skip
@@ -108,8 +108,13 @@ def test_a_stored_report_is_read_again(report: OffloadReport) -> None:
 
 
 def test_a_run_that_fails_is_a_row(tmp_path: Path) -> None:
-    settings = Settings(shapes=replace(SHAPES, layers=1, experts=8, hidden=64, intermediate=64),
-                        budgets=(0.01,), tiers=("disk",), peers=(), tokens=2)  # fmt: skip
+    settings = OffloadSettings(
+        shapes=replace(SHAPES, layers=1, experts=8, hidden=64, intermediate=64),
+        budgets=(0.01,),
+        tiers=("disk",),
+        peers=(),
+        tokens=2,
+    )
     found = run(settings, tmp_path)
     assert all("smallest budget" in row["error"] for row in found.rows)
 
@@ -138,7 +143,7 @@ def test_a_recorded_trace_of_the_reference_model(tmp_path: Path) -> None:
     profile += ["--limit", "2", "-o", str(tmp_path / "p.json"), "--trace", str(trace)]
     assert main([*profile, "-q"]) == 0
     shapes = replace(SHAPES, layers=3, experts=64, hidden=64, intermediate=64, top_k=6)
-    settings = Settings(
+    settings = OffloadSettings(
         shapes=shapes, budgets=(0.3, 1.0), tiers=("disk",), peers=(), trace=trace,
         prompt=8, warm=4, tokens=6,
     )  # fmt: skip
@@ -175,8 +180,16 @@ def test_traces_that_do_not_fit() -> None:
 
 
 def test_a_model_reads_real_prompts_with_its_own_routing(tmp_path: Path) -> None:
-    settings = Settings(model="builtin:wordmath", routing=("own",), budgets=(0.5,), tiers=("disk",),
-                        prompt=24, warm=4, tokens=6, peers=("stock",))  # fmt: skip
+    settings = OffloadSettings(
+        model="builtin:wordmath",
+        routing=("own",),
+        budgets=(0.5,),
+        tiers=("disk",),
+        prompt=24,
+        warm=4,
+        tokens=6,
+        peers=("stock",),
+    )
     report = run(settings, tmp_path)
     raw, stock = row(report, "raw, disk, own routing"), row(report, "stock, own routing")
     assert raw["logits_sum"] == pytest.approx(stock["logits_sum"], rel=0.05, abs=1.0)
@@ -200,7 +213,7 @@ def test_a_model_reads_real_prompts_with_its_own_routing(tmp_path: Path) -> None
 )
 def test_settings_that_do_not_go_together(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(MoeboundError, match=message):
-        Settings(**wrong)
+        OffloadSettings(**wrong)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moebound.bench.offload import Settings, cases, run
+from moebound.bench.offload import OffloadSettings, cases, run
 from moebound.bench.offload.launch import launch
 from moebound.bench.offload.memory_limit import Hierarchy, MemoryGroup, find_hierarchy, memory_group
 from moebound.errors import BackendUnavailable
@@ -121,7 +121,7 @@ def test_without_control_groups_nothing_runs(
 
     monkeypatch.setattr(cases, "memory_group", none)
     with pytest.raises(BackendUnavailable, match="not here"):
-        run(Settings(memory_limit=MB), tmp_path)
+        run(OffloadSettings(memory_limit=MB), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

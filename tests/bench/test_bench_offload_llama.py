@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from moebound.bench.offload import Settings, run
+from moebound.bench.offload import OffloadSettings, run
 from moebound.bench.offload.gguf_file import write_gguf
 from moebound.bench.offload.launch import launch
 from moebound.bench.offload.model import Shapes, make_checkpoint
@@ -108,7 +108,9 @@ def test_without_llama_cpp_its_run_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    settings = Settings(shapes=replace(SHAPES, hidden=64), tiers=(), peers=("llama.cpp",), tokens=2)
+    settings = OffloadSettings(
+        shapes=replace(SHAPES, hidden=64), tiers=(), peers=("llama.cpp",), tokens=2
+    )
     (row,) = run(settings, tmp_path).rows
     assert (row["name"], row["routing"]) == ("llama.cpp, own routing", "own")
     assert "llama-cpp-python and gguf not installed: pip install" in row["error"]
@@ -135,8 +137,15 @@ def test_its_threads_wait_as_they_are_meant_to(
 def test_a_run_of_llama_cpp(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
-    settings = Settings(shapes=SHAPES, tiers=(), peers=("stock", "llama.cpp"), routing=("own",),
-                        prompt=8, warm=2, tokens=4)  # fmt: skip
+    settings = OffloadSettings(
+        shapes=SHAPES,
+        tiers=(),
+        peers=("stock", "llama.cpp"),
+        routing=("own",),
+        prompt=8,
+        warm=2,
+        tokens=4,
+    )
     stock, llama = run(settings, tmp_path).rows
     assert "error" not in llama
     assert len(llama["tpot_s"]) == 4

@@ -31,7 +31,9 @@ def test_bounded_ways_get_the_bytes_of_the_quantizer_within_a_percent_or_two(
     )
     quantizer, bound, sz3, cuszp = report.rows
     assert [row.method for row in report.rows] == ["rtn:int4:g64", "bound", "sz3", "cuszp"]
-    assert quantizer.bits_per_weight == pytest.approx(4 + 20 / 64)
+    # Real bytes: matrices of so few weights show the frame around each.
+    assert quantizer.bits_per_weight == pytest.approx(4 + 20 / 64, abs=0.1)
+    assert quantizer.bits_per_weight > 4 + 20 / 64
     for row in (bound, sz3, cuszp):
         assert row.n_bytes == pytest.approx(quantizer.n_bytes, rel=0.02)
     # The better coder keeps the narrower bound.

@@ -16,9 +16,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from moebound.checkpoint import FAMILIES, SUPPORTED, Expert, open_checkpoint
-from moebound.checkpoint.families import find_family
+from model_bits import runnable, running_model
+from moebound.checkpoint import (
+    FAMILIES,
+    SUPPORTED,
+    Expert,
+    find_family,
+    open_checkpoint,
+    read_json,
+    top_k_of,
+)
 from moebound.errors import UnsupportedArchitectureError
+from moebound.model import live_experts
+from moebound.model.routers import router_of
+from moebound.model.taps import tap
 from tiny_models import TINY, MakeTiny, model_class, tiny_model
 
 # Where transformers' parameters are, whatever the family: [E, ...] per layer.
@@ -37,6 +48,8 @@ NAMES = {
 # Families that exist in released checkpoints and that transformers can write. Fused as well, for
 # those where it writes one tensor per expert.
 FUSED_TOO = ["deepseek_v3", "granitemoe", "jamba", "lfm2_moe", "mixtral", "nemotron_h", "qwen3_moe"]
+
+TINY_TOP_K = {"zaya": 1}  # 2 in all others
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -227,3 +240,58 @@ def test_unknown_model_type_is_named_with_those_supported() -> None:
         find_family({})
     with pytest.raises(UnsupportedArchitectureError):
         find_family({"model_type": ["mixtral"], "text_config": "mixtral"})
+
+
+@pytest.mark.parametrize("name", runnable(TINY))
+def test_top_k_is_what_the_built_model_uses(name: str) -> None:
+    model, heard = running_model(name), list[int]()
+    for entry in live_experts(model).stacks:
+        tap(model, entry.stack, lambda index, _: heard.append(index.shape[-1]))
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert heard
+    assert set(heard) == {top_k_of(model.config.to_dict())}
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_the_table_is_true_of_the_built_model(name: str, tiny: MakeTiny) -> None:
+    folder = tiny(name)
+    config = read_json(folder / "config.json")
+    family, model = find_family(config), tiny_model(name)
+    assert top_k_of(config) == top_k_of(model.config.to_dict()) == TINY_TOP_K.get(name, 2)
+    for entry in live_experts(model).stacks:
+        assert hasattr(entry.module, "_apply_gate") == family.experts_functions
+        assert any(router_of(model, entry.stack.name) is getattr(place, router, None)
+                   for router in family.routers
+                   for place in (model.get_submodule(entry.stack.name.rpartition(".")[0]),
+                                 entry.module))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "hunyuan_v1_moe", "moe_topk": [8, 6, 8]}, 8),  # a number a layer
+        ({"model_type": "ernie4_5_moe", "moe_k": 6}, 6),
+        ({"model_type": "kimi_vl", "text_config": {"model_type": "kimi_k2",
+                                                   "num_experts_per_tok": 4}}, 4),
+    ],
+)  # fmt: skip
+def test_top_k_has_other_names(config: dict[str, Any], expected: int) -> None:
+    assert top_k_of(config) == expected
+
+
+@pytest.mark.parametrize("value", [0, None, True, "2", 2.0, [], [2, 0], {"layer": 2}])
+def test_a_top_k_that_is_none_is_not_guessed(value: Any) -> None:
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"'gemma4'.* top_k_experts, found {'top"
+    ):
+        top_k_of({"model_type": "gemma4", "top_k_experts": value})
+
+
+def test_a_config_without_top_k_is_not_guessed() -> None:
+    config = {"model_type": "jetmoe", "moe_topk": 2}
+    message = r"'jetmoe'.* num_experts_per_tok or moe_top_k, found none of them"
+    with pytest.raises(UnsupportedArchitectureError, match=message):
+        top_k_of(config)
+    with pytest.raises(UnsupportedArchitectureError, match="'llama' is not"):
+        top_k_of({"model_type": "llama", "num_experts_per_tok": 2})

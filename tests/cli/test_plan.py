@@ -52,8 +52,10 @@ def measured(source: Path) -> dict[str, Path]:
     study = source.parent / "study"
     study.mkdir()
     (study / "rows.jsonl").write_text(
-        '{"layer": 1, "source": "bound", "rate": 0.5, "kl": 0.1}\n'
-        '{"layer": 2, "source": "bound", "rate": 0.5, "kl": 0.001}\n{"lay'
+        '{"condition": "a", "task": "t", "layers": [1], "layer": 1, "source": "bound", "rate": 0.5,'
+        ' "kl": 0.1}\n'
+        '{"condition": "b", "task": "t", "layers": [2], "layer": 2, "source": "bound", "rate": 0.5,'
+        ' "kl": 0.001}\n{"lay'
     )
     return {**paths, "study": study}
 

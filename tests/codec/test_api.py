@@ -53,7 +53,7 @@ class Threads(RawCodec):
 @pytest.fixture(autouse=True)
 def _known_for_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
     for cls in (Liar, Threads):
-        monkeypatch.setitem(registry._classes, cls.id, cls)
+        monkeypatch.setitem(registry.CODECS.classes, cls.id, cls)
 
 
 def _error(array: Array, data: bytes) -> Array:

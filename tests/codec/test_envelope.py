@@ -11,9 +11,9 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebound.codec import envelope
 from moebound.codec.base import ArraySpec
-from moebound.codec.envelope import Envelope, build, checksum, parse
+from moebound.codec.envelope import Envelope, build, parse
+from moebound.codec.fields import checksum, put_varint
 from moebound.errors import CorruptionError, FormatError
 from moebound.types import NUMPY_DTYPES
 
@@ -116,7 +116,7 @@ def test_wrong_checksum() -> None:
 
 def _varint(value: int) -> bytes:
     out = bytearray()
-    envelope._put_varint(out, value)
+    put_varint(out, value)
     return bytes(out)
 
 

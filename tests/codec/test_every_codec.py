@@ -142,7 +142,7 @@ def test_damage_that_the_checksum_hides_never_kills_the_process(codec: str) -> N
         import struct, numpy as np
         from moebound import MoeboundError, decode, encode
         from moebound.codec import parse
-        from moebound.codec.envelope import checksum
+        from moebound.codec.fields import checksum
 
         rng = np.random.default_rng(5)
         array = rng.standard_normal((40, 57)).astype(np.float32)

@@ -35,7 +35,7 @@ class FalseRaw(RawCodec):
 
 @pytest.fixture(autouse=True)
 def _fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_classes", {})
+    monkeypatch.setattr(registry.CODECS, "classes", {})
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, **plugs: str) -> None:
@@ -50,7 +50,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, **plugs: str) -> None:
         assert group == "moebound.codecs"
         return points
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr("moebound.plugins.entry_points", entry_points)
 
 
 def test_built_in_ids() -> None:

@@ -53,7 +53,7 @@ class Listed(Sloppy):
 
 @pytest.fixture(autouse=True)
 def _known_for_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry._classes, "sloppy", Sloppy)
+    monkeypatch.setitem(registry.CODECS.classes, "sloppy", Sloppy)
 
 
 def test_what_broke_is_patched() -> None:

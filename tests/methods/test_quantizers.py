@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebound.errors import BackendUnavailable, MoeboundError
+from moebound.errors import BackendUnavailable, MethodError, MoeboundError
 from moebound.sensitivity.noise import Changed, generators_for, parse_source
 from moebound.types import ExpertKey, TensorStats
 
@@ -28,7 +28,8 @@ def weights(*shape: int, seed: int = 0) -> torch.Tensor:
 )
 def test_every_byte_is_counted(name: str, bits: float) -> None:
     matrix = weights(64, 128)
-    assert apply(name, matrix).n_bytes == pytest.approx(bits * matrix.numel() / 8)
+    framing = (apply(name, matrix).n_bytes or 0) - bits * matrix.numel() / 8
+    assert 0 < framing < 32  # of the one matrix: what it is, and a checksum
 
 
 def test_a_group_by_hand() -> None:
@@ -69,10 +70,10 @@ def test_entropy_coding_keeps_the_weights_and_counts_real_bytes() -> None:
 
 
 def test_hqq_is_the_library_and_beats_rounding_to_nearest() -> None:
-    pytest.importorskip("hqq.core.quantize", reason="pip install 'moebound[compare]'")
+    pytest.importorskip("hqq.core.quantize", reason="pip install 'moebound[peers]'")
     matrix = weights(64, 128)
     hqq, rtn = (apply(f"{method}:int3:g64", matrix) for method in ("hqq", "rtn"))
-    assert hqq.n_bytes == pytest.approx((3 + 32 / 64) * matrix.numel() / 8)
+    assert 0 < (hqq.n_bytes or 0) - (3 + 32 / 64) * matrix.numel() / 8 < 32
 
     def error(found: Changed) -> float:
         return float(np.sqrt(((found.matrices["gate"] - matrix) ** 2).mean()))
@@ -82,13 +83,13 @@ def test_hqq_is_the_library_and_beats_rounding_to_nearest() -> None:
 
 def test_without_hqq_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "hqq.core.quantize", None)
-    with pytest.raises(BackendUnavailable, match=r"pip install 'moebound\[compare\]'"):
+    with pytest.raises(BackendUnavailable, match=r"pip install 'moebound\[peers\]'"):
         apply("hqq:int4:g64", weights(8, 64))
 
 
 @pytest.mark.parametrize("name", ["rtn:int9:g64", "rtn:int4", "hqq:int4:g64:coded:x", "rtn:int4:g"])
-def test_what_is_no_quantizer_is_an_unknown_source(name: str) -> None:
-    with pytest.raises(MoeboundError, match="unknown"):
+def test_options_that_are_none(name: str) -> None:
+    with pytest.raises(MethodError, match=f"method '{name}': .* int2 to int8"):
         parse_source(name)
 
 

@@ -16,10 +16,10 @@
 #include <string>
 #include <vector>
 
-#include "bound.h"
-#include "bound_layout.h"
-#include "cpu.h"
-#include "status.h"
+#include "base/cpu.h"
+#include "base/status.h"
+#include "bound/codec.h"
+#include "bound/layout.h"
 
 using namespace moebound;
 

@@ -15,9 +15,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu.h"
-#include "cuszp.h"
-#include "status.h"
+#include "base/cpu.h"
+#include "base/status.h"
+#include "cuszp/codec.h"
 
 using namespace moebound;
 

@@ -24,7 +24,13 @@ def test_the_code_runs(tmp_path: Path) -> None:
 
 def test_files_and_predictors() -> None:
     for name in re.findall(r"\b([a-z_]+\.py)\b", TEXT):
-        places = ("src/moebound/offload", "src/moebound/text", "bench", "tests/bench")
+        places = (
+            "src/moebound/offload",
+            "src/moebound/text",
+            "tests/offload",
+            "bench",
+            "tests/bench",
+        )
         files = [ROOT / place / name for place in places]
         assert any(file.exists() for file in files), name
     assert all(f'"{name}"' in TEXT for name in PREDICTORS)

@@ -18,7 +18,7 @@ from moebound.cache import Catalog, ExpertCache
 from moebound.errors import CacheError, CorruptionError
 from moebound.offload.delivery import Arrival, Delivery
 from moebound.offload.images import Image
-from moebound.offload.loader import Loader
+from moebound.offload.loader import Held, Loader
 from moebound.offload.meter import Meter, clock
 from moebound.offload.slots import Kind, Slot, SlotPool
 from moebound.types import ExpertKey
@@ -43,6 +43,9 @@ class Recorded(Delivery):
     def workspace(self) -> None:
         return None
 
+    def bytes_of(self, image: Image, workspace: Any) -> memoryview:
+        raise AssertionError("no shared parts here")
+
     def bring(self, arrivals: Sequence[Arrival], workspace: Any) -> None:
         group = [arrival.image.key.expert for arrival in arrivals]
         self.groups.append(group)
@@ -58,15 +61,15 @@ class Recorded(Delivery):
 
 def start(
     delivery: Delivery, *, budget: int = 8, n_threads: int = 2
-) -> tuple[ExpertCache[Slot], Loader]:
-    cache = ExpertCache[Slot](CATALOG, budget * KIND.n_bytes, working=2)
+) -> tuple[ExpertCache[Held], Loader]:
+    cache = ExpertCache[Held](CATALOG, budget * KIND.n_bytes, working=2)
     images = {key: Image(key, (), ()) for key in CATALOG.keys}
     pool = SlotPool(budget * KIND.n_bytes, torch.device("cpu"), [KIND])
     kinds = dict.fromkeys(CATALOG.keys, KIND)
     return cache, Loader(cache, images, kinds, delivery, pool, Meter(), n_threads=n_threads)
 
 
-def end(cache: ExpertCache[Slot], loader: Loader) -> None:
+def end(cache: ExpertCache[Held], loader: Loader) -> None:
     cache.close()
     loader.close()
 
@@ -94,7 +97,7 @@ def test_in_the_order_asked_demand_before_guesses() -> None:
     delivery.gate.set()
     for order in orders:
         slot = order.arrived.result(10)
-        assert slot is not None
+        assert isinstance(slot, Slot)
         assert slot.down.flatten().tolist() == [order.key.expert] * 4
     wait_until(lambda: ExpertKey(1, 7) in cache)
     assert delivery.began == [0, 5, 3, 4, 6, 7]
@@ -121,7 +124,7 @@ def test_more_than_fit_stream_through() -> None:
     cache.visit(1, list(range(8)))
     for order in loader.demand(keys(*range(8))):
         slot = order.arrived.result(10)
-        assert slot is not None
+        assert isinstance(slot, Slot)
         assert slot.down[0, 0] == order.key.expert
         cache.release([order.key])
     assert loader.pool_bytes <= 2 * KIND.n_bytes
@@ -198,6 +201,7 @@ def test_what_waits_comes_together_as_far_as_there_is_room() -> None:
     for order in orders:
         slot = order.arrived.result(10)
         slot = cache.wait(order.key) if slot is None else slot
+        assert isinstance(slot, Slot)
         assert slot.down.flatten().tolist() == [order.key.expert] * 4
         if order.key.expert == 4:
             assert delivery.groups == [[7], [5, 3, 4]]
@@ -236,7 +240,7 @@ def test_one_bad_expert_does_not_spoil_those_that_come_with_it() -> None:
     assert delivery.groups == [[2, 3, 4], [2], [3], [4]]
     for order in (orders[0], orders[2]):
         slot = order.arrived.result()
-        assert slot is not None
+        assert isinstance(slot, Slot)
         assert slot.down.flatten().tolist() == [order.key.expert] * 4
     cache.release(keys(2, 3, 4))
     delivery.failing.clear()
@@ -257,11 +261,13 @@ def test_any_visits_end_whatever_comes_together(data: st.DataObject) -> None:
         found = cache.visit(1, wanted)
         orders = loader.demand(found.missing)
         for key, slot in found.hits.items():
+            assert isinstance(slot, Slot)
             assert slot.down[0, 0] == key.expert
             cache.release([key])
         for order in orders:
             arrived = order.arrived.result(10)
             arrived = cache.wait(order.key) if arrived is None else arrived
+            assert isinstance(arrived, Slot)
             assert arrived.down[0, 0] == order.key.expert
             cache.release([order.key])
     assert all(len(group) <= together for group in delivery.groups)

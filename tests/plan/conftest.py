@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from moebound.plan import RATES, Document, ExpertSizes, read_document
+from moebound.files.documents import Document, Format
+from moebound.files.formats.sensitivity_map import SensitivityMap
+from moebound.plan import RATES, ExpertSizes
 from moebound.types import ExpertKey
 
 BOUNDS = [0.1, 0.3, 0.5, 0.8]
@@ -84,4 +86,8 @@ def profile(sizes: Sequence[ExpertSizes], *, seed: int = 2) -> dict[str, Any]:
 def as_document(content: dict[str, Any], folder: Path) -> Document:
     path = folder / f"{content['format']}.json"
     path.write_text(json.dumps(content))
-    return read_document(path, content["format"], 1)
+    return Format(content["format"], 1).read(path)
+
+
+def as_map(content: dict[str, Any], folder: Path) -> SensitivityMap:
+    return SensitivityMap.of(as_document(content, folder))

@@ -9,7 +9,7 @@ from pathlib import Path
 from moebound.checkpoint import open_checkpoint
 from moebound.codec import stats
 from moebound.plan import RATES
-from moebound.plan.plan import FORMAT, VERSION
+from moebound.plan.plan import FORMAT
 from moebound.types import TensorStats
 from untrained import untrained
 
@@ -36,4 +36,4 @@ def test_the_code_runs(tmp_path: Path) -> None:
 
 def test_figures() -> None:
     assert f"at {len(RATES)} rates from {RATES[0]:g} to {RATES[-1]:g}" in TEXT
-    assert f"`{FORMAT}`, version {VERSION}" in TEXT
+    assert f"`{FORMAT.name}`, version {FORMAT.version}" in TEXT

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebound.errors import PlanError
-from moebound.plan import RATES, curves_from_study, read_document, read_rows
+from moebound.errors import FormatError, MoeboundError, PlanError
+from moebound.files.formats.sensitivity_map import FORMAT
+from moebound.files.formats.study import Row, read_rows
+from moebound.plan import RATES, Budget, Evidence, curves_from_study, make_plan
 from moebound.plan.items import LOSS_FLOOR
 from moebound.plan.losses import (
     exponent,
@@ -24,7 +27,7 @@ from moebound.plan.losses import (
 )
 from moebound.types import ExpertKey
 
-from .conftest import BOUNDS, as_document, experts, profile, sensitivity
+from .conftest import BOUNDS, as_document, as_map, experts, profile, sensitivity
 
 
 @given(power=st.floats(0.5, 3), c=st.floats(1e-9, 1))
@@ -52,7 +55,7 @@ def test_losses_never_fall_and_none_is_free(tmp_path: Path) -> None:
     content = sensitivity(sizes)
     content["experts"][0]["predicted_kl"] = [0.0, 0.0, 0.0, 0.0]
     content["experts"][1]["predicted_kl"] = [0.2, 0.1, 0.3, 0.2]
-    items, _ = from_sensitivity(as_document(content, tmp_path), sizes, per_role=False)
+    items, _ = from_sensitivity(as_map(content, tmp_path), sizes, per_role=False)
     assert items.loss is not None
     assert (np.diff(items.loss, axis=1) >= 0).all()
     assert items.loss[0] == pytest.approx(LOSS_FLOOR * items.loss[:4].mean(axis=0), rel=0.02)
@@ -60,15 +63,13 @@ def test_losses_never_fall_and_none_is_free(tmp_path: Path) -> None:
 
 def test_predictions_are_brought_to_the_measured_level(tmp_path: Path) -> None:
     sizes = experts()
-    plain, facts = from_sensitivity(
-        as_document(sensitivity(sizes), tmp_path), sizes, per_role=False
-    )
+    plain, facts = from_sensitivity(as_map(sensitivity(sizes), tmp_path), sizes, per_role=False)
     assert facts["experts_measured"] == 0
     assert facts["loss_exponent"] == pytest.approx(2)
     content = sensitivity(sizes, measured=3.0)
     for entry in content["experts"][1::2]:  # a sample was measured
         entry["measured_kl"] = None
-    level, facts = from_sensitivity(as_document(content, tmp_path), sizes, per_role=False)
+    level, facts = from_sensitivity(as_map(content, tmp_path), sizes, per_role=False)
     assert facts["experts_measured"] == 6
     assert plain.loss is not None
     assert level.loss == pytest.approx(3 * plain.loss)
@@ -76,9 +77,9 @@ def test_predictions_are_brought_to_the_measured_level(tmp_path: Path) -> None:
 
 def test_by_role_adds_up_and_fused_matrices_are_found(tmp_path: Path) -> None:
     sizes = experts()
-    document = as_document(sensitivity(sizes, by_role=True), tmp_path)
-    whole, _ = from_sensitivity(document, sizes, per_role=False)
-    apart, _ = from_sensitivity(document, sizes, per_role=True)
+    found = as_map(sensitivity(sizes, by_role=True), tmp_path)
+    whole, _ = from_sensitivity(found, sizes, per_role=False)
+    apart, _ = from_sensitivity(found, sizes, per_role=True)
     assert apart.roles[:3] == (("gate",), ("up",), ("down",))
     assert apart.loss is not None
     assert apart.loss.reshape(-1, 3, len(RATES)).sum(axis=1) == pytest.approx(whole.loss)
@@ -88,7 +89,7 @@ def test_by_role_adds_up_and_fused_matrices_are_found(tmp_path: Path) -> None:
                 e.n_bytes, e.mean_abs)
         for e in sizes
     ]  # fmt: skip
-    items, _ = from_sensitivity(document, fused, per_role=True)
+    items, _ = from_sensitivity(found, fused, per_role=True)
     assert items.loss is not None
     assert items.loss[0] == pytest.approx(apart.loss[0] + apart.loss[1])
 
@@ -118,59 +119,73 @@ def no_experts(content: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "error", "message"),
     [
-        (drop_expert, "no sensitivity of layer 2 expert 1"),
-        (other_model, "layer 1 expert 2 .* another model"),
-        (short_list, "layer 1 expert 0: predicted_kl: expected 4 numbers"),
-        (not_a_number, "expected a finite number, found None"),
-        (descending, "bounds: expected ascending numbers"),
-        (no_experts, "experts: expected a list"),
+        (drop_expert, PlanError, "no sensitivity of layer 2 expert 1"),
+        (other_model, PlanError, "layer 1 expert 2 .* another model"),
+        (short_list, FormatError, "layer 1 expert 0: predicted_kl: expected 4 numbers"),
+        (not_a_number, FormatError, "expected a finite number, found None"),
+        (descending, FormatError, "bounds: expected ascending numbers"),
+        (no_experts, FormatError, "experts: expected a list"),
     ],
 )
 def test_damaged_sensitivity(
-    damage: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
+    damage: Callable[[dict[str, Any]], None],
+    error: type[MoeboundError],
+    message: str,
+    tmp_path: Path,
 ) -> None:
     sizes = experts()
     content = copy.deepcopy(sensitivity(sizes))
     damage(content)
-    with pytest.raises(PlanError, match=rf"moebound.sensitivity.json: .*{message}"):
-        from_sensitivity(as_document(content, tmp_path), sizes, per_role=False)
+    evidence = Evidence(sensitivity=as_document(content, tmp_path))
+    with pytest.raises(error, match=rf"moebound.sensitivity.json: .*{message}"):
+        make_plan(sizes, evidence, Budget(bpw=3), source="tiny")
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     for text, message in (
-        ("{", "no JSON"), ("[]", "expected format"), ('{"format": "moebound.plan"}', "found"),
+        ("{", "not JSON"), ("[]", "expected format"), ('{"format": "moebound.plan"}', "found"),
         ('{"format": "moebound.sensitivity", "version": 9}', "version 9"),
     ):  # fmt: skip
         path.write_text(text)
-        with pytest.raises(PlanError, match=message):
-            read_document(path, "moebound.sensitivity", 1)
-    with pytest.raises(PlanError, match=r"none.json: cannot be read"):
-        read_document(tmp_path / "none.json", "moebound.sensitivity", 1)
+        with pytest.raises(FormatError, match=message):
+            FORMAT.read(path)
+    with pytest.raises(FormatError, match=r"none.json: cannot be read"):
+        FORMAT.read(tmp_path / "none.json")
 
 
-ROWS: list[dict[str, Any]] = [
-    {"layer": 1, "source": "bound", "rate": 0.1, "kl": 0.001, "seed": 0},
-    {"layer": 1, "source": "bound", "rate": 0.8, "kl": 0.064, "seed": 0},
-    {"layer": 1, "source": "gaussian", "rate": 0.8, "kl": 9.0, "seed": 0},
-    {"layer": 3, "source": "bound", "rate": 0.8, "kl": 0.01, "seed": 0},
-    {"layer": 3, "source": "bound", "rate": 0.8, "kl": 0.03, "seed": 1},
-    {"experts": [3], "source": "bound", "rate": 0.8, "kl": 5.0},
-]
+def a_row(layer: int | None, source: str, rate: float, kl: float, seed: int = 0) -> dict[str, Any]:
+    found = {"condition": f"{layer}/{source}/{rate}/{seed}", "task": "t", "layers": [layer or 9],
+             "source": source, "rate": rate, "seed": seed, "kl": kl}  # fmt: skip
+    return found if layer is None else {**found, "layer": layer}
 
 
-def test_a_studys_layers() -> None:
-    assert curves_from_study(ROWS) == {1: {0.1: 0.001, 0.8: 0.064}, 3: {0.8: 0.02}}
-    assert curves_from_study(ROWS[2:3]) == {1: {0.8: 9.0}}
+@pytest.fixture
+def rows(tmp_path: Path) -> Sequence[Row]:
+    made = [
+        a_row(1, "bound", 0.1, 0.001),
+        a_row(1, "bound", 0.8, 0.064),
+        a_row(1, "gaussian", 0.8, 9.0),
+        a_row(3, "bound", 0.8, 0.01),
+        a_row(3, "bound", 0.8, 0.03, seed=1),
+        a_row(None, "bound", 0.8, 5.0),
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return read_rows(tmp_path)
+
+
+def test_a_studys_layers(rows: Sequence[Row]) -> None:
+    assert curves_from_study(rows) == {1: {0.1: 0.001, 0.8: 0.064}, 3: {0.8: 0.02}}
+    assert curves_from_study(rows[2:3]) == {1: {0.8: 9.0}}
     with pytest.raises(PlanError, match="no condition that changes a whole layer"):
-        curves_from_study(ROWS[5:])
+        curves_from_study(rows[5:])
 
 
-def test_a_layers_loss_is_divided_among_its_experts(tmp_path: Path) -> None:
+def test_a_layers_loss_is_divided_among_its_experts(rows: Sequence[Row], tmp_path: Path) -> None:
     sizes = experts()
-    items, facts = from_study(ROWS, sizes)
+    items, facts = from_study(rows, sizes)
     assert facts == {"study_layers": [1, 3]}
     assert items.loss is not None
     by_layer = items.loss.reshape(3, 4, -1).sum(axis=1)
@@ -179,7 +194,7 @@ def test_a_layers_loss_is_divided_among_its_experts(tmp_path: Path) -> None:
     assert at.reshape(3, 4).sum(axis=1)[[0, 2]] == pytest.approx([0.064, 0.02], rel=1e-3)
     assert ((by_layer[1] - by_layer[0]) * (by_layer[1] - by_layer[2]) <= 0).all()
     share = shares_from_profile(as_document(profile(sizes), tmp_path), [e.key for e in sizes])
-    uneven, _ = from_study(ROWS, sizes, share=share)
+    uneven, _ = from_study(rows, sizes, share=share)
     assert uneven.loss is not None
     ratio = uneven.loss[0] / uneven.loss[1]
     assert ratio == pytest.approx(share[ExpertKey(1, 0)] / share[ExpertKey(1, 1)])
@@ -187,14 +202,15 @@ def test_a_layers_loss_is_divided_among_its_experts(tmp_path: Path) -> None:
 
 def test_rows_of_a_killed_study(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"layer": 1}\n{"layer": 2}\n{"lay')
-    assert read_rows(tmp_path) == [{"layer": 1}, {"layer": 2}]
-    path.write_text('{"lay\n{"layer": 2}\n')
-    with pytest.raises(PlanError, match="line 1: no JSON"):
+    one, other = (json.dumps(a_row(layer, "bound", 0.3, 0.1)) for layer in (1, 2))
+    path.write_text(f"{one}\n{other}\n{one[:9]}")
+    assert [row.layer for row in read_rows(tmp_path)] == [1, 2]
+    path.write_text(f"{one[:9]}\n{other}\n")
+    with pytest.raises(FormatError, match="line 1: not JSON"):
         read_rows(tmp_path)
     path.write_text("")
-    with pytest.raises(PlanError, match="no finished rows"):
-        read_rows(tmp_path)
+    with pytest.raises(PlanError, match="no condition that changes a whole layer"):
+        curves_from_study(read_rows(tmp_path))
 
 
 def test_shares(tmp_path: Path) -> None:

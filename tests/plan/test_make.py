@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moebound.errors import BoundError, PlanError, StoreError
+from moebound.errors import BoundError, FormatError, PlanError, StoreError
 from moebound.plan import Budget, Evidence, Plan, Scheme, effective_rank, make_plan
 from moebound.types import ErrorBound, ExpertKey
 
@@ -80,7 +80,7 @@ def test_all_at_once_is_not_the_sum(evidence: Evidence, tmp_path: Path) -> None:
     assert again.bits_per_weight == pytest.approx(3, rel=2e-3)
     assert Plan.from_json(json.loads(made.to_bytes())) == made
     content["joint"]["measured_kl"] = [1.0]
-    with pytest.raises(PlanError, match="joint: measured_kl: expected 4 numbers"):
+    with pytest.raises(FormatError, match="joint: measured_kl: expected 4 numbers"):
         plan(Evidence(sensitivity=as_document(content, tmp_path)), Budget(bpw=3))
 
 
@@ -168,8 +168,9 @@ def test_damaged_plans(evidence: Evidence, tmp_path: Path) -> None:
         ({"experts": [{**first, "bounds": {}}]}, "bounds: expected one"),
         ({"experts": [{**first, "bounds": {"up": {"mode": "rate", "value": -1}}}]}, "BoundError"),
         ({"experts": [{**first, "layer": -1}]}, "layer: expected a whole number"),
-        ({"codec": None}, "codec: expected str"),
-        ({"version": 2}, "version 2"),
+        ({"method": None}, "method: expected str"),
+        ({"version": 1}, "method: expected str"),
+        ({"version": 3}, "version 3"),
         ({"joint": {"sums": [2, 1], "measured": [1, 2]}}, "joint: sums: expected ascending"),
     ):
         path = tmp_path / "bad.json"

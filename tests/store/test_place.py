@@ -154,7 +154,7 @@ def test_another_runs_work_is_not_taken_up(
     other_seed = source(seed=1)
     for src, options, named in (
         (source(), {"bound": ErrorBound(0.3, "rate", "expert")}, "bound was .*0.1.* now .*0.3"),
-        (source(), {"codec": "raw"}, "codec was 'bound', now 'raw'"),
+        (source(), {"codec": "raw"}, "method was 'bounded:bound', now 'bounded:raw'"),
         (source(), {"experts": {0}}, "experts was"),
         (other_seed, {}, "source was"),
     ):

@@ -29,7 +29,7 @@ def uneven(src: Path, *, seed: int = 0) -> Plan:
     items = Items.of(sizes, per_role=True)
     rates = np.random.default_rng(seed).choice(RATES[6:22], len(items.keys))
     return Plan(
-        "bound", "uniform", {"bpw": 4.0}, "tiny", sum(e.n_bytes for e in sizes),
+        "bounded:bound", "uniform", {"bpw": 4.0}, "tiny", sum(e.n_bytes for e in sizes),
         planned_experts(items, rates),
     )  # fmt: skip
 
@@ -40,6 +40,7 @@ def test_every_expert_keeps_its_own_bound(name: str, source: MakeSource, tmp_pat
     plan, checkpoint = uneven(src), open_checkpoint(source(name))
     summary = run(src, dst, bound=plan)
     assert summary.expert_bytes_after == plan.n_bytes  # headers dominate, and are counted
+    assert summary.worst is not None
     assert 0.9 < summary.worst <= 1
     report = verify(dst, against=checkpoint)
     assert report.ok, report.problems
@@ -106,10 +107,10 @@ def test_plans_that_do_not_fit(source: MakeSource, tmp_path: Path) -> None:
     ):
         with pytest.raises(PlanError, match=message):
             run(src, dst, bound=bad)
-    with pytest.raises(PlanError, match="codec 'raw': the plan was made for 'bound'"):
+    with pytest.raises(PlanError, match="'bounded:raw': the plan was made for 'bounded:bound'"):
         run(src, dst, bound=plan, codec="raw")
     with pytest.raises(CodecError, match="nosuch"):
-        run(src, dst, bound=replace(plan, codec="nosuch"))
+        run(src, dst, bound=replace(plan, method="bounded:nosuch"))
     with pytest.raises(PlanError, match="no layers and experts beside it"):
         run(src, dst, bound=plan, layers={1})
     assert list(tmp_path.iterdir()) == []

@@ -200,15 +200,15 @@ def test_newer_versions_are_refused(own_store: MakeStore) -> None:
     _, dst = own_store()
     whole = (dst / CERTIFICATES).read_bytes()
     head, rest = whole.split(b"\n", 1)
-    head = head.replace(b'"version":1', b'"version":2')
+    head = head.replace(b'"version":2', b'"version":3')
     (dst / CERTIFICATES).write_bytes(head + b"\n" + rest)
-    with pytest.raises(FormatError, match="version 2"):
+    with pytest.raises(FormatError, match="version 3"):
         open_store(dst)
     (dst / CERTIFICATES).write_bytes(whole)
     config = json.loads((dst / "config.json").read_text())
-    config["quantization_config"]["version"] = 2
+    config["quantization_config"]["version"] = 3
     (dst / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="store version 2"):
+    with pytest.raises(FormatError, match="store version 3"):
         open_store(dst)
 
 

@@ -35,6 +35,7 @@ def test_a_good_store(name: str, shared_store: MakeStore) -> None:
     against = verify(dst, against=open_checkpoint(src), jobs=1)
     assert alone.ok
     assert against.ok
+    assert against.worst is not None
     assert alone.worst == against.worst <= 1
     assert alone.n_experts == len(open_store(dst).experts())
     assert seen[-1].done_bytes == seen[-1].total_bytes
@@ -113,6 +114,7 @@ def test_another_original(source: MakeSource, shared_store: MakeStore) -> None:
     _, dst = shared_store()
     report = verify(dst, against=open_checkpoint(source(seed=1)))
     assert {p.kind for p in report.problems} >= {"original", "bound"}
+    assert report.worst is not None
     assert report.worst > 1
     wrong = verify(dst, against=open_checkpoint(source("mixtral")))
     assert {p.kind for p in wrong.problems} >= {"original"}
@@ -124,6 +126,7 @@ def _forge(dst: Path, change: Any) -> str:
     matrix = stored.matrices[0]
     array = matrix.decode(open_store(dst).read_expert(stored.key).matrix(0))
     certificate = matrix.record.certificate
+    assert certificate.abs_bound is not None
     data = codec.encode(change(array), certificate.abs_bound, codec="raw")
     # Same length, so that the shard stays as it is otherwise.
     with open(matrix.tensor.file, "r+b") as handle:
@@ -147,6 +150,7 @@ def test_a_forged_certificate_is_seen_only_against_the_original(own_store: MakeS
     report = verify(dst, against=open_checkpoint(src))
     assert {p.tensor for p in report.problems} == {name}
     assert {p.kind for p in report.problems} == {"bound", "certificate"}
+    assert report.worst is not None
     assert report.worst > 1
 
 

@@ -80,7 +80,7 @@ def test_config_and_other_files(shared_store: MakeStore) -> None:
     settings = after.pop("quantization_config")
     assert after == before
     assert settings["quant_method"] == "moebound"
-    assert (settings["version"], settings["codec"]) == (1, "bound")
+    assert (settings["version"], settings["method"]) == (2, "bounded:bound")
     assert ErrorBound.from_json(settings["bound"]) == RATE
     for name in ("tokenizer.json", "generation_config.json"):
         assert (dst / name).read_bytes() == (src / name).read_bytes()
@@ -108,6 +108,7 @@ def test_every_codec_keeps_the_bound(codec: str, source: MakeSource, tmp_path: P
     report = verify(tmp_path / "dst", against=open_checkpoint(source()))
     assert report.ok
     assert report.worst == pytest.approx(summary.worst)
+    assert summary.worst is not None
     assert summary.worst <= 1
 
 
@@ -126,6 +127,7 @@ def test_every_way_to_state_a_bound(bound: ErrorBound, source: MakeSource, tmp_p
     checkpoint = open_checkpoint(source())
     summary = run(source(), tmp_path / "dst", bound=bound)
     assert verify(tmp_path / "dst", against=checkpoint).ok
+    assert summary.worst is not None
     assert 0.2 < summary.worst <= 1
     store = open_store(tmp_path / "dst")
     for expert, stored in zip(checkpoint.experts(), store.experts(), strict=True):
@@ -246,7 +248,7 @@ def test_an_error_names_file_and_tensor(
     def broken(*args: object, **options: object) -> None:
         raise CodecError("no such luck")
 
-    monkeypatch.setattr("moebound.store.writer.encode_certified", broken)
+    monkeypatch.setattr("moebound.methods.bounded.encode_certified", broken)
     with pytest.raises(CodecError, match=r"model\.safetensors: tensor '.*experts.0.*no such luck"):
         run(source(), tmp_path / "dst")
     assert not (tmp_path / "dst").exists()

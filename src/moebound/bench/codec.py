@@ -17,12 +17,16 @@ from moebound.bench.matrices import Matrix
 from moebound.bench.report import BenchReport, Row, Sz3Sizes
 from moebound.bench.table import render_table
 from moebound.bench.timing import interleaved, memcpy_gb_per_s
-from moebound.codec import envelope
-from moebound.codec.api import decode_into, encode_certified
-from moebound.codec.base import ArraySpec, Codec
-from moebound.codec.certificate import Certificate
-from moebound.codec.measure import stats
-from moebound.codec.registry import get_codec
+from moebound.codec import (
+    ArraySpec,
+    Certificate,
+    Codec,
+    decode_into,
+    encode_certified,
+    envelope,
+    get_codec,
+    stats,
+)
 from moebound.codec.strict import within_bound
 from moebound.errors import BackendUnavailable, BoundError
 from moebound.types import Array, DType, ErrorBound
@@ -51,6 +55,7 @@ class _Entry:
     codec: Codec
     data: bytes
     n_payload: int
+    abs_bound: float
     certificate: Certificate
 
 
@@ -121,7 +126,7 @@ def _sz3_sizes(matrix: Matrix, rate: float, entries: Sequence[_Entry]) -> Sz3Siz
         totals[name] = entry.certificate.bits_per_weight
         # For float32 output SZ3 gets exactly ε: there is no rounding to make room for.
         certificate = entry.certificate
-        exact = ArraySpec(array.shape, "F32", certificate.dtype, certificate.abs_bound)
+        exact = ArraySpec(array.shape, "F32", certificate.dtype, entry.abs_bound)
         streams[name] = 8 * len(entry.codec.compress(array, exact).data) / array.size
     return Sz3Sizes(matrix.name, rate, totals, streams)
 
@@ -141,7 +146,9 @@ def _verified(matrix: Matrix, rate: float, asked: str, name: str) -> _Entry:
     found = parsed.spec
     if (found.shape, found.numpy_dtype) != (matrix.array.shape, matrix.array.dtype):
         raise BoundError(f"{name} on {matrix.name}: came back as {found.shape} {found.dtype}")
-    return _Entry(asked, name, codec, encoded.data, len(parsed.payload), encoded.certificate)
+    return _Entry(
+        asked, name, codec, encoded.data, len(parsed.payload), found.abs_bound, encoded.certificate
+    )
 
 
 def _time(
@@ -156,7 +163,7 @@ def _time(
     for i, entry in enumerate(entries):
         jobs |= {(i, *key): job for key, job in _jobs(matrix.array, entry, threads).items()}
     timings = interleaved(jobs, seconds)
-    entropy = entropy_bits(matrix.array, entries[0].certificate.abs_bound) if entries else 0.0
+    entropy = entropy_bits(matrix.array, entries[0].abs_bound) if entries else 0.0
     rows, cols = matrix.array.shape
     return [
         Row(
@@ -165,7 +172,7 @@ def _time(
             shape=(rows, cols),
             dtype=entry.certificate.dtype,
             rate=rate,
-            abs_bound=entry.certificate.abs_bound,
+            abs_bound=entry.abs_bound,
             codec=entry.name,
             asked=entry.asked,
             n_bytes=len(entry.data),
@@ -189,7 +196,7 @@ def _time(
 def _jobs(array: Array, entry: _Entry, threads: int) -> dict[tuple[str, int], Callable[[], object]]:
     """What is timed, by name and number of threads."""
     dtype: DType = entry.certificate.dtype
-    spec = ArraySpec(array.shape, dtype, dtype, entry.certificate.abs_bound)
+    spec = ArraySpec(array.shape, dtype, dtype, entry.abs_bound)
     out = np.empty(spec.size, spec.numpy_dtype)
 
     def encode(n: int) -> bytes:

@@ -33,7 +33,6 @@ from moebound.sensitivity.noise import parse_source
 from moebound.sensitivity.perturb import perturbed
 from moebound.store import measure_sizes, open_store
 from moebound.tasks import Task
-from moebound.wordmath.builtin import resolve
 
 QUANTIZERS = (
     "rtn:int4:g64",
@@ -148,7 +147,7 @@ def run(
     ways = [*UNIFORM, *([PLANNED] if sensitivity is not None else [])]
     total = len(sources) * (1 + len(ways))
     say("loading", 0, total)
-    checkpoint = open_checkpoint(resolve(src))
+    checkpoint = open_checkpoint(src)
     loaded = load(src)
     problems = task.problems(limit)
     original = Original(
@@ -220,7 +219,7 @@ def in_a_store(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[Path, dict[
             {
                 "n_bytes": made.summary.expert_bytes_after,
                 "n_weights": made.summary.n_weights,
-                "largest_rate": plan.widest.value,
+                "largest_rate": plan.widest.value if plan.widest else None,
                 "max_abs_error": max(errors),
             },
         )

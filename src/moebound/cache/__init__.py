@@ -14,7 +14,8 @@ from moebound.cache.policies import POLICIES, Policy, make_policy
 from moebound.cache.results import LayerCount, Limit, Replay, Simulation
 from moebound.cache.simulate import Choice, choose_policy, simulate
 from moebound.cache.synthetic import ZipfTrace
-from moebound.cache.visits import Trace, Visits, gather, load_trace, one_by_one, uniform
+from moebound.cache.trace import LayerTrace, Trace, load_trace
+from moebound.cache.visits import Visits, gather, one_by_one, uniform
 
 __all__ = [
     "POLICIES",
@@ -25,6 +26,7 @@ __all__ = [
     "ExpertCache",
     "Found",
     "LayerCount",
+    "LayerTrace",
     "Limit",
     "Policy",
     "Replay",

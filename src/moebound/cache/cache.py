@@ -28,7 +28,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from moebound.cache.catalog import Catalog
@@ -79,7 +79,7 @@ class ExpertCache(Generic[V]):
         self._places = {layer: place for place, layer in enumerate(catalog.layers)}
         self._step, self._place = -1, len(catalog.layers)
         self._last_step = [-LIVE_STEPS - 1] * len(catalog)
-        self._counts = [0, 0, 0, 0, 0, 0]
+        self._counts = CacheStats()
         self._closed = False
 
     def begin_sequence(self) -> None:
@@ -125,9 +125,14 @@ class ExpertCache(Generic[V]):
                     hits[key] = self._values[number]
                 else:
                     missing.append(key)
-            self._counts[0] += len(keys)
-            self._counts[1] += len(hits)
+            self._counts.accesses += len(keys)
+            self._counts.hits += len(hits)
             return Found(hits, tuple(missing))
+
+    def peek(self, key: ExpertKey) -> V | None:
+        """Its value, if it is resident; nothing is counted, and nothing held."""
+        with self._changed:
+            return self._values.get(self.catalog.number(key))
 
     def claim(
         self, key: ExpertKey, *, speculative: bool = False, timeout: float = DEFAULT_TIMEOUT_S
@@ -157,7 +162,7 @@ class ExpertCache(Generic[V]):
                 if not self._changed.wait(deadline - time.monotonic()):
                     raise CacheError(f"{key}: no room within {timeout:g} s; {self._pinned_text()}")
             evicted = tuple((self.catalog.keys[i], self._values.pop(i)) for i in gone)
-            self._counts[5] += len(gone)
+            self._counts.evictions += len(gone)
             self._residency.hold(number)
             self._failed.pop(number, None)
             claim = Claim(self, key, number, evicted, speculative)
@@ -241,7 +246,7 @@ class ExpertCache(Generic[V]):
     @property
     def stats(self) -> CacheStats:
         with self._changed:
-            return CacheStats(*self._counts)
+            return replace(self._counts)
 
     def _is_live(self, number: int) -> bool:
         return self._step - self._last_step[number] < LIVE_STEPS
@@ -267,9 +272,9 @@ class ExpertCache(Generic[V]):
                 return
             self._values[claim.number] = value
             self._residency.admit(claim.number)
-            self._counts[2] += 1
-            self._counts[3] += claim.speculative
-            self._counts[4] += self.catalog.load_bytes[claim.number]
+            self._counts.loads += 1
+            self._counts.speculative += claim.speculative
+            self._counts.moved_bytes += self.catalog.load_bytes[claim.number]
             self._changed.notify_all()
 
     def abandoned(self, claim: Claim[V], error: BaseException | None) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from moebound.errors import CacheError
 from moebound.store import Store
-from moebound.types import NUMPY_DTYPES, ExpertKey
+from moebound.types import ExpertKey
 
 Held = Literal["decoded", "encoded"]
 
@@ -60,15 +60,7 @@ class Catalog:
         """
         experts = [expert for expert in store.experts() if not expert.key.shared]
         load = [expert.n_bytes for expert in experts]
-        decoded = [
-            sum(
-                certificate.shape[0]
-                * certificate.shape[1]
-                * NUMPY_DTYPES[certificate.dtype].itemsize
-                for certificate in (matrix.record.certificate for matrix in expert.matrices)
-            )
-            for expert in experts
-        ]
+        decoded = [expert.decoded_bytes for expert in experts]
         keys = tuple(expert.key for expert in experts)
         return cls(keys, tuple(decoded if held == "decoded" else load), tuple(load))
 

@@ -34,7 +34,7 @@ class Found(Generic[V]):
         return (*self.hits, *self.missing)
 
 
-@dataclass(frozen=True)
+@dataclass
 class CacheStats:
     """Since the cache was made. accesses: experts that visits asked for; hits: found resident.
     loads: experts filled in, and their bytes moved; speculative: loads by speculative claims."""

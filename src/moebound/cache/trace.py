@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from moebound.errors import CorruptionError, FormatError, MoeboundError
-from moebound.files.durable import PartialFile
+from moebound.files.durable import save_bytes
 from moebound.types import Array
 
 FORMAT, VERSION = "moebound.trace", 1
@@ -101,13 +101,7 @@ class Trace:
             arrays[f"weights_{entry.layer}"] = entry.weights.astype(np.float16)
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)
-        file = PartialFile(path)
-        try:
-            file.write(packed.getbuffer(), 0)
-            file.finish()
-        except BaseException:
-            file.discard()
-            raise
+        save_bytes(path, packed.getbuffer())
 
 
 def load_trace(path: Path) -> Trace:

@@ -5,12 +5,21 @@
         for matrix in expert.matrices:
             weights = checkpoint.read(matrix)
 
-`families` is the one table of where experts are and how they are packed; `shards` reads
+`families` is the one table of what is known of each architecture; `shards` reads
 safetensors files, `writer` writes them.
 """
 
 from moebound.checkpoint.experts import Expert, ExpertMatrix, read_matrix
-from moebound.checkpoint.families import FAMILIES, SUPPORTED, Family, Layout, Match, Role
+from moebound.checkpoint.families import (
+    FAMILIES,
+    SUPPORTED,
+    Family,
+    Layout,
+    Match,
+    Role,
+    find_family,
+    top_k_of,
+)
 from moebound.checkpoint.shards import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -18,6 +27,7 @@ from moebound.checkpoint.shards import (
     read_chunks,
     read_header,
     read_into,
+    read_json,
     read_tensor,
     read_tensors,
     tensor_bytes,
@@ -40,15 +50,18 @@ __all__ = [
     "ShardWriter",
     "TensorInfo",
     "TensorSpec",
+    "find_family",
     "local_folder",
     "open_checkpoint",
     "read_chunks",
     "read_header",
     "read_into",
+    "read_json",
     "read_matrix",
     "read_tensor",
     "read_tensors",
     "tensor_bytes",
+    "top_k_of",
     "write_file",
     "write_index",
 ]

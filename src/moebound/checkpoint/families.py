@@ -1,10 +1,11 @@
-"""Where the experts are, for every model family: one table, `FAMILIES`.
+"""What is known of every model family: one table, `FAMILIES`.
 
 A family is a set of model types that name and pack their experts the same way. A layout is one
 way of naming the matrices below a MoE block; most families have two, because hub checkpoints keep
 one tensor per expert and projection, while transformers keeps (and can save) all experts of a layer
-in one 3-D tensor. The names are those on disk; they come from transformers 5.23, its
-`conversion_mapping.py` and its modeling files.
+in one 3-D tensor. The names come from transformers 5.23, its `conversion_mapping.py` and its
+configuration and modeling files. How the experts lie in a loaded module is told by the module's
+shapes, not by its family: `model/stacks.py`.
 
 Left out on purpose: DBRX (experts stacked along the rows of a 2-D tensor), LongCat-Flash (experts
 without weights between the others), encoder-decoder MoE (NLLB, Switch). JetMoE's attention experts
@@ -25,6 +26,9 @@ Role = Literal["gate", "up", "down", "gate_up"]
 """What a matrix does: down(act(gate x) * up x); gate_up is both in one tensor."""
 
 ROLE_ORDER: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
+
+HALVES: Mapping[str, tuple[Role, Role]] = {"gate_up": ("gate", "up")}
+"""What a matrix holds that is two in one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +65,14 @@ class Match(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """How to find the experts of some model types.
+    """What some model types have in common.
 
-    layouts: tried in order. shared: the same for shared experts. gated: whether experts have a
-    gate projection. expert_groups: how many times the config's number of experts a layer has.
-    prefixes: regular expression of what may stand before `layers.N.`; towers and
-    multi-token-prediction heads that are not the language model are kept out by it.
+    layouts: of routed experts on disk, tried in order. shared: the same for shared experts. gated:
+    whether experts have a gate projection. expert_groups: how many times the config's number of
+    experts a layer has. top_k: the config's names for the number of experts a token is sent to.
+    routers: names of the module that chooses, beside the experts module. experts_functions:
+    whether experts are computed by transformers' table of experts functions, so that another
+    function can be entered for them.
     """
 
     name: str
@@ -75,7 +81,9 @@ class Family:
     gated: bool = True
     expert_groups: int = 1
     shared: tuple[Layout, ...] = field(default_factory=lambda: SHARED)
-    prefixes: str = r"(?:(?:model|language_model|text_model|llm|thinker|backbone)\.)*"
+    top_k: tuple[str, ...] = ("num_experts_per_tok",)
+    routers: tuple[str, ...] = ("gate",)
+    experts_functions: bool = True
 
     @cached_property
     def _patterns(self) -> dict[bool, list[tuple[re.Pattern[str], Layout]]]:
@@ -87,7 +95,8 @@ class Family:
     def _pattern(self, layout: Layout) -> re.Pattern[str]:
         leaves = "|".join(map(re.escape, layout.leaves))
         return re.compile(
-            rf"{self.prefixes}layers\.(?P<layer>\d{{1,6}})\.{layout.path}\.(?P<leaf>{leaves})"
+            rf"(?:(?:{_LANGUAGE_MODEL})\.)*layers\.(?P<layer>\d{{1,6}})\.{layout.path}"
+            rf"\.(?P<leaf>{leaves})"
         )
 
     def match(self, name: str, *, shared: bool = False) -> Match | None:
@@ -112,6 +121,16 @@ class Family:
             return frozenset[Role]({"gate", "up", "down"}), frozenset[Role]({"gate_up", "down"})
         return (frozenset[Role]({"up", "down"}),)
 
+
+# What may stand before `layers.N.`: keeps out towers and multi-token-prediction heads that are not
+# the language model.
+_LANGUAGE_MODEL = "model|language_model|text_model|llm|thinker|backbone"
+
+# In a loaded model also what wrappers (torch.compile, DDP, PEFT) put around it, and DBRX's names.
+_DECODER = re.compile(
+    rf"(?:(?:{_LANGUAGE_MODEL}|_orig_mod|module|base_model|transformer)\.)*"
+    r"(?:layers|blocks|h)\.(?P<layer>\d+)\..+"
+)
 
 # Leaves: the spellings of gate, up and down.
 _GATE_UP_DOWN: dict[str, Role] = {
@@ -178,6 +197,8 @@ FAMILIES: tuple[Family, ...] = (
             "unlimited_ocr", "unlimited_ocr_text", "zaya",
         ),
         (_each(_MLP, _GATE_UP_DOWN), _fused(_MLP)),
+        top_k=("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
+        routers=("gate", "router"),
     ),
     # Text experts and, numbered on from them, as many vision experts of another size.
     Family(
@@ -185,12 +206,15 @@ FAMILIES: tuple[Family, ...] = (
         ("ernie4_5_vl_moe", "ernie4_5_vl_moe_text"),
         (_each(_MLP, _GATE_UP_DOWN),),
         expert_groups=2,
+        top_k=("moe_k", "num_experts_per_tok"),
     ),
     Family(
         "mixtral",
         ("kimi_linear", "minimax", "minimax_m2", "minimax_m3_vl", "minimax_m3_vl_text", "mixtral",
          "phimoe"),
         (_each(r"(?:block_sparse_moe|mlp)\.", _W1_W3_W2), _fused(_MLP)),
+        top_k=("num_experts_per_tok", "num_experts_per_token"),
+        routers=("gate", "router"),
     ),
     Family(
         "deepseek_v4",
@@ -212,21 +236,28 @@ FAMILIES: tuple[Family, ...] = (
             ),
             _fused(r"block_sparse_moe\."),
         ),
+        routers=("router",),
     ),
     Family(
         "jetmoe",
         ("jetmoe",),
         (Layout("mlp", {"input_linear.weight": "gate_up", "output_linear.weight": "down"}),),
+        top_k=("num_experts_per_tok", "moe_top_k"),
+        routers=("router",),  # in the experts module
+        experts_functions=False,
     ),
     Family(
         "gpt_oss",
         ("gpt_oss",),
         (_fused(_MLP, transposed=True, interleaved=True),),
+        top_k=("num_experts_per_tok", "experts_per_token"),
+        routers=("router",),
     ),
     Family(
         "openai_privacy_filter",
         ("openai_privacy_filter",),
         (_fused(_MLP, transposed=True),),
+        routers=("router",),
     ),
     # Transposed in the released checkpoints, not so when transformers saves them again.
     Family(
@@ -234,7 +265,13 @@ FAMILIES: tuple[Family, ...] = (
         ("qwen3_vl_moe", "qwen3_vl_moe_text"),
         (_fused(_MLP, transposed=None),),
     ),
-    Family("llama4", ("llama4", "llama4_text"), (_fused(_FEED_FORWARD, transposed=True),)),
+    Family(
+        "llama4",
+        ("llama4", "llama4_text"),
+        (_fused(_FEED_FORWARD, transposed=True),),
+        routers=("router",),
+        experts_functions=False,
+    ),
     Family(
         "aria",
         ("aria", "aria_text"),
@@ -244,9 +281,16 @@ FAMILIES: tuple[Family, ...] = (
             ),
             _fused(_MLP, transposed=True),
         ),
+        top_k=("moe_topk",),
+        routers=("router",),
     ),
-    Family("gemma4", ("diffusion_gemma", "diffusion_gemma_text", "gemma4", "gemma4_text"),
-           (_fused(""),)),
+    Family(
+        "gemma4",
+        ("diffusion_gemma", "diffusion_gemma_text", "gemma4", "gemma4_text"),
+        (_fused(""),),
+        top_k=("top_k_experts",),
+        routers=("router",),
+    ),
     Family(
         "inkling",
         ("inkling_mm_model", "inkling_text", "inkling2", "inkling2_text"),
@@ -257,7 +301,12 @@ FAMILIES: tuple[Family, ...] = (
             _fused(_MLP),
         ),
     ),
-    Family("jamba", ("jamba",), (_each(_FEED_FORWARD, _GATE_UP_DOWN), _fused(_FEED_FORWARD))),
+    Family(
+        "jamba",
+        ("jamba",),
+        (_each(_FEED_FORWARD, _GATE_UP_DOWN), _fused(_FEED_FORWARD)),
+        routers=("router",),
+    ),
     Family("lfm2_moe", ("lfm2_moe",), (_each(_FEED_FORWARD, _W1_W3_W2), _fused(_FEED_FORWARD))),
     Family(
         "nemotron_h",
@@ -272,6 +321,7 @@ FAMILIES: tuple[Family, ...] = (
         "step3",
         ("step3p5", "step3p7"),
         (Layout("moe", _GATE_UP_DOWN), _fused(_MLP)),
+        top_k=("num_experts_per_tok", "moe_top_k"),
     ),
 )  # fmt: skip
 
@@ -279,6 +329,9 @@ SUPPORTED: dict[str, Family] = {
     model_type: family for family in FAMILIES for model_type in family.model_types
 }
 """Every supported model_type -> its family."""
+
+ROUTERS: tuple[str, ...] = tuple(sorted({name for family in FAMILIES for name in family.routers}))
+"""What routers are called, in any family: for who sees modules only."""
 
 
 # Names under which configs keep the two numbers that are checked against the tensors.
@@ -321,6 +374,29 @@ def num_layers(config: Mapping[str, Any]) -> int | None:
 def num_experts(config: Mapping[str, Any]) -> int | None:
     """Routed experts in each MoE layer, or None where the config has no single number."""
     return _count(text_config(config), _EXPERT_COUNTS)
+
+
+def top_k_of(config: Mapping[str, Any]) -> int:
+    """Experts that a token is sent to in a layer; the most, where layers differ.
+
+    Raises UnsupportedArchitectureError for a family that is not known, and a config that lacks it.
+    """
+    family, text = find_family(config), text_config(config)
+    found = {name: text[name] for name in family.top_k if name in text}
+    for value in found.values():
+        numbers = value if isinstance(value, list) else [value]
+        if numbers and all(type(number) is int and number > 0 for number in numbers):
+            return int(max(numbers))
+    raise UnsupportedArchitectureError(
+        f"experts per token of model_type {text.get('model_type')!r}: expected a positive number "
+        f"in the config as {' or '.join(family.top_k)}, found {found or 'none of them'}"
+    )
+
+
+def decoder_layer(module: str) -> int | None:
+    """The decoder layer of the language model that a loaded model's module is in, by its name."""
+    match = _DECODER.fullmatch(module)
+    return int(match["layer"]) if match else None
 
 
 def _count(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:

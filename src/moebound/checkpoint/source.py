@@ -1,4 +1,4 @@
-"""Open a checkpoint: a local folder, a model on the hub, or one safetensors file."""
+"""Open a checkpoint: a folder, a model on the hub, a built-in one, or one safetensors file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from moebound.checkpoint.shards import (
 )
 from moebound.errors import BackendUnavailable, CheckpointError, UnsupportedArchitectureError
 from moebound.types import Array
+from moebound.wordmath.builtin import resolve
 
 # What is fetched from the hub, from the top folder only: weights, and what a model needs to run.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py",
@@ -43,13 +44,15 @@ class Checkpoint:
     """A checkpoint's contents, by name; no weights are in memory.
 
     path: the folder (or the one file). config: config.json, as read. family: how its experts are
-    laid out, None for a lone file. tensors: every tensor, in the order of the files.
+    laid out, None for a lone file. tensors: every tensor, in the order of the files. name: what
+    people call it: of a path the last part, a hub id or a built-in name as it is.
     """
 
     path: Path
     config: Mapping[str, Any]
     family: Family | None
     tensors: Mapping[str, TensorInfo]
+    name: str
 
     def experts(self, *, shared: bool = False) -> list[Expert]:
         """The experts in model order (by layer, then index); with `shared`, shared ones too.
@@ -119,7 +122,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    src: str | os.PathLike[str],
+    src: Checkpoint | str | os.PathLike[str],
     *,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -129,18 +132,22 @@ def open_checkpoint(
     """Open a model's checkpoint. Reads headers only.
 
     src: a local folder, a hub id ("org/name", downloaded to the hub's cache; the other arguments
-    are huggingface_hub's), or one .safetensors file (tensors without experts).
+    are huggingface_hub's), a built-in model ("builtin:wordmath"), or one .safetensors file (tensors
+    without experts). A checkpoint that is open is given back.
 
     Raises CheckpointError if it cannot be found, fetched or read, is inconsistent or quantized;
     UnsupportedArchitectureError if it is dense or its architecture is not in the table;
     FormatError or CorruptionError for bad safetensors files.
     """
+    if isinstance(src, Checkpoint):
+        return src
     path = Path(src).expanduser()
+    name = path.resolve().name if path.exists() else os.fspath(src)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: expected a folder or a .safetensors file")
         tensors = read_header(path)[0]
-        return Checkpoint(path, {}, None, tensors)
+        return Checkpoint(path, {}, None, tensors, name)
     path = local_folder(
         src,
         revision=revision,
@@ -155,7 +162,7 @@ def open_checkpoint(
     _refuse_quantized_config(path, config)
     tensors = read_tensors(path)
     _refuse_quantized_tensors(path, tensors)
-    checkpoint = Checkpoint(path, config, family, tensors)
+    checkpoint = Checkpoint(path, config, family, tensors, name)
     if not checkpoint.experts():
         raise UnsupportedArchitectureError(
             f"{path}: model_type {config.get('model_type')!r} is supported, but this checkpoint "
@@ -172,14 +179,16 @@ def local_folder(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder that src names: itself, or where the hub's files for this id are, fetched now.
+    """The folder that src names: itself, a built-in model's, or where the hub's files for this id
+    are, fetched now.
 
     Raises CheckpointError if there is none.
     """
+    src = resolve(os.fspath(src))
     path = Path(src).expanduser()
     if path.is_dir():
         return path
-    return _download(os.fspath(src), revision, token, cache_dir, local_files_only)
+    return _download(src, revision, token, cache_dir, local_files_only)
 
 
 def _download(

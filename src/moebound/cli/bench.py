@@ -143,12 +143,10 @@ def bench_quality(
     """
     from moebound.bench.quality import QUANTIZERS, run
     from moebound.bench.quality_table import render_quality
-    from moebound.plan import SENSITIVITY_FORMAT, read_document
+    from moebound.files.formats import sensitivity_map
     from moebound.tasks import get_task
 
-    document = None
-    if sensitivity is not None:
-        document = read_document(sensitivity, SENSITIVITY_FORMAT, 1)
+    document = None if sensitivity is None else sensitivity_map.FORMAT.read(sensitivity)
     names = QUANTIZERS if quantizers is None else tuple(quantizers.split(","))
     with step_bar(output) as say:
         report = run(
@@ -179,11 +177,11 @@ def bench_gpu(
     The experts are synthetic ones of Moonlight's size. Needs a CUDA device and
     pip install 'moebound[gpu]'.
     """
-    from moebound.bench.gpu import Settings, render_gpu, run
+    from moebound.bench.gpu import GpuSettings, render_gpu, run
 
     chosen = {"rates": rates, "segments": segments, "experts": experts}
     given = {name: tuple(values) for name, values in chosen.items() if values is not None}
-    report = run(Settings(**given), say=output.note)  # type: ignore[arg-type]
+    report = run(GpuSettings(**given), say=output.note)  # type: ignore[arg-type]
     output.result(report.to_json(), *render_gpu(report))
     return exits.OK
 
@@ -252,7 +250,7 @@ def bench_offload(
     trace, or a model of yours. Each run is a process of its own; the page cache is dropped for
     those from disk.
     """
-    from moebound.bench.offload import Settings, render_offload, run
+    from moebound.bench.offload import OffloadSettings, render_offload, run
     from moebound.bench.offload.model import Shapes
 
     if model is not None and layers is not None:
@@ -261,7 +259,7 @@ def bench_offload(
         raise click.UsageError("--task is what --model reads, and goes with it")
     if routing is None:
         routing = "forced" if model is None else "own"
-    settings = Settings(
+    settings = OffloadSettings(
         model=model, task=task or "wordmath", shapes=Shapes(layers=layers or 4), rate=rate,
         codec=codec, budgets=tuple(float(part) / 100 for part in budgets.split(",")),
         tiers=_names(tiers), policies=_names(policies), predictors=_names(prefetch),

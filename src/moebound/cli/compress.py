@@ -1,4 +1,4 @@
-"""`moebound compress`: a checkpoint in, a store with a promise on every expert weight out."""
+"""`moebound compress`: a checkpoint in, a store with a certificate for every expert matrix out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from moebound.cli import exits, wording
-from moebound.cli.options import BoundValue, CodecId, IndexSet, chosen_bound
+from moebound.cli.options import BoundValue, CodecId, IndexSet, MethodSetting, chosen_bound
 from moebound.cli.output import Output, output_options
-from moebound.cli.plan import source_name
 from moebound.cli.progress import progress_bar
 from moebound.types import BoundMode, BoundScope, ErrorBound
 
@@ -55,8 +54,15 @@ if TYPE_CHECKING:
     "--codec",
     type=CodecId(),
     default=None,
-    help="bound, sz3, zfp, cuszp, lossless, raw; options follow a colon, as in sz3:interp.  "
-    "[default: bound, or the plan's]",
+    help="Who keeps the bound: bound, sz3, zfp, cuszp, lossless, raw; options follow a colon, "
+    "as in sz3:interp.  [default: bound, or the plan's]",
+)
+@click.option(
+    "--method",
+    type=MethodSetting(),
+    default=None,
+    help="Instead of a codec, a method: rtn:int4:g64, hqq:int4:g64, or another package's. One that "
+    "knows no bound promises nothing; what it leaves is measured, and certified as that.",
 )
 @click.option("--layers", type=IndexSet(), help="Only these layers, as in 0-3,7.")
 @click.option("--experts", type=IndexSet(), help="Only these experts of each layer.")
@@ -81,6 +87,7 @@ def compress(
     plan_file: Path | None,
     scope: BoundScope | None,
     codec: str | None,
+    method: str | None,
     layers: set[int] | None,
     experts: set[int] | None,
     shared_experts: bool,
@@ -90,16 +97,18 @@ def compress(
 ) -> int:
     """Compress the experts of SRC into DST, a folder that transformers can load.
 
-    Exactly one of --rate, --abs, --range, --rmse and --plan says how far a weight may move; every
-    weight is measured after it is written, in the dtype the model will use. All other tensors,
-    the tokenizer and the config are kept as they are.
+    Exactly one of --rate, --abs, --range, --rmse and --plan says how far a weight may move, unless
+    a --method is chosen that knows no bound; every weight is measured after it is written, in the
+    dtype the model will use. All other tensors, the tokenizer and the config are kept as they are.
     """
     bounds: dict[BoundMode, float | None] = {
         "rate": rate, "abs": abs_, "range": range_, "rmse": rmse,
     }  # fmt: skip
-    bound: ErrorBound | Plan
+    if codec is not None and method is not None:
+        raise click.UsageError("--codec and --method exclude each other")
+    bound: ErrorBound | Plan | None
     if plan_file is None:
-        bound = chosen_bound(bounds, scope, codec=codec or "bound")
+        bound = chosen_bound(bounds, scope, method=method or f"bounded:{codec or 'bound'}")
     else:
         chosen = {"scope": scope, "layers": layers, "experts": experts}
         shared = {"shared-experts": shared_experts or None}
@@ -109,9 +118,8 @@ def compress(
 
     from moebound import store
     from moebound.checkpoint import open_checkpoint
-    from moebound.wordmath.builtin import resolve
 
-    checkpoint = open_checkpoint(resolve(src))
+    checkpoint = open_checkpoint(src)
     with progress_bar(output, "compressing") as progress:
         try:
             done = store.compress(
@@ -119,13 +127,13 @@ def compress(
                 dst,
                 bound=bound,
                 codec=codec,
+                method=method,
                 layers=layers,
                 experts=experts,
                 shared_experts=shared_experts,
                 jobs=jobs,
                 on_existing="resume" if resume else "overwrite" if overwrite else "error",
                 progress=progress,
-                source=source_name(src),
             )
         except KeyboardInterrupt:
             output.note("what is written is kept: the same command with --resume goes on from it")
@@ -138,9 +146,10 @@ def compress(
             f"{src} -> {dst}",
             [
                 ("bound", f"each expert's own, from {plan_file}; widest {done.bound}"
-                 if plan_file else wording.bound(done.bound)),
-                ("worst kept / asked", wording.kept_over_asked(done.worst)),
-                ("codec", done.codec),
+                 if plan_file and done.bound else wording.bound(done.bound)),
+                *wording.promise(done.guarantee, done.worst, done.max_abs_error),
+                ("root mean square error", f"{done.rmse:.3g} in weight units"),
+                ("method", done.method),
                 ("experts", f"{done.n_experts}: {wording.n_bytes(before)} -> "
                  f"{wording.n_bytes(after)}, {wording.ratio(before, after)}, "
                  f"{wording.bits(done.expert_bits_per_weight)}"),

@@ -66,8 +66,8 @@ def demo(
     from moebound.demo.folder import Folder
     from moebound.demo.page import render
     from moebound.demo.road import Asked, run
+    from moebound.files.documents import save_json
     from moebound.files.durable import disk_errors
-    from moebound.files.json_document import save_json
 
     default = Asked()
     asked = Asked(

@@ -126,65 +126,67 @@ def describe_file(checkpoint: Checkpoint) -> Description:
 
 def describe_store(store: Store) -> Description:
     """A store: what was promised, what was kept, what it costs. Figures are the certificates'."""
+    from moebound.store import ExpertTotals
+
     experts = store.experts()
     chosen = [expert for expert in experts if not expert.exact]
     matrices = [matrix.record for expert in chosen for matrix in expert.matrices]
-    n_weights = sum(expert.n_weights for expert in chosen)
-    before = sum(_original_bytes(expert) for expert in chosen)
-    after = sum(matrix.certificate.n_bytes for matrix in matrices)
-    worst = max((matrix.ratio for matrix in matrices), default=0.0)
-    patched = sum(matrix.certificate.patched for matrix in matrices)
-    codecs = Counter(matrix.certificate.codec for matrix in matrices)
-    bounds = Counter(str(matrix.certificate.bound) for matrix in matrices)
+    found = ExpertTotals.of(store.records())
+    codecs = Counter(m.certificate.codec for m in matrices if m.certificate.codec is not None)
+    bounds = Counter(str(m.certificate.bound) for m in matrices if m.certificate.bound is not None)
+    methods = Counter(expert.method for expert in chosen)
     layers = sorted({expert.key.layer for expert in chosen})
     total = sum(tensor.n_bytes for tensor in store.tensors.values())
-    bits = 8 * after / n_weights if n_weights else 0.0
+    before, after = found.bytes_before, found.bytes_after
+    bits = 8 * after / found.n_weights if found.n_weights else 0.0
+    settings, edits = store.settings, store.router_edits()
     document = {
         "kind": "store",
         "path": str(store.path),
         "model_type": store.config.get("model_type"),
-        "version": store.settings.version,
-        "bound": store.settings.bound.to_json(),
+        "version": settings.version,
+        "method": settings.method,
+        "methods": dict(methods),
+        "guarantee": found.guarantee,
+        "bound": None if settings.bound is None else settings.bound.to_json(),
         "bounds": dict(bounds),
-        "plan": store.settings.plan,
-        "codec": store.settings.codec,
+        "plan": settings.plan,
+        "codec": settings.codec,
         "codecs": dict(codecs),
         "layers": layers,
         "n_experts": len(chosen),
         "n_exact_experts": len(experts) - len(chosen),
-        "shared_experts": store.settings.shared_experts,
-        "n_weights": n_weights,
+        "shared_experts": settings.shared_experts,
+        "shared_parts": len(store.parts),
+        "router_edits": [edit.describe() for edit in edits.values()],
+        "n_weights": found.n_weights,
         "expert_bytes_before": before,
         "expert_bytes_after": after,
         "expert_bits_per_weight": bits,
         "ratio": before / after if after else None,
-        "worst": worst,
-        "patched": patched,
+        "worst": found.worst,
+        "max_abs_error": found.max_abs_error,
+        "rmse": found.rmse,
+        "patched": found.patched,
         "total_bytes": total,
     }
     lines = [
-        ("store", f"{store.config.get('model_type')}, format version {store.settings.version}"),
-        ("bound", _spread(bounds) if len(bounds) > 1 else wording.bound(store.settings.bound)),
-        ("worst kept / asked", f"{wording.kept_over_asked(worst)}, as certified"),
-        ("codec", _join(codecs) if len(codecs) > 1 else store.settings.codec),
+        ("store", f"{store.config.get('model_type')}, format version {settings.version}"),
+        ("bound", _spread(bounds) if len(bounds) > 1 else wording.bound(settings.bound)),
+        *wording.promise(found.guarantee, found.worst, found.max_abs_error, "as certified"),
+        ("root mean square error", f"{found.rmse:.3g} in weight units"),
+        ("method", _join(methods) if len(methods) > 1 else settings.method),
+        *([("codec", _join(codecs))] if len(codecs) > 1 else []),
         ("experts", f"{len(chosen)} compressed in layers {wording.index_ranges(layers)}"
          + (f", {len(experts) - len(chosen)} kept exact" if len(chosen) < len(experts) else "")),
         ("their size", f"{wording.n_bytes(before)} -> {wording.n_bytes(after)}, "
          f"{wording.ratio(before, after)}, {wording.bits(bits)}"),
-        ("stored verbatim", f"{patched} of {n_weights} weights"),
+        *([("shared parts", str(len(store.parts)))] if store.parts else []),
+        *([("routing edited", f"layers {wording.index_ranges(edits)}")] if edits else []),
+        ("stored verbatim", f"{found.patched} of {found.n_weights} weights"),
         ("all tensors", wording.n_bytes(total)),
     ]  # fmt: skip
     return document, lines
-
-
-def _original_bytes(expert: Any) -> int:
-    sizes = {"F32": 4, "BF16": 2, "F16": 2}
-    return sum(
-        matrix.record.certificate.shape[0]
-        * matrix.record.certificate.shape[1]
-        * sizes[matrix.record.certificate.source_dtype]
-        for matrix in expert.matrices
-    )
 
 
 def _shapes(experts: Sequence[Expert]) -> Counter[tuple[str, tuple[int, int], str]]:

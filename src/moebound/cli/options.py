@@ -99,6 +99,20 @@ class CodecId(click.ParamType):  # type: ignore[type-arg]  # generic since Click
         return str(value)
 
 
+class MethodSetting(click.ParamType):  # type: ignore[type-arg]  # generic since Click 8.5 only
+    """A method's id, with options behind a colon: "rtn:int4:g64"; a codec's id is one, too."""
+
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from moebound.methods import get_method
+
+        try:
+            return get_method(value).setting
+        except MoeboundError as error:
+            self.fail(str(error), param, ctx)
+
+
 class CodecIds(CodecId):
     """Several of them, separated by commas."""
 
@@ -110,14 +124,15 @@ class CodecIds(CodecId):
 
 
 def chosen_bound(
-    values: dict[BoundMode, float | None], scope: BoundScope | None, *, codec: str
-) -> ErrorBound:
-    """The one bound that was asked for.
+    values: dict[BoundMode, float | None], scope: BoundScope | None, *, method: str
+) -> ErrorBound | None:
+    """The one bound that was asked for; None for a method that knows none.
 
     A codec that is exact needs none; its bound is then the smallest there is.
-    Raises click.UsageError if there is none or more than one, or if scope does not apply.
+    Raises click.UsageError if there is none or more than one, or if scope or the method do not go
+    with it.
     """
-    from moebound.codec import get_codec
+    from moebound.methods import get_method
 
     given = {mode: value for mode, value in values.items() if value is not None}
     names = ", ".join(f"--{mode}" for mode in values)
@@ -126,8 +141,16 @@ def chosen_bound(
         raise click.UsageError(f"one bound at a time: found {found}, expected one of {names}")
     if scope is not None and "rate" not in given:
         raise click.UsageError("--scope goes with --rate")
+    chosen = get_method(method)
+    if given and not chosen.takes_bound:
+        raise click.UsageError(
+            f"--method {method} knows no bound, so it goes without --{next(iter(given))}; to keep "
+            "one, take a codec's id as the method"
+        )
     if not given:
-        if not get_codec(codec).lossy:
+        if not chosen.takes_bound:
+            return None
+        if not chosen.needs_bound:
             return EXACT
         raise click.UsageError(
             f"which bound? Expected one of {names}. --rate 0.3, for example, lets no weight move "

@@ -93,12 +93,11 @@ def plan(
     from moebound.checkpoint import open_checkpoint
     from moebound.plan import Budget, make_plan
     from moebound.store import measure_sizes
-    from moebound.wordmath.builtin import resolve
 
     evidence = _read(sensitivity, study, profile)
     budget = Budget(bpw=bpw, ratio=ratio, max_kl=max_kl)
     chosen = evidence.scheme if scheme is None else scheme
-    checkpoint = open_checkpoint(resolve(src))
+    checkpoint = open_checkpoint(src)
     measure = None
     if evidence.sensitivity is not None and not no_measure:
         measure = _trial(output, src, checkpoint, evidence.sensitivity, problems)
@@ -110,7 +109,7 @@ def plan(
         sizes,
         evidence,
         budget,
-        source=source_name(src),
+        source=checkpoint.name,
         codec=codec,
         scheme=chosen,
         per_role=None if per is None else per == "matrix",
@@ -121,11 +120,6 @@ def plan(
     del document["experts"]
     output.result({"path": str(out), **document}, wording.facts(f"{src} -> {out}", _lines(made)))
     return exits.OK
-
-
-def source_name(src: str) -> str:
-    """What a plan or a card calls a source: a path by its last part, any other name as it is."""
-    return Path(src).resolve().name if Path(src).exists() else src
 
 
 def _trial(
@@ -168,18 +162,15 @@ def _trial(
 
 
 def _read(sensitivity: Path | None, study: Path | None, profile: Path | None) -> Evidence:
-    from moebound.plan import (
-        PROFILE_FORMAT,
-        SENSITIVITY_FORMAT,
-        Evidence,
-        read_document,
-        read_rows,
-    )
+    from moebound.files.formats import profile as profile_file
+    from moebound.files.formats import sensitivity_map
+    from moebound.files.formats.study import read_rows
+    from moebound.plan import Evidence
 
     return Evidence(
-        None if sensitivity is None else read_document(sensitivity, SENSITIVITY_FORMAT, 1),
+        None if sensitivity is None else sensitivity_map.FORMAT.read(sensitivity),
         None if study is None else read_rows(study),
-        None if profile is None else read_document(profile, PROFILE_FORMAT, 1),
+        None if profile is None else profile_file.FORMAT.read(profile),
     )
 
 

@@ -40,27 +40,16 @@ def report(output: Output, folder: Path, page: Path | None) -> int:
     its conclusions and open questions for this model. A study that is not finished gives a report
     that says what is missing. The page needs no network.
     """
+    from moebound.files.durable import save_bytes
     from moebound.paper.report import make_report, read_study
     from moebound.paper.report.page import render
 
     found = make_report(read_study(folder))
     path = folder / PAGE_FILE if page is None else page
-    _write(path, render(found))
+    save_bytes(path, render(found).encode())
     output.result({"ok": True, "page": str(path), **found.to_json()}, *_summary(found))
     output.note(f"page: {path} (open it in a browser)")
     return exits.OK
-
-
-def _write(path: Path, text: str) -> None:
-    from moebound.files.durable import PartialFile
-
-    file = PartialFile(path)
-    try:
-        file.write(text.encode(), 0)
-        file.finish()
-    except BaseException:
-        file.discard()
-        raise
 
 
 def _summary(found: Report) -> list[RenderableType]:

@@ -16,7 +16,7 @@ from moebound.cli.steps import step_bar
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from moebound.sensitivity.map.document import SensitivityMap
+    from moebound.files.formats.sensitivity_map import SensitivityMap
 
 
 @click.command()
@@ -70,10 +70,10 @@ def sensitivity(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moebound.evaluate.loading import load
     from moebound.sensitivity.map.build import Build
-    from moebound.sensitivity.map.settings import Settings
+    from moebound.sensitivity.map.settings import MapSettings
     from moebound.tasks import get_task
 
-    settings = Settings(
+    settings = MapSettings(
         rates=tuple(sorted(set(rates))), codec=codec, measure=measure,  # type: ignore[arg-type]
         n_sampled=sample, seed=seed, n_ties=ties,
     )  # fmt: skip

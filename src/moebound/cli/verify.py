@@ -17,7 +17,7 @@ SHOWN = 20
 
 @click.command()
 @click.argument("dst", type=click.Path(file_okay=False))
-@click.option("--against", metavar="SRC", help="The original, to measure every bound again.")
+@click.option("--against", metavar="SRC", help="The original, to measure every error again.")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -31,13 +31,10 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
     Exit code 1 if anything is not as promised.
     """
     from moebound import store
-    from moebound.checkpoint import open_checkpoint
-    from moebound.wordmath.builtin import resolve
 
     require_store(Path(dst))
-    original = None if against is None else open_checkpoint(resolve(against))
     with progress_bar(output, "verifying") as progress:
-        report = store.verify(dst, against=original, jobs=jobs, progress=progress)
+        report = store.verify(dst, against=against, jobs=jobs, progress=progress)
 
     verdict = "good" if report.ok else f"{len(report.problems)} problems"
     measured = "measured again" if against is not None else "as certified; --against measures it"
@@ -45,7 +42,7 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
         ("verdict", verdict),
         ("looked at", f"{report.n_experts} experts, {report.n_tensors} tensors, "
          f"{wording.n_bytes(report.n_bytes)}"),
-        ("worst kept / asked", f"{wording.kept_over_asked(report.worst)} ({measured})"),
+        *wording.promise(report.guarantee, report.worst, report.max_abs_error, measured),
         ("time", f"{report.seconds:.1f} s"),
     ]  # fmt: skip
     problems = [

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moebound.demo.columns import kept_over_asked
-from moebound.types import ErrorBound
+from moebound.types import ErrorBound, Guarantee
 
 __all__ = ["bits", "bound", "facts", "grid", "index_ranges", "kept_over_asked", "n_bytes",
-           "percent", "ratio"]  # fmt: skip
+           "percent", "promise", "ratio"]  # fmt: skip
 
 EXACT = ErrorBound(math.ulp(0.0))
 """The smallest bound there is; what exact codecs are given when none is asked for."""
@@ -40,10 +40,32 @@ def bits(value: float) -> str:
     return f"{value:.3f} bits per weight"
 
 
-def bound(asked: ErrorBound) -> str:
+def bound(asked: ErrorBound | None) -> str:
+    if asked is None:
+        return "none"
     if asked == EXACT:
         return "an exact copy"
     return str(asked) if asked.pointwise else f"{asked} (an average promise)"
+
+
+def promise(
+    guarantee: Guarantee, worst: float | None, max_abs_error: float, how: str = ""
+) -> list[tuple[str, str]]:
+    """What holds for every weight, and what was measured. how: it was measured."""
+    end = f" ({how})" if how else ""
+    lines = [("guarantee", GUARANTEES[guarantee])]
+    if worst is not None:
+        lines.append(("worst kept / asked", kept_over_asked(worst) + end))
+    lines.append(("largest error", f"{max_abs_error:.3g} in weight units{end}"))
+    return lines
+
+
+GUARANTEES: dict[Guarantee, str] = {
+    "max_abs": "no weight is off by more than its bound",
+    "lossless": "every weight has the bits it had",
+    "rmse": "an average promise: single weights may be off by more",
+    "none": "none: the errors were measured, and nothing was promised",
+}
 
 
 def index_ranges(indices: Iterable[int]) -> str:

@@ -9,20 +9,21 @@ from moebound.codec.api import (
     encode_certified,
     thread_count,
 )
+from moebound.codec.arrays import to_numpy, to_torch, torch_dtype
 from moebound.codec.base import ArraySpec, Codec, Payload
 from moebound.codec.certificate import Certificate
 from moebound.codec.envelope import Envelope, parse
 from moebound.codec.estimate import estimate_bytes
-from moebound.codec.measure import Measured, measure, stats
+from moebound.codec.measure import Distortion, measure, stats
 from moebound.codec.registry import codec_ids, get_codec, register_codec
 
 __all__ = [
     "ArraySpec",
     "Certificate",
     "Codec",
+    "Distortion",
     "Encoded",
     "Envelope",
-    "Measured",
     "Payload",
     "codec_ids",
     "decode",
@@ -37,4 +38,7 @@ __all__ = [
     "register_codec",
     "stats",
     "thread_count",
+    "to_numpy",
+    "to_torch",
+    "torch_dtype",
 ]

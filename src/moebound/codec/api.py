@@ -22,9 +22,9 @@ from moebound.codec.arrays import (
     writable_view,
 )
 from moebound.codec.base import ArraySpec, Codec, Payload
-from moebound.codec.certificate import Certificate, sha256
+from moebound.codec.certificate import Certificate, promised, sha256
 from moebound.codec.envelope import Envelope
-from moebound.codec.measure import Measured, measure, stats
+from moebound.codec.measure import Distortion, measure, stats
 from moebound.codec.registry import codec_class, get_codec
 from moebound.codec.strict import within_bound
 from moebound.errors import BoundError, BoundViolatedError, CodecError, CorruptionError, FormatError
@@ -37,11 +37,13 @@ RMSE_ATTEMPTS = 12
 class Encoded:
     """Encoded bytes with what was measured on them.
 
-    data: the envelope. certificate: the promise, as measured by decoding `data` again.
+    data: the envelope. certificate: the promise, as measured by decoding `data` again. decoded:
+    what it decodes to, in the array's shape and dtype.
     """
 
     data: bytes
     certificate: Certificate
+    decoded: Array
 
 
 def encode(
@@ -102,17 +104,21 @@ def encode_certified(
     if not bound.pointwise and spec.size:
         data = _meet_rmse(array, spec, chosen, bound, data, from_torch=False, threads=threads)
     parsed = envelope.parse(data)
-    found = _measure(array, data, parsed.spec.abs_bound, threads)
+    decoded = decode_array(parsed, threads=threads)
+    found = measure(array, decoded, parsed.spec.abs_bound)
     if found.broken and bound.pointwise:
         raise BoundViolatedError(
             f"codec {parsed.codec!r} broke its bound: {found.broken} of {spec.size} weights off by "
             f"more than {spec.abs_bound:g}, the worst by {found.max_abs_error:g}"
         )
     certificate = Certificate(
+        guarantee=promised(bound, lossy=codec_class(parsed.codec).lossy),
         bound=bound,
         abs_bound=parsed.spec.abs_bound,
         max_abs_error=found.max_abs_error,
         rmse=found.rmse,
+        method=f"bounded:{parsed.codec}",
+        method_version=1,
         codec=parsed.codec,
         codec_version=parsed.codec_version,
         dtype=spec.dtype,
@@ -123,7 +129,7 @@ def encode_certified(
         sha256_original=sha256(array.reshape(-1).view(np.uint8)),
         sha256_encoded=sha256(data),
     )
-    return Encoded(data, certificate)
+    return Encoded(data, certificate, decoded)
 
 
 def decode(data: bytes | bytearray | memoryview, *, out: ArrayLike | None = None) -> ArrayLike:
@@ -213,7 +219,7 @@ def _encode(x: Array, spec: ArraySpec, codec: Codec, *, from_torch: bool, thread
     )
 
 
-def _measure(x: Array, data: bytes, abs_bound: float, threads: int) -> Measured:
+def _measure(x: Array, data: bytes, abs_bound: float, threads: int) -> Distortion:
     return measure(x, decode_array(envelope.parse(data), threads=threads), abs_bound)
 
 

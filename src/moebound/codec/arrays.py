@@ -60,10 +60,11 @@ def to_numpy(array: ArrayLike) -> Array:
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """As torch has it."""
+    """As torch has it, by the same name as NumPy."""
     import torch
 
-    return {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+    found: torch.dtype = getattr(torch, NUMPY_DTYPES[dtype].name)
+    return found
 
 
 def to_torch(array: Array) -> torch.Tensor:

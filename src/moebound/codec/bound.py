@@ -1,7 +1,7 @@
 """`bound`: our own codec. A covering quantizer, then rANS in row and column classes.
 
-    grid     the fewest values of the output dtype whose cells [v - ε, v + ε] cover every number
-             of the source dtype (native/grid.h): the bound holds after the cast by construction
+    grid     the fewest values of the output dtype whose cells [v - ε, v + ε] cover every number of
+             the source dtype (native/bound/grid.h): so the bound holds after the cast
     classes  rows and columns grouped by scale, a frequency table for each combined class
     rANS     static, 12-bit, 32 interleaved lanes, independent segments of whole rows
     misses   NaN, ±Inf and rare values far outside the rest go to the envelope's exact patch

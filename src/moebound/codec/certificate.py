@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from typing import Any
+from math import prod
+from typing import Any, get_args
 
-from moebound.types import DType, ErrorBound
+from moebound.types import DType, ErrorBound, Guarantee
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The promise kept for one tensor. JSON in, JSON out.
+    """What was promised for one matrix (or tensor), and what was found. JSON in, JSON out.
 
-    bound: as the user stated it. abs_bound: the same in weight units, what every weight kept
-    (for an rmse bound: what the encoder worked with).
+    guarantee: the level of the promise. bound: as the user stated it. abs_bound: the same in weight
+    units, what every weight kept (for an rmse bound: what the encoder worked with). Both are None
+    where nothing is promised.
     max_abs_error, rmse: measured in float64 on the decoded values, in `dtype`, against the
-    original. patched: weights stored verbatim. sha256_original: of the original values' bytes
-    in their own dtype, little-endian; sha256_encoded: of the encoded bytes.
+    original. method: id, its options behind a colon. codec, codec_version: whose payload it is,
+    None where the method is no codec. patched: weights stored verbatim. n_bytes: of the encoded
+    bytes; shared parts (store format, version 2) are counted with their own records.
+    sha256_original: of the original values' bytes in their own dtype, little-endian;
+    sha256_encoded: of the encoded bytes.
     """
 
-    bound: ErrorBound
-    abs_bound: float
+    guarantee: Guarantee
+    bound: ErrorBound | None
+    abs_bound: float | None
     max_abs_error: float
     rmse: float
-    codec: str
-    codec_version: int
+    method: str
+    method_version: int
+    codec: str | None
+    codec_version: int | None
     dtype: DType
     source_dtype: DType
     shape: tuple[int, ...]
@@ -35,26 +43,47 @@ class Certificate:
     sha256_encoded: str
 
     @property
+    def n_weights(self) -> int:
+        return prod(self.shape)
+
+    @property
     def bits_per_weight(self) -> float:
-        n = 1
-        for extent in self.shape:
-            n *= extent
-        return 8 * self.n_bytes / n if n else 0.0
+        return 8 * self.n_bytes / self.n_weights if self.n_weights else 0.0
 
     @property
     def kept(self) -> bool:
         """Whether what was measured is within what was promised."""
-        return not self.bound.pointwise or self.max_abs_error <= self.abs_bound
+        if self.guarantee == "max_abs":
+            return self.abs_bound is not None and self.max_abs_error <= self.abs_bound
+        return self.guarantee != "lossless" or self.max_abs_error == 0
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "bound": self.bound.to_json(), "shape": list(self.shape)}
+        bound = None if self.bound is None else self.bound.to_json()
+        return {**asdict(self), "bound": bound, "shape": list(self.shape)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Certificate:
+        """Also of one written before there were methods (stores of version 1)."""
         fields = dict(data)
-        fields["bound"] = ErrorBound.from_json(fields["bound"])
+        bound = fields["bound"]
+        fields["bound"] = None if bound is None else ErrorBound.from_json(bound)
         fields["shape"] = tuple(fields["shape"])
+        if "guarantee" not in fields:
+            fields["method"], fields["method_version"] = f"bounded:{fields['codec']}", 1
+            fields["guarantee"] = promised(fields["bound"], lossy=fields["codec"] not in _EXACT)
+        if fields["guarantee"] not in get_args(Guarantee):
+            raise ValueError(f"guarantee {fields['guarantee']!r}: expected {get_args(Guarantee)}")
         return cls(**fields)
+
+
+_EXACT = ("lossless", "raw")  # the codecs of version 1 that are
+
+
+def promised(bound: ErrorBound, *, lossy: bool) -> Guarantee:
+    """The level of guarantee of a codec's bytes under this bound."""
+    if not lossy:
+        return "lossless"
+    return "max_abs" if bound.pointwise else "rmse"
 
 
 def sha256(data: Any) -> str:

@@ -13,9 +13,9 @@ from math import prod
 
 import numpy as np
 
-from moebound import _native
 from moebound.codec import patch
 from moebound.codec.base import ArraySpec, Positions
+from moebound.codec.fields import FieldReader, checksum, put_varint
 from moebound.errors import CorruptionError, FormatError
 from moebound.types import NUMPY_DTYPES, Array, DType
 
@@ -54,13 +54,13 @@ def build(envelope: Envelope) -> bytes:
     head += bytes([VERSION, flags, *dtypes, len(codec)]) + codec
     head += bytes([envelope.codec_version, len(spec.shape)])
     for extent in spec.shape:
-        _put_varint(head, extent)
+        put_varint(head, extent)
     head += struct.pack("<d", spec.abs_bound)
-    _put_varint(head, len(envelope.misses))
+    put_varint(head, len(envelope.misses))
     if len(envelope.misses):
         head += patch.pack_positions(envelope.misses, spec.size)
         head += envelope.values.tobytes()
-    _put_varint(head, len(envelope.payload))
+    put_varint(head, len(envelope.payload))
     body = b"".join((head, envelope.payload))
     return body + struct.pack("<I", checksum(body))
 
@@ -77,7 +77,7 @@ def parse(data: bytes | bytearray | memoryview) -> Envelope:
         raise FormatError(f"envelope version {view[4]}: this moebound reads version {VERSION}")
     if len(view) < 9 or struct.unpack("<I", view[-4:])[0] != checksum(view[:-4]):
         raise CorruptionError(f"checksum does not match ({len(view)} bytes)")
-    read = _Reader(view[:-4], 5)
+    read = FieldReader(view[:-4], 5)
     flags, dtype, source, n_codec = read.take(4)
     if flags & ~_FLAG_TORCH or dtype >= len(_DTYPES) or source >= len(_DTYPES):
         raise FormatError(f"flags {flags}, dtypes {dtype}, {source}: not known to version 1")
@@ -107,42 +107,3 @@ def parse(data: bytes | bytearray | memoryview) -> Envelope:
     return Envelope(
         spec, codec.decode(), codec_version, payload, misses, values, bool(flags & _FLAG_TORCH)
     )
-
-
-def checksum(data: bytes | bytearray | memoryview) -> int:
-    """The low 32 bits of XXH64 with seed 0."""
-    return _native.xxh64(data) & 0xFFFFFFFF
-
-
-def _put_varint(out: bytearray, value: int) -> None:
-    """LEB128: seven bits a byte, the lowest first, the high bit says that more follow."""
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-
-
-class _Reader:
-    """A cursor that never leaves its bytes."""
-
-    def __init__(self, view: memoryview, at: int) -> None:
-        self._view, self._at = view, at
-
-    @property
-    def left(self) -> int:
-        return len(self._view) - self._at
-
-    def take(self, n_bytes: int) -> memoryview:
-        if n_bytes > self.left:
-            raise CorruptionError(f"expected {n_bytes} more bytes, found {self.left}")
-        self._at += n_bytes
-        return self._view[self._at - n_bytes : self._at]
-
-    def varint(self) -> int:
-        value = 0
-        for shift in range(0, 63, 7):
-            byte = self.take(1)[0]
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-        raise CorruptionError("a length of more than 63 bits")

@@ -13,7 +13,7 @@ from moebound.types import Array, TensorStats
 
 
 @dataclass(frozen=True)
-class Measured:
+class Distortion:
     """How far decoded values are from the original ones.
 
     max_abs_error, rmse: over the finite originals, in weight units, computed in float64.
@@ -26,10 +26,10 @@ class Measured:
     broken: int
 
 
-def measure(original: Array, decoded: Array, abs_bound: float) -> Measured:
+def measure(original: Array, decoded: Array, abs_bound: float) -> Distortion:
     """Compare two contiguous arrays of the same shape, of dtypes BF16, F16 or F32 each."""
     worst, square_sum, count, broken = _native.compare(_flat(original), _flat(decoded), abs_bound)
-    return Measured(worst, math.sqrt(square_sum / count) if count else 0.0, broken)
+    return Distortion(worst, math.sqrt(square_sum / count) if count else 0.0, broken)
 
 
 def violations(original: Array, decoded: Array, abs_bound: float) -> Positions:

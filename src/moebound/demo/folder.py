@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from moebound.errors import MoeboundError, StoreError
+from moebound.files.documents import load_json, save_json
 from moebound.files.durable import disk_errors
-from moebound.files.json_document import load_json, save_json
 
 FORMAT, VERSION = "moebound.demo", 1
 

@@ -20,7 +20,7 @@ import torch
 from moebound.bench import codec as bench
 from moebound.bench.matrices import synthetic
 from moebound.bench.report import BenchReport
-from moebound.checkpoint import Checkpoint, open_checkpoint
+from moebound.checkpoint import Checkpoint, open_checkpoint, top_k_of
 from moebound.codec import get_codec
 from moebound.demo.folder import Folder, begin
 from moebound.demo.report import (
@@ -36,8 +36,9 @@ from moebound.evaluate.evaluation import Evaluation
 from moebound.evaluate.loading import Loaded, load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.transcript import read_transcript
+from moebound.files.documents import load_json, save_json
 from moebound.files.durable import disk_errors
-from moebound.files.json_document import load_json, save_json
+from moebound.files.formats import sensitivity_map
 from moebound.files.rows import KEY, Rows
 from moebound.jobs.workers import InProcess, Opens, Processes, Workers, cores
 from moebound.paper.report import Report as StudyReport
@@ -46,14 +47,13 @@ from moebound.paper.study.measure import Setup as StudySetup
 from moebound.paper.study.run import Step, run_study
 from moebound.paper.study.suite import Suite
 from moebound.paper.study.suite_file import get_suite
-from moebound.plan import SENSITIVITY_FORMAT, Budget, Evidence, Plan, make_plan, read_document
+from moebound.plan import Budget, Evidence, Plan, make_plan
 from moebound.profile.profile import Profile
 from moebound.profile.profiling import profile_tasks
 from moebound.sensitivity.map.build import Build
-from moebound.sensitivity.map.settings import Settings
+from moebound.sensitivity.map.settings import MapSettings
 from moebound.store import measure_sizes, open_store, verify
 from moebound.tasks import get_task
-from moebound.wordmath.builtin import resolve
 
 SRC, TASK, EASIER = "builtin:wordmath", "wordmath-hard", "wordmath"
 RATES = (0.1, 0.3, 0.8)
@@ -129,7 +129,7 @@ class _Road:
     def go(self, command: str) -> Report:
         asked = self.asked
         with self._step("answers of the original"):
-            checkpoint, loaded = open_checkpoint(resolve(SRC)), load(SRC)
+            checkpoint, loaded = open_checkpoint(SRC), load(SRC)
             original = {task: self._evaluate(loaded, task) for task in (TASK, EASIER)}
         with self._step("profile"):
             profile = self._profile(loaded)
@@ -208,7 +208,7 @@ class _Road:
         if path.exists():
             return
         # Without jumps, which plans do not use, and without a sample to compare with.
-        settings = Settings(rates=MAP_RATES, codec=PLANNED_CODEC, measure="none", n_ties=0)
+        settings = MapSettings(rates=MAP_RATES, codec=PLANNED_CODEC, measure="none", n_ties=0)
         n = min(MAP_PROBLEMS, self.asked.n_problems)
         task, skip = get_task(TASK), self.asked.n_problems
         Build.of(loaded, task, n, settings, path, self.say, skip=skip).run()
@@ -237,7 +237,7 @@ class _Road:
         missing = [rate for rate in budgets if not self._plan_file(rate).exists()]
         if missing:
             sizes = measure_sizes(checkpoint, codec=PLANNED_CODEC)
-            evidence = Evidence(read_document(self.folder.map, SENSITIVITY_FORMAT, 1))
+            evidence = Evidence(sensitivity_map.FORMAT.read(self.folder.map))
             for rate in missing:
                 plan = make_plan(
                     sizes, evidence, Budget(bpw=budgets[rate]), source=SRC, codec=PLANNED_CODEC
@@ -327,7 +327,7 @@ def _model_facts(checkpoint: Checkpoint, model: Any) -> ModelFacts:
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         n_moe_layers=len({expert.key.layer for expert in experts}),
         n_experts=len(experts),
-        experts_per_token=int(checkpoint.config.get("num_experts_per_tok", 0)),
+        experts_per_token=top_k_of(checkpoint.config),
         expert_weights=sum(expert.size for expert in experts),
         weights_per_matrix=max(matrix.size for matrix in matrices),
         weight_file_bytes=weight_file_bytes(checkpoint.path),

@@ -131,7 +131,7 @@ class Stores:
             expert_ratio=summary.expert_bytes_before / summary.expert_bytes_after,
             model_ratio=before / after,
             predicted_bytes=bound.n_bytes if isinstance(bound, Plan) else None,
-            worst=checked.worst,
+            worst=checked.worst or 0.0,
             verified=checked.ok,
             n_tensors=checked.n_tensors,
             problems=tuple(f"{problem.tensor}: {problem.message}" for problem in checked.problems),

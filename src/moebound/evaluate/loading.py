@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,13 @@ from moebound.errors import CheckpointError, MoeboundError
 from moebound.model.batched import NAME as BATCHED
 from moebound.model.batched import register_batched
 from moebound.model.dtypes import parse_dtype
+from moebound.model.fingerprint import of_parameters
 from moebound.model.quiet import without_bars
 from moebound.wordmath.builtin import PREFIX, resolve
 
 SMALL_EXPERT_WEIGHTS = 1 << 20
 """Up to so many weights an expert, experts="auto" means "moebound-batched": larger experts leave
 nothing to gain from it."""
-
-DIGEST_SAMPLES = 4096
 
 Kind = Literal["builtin", "store", "checkpoint", "hub"]
 
@@ -82,7 +80,7 @@ def load(
     chosen = _choose_experts(model, experts)
     kind = _kind(src, Path(path))
     dtype_name = str(model.dtype).removeprefix("torch.")
-    source = Source(name, kind, dtype_name, chosen, _digest(model))
+    source = Source(name, kind, dtype_name, chosen, of_parameters(model))
     return Loaded(model, tokenizer, source)
 
 
@@ -141,17 +139,6 @@ def _largest_expert(model: Any) -> int:
         if name.endswith("down_proj") and parameter.dim() == 3
     ]
     return max(sizes, default=0)
-
-
-def _digest(model: Any) -> str:
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        found.update(name.encode())
-        if parameter.device.type != "meta":  # offloaded
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, len(flat) // DIGEST_SAMPLES)].float().cpu().numpy()
-            found.update(sample.tobytes())
-    return found.hexdigest()[:16]
 
 
 def _kind(src: str, path: Path) -> Kind:

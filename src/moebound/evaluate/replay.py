@@ -31,7 +31,8 @@ class Baseline:
     """What the model says unperturbed.
 
     logits: of each sequence, [its scored positions, V]. entering: what enters each decoder layer,
-    [N, L, ...] by index of the layer. pairs: whether a layer returns a tuple.
+    [N, L, ...] by index of the layer. tuples: how many values each layer returns, 0
+    for one that returns no tuple.
     """
 
     logits: tuple[torch.Tensor, ...]

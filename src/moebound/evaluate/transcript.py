@@ -5,7 +5,7 @@ JSON lines. The first says what was asked of whom; each other one is a problem w
     {"format": "moebound.answers", "version": 1, "source": {...}, "task": "wordmath", ...}
     {"id": ..., "prompt": ..., "answer": ..., "asked": ..., "text": ..., "n_tokens": ..., ...}
 
-Lines are kept as `checkpoint/appended.py` keeps them, as answers come: one that a crash has cut off
+Lines are kept as `files/appended.py` keeps them, as answers come: one that a crash has cut off
 is ignored, and overwritten when the same evaluation goes on.
 """
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from moebound.errors import FormatError, MoeboundError, StoreError
+from moebound.files.documents import parse_json
 from moebound.files.durable import disk_errors
 
 
@@ -27,10 +28,7 @@ def whole_lines(data: bytes) -> list[bytes]:
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
     """A line's object. where: of the message. Raises FormatError for anything else."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not JSON: {error}") from error
+    row = parse_json(line, where)
     if not isinstance(row, dict):
         raise FormatError(f"{where}: expected a JSON object, found {line[:40]!r}")
     return row

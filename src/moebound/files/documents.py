@@ -1,19 +1,27 @@
-"""Reading what others wrote: sensitivity maps, routing profiles, studies. Bad input is named."""
+"""JSON documents that say what they are, on disk whole or not there; what is wrong is named.
+
+    FORMAT = Format("moebound.plan", 1)
+    save_json(path, {**FORMAT.header, "rates": [0.1, 0.3]})
+    document = FORMAT.read(path)
+    with fields_of(str(path)):
+        rates = numbers(document.content["rates"], "rates")
+
+Formats that several folders share have a module each in `formats/`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebound.errors import PlanError
-
-ROWS_FILE = "rows.jsonl"
-"""The rows of a study directory, one JSON object a line, in the order in which they finished."""
+from moebound.errors import FormatError, MoeboundError
+from moebound.files.durable import save_bytes
 
 
 @dataclass(frozen=True)
@@ -30,71 +38,109 @@ class Document:
         return {"file": self.path.name, "sha256": self.sha256, **kept}
 
 
-def read_document(path: Path, form: str, version: int) -> Document:
-    """Raises PlanError, naming the file, for anything but this format up to this version."""
-    data = _read(path)
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"{path}: no JSON: {error}") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != form:
-        raise PlanError(f"{path}: expected format {form!r}, found {found!r}")
-    given = content.get("version")
-    if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= version:
-        raise PlanError(f"{path}: version {given!r}: this moebound reads up to {version}")
-    return Document(path, content, hashlib.sha256(data).hexdigest())
+@dataclass(frozen=True)
+class Format:
+    """A kind of document. version: the latest, which is written. error: what is raised of a file
+    that is none."""
 
+    name: str
+    version: int
+    error: type[MoeboundError] = FormatError
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """A study's rows. A torn last line (a run killed while writing it) is left out.
+    @property
+    def header(self) -> dict[str, Any]:
+        """The first two fields of every document."""
+        return {"format": self.name, "version": self.version}
 
-    Raises PlanError if there are none, or a line before the last is no JSON object.
-    """
-    path = folder / ROWS_FILE
-    lines = [line for line in _read(path).split(b"\n") if line.strip()]
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
+    def check(self, content: Any, where: str) -> None:
+        """Raises `error` unless it is an object of this format, up to this version."""
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        if found != self.name:
+            raise self.error(f"{where}: expected format {self.name!r}, found {found!r}")
+        given = content.get("version")
+        if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= self.version:
+            raise self.error(
+                f"{where}: version {given!r}: this moebound reads up to {self.version}"
+            )
+
+    def read(self, path: Path) -> Document:
+        """Raises `error` for a file that cannot be read, or is something else."""
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                break
-            raise PlanError(f"{path}: line {number}: no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise PlanError(f"{path}: line {number}: expected an object, found {line[:40]!r}")
-        rows.append(row)
-    if not rows:
-        raise PlanError(f"{path}: no finished rows")
-    return rows
+            data = read_bytes(path)
+            content = parse_json(data, str(path))
+        except MoeboundError as error:
+            raise self.error(str(error)) from error
+        self.check(content, str(path))
+        return Document(path, content, hashlib.sha256(data).hexdigest())
 
 
-def number(value: Any, what: str) -> float:
-    """A finite number of 0 or more. Raises PlanError, with `what` in front."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise PlanError(f"{what}: expected a finite number, found {value!r}")
-    if value < 0:
-        raise PlanError(f"{what}: expected 0 or more, found {value!r}")
-    return float(value)
+def save_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all. Raises StoreError if the disk refuses."""
+    save_bytes(path, json.dumps(document, allow_nan=False).encode())
 
 
-def numbers(value: Any, count: int | None, what: str) -> list[float]:
-    """A list of them, `count` long where that is given."""
-    if not isinstance(value, list) or not value or (count is not None and len(value) != count):
-        expected = "a list of numbers" if count is None else f"{count} numbers"
-        raise PlanError(f"{what}: expected {expected}, found {str(value)[:60]}")
-    return [number(item, what) for item in value]
-
-
-def index(value: Any, what: str) -> int:
-    """A whole number of 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise PlanError(f"{what}: expected a whole number from 0, found {value!r}")
-    return value
-
-
-def _read(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Raises MoeboundError, naming the file."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise PlanError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise MoeboundError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def load_json(path: Path) -> Any:
+    """Raises MoeboundError for a file that cannot be read, FormatError for one that is no JSON."""
+    return parse_json(read_bytes(path), str(path))
+
+
+def parse_json(data: bytes | str, where: str) -> Any:
+    """Raises FormatError for what is no JSON."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not JSON: {error}") from error
+
+
+@contextmanager
+def fields_of(where: str, error_class: type[MoeboundError] = FormatError) -> Iterator[None]:
+    """Fields are read inside: what is wrong with one is raised as this, with `where` in front."""
+    try:
+        yield
+    except KeyError as error:
+        raise error_class(f"{where}: {error} is missing") from None
+    except (TypeError, ValueError, AttributeError, OverflowError, MoeboundError) as error:
+        raise error_class(f"{where}: {error}") from error
+
+
+def items(value: Any, what: str) -> list[Any]:
+    """A list, of anything. This and the next raise FormatError, with `what` in front."""
+    if not isinstance(value, list):
+        raise FormatError(f"{what}: expected a list, found {type(value).__name__}")
+    return value
+
+
+def count(value: Any, what: str, *, most: int | None = None) -> int:
+    """A whole number of 0 or more."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < 0 or (most is not None and value > most):
+        to = "" if most is None else f" to {most}"
+        raise FormatError(f"{what}: expected a whole number from 0{to}, found {value!r}")
+    return int(value)
+
+
+def number(value: Any, what: str, *, least: float | None = 0.0) -> float:
+    """A finite number, of 0 or more unless another `least` is given; None for any."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise FormatError(f"{what}: expected a finite number, found {value!r}")
+    if least is not None and value < least:
+        raise FormatError(f"{what}: expected {least:g} or more, found {value!r}")
+    return float(value)
+
+
+def numbers(
+    value: Any, what: str, *, n: int | None = None, least: float | None = 0.0
+) -> tuple[float, ...]:
+    """A list of them: n, or at least one."""
+    if not isinstance(value, list) or not value or (n is not None and len(value) != n):
+        expected = "a list of numbers" if n is None else f"{n} numbers"
+        raise FormatError(f"{what}: expected {expected}, found {str(value)[:60]}")
+    return tuple(number(item, what, least=least) for item in value)

@@ -71,3 +71,14 @@ class PartialFile:
             os.close(self._fd)
             self._fd = -1
         self._partial.unlink(missing_ok=True)
+
+
+def save_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file, whole or not at all. Raises StoreError if the disk refuses."""
+    file = PartialFile(path)
+    try:
+        file.write(data, 0)
+        file.finish()
+    except BaseException:
+        file.discard()
+        raise

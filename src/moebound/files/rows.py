@@ -1,23 +1,45 @@
-"""A study's rows: a line for each finished condition, kept as in `checkpoint/appended.py`."""
+"""Rows by key: a line for each finished piece of work, kept as in `appended.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from moebound.errors import FormatError
 from moebound.files.appended import Appended, parse_line
+from moebound.files.documents import read_bytes
 
 KEY = "condition"
+"""The field that says of what a row is: the first were those of a study."""
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's object, with its place for messages. The file may be written to meanwhile.
+
+    A torn last line is left out. Raises MoeboundError for a file that cannot be read, FormatError,
+    with file and line, for damage before the last.
+    """
+    lines = read_bytes(path).split(b"\n")
+    for number, line in enumerate(lines, 1):
+        where = f"{path}: line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = parse_line(line, where)
+        except FormatError:
+            if number < len(lines):
+                raise
+            return
+        yield where, row
 
 
 class Rows:
-    """A file of rows, each with its condition's id. Open it in a `with`.
+    """A file of rows, each with its KEY. Open it in a `with`.
 
-    found: by condition, those that were there, and those appended since. Of a condition that comes
-    twice the first counts.
+    found: by key, those that were there, and those appended since. Of a key that comes twice the
+    first counts.
 
     Raises MoeboundError if another run has the file open, FormatError (with file and line) for a
     damaged line before the last, StoreError if the disk refuses.

@@ -7,6 +7,8 @@ taps.py      hear what the routers decide
 calls.py     one call of an experts module, taken apart into pairs of token and expert
 undo.py      change experts in place, and take it back bit for bit
 batched.py   all experts of a layer in one product
+fingerprint.py  a name for it, from some of its weights
+dtypes.py    what it computes with
 """
 
 from moebound.model.live import LiveExpert, LiveExperts, live_experts

@@ -10,7 +10,7 @@ Llama 4's, where every expert gets every token, scaled by its weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,7 +89,7 @@ def listen(stack: Stack, n_tokens: Callable[[], int], heard: Heard) -> Any:
     def hook(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> torch.Tensor | None:
-        given = [*args, *(kwargs[k] for k in _NAMES if k in kwargs)]
+        given = arguments(args, kwargs)
         pairs = _pairs(stack, given, n_tokens())
         if not isinstance(output, torch.Tensor):
             raise _unknown(stack, given)
@@ -105,7 +105,10 @@ def listen(stack: Stack, n_tokens: Callable[[], int], heard: Heard) -> Any:
     return stack.module.register_forward_hook(hook, with_kwargs=True)
 
 
-_NAMES = ("hidden_states", "top_k_index", "top_k_weights")
+def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What an experts module was called with, in order: by place, then by name."""
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    return [*args, *(kwargs[name] for name in names if name in kwargs)]
 
 
 def _pairs(stack: Stack, given: list[Any], n_tokens: int) -> Pairs:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from moebound.codec.arrays import torch_dtype
 from moebound.errors import MoeboundError
+from moebound.types import NUMPY_DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {dtype.name: torch_dtype(name) for name, dtype in NUMPY_DTYPES.items()}
 
 
 def parse_dtype(name: str) -> torch.dtype | str:

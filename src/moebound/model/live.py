@@ -11,24 +11,16 @@ out. Routed experts only.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from moebound.checkpoint.families import Role
+from moebound.checkpoint.families import Role, decoder_layer
 from moebound.errors import UnsupportedArchitectureError
 from moebound.model.stacks import Stack, find_stack
 from moebound.types import ExpertKey
-
-# What may stand before `layers.N`: the language model of a plain or multimodal architecture, as in
-# checkpoint/families.py, and what wrappers (torch.compile, DDP, PEFT) put around it.
-_DECODER = re.compile(
-    r"(?:(?:_orig_mod|module|base_model|model|language_model|text_model|llm|thinker|backbone"
-    r"|transformer)\.)*(?:layers|blocks|h)\.(?P<layer>\d+)\..+"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +120,8 @@ def live_experts(model: nn.Module) -> LiveExperts:
     entries: list[ExpertsModule] = []
     count: dict[int, int] = {}
     for stack in found:
-        match = _DECODER.fullmatch(stack.name)
-        if match:
-            layer = int(match["layer"])
+        layer = decoder_layer(stack.name)
+        if layer is not None:
             first = count.get(layer, 0)
             count[layer] = first + stack.n_experts
             entries.append(ExpertsModule(layer, first, stack))

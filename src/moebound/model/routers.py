@@ -8,25 +8,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from moebound.checkpoint.families import ROUTERS
+
 Router = Callable[[torch.Tensor], torch.Tensor]
 """[T, H], a layer's input to its experts -> [T, K], the experts it chooses."""
 
-_NAMES = ("gate", "router")
 
+def find_routers(model: nn.Module, experts: dict[int, str], top_k: int) -> dict[int, Router]:
+    """By decoder layer. experts: name of each layer's experts module. top_k: experts a token.
 
-def find_routers(model: nn.Module, experts: dict[int, str]) -> dict[int, Router]:
-    """By decoder layer. experts: name of each layer's experts module; its router stands beside it.
-
-    Layers whose router cannot be found, or needs more than its input, are left out.
+    Layers whose router cannot be found are left out; one that needs more than its input chooses
+    none.
     """
-    found = dict[int, Router]()
-    for layer, name in experts.items():
-        block = model.get_submodule(name.rpartition(".")[0])
-        router = next((getattr(block, n) for n in _NAMES if hasattr(block, n)), None)
-        if isinstance(router, nn.Module):
-            top_k = int(getattr(router, "top_k", 0) or getattr(block, "top_k", 0) or 0)
-            found[layer] = _callable(router, top_k)
-    return found
+    routers = {layer: router_of(model, name) for layer, name in experts.items()}
+    return {layer: _callable(found, top_k) for layer, found in routers.items() if found is not None}
+
+
+def router_of(model: nn.Module, experts: str) -> nn.Module | None:
+    """The router of the experts module of that name: beside it, or (JetMoe) in it."""
+    for place in (experts.rpartition(".")[0], experts):
+        for name in ROUTERS:
+            router = getattr(model.get_submodule(place), name, None)
+            if isinstance(router, nn.Module):
+                return router
+    return None
 
 
 def _callable(router: nn.Module, top_k: int) -> Router:

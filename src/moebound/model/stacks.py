@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moebound.checkpoint.families import Role
+from moebound.checkpoint import Role
 from moebound.errors import UnsupportedArchitectureError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -20,6 +20,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moebound.errors import UnsupportedArchitectureError
+from moebound.model.calls import arguments
+from moebound.model.routers import router_of
 from moebound.model.stacks import Stack
 
 Hear = Callable[[torch.Tensor, torch.Tensor], None]
@@ -31,20 +33,19 @@ def tap(model: nn.Module, stack: Stack, hear: Hear) -> RemovableHandle:
 
     Raises UnsupportedArchitectureError for a module whose decisions cannot be heard.
     """
-    if _gets_decisions(stack.module):
+    if gets_decisions(stack.module):
         return stack.module.register_forward_pre_hook(_before_experts(hear), with_kwargs=True)
-    owner = model.get_submodule(stack.name.rpartition(".")[0])
-    for place in (owner, stack.module):
-        router = getattr(place, "router", None)
-        if isinstance(router, nn.Module) and isinstance(getattr(router, "top_k", None), int):
-            return router.register_forward_hook(_after_router(stack, hear))
+    router = router_of(model, stack.name)
+    if router is not None and isinstance(getattr(router, "top_k", None), int):
+        return router.register_forward_hook(_after_router(stack, hear))
     raise UnsupportedArchitectureError(
         f"{stack.name}: its routing cannot be recorded; expected experts that are called with "
         "(hidden_states, top_k_index, top_k_weights), or a router beside them with a top_k"
     )
 
 
-def _gets_decisions(module: nn.Module) -> bool:
+def gets_decisions(module: nn.Module) -> bool:
+    """Whether an experts module is called as (hidden_states, top_k_index, top_k_weights)."""
     kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
     positional = sum(
         kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -56,8 +57,7 @@ def _gets_decisions(module: nn.Module) -> bool:
 
 def _before_experts(hear: Hear) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        index = args[1] if len(args) > 1 else kwargs["top_k_index"]
-        weights = args[2] if len(args) > 2 else kwargs["top_k_weights"]
+        _, index, weights, *_ = arguments(args, kwargs)
         hear(index.detach(), weights.detach())
 
     return hook

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from moebound.checkpoint.families import Role
+from moebound.checkpoint import Role
 from moebound.errors import MoeboundError
 from moebound.model.live import LiveExpert
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from moebound.cache import Catalog
-from moebound.checkpoint.families import text_config
+from moebound.checkpoint import top_k_of
 from moebound.errors import CacheError
 from moebound.offload.budget import available_memory, parse_budget
 from moebound.offload.costs import (
@@ -27,17 +27,14 @@ from moebound.offload.tiers import DiskTier, RamTier, Tier, TierName
 from moebound.types import ExpertKey
 
 FALLBACK_MARGIN = 0.02
-"""Another way than the first is taken where it is predicted to be faster by more than this."""
+"""Another load path than the first is taken where it is predicted to be so much faster."""
 
 FREE_SHARE = 0.7
 """Of the free memory, what experts get where no budget is given."""
 
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
-          "moe_top_k", "experts_per_token")  # fmt: skip
-
 
 @dataclass(frozen=True)
-class Way:
+class LoadPath:
     """One way to run: a source of experts and the tier they wait in.
 
     Bytes: cache for decoded experts, held for those in RAM as they are on disk. hit_ratio: what is
@@ -87,11 +84,12 @@ def choose(
     device: torch.device,
     cores: int,
     drop_cache: bool,
-) -> list[Way]:
-    """The ways that fit the budget, the one to take first.
+) -> list[LoadPath]:
+    """The load paths that fit the budget, the one to take first.
 
     sources: by name, the one the user named first; it is left only for one that is predicted to be
-    faster by FALLBACK_MARGIN. Raises CacheError, with the smallest budget, if none fits.
+    faster by FALLBACK_MARGIN. Raises CacheError, with the smallest budget, if none fits, and as
+    `top_k_of`.
     """
     decoded = sum(kind.n_bytes for kind in kinds.values())
     if budget is None:
@@ -104,9 +102,10 @@ def choose(
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
     other_s = rest * measure_memory(device) / layers
     on_host = device.type == "cpu"  # where compressed experts and decoded ones share a memory
-    ways, least = list[Way](), list[int]()
+    fitting, least = list[LoadPath](), list[int]()
     for name, images in sources.items():
-        floor = catalog_of(images, kinds).smallest_budget(floor=1, working=top_k + 1)
+        working = top_k + 1 + images.most_shared
+        floor = catalog_of(images, kinds).smallest_budget(floor=1, working=working)
         probe = sample(images)
         tiers: tuple[TierName, ...] = ("disk", "ram") if tier == "auto" else (tier,)
         for at in tiers:
@@ -119,8 +118,8 @@ def choose(
             delivery = open_delivery(waiting, images, device, cores=cores)
             speeds = measure_speeds(probe, delivery, kinds, device)
             costs = Costs(speeds.read_s, speeds.decode_s, compute_s, other_s, layers, top_k)
-            ways.append(Way(name, images, at, room, held, room / decoded, speeds, costs))
-    if not ways:
+            fitting.append(LoadPath(name, images, at, room, held, room / decoded, speeds, costs))
+    if not fitting:
         raise CacheError(
             f"budget {n_bytes} bytes: too small for {top_k + 1} experts of a layer at work and one "
             f"kept in each of the other {layers - 1} layers"
@@ -128,27 +127,20 @@ def choose(
             + f"; the smallest budget is {min(least)} bytes "
             f"({100 * min(least) / decoded:.1f} % of all experts)"
         )
-    best = min(ways, key=lambda way: way.seconds)
-    if best.seconds > ways[0].seconds * (1 - FALLBACK_MARGIN):
-        best = ways[0]
-    return [best, *(way for way in ways if way is not best)]
+    best = min(fitting, key=lambda found: found.seconds)
+    if best.seconds > fitting[0].seconds * (1 - FALLBACK_MARGIN):
+        best = fitting[0]
+    return [best, *(other for other in fitting if other is not best)]
 
 
 def catalog_of(images: Images, kinds: Mapping[ExpertKey, Kind]) -> Catalog:
-    """What each expert takes in the cache, and what is moved to bring it in."""
-    keys = tuple(images.by_key)
+    """What each expert and shared part takes in the cache, and what is moved to bring it in."""
+    found = sorted(images.everything, key=lambda image: image.key)
     return Catalog(
-        keys,
-        tuple(kinds[key].n_bytes for key in keys),
-        tuple(images.by_key[key].n_bytes for key in keys),
+        tuple(image.key for image in found),
+        tuple(
+            max(1, image.shared.record.held_bytes) if image.shared else kinds[image.key].n_bytes
+            for image in found
+        ),
+        tuple(image.n_bytes for image in found),
     )
-
-
-def top_k_of(config: Mapping[str, Any]) -> int:
-    """Experts a token, from a model's config."""
-    text = text_config(config)
-    for name in _TOP_K:
-        value = text.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 8  # no family known here leaves it out; a working set that does for most

@@ -82,12 +82,15 @@ class CudaDelivery(Delivery):
                 torch.empty(self._arriving_bytes, dtype=torch.uint8, device=self._device),
             )
 
+    def bytes_of(self, image: Image, workspace: Workspace) -> memoryview:
+        return self._tier.bytes_of(image, workspace.pinned.numpy().data)
+
     def bring(self, arrivals: Sequence[Arrival], workspace: Workspace) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(workspace.stream):
             coming = list[tuple[Arrival, memoryview]]()
             for arrival in arrivals:
                 image, slot = arrival.image, arrival.slot
-                data = self._tier.bytes_of(image, workspace.pinned.numpy().data)
+                data = self.bytes_of(image, workspace)
                 arrival.load.read = clock()
                 if slot.used is not None:
                     workspace.stream.wait_event(slot.used)
@@ -95,10 +98,10 @@ class CudaDelivery(Delivery):
                     for part in image.parts:
                         weights = plain_weights(part, data[part.start : part.stop])
                         slot.put(part, weights, non_blocking=True)
-                elif self._decoder is not None:
+                elif self._decoder is not None and image.enveloped:
                     coming.append((arrival, data))
                 else:
-                    self._decode_here(image, slot, data)
+                    self._decode_here(arrival, data)
             if coming and self._decoder is not None:
                 self._decoder.decode(coming, workspace.arriving)
             workspace.stream.synchronize()
@@ -106,14 +109,16 @@ class CudaDelivery(Delivery):
         for arrival in arrivals:
             arrival.load.done = done
 
-    def _decode_here(self, image: Image, slot: Slot, data: memoryview) -> None:
+    def _decode_here(self, arrival: Arrival, data: memoryview) -> None:
+        slot = arrival.slot
         weights = {
             name: torch.empty(shape, dtype=slot.kind.dtype, pin_memory=True)
             for name, shape in slot.kind.shapes
         }
         here = Slot(slot.kind, weights)
         with self._decoding:
-            for part in image.parts:
-                fill(here, part, data[part.start : part.stop], threads=1)
+            for part in arrival.image.parts:
+                piece = data[part.start : part.stop]
+                fill(here, part, piece, threads=1, shared=arrival.shared)
         for name, values in weights.items():
             slot.weights[name].copy_(values, non_blocking=True)

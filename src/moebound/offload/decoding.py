@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from moebound.codec.arrays import torch_dtype
-from moebound.codec.device import Launched, Resident, Schedule, Stream, plan_decode, read_stream
+from moebound.codec.device import DecodeBatch, Launched, Resident, Schedule, Stream, read_stream
 from moebound.codec.device.launch import DEFAULT_SCHEDULE
 from moebound.errors import CorruptionError, FormatError
 from moebound.offload.delivery import Arrival
@@ -48,7 +48,7 @@ class DeviceDecoder:
         self._first = dict[ExpertKey, int]()  # the number of an image's first array
         streams = list[Stream]()
         for image, data in held:
-            found = _read(image, data) if image.encoded else []
+            found = _read(image, data) if image.encoded and image.enveloped else []
             if found and all(stream.coded is not None for stream in found):
                 self._first[image.key] = len(streams)
                 streams += found
@@ -103,7 +103,7 @@ class DeviceDecoder:
                 arrays += range(first, first + len(arrival.image.parts))
             return self._resident.launch(arrays, offsets, arriving, outs, self._schedule)
         streams = [stream for a, data in coming for stream in _read(a.image, data)]
-        return plan_decode(streams, offsets=offsets).launch(arriving, outs, self._schedule)
+        return DecodeBatch.of(streams, offsets=offsets).launch(arriving, outs, self._schedule)
 
 
 def _read(image: Image, data: memoryview) -> list[Stream]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moebound.methods import FindPart
 from moebound.offload.images import Image
 from moebound.offload.meter import Load, clock
 from moebound.offload.slots import Slot, fill, read_into_slot
@@ -20,11 +21,13 @@ from moebound.offload.tiers import DiskTier, Tier
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """An expert on its way: where its bytes are, the memory it goes into, what it took."""
+    """An expert on its way: where its bytes are, the memory it goes into, what it took. shared:
+    where parts that it shares with others come from; None for the store itself."""
 
     image: Image
     slot: Slot
     load: Load
+    shared: FindPart | None = None
 
 
 class Delivery(ABC):
@@ -42,6 +45,10 @@ class Delivery(ABC):
     @abstractmethod
     def workspace(self) -> Any:
         """What one thread needs, made once for it."""
+
+    @abstractmethod
+    def bytes_of(self, image: Image, workspace: Any) -> memoryview:
+        """An image's bytes, in memory of the host; until the workspace is used again."""
 
     @abstractmethod
     def bring(self, arrivals: Sequence[Arrival], workspace: Any) -> None:
@@ -67,11 +74,15 @@ class CpuDelivery(Delivery):
     def workspace(self) -> memoryview:
         return self._tier.buffer()
 
+    def bytes_of(self, image: Image, workspace: memoryview) -> memoryview:
+        return self._tier.bytes_of(image, workspace)
+
     def bring(self, arrivals: Sequence[Arrival], workspace: memoryview) -> None:
         for arrival in arrivals:
-            self._bring(arrival.image, arrival.slot, arrival.load, workspace)
+            self._bring(arrival, workspace)
 
-    def _bring(self, image: Image, slot: Slot, load: Load, workspace: memoryview) -> None:
+    def _bring(self, arrival: Arrival, workspace: memoryview) -> None:
+        image, slot, load = arrival.image, arrival.slot, arrival.load
         with self._lock:
             self._under_way += 1
         try:
@@ -80,16 +91,18 @@ class CpuDelivery(Delivery):
                 read_into_slot(slot, image, drop_cache=tier.drop_cache)
                 load.read = load.done = clock()
             else:
-                self._decode(image, slot, load, workspace)
+                self._decode(arrival, workspace)
         finally:
             with self._lock:
                 self._under_way -= 1
 
-    def _decode(self, image: Image, slot: Slot, load: Load, workspace: memoryview) -> None:
+    def _decode(self, arrival: Arrival, workspace: memoryview) -> None:
+        image, slot, load = arrival.image, arrival.slot, arrival.load
         data = self._tier.bytes_of(image, workspace)
         load.read = clock()
         with self._decoding:
             threads = max(1, self._cores // self._under_way)
             for part in image.parts:
-                fill(slot, part, data[part.start : part.stop], threads=threads)
+                piece = data[part.start : part.stop]
+                fill(slot, part, piece, threads=threads, shared=arrival.shared)
         load.done = clock()

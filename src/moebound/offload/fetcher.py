@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from itertools import chain
 
@@ -13,7 +13,7 @@ from moebound.cache.claim import Claim
 from moebound.cache.visits import gather, leading_first
 from moebound.errors import CacheError, MoeboundError
 from moebound.offload.fallback import CoarseCopies, Grade, Grades, shares_before
-from moebound.offload.loader import Loader, Order
+from moebound.offload.loader import Held, Loader, Order
 from moebound.offload.meter import Meter, clock
 from moebound.offload.predictors import Foresight
 from moebound.offload.slots import Slot
@@ -34,7 +34,7 @@ class Fetcher:
 
     def __init__(
         self,
-        cache: ExpertCache[Slot],
+        cache: ExpertCache[Held],
         loader: Loader,
         meter: Meter,
         foresight: Foresight,
@@ -60,13 +60,16 @@ class Fetcher:
         weights: torch.Tensor,
         x: torch.Tensor,
         compute: Compute,
+        *,
+        absent: Collection[int] = (),
     ) -> None:
         """Call `compute` for each expert that is chosen: residents first, then the others in the
         order in which they come.
 
         first: number of the module's first expert in its layer. chosen, weights: [T, K], the
-        router's. x: [T, H], what the experts will be computed with. Raises what loading raises, an
-        error of moebound's own with the expert's name in front; nothing stays pinned then.
+        router's. absent: numbers of experts that there is nothing to compute with. x: [T, H], what
+        the experts will be computed with. Raises what loading raises, an error of moebound's own
+        with the expert's name in front; nothing stays pinned then.
         """
         index = chosen.cpu().numpy()
         gates: Array = weights.detach().float().cpu().numpy()
@@ -77,19 +80,37 @@ class Fetcher:
         else:
             some, counts, leading = gather(index, gates, decode=self.decoding)
             experts, tokens = some.tolist(), counts.tolist()
+        if absent:
+            for expert in experts:
+                if expert in absent:
+                    compute(expert, None)
+            kept = [place for place, expert in enumerate(experts) if expert not in absent]
+            experts = [experts[place] for place in kept]
+            tokens = None if tokens is None else [tokens[place] for place in kept]
+            leading = sum(place < leading for place in kept)
         numbers = [expert + first for expert in experts]
-        found = self.cache.visit(layer, numbers, tokens=tokens, leading=leading)
-        self.meter.add(accesses=len(numbers), hits=len(found.hits))
+        needed = {key: self.loader.needs(key) for key in (ExpertKey(layer, n) for n in numbers)}
+        shared = list(dict.fromkeys(key.expert for keys in needed.values() for key in keys))
+        if tokens is not None:
+            tokens = tokens + [max(tokens, default=1)] * len(shared)
+        found = self.cache.visit(layer, numbers + shared, tokens=tokens, leading=leading)
         pinned = dict.fromkeys(found.keys)
-        grades = self._graded(found.missing, first, index, gates)
+        hits = {key: held for key, held in found.hits.items() if isinstance(held, Slot)}
+        missing = [key for key in found.missing if key in needed]
+        self.meter.add(accesses=len(numbers), hits=len(hits))
+        grades = self._graded(missing, first, index, gates)
         computed = 0.0
-        orders = self.loader.demand(key for key, grade in grades.items() if grade == "full")
+        wanted = [key for key, grade in grades.items() if grade == "full"]
+        # Before the experts that need them, and only where one of those has to be decoded.
+        parts = {part: None for key in wanted for part in needed[key]}
+        before = self.loader.demand(part for part in parts if part in found.missing)
+        orders = self.loader.demand(wanted)
         try:
             if self.decoding:
                 self.foresight.look(layer, numbers, x)
             aside = self._aside(grades)
             arrivals = ((order.key, self._arrived(order)) for order in orders)
-            for key, slot in chain(found.hits.items(), arrivals):
+            for key, slot in chain(hits.items(), arrivals):
                 begin = clock()
                 compute(key.expert - first, slot)
                 computed += clock() - begin
@@ -100,7 +121,7 @@ class Fetcher:
             for key, coming in aside.items():
                 self._compute_aside(key, first, coming, compute)
         finally:
-            self.loader.cancel(orders)
+            self.loader.cancel([*before, *orders])
             self.cache.release(pinned)
             self.meter.add(compute_s=computed)
 
@@ -152,6 +173,7 @@ class Fetcher:
                 slot = (
                     self.loader.load(obtained, order) if isinstance(obtained, Claim) else obtained
                 )
+            assert isinstance(slot, Slot)
         except (TimeoutError, CancelledError) as error:
             raise CacheError(f"{order.key}: did not come within {WAIT_S:g} s") from error
         except MoeboundError as error:

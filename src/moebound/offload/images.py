@@ -2,14 +2,16 @@
 
 One `Image` an expert, whatever the source: the compressed experts of a store (one read each), and
 ordinary tensors, of a checkpoint or of experts that a store left as they were (a read for each
-stretch of bytes). `open_images` finds all of them.
+stretch of bytes). A part that several experts share is an image of its own, with a number of its
+own behind the layer's experts, so that the cache holds it as one of them. `open_images` finds all.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,14 @@ from moebound.checkpoint.experts import Expert, ExpertMatrix, find_experts
 from moebound.checkpoint.families import Family, Layout, find_family
 from moebound.checkpoint.shards import TensorInfo, read_into, read_json
 from moebound.errors import StoreError
+from moebound.methods import RouterEdit
 from moebound.store import Store, open_store
 from moebound.store.format import read_settings
-from moebound.store.reader import StoredExpert, StoredMatrix
+from moebound.store.reader import StoredExpert, StoredMatrix, StoredPart
 from moebound.types import DType, ExpertKey
+
+FIRST_SHARED = 1 << 30
+"""Numbers of a layer's shared parts begin here, far behind those of its experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +56,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """All bytes of one expert. spans: where they are, in order."""
+    """All bytes of one expert, or of a shared part. spans: where they are, in order. needs: the
+    shared parts that decoding takes. shared: the part that this is; None for an expert."""
 
     key: ExpertKey
     spans: tuple[TensorInfo, ...]
     parts: tuple[Part, ...]
+    needs: tuple[ExpertKey, ...] = ()
+    shared: StoredPart | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -68,6 +77,11 @@ class Image:
     def encoded(self) -> bool:
         """Whether there is anything to decode."""
         return any(part.stored is not None for part in self.parts)
+
+    @property
+    def enveloped(self) -> bool:
+        """Whether all of it are codecs' envelopes, which devices may decode."""
+        return all(p.stored is None or p.stored.record.certificate.codec for p in self.parts)
 
     @property
     def stretch(self) -> tuple[Path, int, int] | None:
@@ -91,21 +105,34 @@ class Image:
 @dataclass(frozen=True)
 class Images:
     """The routed experts of a source, in the order of the model. tensors: their names in it.
-    compressed: whether this is a store. name: what the user called it."""
+    compressed: whether this is a store. shared: parts that several experts need, by key.
+    edits: what becomes of the routing, by layer."""
 
     path: Path
     compressed: bool
     config: Mapping[str, Any]
     by_key: Mapping[ExpertKey, Image]
     tensors: frozenset[str]
+    shared: Mapping[ExpertKey, Image] = field(default_factory=dict)
+    edits: Mapping[int, RouterEdit] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Image]:
         return iter(self.by_key.values())
 
     @property
     def n_bytes(self) -> int:
-        """Of all of them together."""
-        return sum(image.n_bytes for image in self)
+        """Of all of them together, with what they share."""
+        return sum(image.n_bytes for image in self.everything)
+
+    @property
+    def everything(self) -> list[Image]:
+        """Experts and shared parts."""
+        return [*self.by_key.values(), *self.shared.values()]
+
+    @property
+    def most_shared(self) -> int:
+        """The most shared parts that a layer has."""
+        return max(Counter(key.layer for key in self.shared).values(), default=0)
 
     @property
     def n_weights(self) -> int:
@@ -141,11 +168,17 @@ def _of_checkpoint(checkpoint: Checkpoint) -> Images:
 
 def _of_store(store: Store) -> Images:
     family = find_family(store.config)
-    images = dict[ExpertKey, Image]()
-    names = set[str]()
+    images, names = dict[ExpertKey, Image](), set[str]()
+    shared = _shared(store)
+    keys = {
+        (part.record.group, part.record.number): key
+        for key, part in ((image.key, image.shared) for image in shared.values())
+        if part is not None
+    }
     for stored in store.experts():
         if not stored.key.shared:
-            images[stored.key] = _compressed(stored, family)
+            needs = tuple(keys[need] for need in stored.needs)
+            images[stored.key] = replace(_compressed(stored, family), needs=needs)
             names |= {m.tensor.name for m in stored.matrices}
             names |= {m.record.name for m in stored.matrices}  # the empty stand-ins of 3-D tensors
     # Experts that were not chosen are ordinary tensors.
@@ -154,7 +187,26 @@ def _of_store(store: Store) -> Images:
         if expert.key not in images:
             images[expert.key] = _plain(expert, family)
             names |= {matrix.name for matrix in expert.matrices}
-    return Images(store.path, True, store.config, dict(sorted(images.items())), frozenset(names))
+    return Images(
+        store.path, True, store.config, dict(sorted(images.items())), frozenset(names), shared,
+        store.router_edits(),
+    )  # fmt: skip
+
+
+def _shared(store: Store) -> dict[ExpertKey, Image]:
+    """Parts that routed experts need, numbered within each layer."""
+    found: dict[tuple[int, int], int] = {}
+    for stored in store.experts():
+        if not stored.key.shared:
+            found |= dict.fromkeys(stored.needs, stored.key.layer)
+    count: dict[int, int] = Counter()
+    images = dict[ExpertKey, Image]()
+    for need, layer in sorted(found.items()):
+        part = store.parts[need]
+        key = ExpertKey(layer, FIRST_SHARED + count[layer])
+        count[layer] += 1
+        images[key] = Image(key, (part.tensor,), (), shared=part)
+    return images
 
 
 def _compressed(stored: StoredExpert, family: Family) -> Image:

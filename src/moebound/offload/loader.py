@@ -5,6 +5,10 @@ after that, and only where it displaces nothing that is in use. Each thread take
 many as its delivery brings together, through all stations, so that one is read while others are
 decoded. Reading and decoding let go of the interpreter.
 
+**Shared parts.** What several experts need to be decoded is asked for before them, and held by the
+cache like an expert; whoever decodes waits for it. For an expert that is only expected, a part that
+is not there is read aside, and not kept.
+
 **Order.** Room is taken by one thread at a time, in the order asked. So a computation that uses
 experts in that order always finds the next one coming, whatever the cache's size, and its release
 makes the room that the one after it waits for.
@@ -22,11 +26,16 @@ from typing import Any
 from moebound.cache import ExpertCache
 from moebound.cache.claim import Claim
 from moebound.errors import CacheError
+from moebound.methods import FindPart, OpenPart
 from moebound.offload.delivery import Arrival, Delivery
 from moebound.offload.images import Image
 from moebound.offload.meter import Load, Meter, clock
 from moebound.offload.slots import Kind, Slot, SlotPool
+from moebound.store.reader import StoredPart
 from moebound.types import ExpertKey
+
+Held = Slot | OpenPart
+"""What the cache holds: a decoded expert, or a part that several experts share."""
 
 
 @dataclass(eq=False)
@@ -37,11 +46,11 @@ class Order:
     key: ExpertKey
     speculative: bool
     asked: float
-    arrived: Future[Slot | None] = field(default_factory=Future)
+    arrived: Future[Held | None] = field(default_factory=Future)
 
 
 class Loader:
-    """n_threads that load. images, kinds: of every expert.
+    """n_threads that load. images: of every expert and shared part. kinds: of every expert.
 
     Close it: threads end, and orders that nobody took are cancelled. Close the cache before, in
     which one may be waiting for room.
@@ -49,7 +58,7 @@ class Loader:
 
     def __init__(
         self,
-        cache: ExpertCache[Slot],
+        cache: ExpertCache[Held],
         images: Mapping[ExpertKey, Image],
         kinds: Mapping[ExpertKey, Kind],
         delivery: Delivery,
@@ -108,7 +117,11 @@ class Loader:
         for thread in self._threads:
             thread.join()
 
-    def load(self, claim: Claim[Slot], order: Order) -> Slot:
+    def needs(self, key: ExpertKey) -> tuple[ExpertKey, ...]:
+        """The shared parts that decoding this expert takes."""
+        return self._images[key].needs
+
+    def load(self, claim: Claim[Held], order: Order) -> Held:
         """Bring in the claimed expert, here and now, and fill the claim. Raises what reading and
         decoding raise; the claim is then abandoned."""
         self._reuse(claim)
@@ -117,15 +130,23 @@ class Loader:
     def _work(self) -> None:
         workspace = self._delivery.workspace()
         while (taken := self._take()) is not None:
-            if len(taken) < 2 or not self._bring_all(taken, workspace):
-                for order, claim in taken:
-                    try:
-                        order.arrived.set_result(self._bring(claim, order, workspace))
-                    except BaseException as error:
-                        order.arrived.set_exception(error)
+            alone = [t for t in taken if self._images[t[0].key].shared is not None]
+            others = [t for t in taken if self._images[t[0].key].shared is None]
+            if len(others) < 2 or not self._bring_all(others, workspace):
+                alone += others
+            for order, claim in alone:
+                try:
+                    order.arrived.set_result(self._bring(claim, order, workspace))
+                except BaseException as error:
+                    order.arrived.set_exception(error)
 
-    def _bring(self, claim: Claim[Slot], order: Order, workspace: Any) -> Slot:
+    def _bring(self, claim: Claim[Held], order: Order, workspace: Any) -> Held:
         with claim:
+            part = self._images[order.key].shared
+            if part is not None:
+                opened = self._open(part, self._images[order.key], workspace)
+                claim.fill(opened)
+                return opened
             arrival = self._arrival(order)
             try:
                 self._delivery.bring([arrival], workspace)
@@ -134,7 +155,45 @@ class Loader:
                 raise
             return self._there(claim, arrival)
 
-    def _bring_all(self, taken: list[tuple[Order, Claim[Slot]]], workspace: Any) -> bool:
+    def _open(self, part: StoredPart, image: Image, workspace: Any) -> OpenPart:
+        data = bytes(self._delivery.bytes_of(image, workspace))
+        self._pool.lend(part.record.held_bytes)
+        try:
+            return OpenPart.of(data, part.record.group, part.record.number)
+        except BaseException:
+            self._pool.lend(-part.record.held_bytes)
+            raise
+
+    def _shared(self, order: Order) -> FindPart | None:
+        """Where an expert's shared parts come from: the cache, if it has any."""
+        keys = self.needs(order.key)
+        if not keys:
+            return None
+        by_part = dict[tuple[int, int], ExpertKey]()
+        for key in keys:
+            part = self._images[key].shared
+            if part is not None:
+                by_part[part.record.group, part.record.number] = key
+
+        def find(group: int, number: int) -> OpenPart:
+            key = by_part[group, number]
+            found = self._cache.peek(key)
+            if found is None and not order.speculative:
+                obtained = self._cache.obtain(key)
+                if isinstance(obtained, Claim):
+                    asked = Order(key, False, clock())
+                    found = self.load(obtained, asked)
+                else:
+                    found = obtained
+            if isinstance(found, OpenPart):
+                return found
+            part = self._images[key].shared
+            assert part is not None
+            return OpenPart.of(part.read(), group, number)
+
+        return find
+
+    def _bring_all(self, taken: list[tuple[Order, Claim[Held]]], workspace: Any) -> bool:
         """Together; False, and nothing done, if that fails: whose fault it is shows one by one."""
         arrivals = list[Arrival]()
         try:
@@ -153,20 +212,24 @@ class Loader:
         image = self._images[order.key]
         load = Load(order.key, image.n_bytes, image.n_weights, order.speculative, order.asked,
                     clock())  # fmt: skip
-        return Arrival(image, self._pool.take(self._kinds[order.key]), load)
+        slot = self._pool.take(self._kinds[order.key])
+        return Arrival(image, slot, load, self._shared(order))
 
-    def _there(self, claim: Claim[Slot], arrival: Arrival, n_together: int = 1) -> Slot:
+    def _there(self, claim: Claim[Held], arrival: Arrival, n_together: int = 1) -> Slot:
         arrival.slot.load = arrival.load
         self._meter.loaded(arrival.load.share(n_together))
         claim.fill(arrival.slot)
         return arrival.slot
 
-    def _reuse(self, claim: Claim[Slot]) -> None:
+    def _reuse(self, claim: Claim[Held]) -> None:
         """The memory of those who made room."""
         for _, evicted in claim.evicted:
-            self._pool.give(evicted)
+            if isinstance(evicted, Slot):
+                self._pool.give(evicted)
+            else:
+                self._pool.lend(-evicted.held_bytes)
 
-    def _take(self) -> list[tuple[Order, Claim[Slot]]] | None:
+    def _take(self) -> list[tuple[Order, Claim[Held]]] | None:
         """The next orders to carry out, with room for each; None when this is closed. Waits for
         room for the first; of others that are waited for, as many as find room at once."""
         with self._turn:
@@ -179,7 +242,7 @@ class Loader:
                 taken.append(more)
         return taken
 
-    def _one_more(self) -> tuple[Order, Claim[Slot]] | None:
+    def _one_more(self) -> tuple[Order, Claim[Held]] | None:
         with self._asked:
             while self._demanded:
                 order = self._demanded[0]
@@ -212,7 +275,7 @@ class Loader:
                             return order
                 self._asked.wait()
 
-    def _claim(self, order: Order) -> Claim[Slot] | None:
+    def _claim(self, order: Order) -> Claim[Held] | None:
         try:
             claim = self._cache.claim(order.key, speculative=order.speculative)
         except CacheError as error:

@@ -24,12 +24,12 @@ from moebound.offload.choose import catalog_of, choose, open_delivery, open_tier
 from moebound.offload.fallback import CoarseCopies, Grades
 from moebound.offload.fetcher import Fetcher
 from moebound.offload.images import Images, open_images
-from moebound.offload.loader import Loader
+from moebound.offload.loader import Held, Loader
 from moebound.offload.meter import Meter
 from moebound.offload.offloaded import Choice, Offloaded
 from moebound.offload.on_demand import NAME, LayerExperts, register_on_demand
 from moebound.offload.predictors import PREDICTORS, Foresight, Layers, Predictor
-from moebound.offload.slots import Kind, Slot, SlotPool
+from moebound.offload.slots import Kind, SlotPool
 from moebound.offload.tiers import TierName
 from moebound.types import ExpertKey
 from moebound.wordmath.builtin import resolve
@@ -100,24 +100,32 @@ def load(
     _check_experts(path, images, live)
     kinds = _kinds(live, model.dtype)
     place = torch.device(device)
-    ways = choose(sources, kinds, model, budget=ram_budget, tier=tier, device=place, cores=cores,
-                  drop_cache=drop_cache)  # fmt: skip
-    way = ways[0]
-    meter = Meter()
-    cache = ExpertCache[Slot](
-        catalog_of(way.images, kinds),
-        way.cache_bytes,
-        policy=policy,
-        working=way.costs.top_k + 1,
+    load_paths = choose(
+        sources,
+        kinds,
+        model,
+        budget=ram_budget,
+        tier=tier,
+        device=place,
+        cores=cores,
+        drop_cache=drop_cache,
     )
-    waiting = open_tier(way.tier, way.images, place, drop_cache=drop_cache)
-    delivery = open_delivery(waiting, way.images, place, cores=cores)
+    chosen = load_paths[0]
+    meter = Meter()
+    cache = ExpertCache[Held](
+        catalog_of(chosen.images, kinds),
+        chosen.cache_bytes,
+        policy=policy,
+        working=chosen.costs.top_k + 1 + chosen.images.most_shared,
+    )
+    waiting = open_tier(chosen.tier, chosen.images.everything, place, drop_cache=drop_cache)
+    delivery = open_delivery(waiting, chosen.images, place, cores=cores)
     loader = Loader(
         cache,
-        way.images.by_key,
+        {image.key: image for image in chosen.images.everything},
         kinds,
         delivery,
-        SlotPool(way.cache_bytes, place, set(kinds.values())),
+        SlotPool(chosen.cache_bytes, place, set(kinds.values())),
         meter,
         n_threads=delivery.threads,
     )
@@ -127,7 +135,7 @@ def load(
         copies = CoarseCopies(
             coarser.by_key, kinds, open_delivery(disk, coarser, place, cores=cores), place
         )
-    layers = _layers(model, live, way.costs.top_k)
+    layers = _layers(model, live, chosen.costs.top_k)
     fetcher = Fetcher(
         cache,
         loader,
@@ -138,10 +146,10 @@ def load(
     )
     for entry in live.stacks:
         entry.module.moebound = LayerExperts(  # type: ignore[assignment]  # no submodule
-            entry.layer, entry.first, fetcher
+            entry.layer, entry.first, fetcher, chosen.images.edits.get(entry.layer)
         )
     buffers = delivery.threads * delivery.buffer_bytes + delivery.kept_bytes
-    choice = Choice.of(ways, policy=policy, predictor=predictor, buffer_bytes=buffers)
+    choice = Choice.of(load_paths, policy=policy, predictor=predictor, buffer_bytes=buffers)
     return Offloaded(model, _load_tokenizer(path), fetcher, choice)
 
 
@@ -194,7 +202,7 @@ def _layers(model: Any, live: LiveExperts, top_k: int) -> Layers:
         live.layers,
         {layer: len(live.in_layer(layer)) for layer in live.layers},
         top_k,
-        find_routers(model, names),
+        find_routers(model, names, top_k),
     )
 
 

@@ -9,11 +9,11 @@ from typing import Any, Self
 import torch
 
 from moebound.cache import ExpertCache
-from moebound.offload.choose import Way
+from moebound.offload.choose import LoadPath
 from moebound.offload.costs import Costs, Speeds
 from moebound.offload.fetcher import Fetcher
+from moebound.offload.loader import Held
 from moebound.offload.meter import Meter, clock
-from moebound.offload.slots import Slot
 from moebound.offload.tiers import TierName
 
 
@@ -40,15 +40,25 @@ class Choice:
     costs: Costs
 
     @classmethod
-    def of(cls, ways: list[Way], *, policy: str, predictor: str, buffer_bytes: int) -> Choice:
-        """Of the ways there are, the first one."""
-        way = ways[0]
+    def of(
+        cls, load_paths: list[LoadPath], *, policy: str, predictor: str, buffer_bytes: int
+    ) -> Choice:
+        """The first of them, and what was predicted of all."""
+        chosen = load_paths[0]
         return cls(
-            way.name, way.tier, policy, predictor, way.cache_bytes, way.held_bytes, buffer_bytes,
-            way.images.n_bytes, way.hit_ratio,
-            {f"{other.name}, {other.tier}": other.seconds for other in ways},
-            way.speeds, way.costs,
-        )  # fmt: skip
+            source=chosen.name,
+            tier=chosen.tier,
+            policy=policy,
+            predictor=predictor,
+            cache_bytes=chosen.cache_bytes,
+            held_bytes=chosen.held_bytes,
+            buffer_bytes=buffer_bytes,
+            expert_bytes=chosen.images.n_bytes,
+            expected_hit_ratio=chosen.hit_ratio,
+            predicted_s={f"{path.name}, {path.tier}": path.seconds for path in load_paths},
+            speeds=chosen.speeds,
+            costs=chosen.costs,
+        )
 
 
 class Offloaded:
@@ -68,7 +78,7 @@ class Offloaded:
         self._begun = 0.0
 
     @property
-    def cache(self) -> ExpertCache[Slot]:
+    def cache(self) -> ExpertCache[Held]:
         return self._fetcher.cache
 
     @property

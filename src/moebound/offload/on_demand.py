@@ -17,8 +17,9 @@ import torch
 from torch.nn.functional import linear
 
 from moebound.errors import CacheError
+from moebound.methods import RouterEdit
 from moebound.model.batched import sort_by_expert
-from moebound.offload.fetcher import Fetcher
+from moebound.offload.fetcher import Compute, Fetcher
 from moebound.offload.meter import clock
 from moebound.offload.slots import Slot
 
@@ -58,22 +59,46 @@ def on_demand_experts(
 class LayerExperts:
     """Where one experts module gets its experts.
 
-    layer, first: its experts are keys (layer, first), (layer, first + 1), and so on.
+    layer, first: its experts are keys (layer, first), (layer, first + 1), and so on. edit: what
+    becomes of the routing: aliases are mapped here, and experts that put out constants are not
+    loaded (`integrations/transformers/router_edits.py` adds the constants).
     """
 
-    def __init__(self, layer: int, first: int, fetcher: Fetcher) -> None:
+    def __init__(
+        self, layer: int, first: int, fetcher: Fetcher, edit: RouterEdit | None = None
+    ) -> None:
         self.layer, self.first = layer, first
         self._fetcher = fetcher
+        self._alias = {} if edit is None else dict(edit.alias)
+        self._absent = frozenset() if edit is None else frozenset(edit.constants)
 
     def run(
         self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """As `on_demand_experts`."""
         begin = clock()
+        if self._alias:
+            chosen, weights = self._aliased(chosen, weights, module.num_experts)
         one = len(x) == 1
         result = (self._one_token if one else self._many)(module, x, chosen, weights)
         self._fetcher.meter.add(experts_s=clock() - begin)
         return result
+
+    def _aliased(
+        self, chosen: torch.Tensor, weights: torch.Tensor, n_experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that compute. Where a token has one of them twice, the first has the weight
+        of both, and the other stands for an expert that is not loaded, with a weight of 0."""
+        table = torch.arange(n_experts, device=chosen.device)
+        for expert, target in self._alias.items():
+            table[expert] = target
+        chosen, weights = table[chosen], weights.clone()
+        for later in range(1, chosen.shape[1]):
+            for earlier in range(later):
+                same = chosen[:, later] == chosen[:, earlier]
+                weights[:, earlier] += torch.where(same, weights[:, later], 0)
+                weights[:, later] = torch.where(same, 0, weights[:, later])
+        return chosen, weights
 
     def _many(
         self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
@@ -88,7 +113,7 @@ class LayerExperts:
             part = slice(ends[expert] - routed.loads[expert], ends[expert])
             outputs[part] = 0 if slot is None else expert_output(module, expert, slot, rows[part])
 
-        self._fetcher.visit(self.layer, self.first, chosen, weights, x, compute)
+        self._visit(chosen, weights, x, compute)
         outputs = _normed(module, outputs)
         place = torch.empty_like(routed.order)
         place[routed.order] = torch.arange(len(place), device=place.device)
@@ -99,16 +124,23 @@ class LayerExperts:
         self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """The same without sorting: each expert has one row."""
-        places = {expert: place for place, expert in enumerate(chosen[0].tolist())}
+        places = {expert: place for place, expert in reversed([*enumerate(chosen[0].tolist())])}
         outputs = torch.zeros((chosen.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
 
         def compute(expert: int, slot: Slot | None) -> None:
             place = places[expert]
             outputs[place] = 0 if slot is None else expert_output(module, expert, slot, x)[0]
 
-        self._fetcher.visit(self.layer, self.first, chosen, weights, x, compute)
+        self._visit(chosen, weights, x, compute)
         outputs = _normed(module, outputs)
         return (outputs * weights[0].unsqueeze(-1)).sum(0, keepdim=True).to(x.dtype)
+
+    def _visit(
+        self, chosen: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, compute: Compute
+    ) -> None:
+        self._fetcher.visit(
+            self.layer, self.first, chosen, weights, x, compute, absent=self._absent
+        )
 
 
 def _normed(module: Any, outputs: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 from moebound.checkpoint import Role, read_into
 from moebound.codec.arrays import to_torch, torch_dtype
 from moebound.errors import CorruptionError
+from moebound.methods import FindPart
 from moebound.offload.images import Image, Part
 from moebound.offload.meter import Load
 
@@ -146,9 +147,12 @@ def plain_weights(part: Part, data: memoryview) -> torch.Tensor:
     return torch.frombuffer(data, dtype=torch_dtype(part.dtype)).view(part.shape)
 
 
-def fill(slot: Slot, part: Part, data: memoryview, *, threads: int) -> None:
+def fill(
+    slot: Slot, part: Part, data: memoryview, *, threads: int, shared: FindPart | None = None
+) -> None:
     """Decode a part's bytes (or copy its weights) into the slot.
 
+    shared: where parts that several experts share come from; None for the store itself.
     Raises FormatError or CorruptionError, naming file and tensor, for bytes that are damaged or
     hold another shape or dtype than certified.
     """
@@ -156,9 +160,9 @@ def fill(slot: Slot, part: Part, data: memoryview, *, threads: int) -> None:
     if part.stored is None:
         slot.put(part, plain_weights(part, data))
     elif target is not None:
-        part.stored.decode_into(data, target, threads=threads)
+        part.stored.decode_into(data, target, parts=shared, threads=threads)
     else:
-        slot.put(part, to_torch(part.stored.decode(data, threads=threads)))
+        slot.put(part, to_torch(part.stored.decode(data, parts=shared, threads=threads)))
 
 
 def read_into_slot(slot: Slot, image: Image, *, drop_cache: bool) -> None:
@@ -187,6 +191,7 @@ class SlotPool:
         self.device = device
         self._free: dict[Kind, list[Slot]] = {kind: [] for kind in kinds}
         self.made_bytes = 0
+        self.lent_bytes = 0
         self._lock = threading.Lock()
 
     def take(self, kind: Kind) -> Slot:
@@ -194,10 +199,7 @@ class SlotPool:
         with self._lock:
             if self._free[kind]:
                 return self._free[kind].pop()
-            # Of several kinds: what the others have free makes room.
-            for free in self._free.values():
-                while free and self.made_bytes + kind.n_bytes > self.budget_bytes:
-                    self.made_bytes -= free.pop().kind.n_bytes
+            self._shrink(kind.n_bytes)
             self.made_bytes += kind.n_bytes
         weights = {
             name: torch.empty(shape, dtype=kind.dtype, device=self.device)
@@ -209,3 +211,15 @@ class SlotPool:
         """Take one back."""
         with self._lock:
             self._free[slot.kind].append(slot)
+
+    def lend(self, n_bytes: int) -> None:
+        """So much of the budget is taken by what is no slot; below 0, given back."""
+        with self._lock:
+            self._shrink(n_bytes)
+            self.lent_bytes += n_bytes
+
+    def _shrink(self, n_bytes: int) -> None:
+        """What is free makes room: of other kinds, and where memory was lent."""
+        for free in self._free.values():
+            while free and self.made_bytes + self.lent_bytes + n_bytes > self.budget_bytes:
+                self.made_bytes -= free.pop().kind.n_bytes

@@ -7,9 +7,9 @@
 docs/plan.md says what is minimised, and which scheme is for what.
 """
 
-from moebound.files.documents import Document, read_document, read_rows
+from moebound.files.documents import Document
 from moebound.plan.items import RATES, ExpertSizes, Items
-from moebound.plan.losses import PROFILE_FORMAT, SENSITIVITY_FORMAT, curves_from_study
+from moebound.plan.losses import curves_from_study
 from moebound.plan.make import Budget, Evidence, make_plan
 from moebound.plan.measured import Measured
 from moebound.plan.plan import Plan, PlannedExpert
@@ -17,9 +17,7 @@ from moebound.plan.schemes import Scheme, effective_rank
 from moebound.plan.within import Measure
 
 __all__ = [
-    "PROFILE_FORMAT",
     "RATES",
-    "SENSITIVITY_FORMAT",
     "Budget",
     "Document",
     "Evidence",
@@ -33,6 +31,4 @@ __all__ = [
     "curves_from_study",
     "effective_rank",
     "make_plan",
-    "read_document",
-    "read_rows",
 ]

@@ -28,23 +28,22 @@ class Joint:
     measured: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, content: Mapping[str, Any], items: Items, where: str) -> Joint:
+    def of(cls, joint: Mapping[str, Any], items: Items, where: str) -> Joint:
         """From a map's `joint`: `bounds`, and `measured_kl` of all experts at each of them.
 
-        Empty if the map has none. Raises PlanError for fields that are wrong.
+        Empty if the map has none. Raises FormatError for fields that are wrong.
         """
-        joint = content.get("joint")
-        if not isinstance(joint, Mapping) or joint.get("measured_kl") is None:
+        if joint.get("measured_kl") is None:
             return cls()
-        rates = numbers(joint.get("bounds"), None, f"{where}: joint: bounds")
+        rates = numbers(joint.get("bounds"), f"{where}: joint: bounds")
         listed = joint["measured_kl"]
         if isinstance(listed, list) and len(listed) == len(rates):
             # null: nothing was left of the model there, which says nothing of sums.
-            rates = [rate for rate, kl in zip(rates, listed, strict=True) if kl is not None]
+            rates = tuple(r for r, kl in zip(rates, listed, strict=True) if kl is not None)
             listed = [kl for kl in listed if kl is not None]
             if not rates:
                 return cls()
-        found = numbers(listed, len(rates), f"{where}: joint: measured_kl")
+        found = numbers(listed, f"{where}: joint: measured_kl", n=len(rates))
         pairs: list[tuple[float, float]] = []
         for rate, measured in sorted(zip(rates, found, strict=True)):
             loss = items.loss_at(np.full(len(items.keys), rate)) if rate > 0 else None
@@ -67,17 +66,17 @@ class Joint:
 
     @classmethod
     def from_json(cls, data: Any) -> Joint:
-        """Raises PlanError."""
+        """Raises PlanError, FormatError."""
         if not isinstance(data, Mapping):
             raise PlanError(f"joint: expected an object, found {str(data)[:40]!r}")
         if not data.get("sums"):
             return cls()
-        sums = numbers(data["sums"], None, "joint: sums")
-        measured = numbers(data.get("measured"), len(sums), "joint: measured")
+        sums = numbers(data["sums"], "joint: sums")
+        measured = numbers(data.get("measured"), "joint: measured", n=len(sums))
         for name, values in (("sums", sums), ("measured", measured)):
             if values[0] <= 0 or any(b <= a for a, b in pairwise(values)):
                 raise PlanError(f"joint: {name}: expected ascending numbers above 0")
-        return cls(tuple(sums), tuple(measured))
+        return cls(sums, measured)
 
 
 def _along(value: float, known: tuple[float, ...], wanted: tuple[float, ...]) -> float:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from moebound.errors import PlanError
-from moebound.files.documents import Document
+from moebound.files.documents import Document, fields_of
+from moebound.files.formats.sensitivity_map import SensitivityMap
+from moebound.files.formats.study import Row
 from moebound.plan import schemes
 from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.plan.joint import Joint
 from moebound.plan.losses import from_sensitivity, from_study, shares_from_profile
-from moebound.plan.plan import Plan, planned_experts
+from moebound.plan.plan import CODEC_METHOD, Plan, planned_experts
 from moebound.plan.schemes import Scheme
 from moebound.plan.within import Measure, within_measured
 
@@ -22,7 +25,7 @@ class Evidence:
     """What was measured, all of it optional. study: rows. sensitivity, profile: documents."""
 
     sensitivity: Document | None = None
-    study: Sequence[Mapping[str, Any]] | None = None
+    study: Sequence[Row] | None = None
     profile: Document | None = None
 
     @property
@@ -35,10 +38,13 @@ class Evidence:
     @property
     def has_roles(self) -> bool:
         """Whether losses are known by projection."""
-        experts = None if self.sensitivity is None else self.sensitivity.content.get("experts")
-        return isinstance(experts, list) and bool(experts) and all(
-            isinstance(entry, dict) and entry.get("by_role") for entry in experts
-        )  # fmt: skip
+        found = self.map
+        return found is not None and bool(found.experts) and all(e.by_role for e in found.experts)
+
+    @cached_property
+    def map(self) -> SensitivityMap | None:
+        """What `sensitivity` says. Raises FormatError for fields that are wrong."""
+        return None if self.sensitivity is None else SensitivityMap.of(self.sensitivity)
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,9 @@ def make_plan(
     go by predictions.
 
     Guarantee: predicted bytes are within the budget; measured KL is, where there is a `measure`,
-    and the plan has it. Raises PlanError if the budget cannot be met, saying what can; for evidence
-    that is missing, damaged, or another model's; and what `measure` raises.
+    and the plan has it. Raises PlanError if the budget cannot be met, saying what can, and for
+    evidence that is missing or another model's; FormatError for damaged evidence; and what
+    `measure` raises.
     """
     chosen = evidence.scheme if scheme is None else scheme
     roles = evidence.has_roles and chosen == "sensitivity" if per_role is None else per_role
@@ -94,8 +101,13 @@ def make_plan(
     if evidence.profile is not None:
         share = shares_from_profile(evidence.profile, [expert.key for expert in experts])
     made: dict[str, Any] = {}
-    if evidence.sensitivity is not None:
-        items, made = from_sensitivity(evidence.sensitivity, experts, per_role=roles)
+    joint = Joint()
+    if evidence.sensitivity is not None and evidence.map is not None:
+        where = str(evidence.sensitivity.path)
+        with fields_of(where, PlanError):
+            items, facts = from_sensitivity(evidence.map, experts, per_role=roles)
+        made = {"sensitivity": evidence.sensitivity.describe(), **facts}
+        joint = Joint.of(evidence.map.joint, items, where)
     elif evidence.study is not None:
         if roles:
             raise PlanError("a study knows no losses by projection; plan a bound per expert")
@@ -104,11 +116,6 @@ def make_plan(
         items = Items.of(experts, per_role=roles)
     if evidence.profile is not None:
         made["profile"] = evidence.profile.describe()
-
-    joint = Joint()
-    if evidence.sensitivity is not None:
-        document = evidence.sensitivity
-        joint = Joint.of(document.content, items, str(document.path))
 
     source_bytes = sum(expert.n_bytes for expert in experts)
     n_weights = int(items.n_weights.sum())
@@ -119,7 +126,7 @@ def make_plan(
         _check(asked, items, most, joint, source_bytes)
         rates = _rates(chosen, items, experts, share, most, loss)
         return Plan(
-            codec=codec,
+            method=CODEC_METHOD + codec,
             scheme=chosen,
             budget=budget.asked,
             source=source,

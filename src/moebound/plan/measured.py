@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moebound.errors import FormatError, PlanError
-from moebound.files.documents import index, number
+from moebound.files.documents import count, number
 from moebound.score import Score
 
 
@@ -78,7 +78,7 @@ class Measured:
 
     @classmethod
     def from_json(cls, data: Any) -> Measured:
-        """Raises PlanError."""
+        """Raises PlanError, FormatError."""
         if not isinstance(data, Mapping):
             raise PlanError(f"measured: expected an object, found {str(data)[:40]!r}")
         kl, stderr = data.get("kl"), data.get("stderr")
@@ -86,9 +86,9 @@ class Measured:
             math.inf if kl is None else number(kl, "measured: kl"),
             math.nan if stderr is None else number(stderr, "measured: stderr"),
             str(data.get("task", "")),
-            index(data.get("n_problems"), "measured: n_problems"),
+            count(data.get("n_problems"), "measured: n_problems"),
             exact=bool(data.get("exact", True)),
-            n_tried=index(data.get("n_tried", 1), "measured: n_tried"),
+            n_tried=count(data.get("n_tried", 1), "measured: n_tried"),
         )
         if "score" not in data:
             return alone

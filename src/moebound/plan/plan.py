@@ -1,7 +1,7 @@
-"""A plan: a bound for every matrix of every expert, what it should come to, and how it was made.
+"""A plan: what every expert gets (a method, bounds), what it comes to, and how it was made.
 
-JSON, format "moebound.plan", version 1. `moebound plan` makes one, `moebound compress --plan`
-carries it out; a store keeps a copy.
+JSON, format "moebound.plan", version 2 (1 knew one codec and bounds; it is read for ever).
+`moebound plan` makes one, `moebound compress --plan` carries it out; a store keeps a copy.
 """
 
 from __future__ import annotations
@@ -14,22 +14,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moebound.errors import BoundError, PlanError
-from moebound.files.documents import index, number, read_document
-from moebound.files.durable import PartialFile
+from moebound.errors import BoundError, FormatError, PlanError
+from moebound.files.documents import Format, count, fields_of, number
+from moebound.files.durable import save_bytes
 from moebound.plan.items import Floats, Items
 from moebound.plan.joint import Joint
 from moebound.plan.measured import Measured
 from moebound.types import ErrorBound, ExpertKey
 
-FORMAT, VERSION = "moebound.plan", 1
+FORMAT = Format("moebound.plan", 2, PlanError)
+CODEC_METHOD = "bounded:"
+"""The method that keeps bounds, as `methods.get_method` knows it; a codec follows."""
 
 
 @dataclass(frozen=True)
 class PlannedExpert:
-    """One expert's bounds, by role of its matrices, and what it should come to.
+    """What one expert gets, and what that should come to.
 
-    n_bytes: envelopes, whole. kl: nats, this expert changed alone; None where nothing was measured.
+    bounds: by role of its matrices; empty for a method that knows none. n_bytes: all of it. kl:
+    nats, this expert changed alone; None where nothing was measured. method: a setting; None for
+    the plan's. group: experts of a layer with one method and one label are seen together, where the
+    method looks at several; None is a label too.
     """
 
     key: ExpertKey
@@ -37,12 +42,16 @@ class PlannedExpert:
     n_weights: int
     n_bytes: int
     kl: float | None = None
+    method: str | None = None
+    group: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "layer": self.key.layer,
             "expert": self.key.expert,
             "shared": self.key.shared,
+            **({} if self.method is None else {"method": self.method}),
+            **({} if self.group is None else {"group": self.group}),
             "bounds": {role: bound.to_json() for role, bound in self.bounds.items()},
             "n_weights": self.n_weights,
             "predicted_bytes": self.n_bytes,
@@ -51,14 +60,17 @@ class PlannedExpert:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PlannedExpert:
-        """Raises PlanError."""
+        """Raises PlanError, FormatError."""
         key = ExpertKey(
-            index(data.get("layer"), "a planned expert's layer"),
-            index(data.get("expert"), "a planned expert's number"),
+            count(data.get("layer"), "a planned expert's layer"),
+            count(data.get("expert"), "a planned expert's number"),
             bool(data.get("shared", False)),
         )
-        bounds = data.get("bounds")
-        if not isinstance(bounds, dict) or not bounds:
+        bounds, method, group = data.get("bounds"), data.get("method"), data.get("group")
+        for name, value in (("method", method), ("group", group)):
+            if not isinstance(value, str | None):
+                raise PlanError(f"{key}: {name}: expected a text, found {value!r}")
+        if not isinstance(bounds, dict):
             raise PlanError(f"{key}: bounds: expected one for each projection, found {bounds!r}")
         try:
             resolved = {str(role): ErrorBound.from_json(b) for role, b in bounds.items()}
@@ -68,9 +80,11 @@ class PlannedExpert:
         return cls(
             key,
             resolved,
-            index(data.get("n_weights"), f"{key}: n_weights"),
-            index(data.get("predicted_bytes"), f"{key}: predicted_bytes"),
+            count(data.get("n_weights"), f"{key}: n_weights"),
+            count(data.get("predicted_bytes"), f"{key}: predicted_bytes"),
             None if kl is None else number(kl, f"{key}: predicted_kl"),
+            method,
+            group,
         )
 
 
@@ -78,7 +92,8 @@ class PlannedExpert:
 class Plan:
     """What to do with a checkpoint's experts. No expert twice, at least one.
 
-    codec: an id, options behind a colon. scheme: how it was chosen, see `schemes`.
+    method: a setting, what experts get that name none themselves. scheme: how it was chosen, see
+    `schemes`.
     budget: what was asked: {"bpw": x}, {"ratio": x} or {"max_kl": x}.
     source: the checkpoint, as the user named it. source_bytes: of the planned experts in it.
     made: measurements it rests on and figures about them, for people. joint: what the sum of all
@@ -86,7 +101,7 @@ class Plan:
     where nobody measured.
     """
 
-    codec: str
+    method: str
     scheme: str
     budget: Mapping[str, float]
     source: str
@@ -103,6 +118,11 @@ class Plan:
             seen = set[ExpertKey]()
             twice = [e.key for e in self.experts if e.key in seen or seen.add(e.key)]  # type: ignore[func-returns-value]
             raise PlanError(f"{twice[0]} is planned twice")
+        for expert in self.experts:
+            if not expert.bounds and (expert.method or self.method).startswith(CODEC_METHOD):
+                raise PlanError(
+                    f"{expert.key}: bounds: expected one for each projection, found none"
+                )
 
     @cached_property
     def _by_key(self) -> dict[ExpertKey, PlannedExpert]:
@@ -114,6 +134,14 @@ class Plan:
             return self._by_key[key]
         except KeyError:
             raise PlanError(f"{key} is not in the plan") from None
+
+    @property
+    def keys(self) -> list[ExpertKey]:
+        return list(self._by_key)
+
+    def method_of(self, key: ExpertKey) -> str:
+        """The setting of this expert's method. Raises PlanError as `[key]`."""
+        return self[key].method or self.method
 
     @property
     def n_weights(self) -> int:
@@ -145,8 +173,19 @@ class Plan:
         return [bound for expert in self.experts for bound in expert.bounds.values()]
 
     @property
-    def widest(self) -> ErrorBound:
-        """The widest bound, where all are stated the same way: what holds for every weight."""
+    def codec(self) -> str:
+        """The codec of the plan's method. Raises PlanError for another than the one that keeps
+        bounds."""
+        if not self.method.startswith(CODEC_METHOD):
+            raise PlanError(f"method {self.method!r}: has no codec")
+        return self.method.removeprefix(CODEC_METHOD)
+
+    @property
+    def widest(self) -> ErrorBound | None:
+        """The widest bound, where all are stated the same way: what holds for every weight that has
+        one. None where no expert has."""
+        if not self.bounds:
+            return None
         first = self.bounds[0]
         if any((b.mode, b.scope) != (first.mode, first.scope) for b in self.bounds):
             raise PlanError("bounds are stated in several ways; expected one mode and scope")
@@ -154,12 +193,20 @@ class Plan:
 
     @cached_property
     def sha256(self) -> str:
-        """Of all that decides what is written: codec, experts and bounds."""
-        decisive = [
+        """Of all that decides what is written. The same for ever for plans of version 1, which
+        stores name: of those the codec stands in it, and no methods and groups."""
+        decisive: list[list[Any]] = [
             [*expert.key, {role: b.to_json() for role, b in sorted(expert.bounds.items())}]
             for expert in sorted(self.experts, key=lambda expert: expert.key)
         ]
-        text = json.dumps([self.codec, decisive], sort_keys=True)
+        own = {(expert.method, expert.group) for expert in self.experts} != {(None, None)}
+        if own:
+            for entry, expert in zip(
+                decisive, sorted(self.experts, key=lambda expert: expert.key), strict=True
+            ):
+                entry += [expert.method, expert.group]
+        known_to_1 = self.method.startswith(CODEC_METHOD) and not own
+        text = json.dumps([self.codec if known_to_1 else self.method, decisive], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def check(self, experts: Iterable[tuple[ExpertKey, Iterable[str]]]) -> None:
@@ -178,7 +225,7 @@ class Plan:
             raise PlanError(f"the plan does not fit the checkpoint: {'; '.join(parts)}")
         for key, roles in present.items():
             planned = set(self._by_key[key].bounds)
-            if planned != roles:
+            if planned and planned != roles:
                 raise PlanError(
                     f"the plan does not fit the checkpoint: {key} has {', '.join(sorted(roles))}, "
                     f"planned are {', '.join(sorted(planned))}"
@@ -186,9 +233,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
-            "version": VERSION,
-            "codec": self.codec,
+            **FORMAT.header,
+            "method": self.method,
             "scheme": self.scheme,
             "budget": dict(self.budget),
             "source": self.source,
@@ -216,11 +262,22 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Raises PlanError for anything `to_json` cannot have made."""
+        try:
+            return cls._from_json(data)
+        except FormatError as error:
+            raise PlanError(str(error)) from error
+
+    @classmethod
+    def _from_json(cls, data: Mapping[str, Any]) -> Plan:
         experts, budget, made = data.get("experts"), data.get("budget"), data.get("made", {})
         measured = data.get("measured")
+        method = data.get("method")
+        if data.get("version") == 1:
+            method = data.get("codec")
+            method = CODEC_METHOD + method if isinstance(method, str) else method
         for name, value, kind in (
             ("experts", experts, list), ("budget", budget, dict), ("made", made, dict),
-            ("codec", data.get("codec"), str), ("scheme", data.get("scheme"), str),
+            ("method", method, str), ("scheme", data.get("scheme"), str),
             ("source", data.get("source"), str),
         ):  # fmt: skip
             if not isinstance(value, kind):
@@ -230,11 +287,11 @@ class Plan:
         if not all(isinstance(expert, dict) for expert in experts):
             raise PlanError("experts: expected objects")
         return cls(
-            codec=data["codec"],
+            method=str(method),
             scheme=data["scheme"],
             budget={str(k): number(v, f"budget: {k}") for k, v in budget.items()},
             source=data["source"],
-            source_bytes=index(data.get("source_bytes"), "source_bytes"),
+            source_bytes=count(data.get("source_bytes"), "source_bytes"),
             experts=tuple(PlannedExpert.from_json(expert) for expert in experts),
             made=made,
             joint=Joint.from_json(data.get("joint", {})),
@@ -243,22 +300,14 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all. Raises StoreError if the disk refuses."""
-        file = PartialFile(path)
-        try:
-            file.write(self.to_bytes(), 0)
-            file.finish()
-        except BaseException:
-            file.discard()
-            raise
+        save_bytes(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: Path) -> Plan:
         """Raises PlanError, naming the file."""
-        document = read_document(path, FORMAT, VERSION)
-        try:
+        document = FORMAT.read(path)
+        with fields_of(str(path), PlanError):
             return cls.from_json(document.content)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
 
 
 def planned_experts(items: Items, rates: Floats) -> tuple[PlannedExpert, ...]:

@@ -2,8 +2,7 @@
 
 The paper records "the six experts selected in each layer along with their corresponding weights"
 while the model works through a task (MoE-Compression, 2509.07727, section 3.1). A profile holds the
-sums of that; a `Trace` is where they come from. As JSON, format "moebound.profile": `layers` has
-what all tasks add up to, `tasks` the details.
+sums of that; a `Trace` is where they come from. `files/formats/profile.py` has the document.
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moebound.cache.trace import Trace
-from moebound.errors import FormatError, MoeboundError
-from moebound.files.json_document import check_header, load_json, save_json
+from moebound.cache import Trace
+from moebound.errors import MoeboundError
+from moebound.files.documents import fields_of, load_json, save_json
+from moebound.files.formats import profile as form
 from moebound.profile.balance import Balance, balance
 from moebound.profile.usage import LayerUse
-
-FORMAT, VERSION = "moebound.profile", 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,16 +133,11 @@ class Profile:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": self.model,
-            "layers": [
-                {**layer.to_json(histogram=False), "balance": _balance_json(layer)}
-                for layer in self.layers
-            ],
-            "tasks": [task.to_json() for task in self.tasks],
-        }
+        layers = [
+            {**layer.to_json(histogram=False), "balance": _balance_json(layer)}
+            for layer in self.layers
+        ]
+        return form.to_json(self.model, layers, [task.to_json() for task in self.tasks])
 
     @classmethod
     def from_json(cls, data: Any, *, name: str = "profile") -> Profile:
@@ -152,14 +145,10 @@ class Profile:
 
         Raises FormatError for anything else, or a later version.
         """
-        check_header(data, FORMAT, VERSION, name)
-        try:
+        form.FORMAT.check(data, name)
+        with fields_of(name):
             tasks = tuple(TaskUse.from_json(task) for task in data["tasks"])
             return cls(str(data["model"]), tasks)
-        except KeyError as error:
-            raise FormatError(f"{name}: {error} is missing") from None
-        except (TypeError, ValueError, MoeboundError) as error:
-            raise FormatError(f"{name}: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all. Raises StoreError if the disk refuses."""

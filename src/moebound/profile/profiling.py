@@ -30,10 +30,10 @@ from moebound.evaluate.decoding import decode
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.prompting import encode_prompts, encode_references
 from moebound.evaluate.text import Rows, batches, pad
-from moebound.files.json_document import load_json, save_json
+from moebound.files.documents import load_json, save_json
 from moebound.profile.profile import Profile, TaskUse
 from moebound.profile.routing import Recorder
-from moebound.tasks.base import Problem, Task
+from moebound.tasks import Problem, Task
 
 Text = Literal["answers", "references"]
 Asked = Sequence[tuple[Task, Sequence[Problem]]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moebound.cache.trace import LayerTrace
+from moebound.cache import LayerTrace
 from moebound.errors import MoeboundError
 from moebound.types import Array
 

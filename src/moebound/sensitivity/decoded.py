@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from moebound.checkpoint.families import Role
-from moebound.codec import decode_array, encode_certified, parse, stats
-from moebound.codec.arrays import to_numpy
+from moebound.codec import stats
+from moebound.methods import BOUNDED, Artifact, ExpertView, compress_expert, get_method
 from moebound.model.live import LiveExpert
 from moebound.model.undo import Matrices
-from moebound.sensitivity.noise import TORCH_DTYPES, stored_dtype
+from moebound.sensitivity.noise import arrays_of
 from moebound.types import Array, DType, ErrorBound, TensorStats
 
 
@@ -28,33 +28,37 @@ class Original:
     @classmethod
     def of(cls, expert: LiveExpert, dtype: DType | None = None) -> Original:
         """dtype: of the checkpoint; found out from the values if None."""
-        weights = expert.matrices
-        stored = TORCH_DTYPES[dtype or stored_dtype(weights)]
-        arrays = {role: to_numpy(matrix.to(stored)) for role, matrix in weights.items()}
+        arrays = arrays_of(expert.matrices, dtype)
         return cls(expert, arrays, {role: stats(array) for role, array in arrays.items()})
 
     @property
     def whole(self) -> TensorStats:
         return sum(self.stats.values(), TensorStats())
 
+    def made(self, method: str, bounds: Mapping[Role, ErrorBound] | None = None) -> Artifact:
+        """The expert, made smaller. method: its setting. bounds: of each matrix; one of scope
+        "expert" is relative to the whole expert (MoE-Compression, 2509.07727, section 3.1).
+
+        Raises as `methods.compress`; MethodError for a method that looks at more than one expert.
+        """
+        return compress_expert(get_method(method), ExpertView(self.expert.key, self.arrays, bounds))
+
+    def live_weights(self, artifact: Artifact) -> Matrices:
+        """What it decodes to, in the model's dtype, on its device."""
+        live = self.expert.matrices
+        return {
+            role: torch.from_numpy(decoded.astype(np.float32)).to(live[role])
+            for role, decoded in artifact.weights(self.expert.key).items()
+        }
+
     def decoded(
         self, bounds: Mapping[Role, ErrorBound], codec: str
     ) -> tuple[Matrices, dict[Role, int]]:
-        """The weights after the codec, in the model's dtype, and the bytes of each matrix.
-
-        bounds: of each matrix; one of scope "expert" is relative to the whole expert
-        (MoE-Compression, 2509.07727, section 3.1). Raises as `moebound.encode`.
-        """
-        weights: Matrices = {}
-        n_bytes: dict[Role, int] = {}
-        live = self.expert.matrices
-        for role, array in self.arrays.items():
-            reference = self.whole if bounds[role].scope == "expert" else None
-            data = encode_certified(array, bounds[role], codec=codec, reference=reference).data
-            values = decode_array(parse(data), threads=1).astype(np.float32)
-            weights[role] = torch.from_numpy(values).to(live[role])
-            n_bytes[role] = len(data)
-        return weights, n_bytes
+        """The weights after the codec, in the model's dtype, and the bytes of each matrix."""
+        artifact = self.made(f"{BOUNDED}:{codec}", bounds)
+        found = artifact.experts[self.expert.key]
+        sizes = {role: len(matrix.data) for role, matrix in found.items()}
+        return self.live_weights(artifact), sizes
 
     def decoded_at(self, rate: float, codec: str) -> tuple[Matrices, dict[Role, int]]:
         """The same with one bound for all: so much times the expert's mean |weight|."""

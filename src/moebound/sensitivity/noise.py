@@ -9,7 +9,7 @@ With ε the bound in weight units (`ErrorBound.absolute`; for the paper's rate �
   uniform          W + U(-ε, ε): what a uniform quantizer with many bins per weight leaves
   randomise        N(mean W, var W), a fresh matrix: the paper's "fully randomised" (section 3.2.1)
   codec:ID         encoded and decoded by a real codec, as in a store: `codec:sz3:interp`
-  rtn:..., hqq:... quantizers, see `quantizers.py`; they know no bound
+  METHOD           the same by any method that looks at one expert at a time: `rtn:int4:g64`
 
 Draws come from a stream of their own for every (seed, layer, expert, projection), so the noise of
 an expert is the same whichever other experts are perturbed, and in whichever order. The stream
@@ -29,18 +29,11 @@ import numpy as np
 import torch
 
 from moebound.checkpoint.families import ROLE_ORDER, Role
-from moebound.codec import (
-    codec_ids,
-    decode_array,
-    encode_certified,
-    get_codec,
-    parse,
-    stats,
-    thread_count,
-)
+from moebound.codec import codec_ids, get_codec, stats, thread_count
 from moebound.codec.arrays import to_numpy
 from moebound.errors import BoundError, MoeboundError
-from moebound.types import DType, ErrorBound, ExpertKey, TensorStats
+from moebound.methods import BOUNDED, ExpertView, compress_expert, get_method, method_ids
+from moebound.types import Array, DType, ErrorBound, ExpertKey, TensorStats
 
 Generators = Callable[[Role], np.random.Generator]
 """Role -> the stream of draws of that matrix, from its beginning."""
@@ -194,27 +187,29 @@ class Randomise(ErrorSource):
 
 
 @dataclass(frozen=True)
-class CodecSource(ErrorSource):
-    """A real codec, encoded and decoded, with the bytes counted.
+class MethodSource(ErrorSource):
+    """A method that really runs: encoded and decoded, with the bytes counted.
 
-    Each matrix becomes an envelope of its own, [out, in], in the dtype of the checkpoint, so the
-    bound holds after the cast to it and the bytes are those of a store. (Families that store
-    several projections in one tensor differ a little: there a store encodes the whole tensor.)
+    Each matrix becomes a blob or an envelope of its own, [out, in], in the dtype of the checkpoint,
+    so errors are those after the cast to it and the bytes are those of a store. (Families that
+    store several projections in one tensor differ a little: there a store encodes the whole
+    tensor.)
 
-    name: a codec's id, options behind a colon.
+    setting: the method's, as `get_method` takes it.
     """
 
-    name: str
+    setting: str
     seeded: ClassVar[bool] = False
     simulated: ClassVar[bool] = False
 
     @property
     def id(self) -> str:
-        return CODEC_PREFIX + self.name
+        name, _, codec = self.setting.partition(":")
+        return CODEC_PREFIX + codec if name == BOUNDED else self.setting
 
     @property
     def needs_bound(self) -> bool:
-        return get_codec(self.name).lossy
+        return get_method(self.setting).needs_bound
 
     def _apply(
         self,
@@ -225,23 +220,38 @@ class CodecSource(ErrorSource):
         generators: Generators,
         dtype: DType | None,
     ) -> Changed:
-        codec = get_codec(self.name)
-        # An exact codec looks at no bound; the smallest there is stands for "an exact copy".
-        asked = bound if bound is not None and codec.lossy else ErrorBound(math.ulp(0.0))
-        source_dtype = TORCH_DTYPES[dtype or stored_dtype(weights)]
-        changed: dict[Role, torch.Tensor] = {}
-        n_bytes = 0
-        for role, matrix in weights.items():
-            array = to_numpy(matrix.to(source_dtype))
-            reference = expert_stats if asked.scope == "expert" else None
-            threads = thread_count() if array.size >= _MANY_WEIGHTS else 1
-            encoded = encode_certified(
-                array, asked, codec=codec, reference=reference, threads=threads
-            )
-            n_bytes += len(encoded.data)
-            decoded = decode_array(parse(encoded.data), threads=threads)
-            changed[role] = torch.from_numpy(decoded.astype(np.float32))
-        return Changed(changed, epsilons, n_bytes)
+        method = get_method(self.setting)
+        arrays = arrays_of(weights, dtype)
+        bounds = None
+        if bound is not None and method.needs_bound:
+            bounds = {role: _own_bound(bound, (epsilons or {}).get(role)) for role in arrays}
+        most = max((array.size for array in arrays.values()), default=0)
+        threads = thread_count() if most >= _MANY_WEIGHTS else 1
+        view = ExpertView(_ANY, arrays, bounds)
+        artifact = compress_expert(method, view, threads=threads)
+        changed = {
+            role: torch.from_numpy(decoded.astype(np.float32))
+            for role, decoded in artifact.weights(_ANY).items()
+        }
+        return Changed(changed, epsilons, artifact.n_bytes)
+
+
+_ANY = ExpertKey(0, 0)
+"""The key of an expert whose place does not matter."""
+
+
+def _own_bound(bound: ErrorBound, epsilon: float | None) -> ErrorBound:
+    """A bound that is relative to the whole expert, in weight units; here only a part of the expert
+    may be given. Of weights that are all 0 it stays what it is: an exact copy."""
+    return ErrorBound(epsilon) if bound.scope == "expert" and epsilon else bound
+
+
+def arrays_of(
+    weights: Mapping[Role, torch.Tensor], dtype: DType | None = None
+) -> dict[Role, Array]:
+    """The weights as they would stand in their checkpoint. dtype: of it; found out if None."""
+    stored = TORCH_DTYPES[dtype or stored_dtype(weights)]
+    return {role: to_numpy(matrix.to(stored)) for role, matrix in weights.items()}
 
 
 _SIMULATED: dict[str, ErrorSource] = {
@@ -251,10 +261,10 @@ _SIMULATED: dict[str, ErrorSource] = {
 
 
 def parse_source(text: str | ErrorSource) -> ErrorSource:
-    """The source of an id: one of `source_ids()`, or `codec:` and a codec with its options.
+    """The source of an id: one of `source_ids()`, with the options of its codec or method.
 
-    Raises MoeboundError with the ids there are, CodecError for an unknown codec or option,
-    BackendUnavailable if the codec's library is not installed.
+    Raises MoeboundError with the ids there are, CodecError or MethodError for an unknown option,
+    BackendUnavailable if the library behind it is not installed.
     """
     if isinstance(text, ErrorSource):
         return text
@@ -263,19 +273,18 @@ def parse_source(text: str | ErrorSource) -> ErrorSource:
     if text.startswith(CODEC_PREFIX):
         name = text.removeprefix(CODEC_PREFIX)
         get_codec(name)
-        return CodecSource(name)
-    from moebound.methods.quantizers import parse_quantizer  # which are sources themselves
-
-    if (quantizer := parse_quantizer(text)) is not None:
-        return quantizer
+        return MethodSource(f"{BOUNDED}:{name}")
+    if text.partition(":")[0] in method_ids():
+        return MethodSource(get_method(text).setting)
     raise MoeboundError(
         f"error source {text!r}: unknown. There are {', '.join(source_ids())}; "
-        "a codec takes options, as in codec:sz3:interp; and quantizers, as in rtn:int4:g64"
+        "a codec takes options, as in codec:sz3:interp; and methods, as in rtn:int4:g64"
     )
 
 
 def source_ids() -> list[str]:
-    """Every source that can be asked for here: the simulated ones, then the codecs."""
+    """Every source that can be asked for here: the simulated ones, then the codecs. Methods that
+    take options (`rtn:int4:g64`) are sources, too."""
     return [*_SIMULATED, *(CODEC_PREFIX + name for name in codec_ids())]
 
 

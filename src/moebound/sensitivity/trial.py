@@ -25,7 +25,7 @@ from moebound.evaluate.text import solved_rows
 from moebound.model.live import LiveExperts, live_experts
 from moebound.offload.budget import available_memory
 from moebound.plan import Document, Measured, Plan
-from moebound.sensitivity.bounded import bounded
+from moebound.sensitivity.planned import planned
 from moebound.tasks import get_task
 from moebound.tasks.base import Problem, Task
 
@@ -56,9 +56,8 @@ class Trial:
         """What a plan loses on them. Raises MoeboundError if it is not for this model, and
         UnsupportedArchitectureError where experts cannot be changed in place: quantized weights,
         and weights that are not in memory."""
-        bounds = {expert.key: expert.bounds for expert in plan.experts}
-        planned = bounded(self.experts, bounds, codec=plan.codec)
-        return Measured(score(planned, self.original).score, self.task)
+        found = score(planned(self.experts, plan), self.original)
+        return Measured(found.score, self.task)
 
 
 def unread(sensitivity: Document, n_problems: int) -> tuple[Task, list[Problem]]:

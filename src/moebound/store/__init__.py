@@ -25,6 +25,7 @@ from moebound.store.sizes import measure_sizes
 from moebound.store.summary import (
     CompressSummary,
     DecompressSummary,
+    ExpertTotals,
     Problem,
     Progress,
     VerifyReport,
@@ -37,6 +38,7 @@ __all__ = [
     "DecompressSummary",
     "EncodedExpert",
     "ExpertRecord",
+    "ExpertTotals",
     "MatrixRecord",
     "Measurement",
     "Problem",

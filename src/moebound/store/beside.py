@@ -19,7 +19,6 @@ from moebound.store.format import (
     CONFIG_FILE,
     ORIGINAL_CARD_FILE,
     PLAN_FILE,
-    ExpertRecord,
     FileRecord,
     Record,
     Settings,
@@ -67,10 +66,8 @@ def write_rest(
         write_synced(
             folder / CERTIFICATES_FILE, certificates_bytes(chain(records, map(to_line, kept)))
         )
-        experts = [
-            r for r in read_certificates(folder / CERTIFICATES_FILE) if isinstance(r, ExpertRecord)
-        ]
-        card = model_card(settings, ExpertTotals.of(experts), plan)
+        totals = ExpertTotals.of(read_certificates(folder / CERTIFICATES_FILE))
+        card = model_card(settings, totals, plan)
         write_synced(folder / CARD_FILE, card.encode())
         write_synced(folder / CONFIG_FILE, config_bytes)
 

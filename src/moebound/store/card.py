@@ -23,12 +23,12 @@ from moebound.store.format import (
     CARD_FILE,
     CERTIFICATES_FILE,
     ORIGINAL_CARD_FILE,
-    ExpertRecord,
     Settings,
 )
 from moebound.store.planned import plan_of
 from moebound.store.reader import open_store
 from moebound.store.summary import ExpertTotals
+from moebound.types import Guarantee
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MOST_ROWS = 40
@@ -45,12 +45,7 @@ class Measurement:
 def write_card(store_path: Path | str, measured: Sequence[Measurement] = ()) -> Path:
     """Write a store's README.md anew, and return its path. Raises as `open_store`."""
     store = open_store(store_path)
-    totals = ExpertTotals.of(
-        [
-            ExpertRecord(e.key, e.exact, tuple(matrix.record for matrix in e.matrices))
-            for e in store.experts()
-        ]
-    )
+    totals = ExpertTotals.of(store.records())
     card = model_card(store.settings, totals, plan_of(store), measured)
     path = store.path / CARD_FILE
     with disk_errors(path):
@@ -69,9 +64,7 @@ def model_card(
     parts = [
         _front_matter(source),
         f"# {source}, experts compressed by moebound",
-        "The weights of the experts are compressed under a guaranteed bound on the error of every "
-        "single weight, measured on the weights that the model uses. All other tensors are as they "
-        "were.",
+        _GUARANTEED[totals.guarantee] + " All other tensors are as they were.",
         _table("", _promised(settings, totals, plan)),
     ]
     if plan is not None:
@@ -83,6 +76,16 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+_MEASURED = "Errors are measured on the weights that the model uses."
+_GUARANTEED: dict[Guarantee, str] = {
+    "max_abs": "The weights of the experts are compressed under a guaranteed bound on the error of "
+    "every single weight, measured on the weights that the model uses.",
+    "lossless": "The weights of the experts are compressed without loss: each has the bits it had.",
+    "rmse": "The weights of the experts are compressed under a bound on their root mean square "
+    f"error. Single weights may be off by more. {_MEASURED}",
+    "none": "The weights of the experts are compressed without a guarantee: how far they are off "
+    f"was measured, and not promised. {_MEASURED}",
+}
 _USE = f"""\
 ```python
 import moebound  # teaches transformers to read this folder
@@ -108,9 +111,11 @@ def _promised(
     settings: Settings, totals: ExpertTotals, plan: Plan | None
 ) -> Iterable[tuple[str, str]]:
     yield "base model", _text(settings.source or "-")
+    yield "guarantee", totals.guarantee
     if plan is None:
-        yield "bound", str(settings.bound)
-    else:
+        if settings.bound is not None:
+            yield "bound", str(settings.bound)
+    elif settings.bound is not None:
         values = sorted(bound.value for bound in plan.bounds)
         yield (
             "bounds",
@@ -119,9 +124,12 @@ def _promised(
                 f"{values[0]:.3g} to {values[-1]:.3g}, median {values[len(values) // 2]:.3g}"
             ),
         )
-    # Rounded down: a promise that was just kept must not look broken.
-    yield "largest error over bound", f"{math.floor(totals.worst * 1e4) / 1e4:.4f}"
-    yield "codec", settings.codec
+    if totals.worst is not None:
+        # Rounded down: a promise that was just kept must not look broken.
+        yield "largest error over bound", f"{math.floor(totals.worst * 1e4) / 1e4:.4f}"
+    yield "largest error, in weight units", f"{totals.max_abs_error:.3g}"
+    yield "root mean square error, in weight units", f"{totals.rmse:.3g}"
+    yield "method", settings.method
     yield "experts", str(totals.n_experts)
     bits = 8 * totals.bytes_after / totals.n_weights if totals.n_weights else 0.0
     yield "bits per weight, experts only", f"{bits:.3f}"

@@ -72,6 +72,7 @@ def decompress(
     jobs = thread_count() if jobs is None else jobs
     check_apart(out, store.path)
     _check_free(out, overwrite)
+    _check_plain(store)
     shards = _plan(store)
     tensors = [tensor for shard in shards.values() for tensor in shard]
     meter = Meter(
@@ -118,6 +119,18 @@ def _check_free(out: Path, overwrite: bool) -> None:
     weights = (out / SINGLE_FILE).is_file() or (out / INDEX_FILE).is_file()
     if not weights or not (out / CONFIG_FILE).is_file():
         raise StoreError(f"{out}: only a checkpoint is overwritten, and this folder is none")
+
+
+def _check_plain(store: Store) -> None:
+    """Raises StoreError for routing that an ordinary checkpoint cannot have. An alias it can: both
+    experts have the same weights."""
+    for layer, edit in store.router_edits().items():
+        if edit.keep is not None or edit.constants:
+            raise StoreError(
+                f"{store.path}: layer {layer}: its router is edited (experts that are never "
+                "chosen, or put out a constant), which no ordinary checkpoint can say; load the "
+                "store itself"
+            )
 
 
 def _plan(store: Store) -> dict[str, list[_Tensor]]:

@@ -25,9 +25,11 @@ from moebound.checkpoint import Role
 from moebound.checkpoint.shards import is_file_name
 from moebound.codec import Certificate
 from moebound.errors import CorruptionError, FormatError, StoreError
+from moebound.methods import BOUNDED
 from moebound.types import ErrorBound, ExpertKey
 
-VERSION = 1
+VERSION = 2
+"""1 knew bounds only: no methods, shared parts, router edits. It is read for ever."""
 QUANT_METHOD = "moebound"
 CONFIG_FILE = "config.json"
 CERTIFICATES_FILE = "moebound.certificates.jsonl"
@@ -37,7 +39,11 @@ ORIGINAL_CARD_FILE = "README.original.md"
 RECORDS_FORMAT = "moebound.certificates"
 
 SHARD_MARK = "moebound.store"
-"""Key in a shard's `__metadata__`: every U8 tensor in this shard is an envelope (or empty)."""
+"""Key in a shard's `__metadata__`: every U8 tensor in this shard is an envelope, a method's blob,
+or empty. Its value is the version that the shard needs: "1" where all are envelopes."""
+
+OWN_PREFIX = "moebound."
+"""Tensors named so belong to the store: `moebound.shared.12.0`, `moebound.router.12`."""
 
 SLICE_MARK = ".moebound."
 """Slice 3 of the 3-D tensor `w` is stored as `w.moebound.3`, and `w` as an empty uint8 tensor.
@@ -57,27 +63,35 @@ def stored_name(name: str, index: int | None) -> str:
 class Settings:
     """The `quantization_config` of config.json.
 
-    run: hash of everything that decides the bytes (source, bound, codec, selection), so that a
-    rerun can tell its own store from another. plan: SHA-256 of the plan's bounds, None without one;
-    `bound` is then the widest of them, which all weights keep. source: what the user called the
-    source. Unknown further fields are ignored.
+    method: a setting, as `get_method` takes it; of a plan, what experts get of which it says
+    nothing else. bound: of every weight, None where none was asked for. run: hash of everything
+    that decides the bytes (source, method, bound, selection), so that a rerun can tell its own
+    store from another. plan: SHA-256 of what the plan decides, None without one; `bound` is
+    then the widest of its bounds. source: what the user called the source. Unknown further fields
+    are ignored.
     """
 
-    codec: str
-    bound: ErrorBound
+    method: str
+    bound: ErrorBound | None
     shared_experts: bool
     run: str
     version: int = VERSION
     plan: str | None = None
     source: str | None = field(default=None, compare=False)
 
+    @property
+    def codec(self) -> str | None:
+        """Of the method that keeps bounds; None of others."""
+        name, _, codec = self.method.partition(":")
+        return codec if name == BOUNDED else None
+
     def to_json(self) -> dict[str, Any]:
-        optional = {"plan": self.plan, "source": self.source}
+        bound = None if self.bound is None else self.bound.to_json()
+        optional = {"bound": bound, "plan": self.plan, "source": self.source}
         return {
             "quant_method": QUANT_METHOD,
             "version": self.version,
-            "codec": self.codec,
-            "bound": self.bound.to_json(),
+            "method": self.method,
             "shared_experts": self.shared_experts,
             "run": self.run,
             **{name: value for name, value in optional.items() if value is not None},
@@ -95,10 +109,11 @@ class Settings:
                 "install a newer one"
             )
         try:
-            bound = ErrorBound.from_json(data["bound"])
+            bound = None if data.get("bound") is None else ErrorBound.from_json(data["bound"])
+            method = f"bounded:{data['codec']}" if version == 1 else str(data["method"])
             plan, source = (None if data.get(n) is None else str(data[n]) for n in _OPTIONAL)
             return cls(
-                str(data["codec"]), bound, bool(data["shared_experts"]), str(data["run"]), version,
+                method, bound, bool(data["shared_experts"]), str(data["run"]), version,
                 plan, source,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -122,15 +137,18 @@ class MatrixRecord:
     """One compressed matrix.
 
     name, index: in the source checkpoint, as in `ExpertMatrix`. home: the source's shard file.
-    ratio: measured error over promised error, at most 1 (for an rmse bound, of RMSEs).
+    ratio: measured error over promised error, at most 1 (for an rmse bound, of RMSEs); None where
+    nothing is promised. uses: numbers of the shared parts, of its expert's group, that decoding
+    takes.
     """
 
     name: str
     index: int | None
     role: Role
     home: str
-    ratio: float
+    ratio: float | None
     certificate: Certificate
+    uses: tuple[int, ...] = ()
 
     @property
     def stored_name(self) -> str:
@@ -142,12 +160,43 @@ class ExpertRecord:
     """One expert: its matrices in the order of their bytes.
 
     exact: not selected for compression; kept bit for bit as `raw` envelopes, because it shares a
-    3-D tensor with experts that were.
+    3-D tensor with experts that were. method: its setting. group: whose shared parts it uses.
     """
 
     key: ExpertKey
     exact: bool
     matrices: tuple[MatrixRecord, ...]
+    method: str
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """A shared part: number `number` of a group. held_bytes: memory that it takes while it is open.
+    checksum: what its last four bytes say."""
+
+    name: str
+    group: int
+    number: int
+    method: str
+    n_bytes: int
+    held_bytes: int
+    checksum: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class RouterRecord:
+    """A group's router edit. The tensor has it whole; keep, alias and constants are for people."""
+
+    name: str
+    group: int
+    layer: int
+    keep: list[int] | None
+    alias: dict[str, int]
+    constants: list[int]
+    n_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -176,7 +225,14 @@ class FileRecord:
     sha256: str
 
 
-Record = ExpertRecord | TensorRecord | ShardRecord | FileRecord
+Record = ExpertRecord | PartRecord | RouterRecord | TensorRecord | ShardRecord | FileRecord
+_KINDS: dict[str, type[PartRecord | RouterRecord | TensorRecord | ShardRecord | FileRecord]] = {
+    "part": PartRecord,
+    "router": RouterRecord,
+    "tensor": TensorRecord,
+    "shard": ShardRecord,
+    "file": FileRecord,
+}
 
 
 def to_line(record: Record) -> bytes:
@@ -188,16 +244,18 @@ def to_line(record: Record) -> bytes:
             "expert": record.key.expert,
             "shared": record.key.shared,
             "exact": record.exact,
+            "method": record.method,
+            "group": record.group,
             "matrices": [
                 {
                     "name": m.name, "index": m.index, "role": m.role, "home": m.home,
-                    "ratio": m.ratio, "certificate": m.certificate.to_json(),
+                    "ratio": m.ratio, "uses": m.uses, "certificate": m.certificate.to_json(),
                 }
                 for m in record.matrices
             ],
         }  # fmt: skip
     else:
-        kind = {TensorRecord: "tensor", ShardRecord: "shard", FileRecord: "file"}[type(record)]
+        kind = next(name for name, cls in _KINDS.items() if cls is type(record))
         content = {"kind": kind, **asdict(record)}
     return _json_line(content)
 
@@ -209,13 +267,17 @@ def from_line(line: bytes, where: str) -> Record:
         kind = content.pop("kind")
         if kind == "expert":
             return _expert_record(content)
-        cls: type[TensorRecord | ShardRecord | FileRecord] = {
-            "tensor": TensorRecord, "shard": ShardRecord, "file": FileRecord,
-        }[kind]  # fmt: skip
-        record = cls(**content)
+        record = _KINDS[kind](**content)
         _check_texts(content, "name", "sha256", *(["home"] if kind == "tensor" else []))
         named_files = content["home"] if kind == "tensor" else content["name"]
-        if not is_file_name(named_files):
+        if kind in ("part", "router"):
+            for name in (
+                "group",
+                "n_bytes",
+                *(("number", "held_bytes", "checksum") if kind == "part" else ()),
+            ):
+                _natural(content[name])
+        elif not is_file_name(named_files):
             raise ValueError(f"{named_files!r} is not a plain file name")
         return record
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -232,16 +294,20 @@ def _expert_record(content: dict[str, Any]) -> ExpertRecord:
             raise ValueError(f"{item['home']!r} is not a plain file name")
         index = item["index"]
         certificate = Certificate.from_json(item["certificate"])
+        ratio = item["ratio"]
         matrices.append(
             MatrixRecord(
                 item["name"], None if index is None else _natural(index), cast(Role, item["role"]),
-                item["home"], float(item["ratio"]), certificate,
+                item["home"], None if ratio is None else float(ratio), certificate,
+                tuple(_natural(use) for use in item.get("uses", ())),
             )
         )  # fmt: skip
     key = ExpertKey(_natural(content["layer"]), _natural(content["expert"]), content["shared"])
     if not matrices or not isinstance(key.shared, bool):
         raise ValueError("an expert without matrices")
-    return ExpertRecord(key, bool(content["exact"]), tuple(matrices))
+    method = str(content.get("method", matrices[0].certificate.method))
+    group = _natural(content.get("group", 0))
+    return ExpertRecord(key, bool(content["exact"]), tuple(matrices), method, group)
 
 
 def _check_texts(content: Mapping[str, Any], *names: str) -> None:

@@ -1,4 +1,5 @@
-"""Decide before the first byte: which experts are compressed, and which shard holds what.
+"""Decide before the first byte: which experts are compressed, which of them a method sees together,
+and which shard holds what.
 
 Shards are cut by the size of the *source*, since compressed sizes are not known yet. So their
 number and contents are the same for every codec, thread count and interruption.
@@ -13,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from moebound.checkpoint import Checkpoint, Expert, TensorInfo, read_into
-from moebound.codec import get_codec
 from moebound.errors import StoreError
-from moebound.store.format import SLICE_MARK, VERSION
-from moebound.store.promise import Promise
+from moebound.methods import BOUNDED, Method, get_method, router_name, shared_name
+from moebound.store.format import OWN_PREFIX, SLICE_MARK, VERSION
+from moebound.store.recipe import Recipe
 from moebound.types import ExpertKey
 
 SHARD_BYTES = 2_000_000_000
+EXACT = "bounded:raw"
+"""What experts get that were not chosen."""
 _SAMPLE_BYTES = 64
 
 Part = TypeVar("Part")
@@ -33,6 +36,27 @@ class ExpertTask:
     exact: bool
 
 
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Experts that one method sees together. number: among all groups; it names shared parts."""
+
+    number: int
+    method: Method
+    tasks: tuple[ExpertTask, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the source."""
+        return sum(task.expert.n_bytes for task in self.tasks)
+
+    @property
+    def own_names(self) -> list[str]:
+        """Tensors of the store that belong to no single expert: shared parts, a router edit."""
+        roles = tuple(matrix.role for matrix in self.tasks[0].expert.matrices)
+        names = [shared_name(self.number, i) for i in range(self.method.n_shared(roles))]
+        return names + ([router_name(self.number)] if self.method.edits_router else [])
+
+
 @dataclass(frozen=True)
 class TensorShard:
     """A shard of tensors that are kept as they are."""
@@ -43,14 +67,23 @@ class TensorShard:
 
 @dataclass(frozen=True)
 class ExpertShard:
-    """A shard of experts, compressed or exact."""
+    """A shard of groups of experts, compressed or exact."""
 
     name: str
-    tasks: tuple[ExpertTask, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def n_experts(self) -> int:
+        return sum(len(group.tasks) for group in self.groups)
+
+    @property
+    def version(self) -> int:
+        """The version that reading it takes: 1 where all is envelopes."""
+        return 1 if all(g.method.id == BOUNDED and not g.own_names for g in self.groups) else 2
 
 
 @dataclass(frozen=True)
-class Layout:
+class StoreLayout:
     """All shards of a store, in order; names are final."""
 
     tensor_shards: tuple[TensorShard, ...]
@@ -111,19 +144,38 @@ def _check_numbers(option: str, asked: set[int] | None, present: set[int]) -> No
         )
 
 
-def plan_layout(checkpoint: Checkpoint, tasks: list[ExpertTask], *, shard_bytes: int) -> Layout:
-    """Cut everything into shards of at most shard_bytes of source (or one item each)."""
-    taken = {matrix.name for task in tasks for matrix in task.expert.matrices}
+def group(tasks: list[ExpertTask], recipe: Recipe) -> list[Group]:
+    """Which experts are seen together. Groups stand in the order of their first experts."""
+    exact = get_method(EXACT)
+    found: dict[tuple[object, ...], tuple[Method, list[ExpertTask]]] = {}
+    for task in tasks:
+        key = task.expert.key
+        if task.exact:
+            found["exact", *key] = (exact, [task])
+        else:
+            _, members = found.setdefault(recipe.group_of(key), (recipe.method_of(key), []))
+            members.append(task)
+    return [
+        Group(number, method, tuple(members))
+        for number, (method, members) in enumerate(found.values())
+    ]
+
+
+def lay_out(checkpoint: Checkpoint, groups: list[Group], *, shard_bytes: int) -> StoreLayout:
+    """Cut everything into shards of at most shard_bytes of source (or one tensor or group each)."""
+    taken = {m.name for group in groups for task in group.tasks for m in task.expert.matrices}
     for name in checkpoint.tensors:
-        if SLICE_MARK in name:
-            raise StoreError(f"{checkpoint.path}: tensor {name!r}: {SLICE_MARK!r} is a taken name")
+        if SLICE_MARK in name or name.startswith(OWN_PREFIX):
+            raise StoreError(
+                f"{checkpoint.path}: tensor {name!r}: names with {SLICE_MARK!r} are taken"
+            )
     kept = [tensor for name, tensor in checkpoint.tensors.items() if name not in taken]
     tensor_parts = list(_cut(kept, lambda tensor: tensor.n_bytes, shard_bytes))
-    expert_parts = list(_cut(tasks, lambda task: task.expert.n_bytes, shard_bytes))
+    expert_parts = list(_cut(groups, lambda group: group.n_bytes, shard_bytes))
     count = len(tensor_parts) + len(expert_parts)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     split = len(tensor_parts)
-    return Layout(
+    return StoreLayout(
         tuple(TensorShard(n, part) for n, part in zip(names[:split], tensor_parts, strict=True)),
         tuple(ExpertShard(n, part) for n, part in zip(names[split:], expert_parts, strict=True)),
     )
@@ -144,7 +196,7 @@ def _cut(
 
 
 def describe_run(
-    checkpoint: Checkpoint, tasks: list[ExpertTask], *, promise: Promise, shard_bytes: int
+    checkpoint: Checkpoint, tasks: list[ExpertTask], *, recipe: Recipe, shard_bytes: int
 ) -> dict[str, Any]:
     """Everything that decides the bytes of a store, as JSON; equal runs write equal stores.
 
@@ -156,10 +208,7 @@ def describe_run(
     return {
         "version": VERSION,
         "source": _fingerprint(checkpoint),
-        "bound": promise.bound.to_json(),
-        "codec": promise.codec,
-        "codec_version": get_codec(promise.codec).version,
-        **({} if promise.plan is None else {"plan": promise.plan.sha256}),
+        **recipe.describe(),
         "experts": hashlib.sha256(json.dumps(selection).encode()).hexdigest(),
         "shard_bytes": shard_bytes,
     }

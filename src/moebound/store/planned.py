@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moebound.errors import PlanError, StoreError
+from moebound.errors import MoeboundError, PlanError, StoreError
+from moebound.methods import get_method
 from moebound.plan import Plan
 from moebound.store.format import PLAN_FILE
 from moebound.store.reader import Store, StoredExpert
@@ -46,10 +47,13 @@ def broken_plan(store: Store) -> Iterator[Problem]:
 
 def _broken(expert: StoredExpert, plan: Plan) -> Iterator[Problem]:
     try:
-        planned = plan[expert.key].bounds
-    except PlanError as error:
+        planned, method = plan[expert.key].bounds, get_method(plan.method_of(expert.key)).setting
+    except MoeboundError as error:
         yield Problem("certificate", expert.matrices[0].tensor.name, str(error))
         return
+    if expert.method != method and not expert.exact:
+        message = f"planned {method}, certified {expert.method}"
+        yield Problem("certificate", expert.matrices[0].tensor.name, message)
     for matrix in expert.matrices:
         asked, found = planned.get(matrix.record.role), matrix.record.certificate.bound
         if asked != found:

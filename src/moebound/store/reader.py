@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,59 +16,93 @@ from typing import Any
 
 from moebound.checkpoint import Role, TensorInfo, read_header, read_into, read_tensors
 from moebound.checkpoint.shards import read_json
-from moebound.codec import Envelope, decode_array, decode_into, parse
-from moebound.codec.arrays import ArrayLike, writable_view
+from moebound.codec.arrays import ArrayLike
 from moebound.errors import CorruptionError, FormatError, StoreError
+from moebound.methods import FindPart, RouterEdit, Stored, router_name, shared_name
+from moebound.methods.blob import PEEK_BYTES, blob_checksum, parse_router, peek_shared
+from moebound.methods.reading import PartsFrom, no_parts
 from moebound.store.folder import JOURNAL_FILE
 from moebound.store.format import (
     CERTIFICATES_FILE,
     CONFIG_FILE,
     SHARD_MARK,
+    VERSION,
     ExpertRecord,
     FileRecord,
     MatrixRecord,
+    PartRecord,
+    Record,
+    RouterRecord,
     Settings,
     ShardRecord,
     TensorRecord,
     read_certificates,
     read_settings,
 )
-from moebound.types import Array, ExpertKey
+from moebound.types import NUMPY_DTYPES, Array, ExpertKey
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A shared part: where its blob is, and its record."""
+
+    tensor: TensorInfo
+    record: PartRecord
+
+    def read(self) -> memoryview:
+        """Its bytes, by one positional read."""
+        return read_tensor_bytes(self.tensor)
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """One compressed matrix: where its envelope is, and its record with the certificate."""
+    """One compressed matrix: where its bytes are, and its record with the certificate.
+
+    needs: the shared parts that decoding takes, by group and number. find: gives them, open; it
+    reads them from the store, and keeps the last ones.
+    """
 
     tensor: TensorInfo
     record: MatrixRecord
+    needs: tuple[tuple[int, int], ...] = ()
+    find: FindPart = no_parts
 
-    def decode(self, data: memoryview, *, threads: int | None = None) -> Array:
+    def decode(
+        self, data: memoryview, *, parts: FindPart | None = None, threads: int | None = None
+    ) -> Array:
         """The weights, [rows, cols], from this matrix's bytes.
 
-        Raises FormatError or CorruptionError, naming file and tensor, for bytes that are damaged
-        or hold another shape or dtype than certified.
+        parts: where shared parts come from; None for the store itself. Raises FormatError or
+        CorruptionError, naming file and tensor, for bytes that are damaged or hold another shape or
+        dtype than certified, and for a shared part that is missing or another.
         """
         with self._named():
-            return decode_array(self._parse(data), threads=threads)
+            return self.parse(data).decode(parts or self.find, threads=threads)
 
-    def decode_into(self, data: memoryview, out: ArrayLike, *, threads: int | None = None) -> None:
+    def decode_into(
+        self,
+        data: memoryview,
+        out: ArrayLike,
+        *,
+        parts: FindPart | None = None,
+        threads: int | None = None,
+    ) -> None:
         """As `decode`, into a contiguous array or tensor of that shape and dtype."""
         with self._named():
-            envelope = self._parse(data)
-            view = writable_view(out, envelope.spec.shape, envelope.spec.dtype)
-            decode_into(envelope, view, threads=threads)
+            self.parse(data).decode_into(out, parts or self.find, threads=threads)
 
-    def _parse(self, data: memoryview) -> Envelope:
-        certificate = self.record.certificate
-        envelope = parse(data)
-        found = envelope.spec.shape, envelope.spec.dtype
+    def parse(self, data: memoryview) -> Stored:
+        """Taken apart and checked against the certificate, not decoded."""
+        certificate, stored = self.record.certificate, Stored.of(data)
+        found = stored.spec.shape, stored.spec.dtype
         if found != (certificate.shape, certificate.dtype):
             raise CorruptionError(
                 f"expected shape {certificate.shape} of {certificate.dtype}, found {found[0]} "
                 f"of {found[1]}"
             )
-        return envelope
+        if stored.needs != self.needs:
+            raise CorruptionError(f"expected shared parts {self.needs}, found {stored.needs}")
+        return stored
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -81,9 +115,9 @@ class StoredMatrix:
 
 @dataclass(frozen=True)
 class StoredExpert:
-    """One expert: n_bytes from `offset` of one file are all its envelopes, in matrix order.
+    """One expert: n_bytes from `offset` of one file are all its own bytes, in matrix order.
 
-    exact: kept bit for bit instead of under the store's bound.
+    exact: kept bit for bit instead of by the store's method. method: its setting.
     """
 
     key: ExpertKey
@@ -92,11 +126,22 @@ class StoredExpert:
     offset: int
     n_bytes: int
     matrices: tuple[StoredMatrix, ...]
+    method: str
 
     @property
     def n_weights(self) -> int:
-        return sum(m.record.certificate.shape[0] * m.record.certificate.shape[1]
-                   for m in self.matrices)  # fmt: skip
+        return sum(matrix.record.certificate.n_weights for matrix in self.matrices)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Of the weights, in the dtype they are decoded to."""
+        found = [matrix.record.certificate for matrix in self.matrices]
+        return sum(c.n_weights * NUMPY_DTYPES[c.dtype].itemsize for c in found)
+
+    @property
+    def needs(self) -> tuple[tuple[int, int], ...]:
+        """The shared parts that decoding it takes, by group and number, each once."""
+        return tuple(dict.fromkeys(need for matrix in self.matrices for need in matrix.needs))
 
 
 @dataclass(frozen=True)
@@ -125,6 +170,7 @@ class Store:
     """A store's contents, by name; no weights are in memory.
 
     tensors: every tensor of the shards. kept: those that are as they were, with their hashes.
+    parts: shared parts, by group and number. routers: router edits' tensors and records.
     """
 
     path: Path
@@ -134,6 +180,8 @@ class Store:
     kept: Mapping[str, TensorRecord]
     shards: tuple[ShardRecord, ...]
     files: tuple[FileRecord, ...]
+    parts: Mapping[tuple[int, int], StoredPart]
+    routers: tuple[tuple[TensorInfo, RouterRecord], ...]
     _experts: Mapping[ExpertKey, StoredExpert]
 
     def experts(self) -> list[StoredExpert]:
@@ -152,6 +200,19 @@ class Store:
         """
         return read_stored(self._experts[key])
 
+    def router_edits(self) -> dict[int, RouterEdit]:
+        """What becomes of the routing, by layer. Raises CorruptionError, naming the tensor, for an
+        edit that is damaged or another's."""
+        return read_router_edits([tensor for tensor, _ in self.routers])
+
+    def records(self) -> Iterator[Record]:
+        """Of its experts, shared parts and router edits."""
+        for expert in self.experts():
+            matrices = tuple(matrix.record for matrix in expert.matrices)
+            yield ExpertRecord(expert.key, expert.exact, matrices, expert.method)
+        yield from (part.record for part in self.parts.values())
+        yield from (record for _, record in self.routers)
+
     def decode_expert(self, key: ExpertKey, *, threads: int | None = None) -> dict[Role, Array]:
         """Read and decode one expert: role -> [rows, cols]. Raises as read_expert and decode."""
         return self.read_expert(key).decode(threads=threads)
@@ -159,12 +220,38 @@ class Store:
 
 def read_stored(stored: StoredExpert) -> EncodedExpert:
     """As `Store.read_expert`."""
-    buffer = memoryview(bytearray(stored.n_bytes))
     span = TensorInfo(
         str(stored.key), "U8", (stored.n_bytes,), stored.file, stored.offset, stored.n_bytes
     )
-    read_into(span, buffer)
-    return EncodedExpert(stored, buffer)
+    return EncodedExpert(stored, read_tensor_bytes(span))
+
+
+def read_tensor_bytes(tensor: TensorInfo) -> memoryview:
+    """All bytes of a tensor, by one positional read. Raises CheckpointError or CorruptionError if
+    the file is gone or has become shorter."""
+    buffer = memoryview(bytearray(tensor.n_bytes))
+    read_into(tensor, buffer)
+    return buffer
+
+
+def read_router_edits(tensors: Iterable[TensorInfo]) -> dict[int, RouterEdit]:
+    """By layer. Raises CorruptionError, naming file and tensor, for one that is damaged, another's,
+    or the second of its layer."""
+    found: dict[int, RouterEdit] = {}
+    for tensor in tensors:
+        try:
+            blob = parse_router(read_tensor_bytes(tensor))
+            if router_name(blob.group) != tensor.name:
+                raise CorruptionError(f"is that of group {blob.group}")
+            edit = RouterEdit.from_bytes(blob.payload)
+            if edit.is_empty:
+                continue
+            if edit.layer in found:
+                raise CorruptionError(f"layer {edit.layer} has two router edits")
+        except FormatError as error:
+            raise type(error)(f"{tensor.file}: tensor {tensor.name!r}: {error}") from error
+        found[edit.layer] = edit
+    return found
 
 
 def open_store(path: Path | str) -> Store:
@@ -190,8 +277,18 @@ def open_store(path: Path | str) -> Store:
     tensors = read_tensors(path)
     records = read_certificates(path / CERTIFICATES_FILE)
     kept = {r.name: r for r in records if isinstance(r, TensorRecord)}
-    experts = _place(path, tensors, [r for r in records if isinstance(r, ExpertRecord)])
-    _check_complete(path, tensors, kept, experts)
+    parts = _place_parts(path, tensors, [r for r in records if isinstance(r, PartRecord)])
+    routers = tuple(
+        (_own_tensor(path, tensors, r.name, r.n_bytes), r)
+        for r in records
+        if isinstance(r, RouterRecord)
+    )
+    find = PartsFrom(lambda group, number: parts[group, number].read())
+    experts = _place(
+        path, tensors, [r for r in records if isinstance(r, ExpertRecord)], parts, find
+    )
+    own = {part.tensor.name for part in parts.values()} | {tensor.name for tensor, _ in routers}
+    _check_complete(path, tensors, set(kept) | own, experts)
     return Store(
         path,
         MappingProxyType(config),
@@ -200,12 +297,58 @@ def open_store(path: Path | str) -> Store:
         MappingProxyType(kept),
         tuple(r for r in records if isinstance(r, ShardRecord)),
         tuple(r for r in records if isinstance(r, FileRecord)),
+        MappingProxyType(parts),
+        routers,
         MappingProxyType(experts),
     )
 
 
+def _own_tensor(
+    path: Path, tensors: Mapping[str, TensorInfo], name: str, n_bytes: int
+) -> TensorInfo:
+    """The tensor with bytes of ours that a record certifies."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise CorruptionError(f"{path}: tensor {name!r} is in no shard")
+    if tensor.dtype != "U8" or tensor.shape != (n_bytes,):
+        raise CorruptionError(
+            f"{tensor.file}: tensor {name!r}: expected {n_bytes} bytes of U8, found "
+            f"{tensor.dtype} {list(tensor.shape)}"
+        )
+    return tensor
+
+
+def _place_parts(
+    path: Path, tensors: Mapping[str, TensorInfo], records: list[PartRecord]
+) -> dict[tuple[int, int], StoredPart]:
+    """Shared parts. Of each, first and last bytes are read: they say which part it is."""
+    parts = dict[tuple[int, int], StoredPart]()
+    for record in records:
+        tensor = _own_tensor(path, tensors, record.name, record.n_bytes)
+        where = f"{tensor.file}: tensor {tensor.name!r}"
+        if record.name != shared_name(record.group, record.number):
+            raise CorruptionError(f"{where}: certified as part {record.number} of {record.group}")
+        head, tail = (memoryview(bytearray(min(n, tensor.n_bytes))) for n in (PEEK_BYTES, 4))
+        read_into(tensor, head)
+        read_into(tensor, tail, start=tensor.n_bytes - len(tail))
+        try:
+            group, number = peek_shared(head)
+        except FormatError as error:
+            raise type(error)(f"{where}: {error}") from error
+        if (group, number) != (record.group, record.number):
+            raise CorruptionError(f"{where}: holds part {number} of group {group}")
+        if blob_checksum(tail) != record.checksum:
+            raise CorruptionError(f"{where}: is not the part that was written (checksums differ)")
+        parts[record.group, record.number] = StoredPart(tensor, record)
+    return parts
+
+
 def _place(
-    path: Path, tensors: Mapping[str, TensorInfo], records: list[ExpertRecord]
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    records: list[ExpertRecord],
+    parts: Mapping[tuple[int, int], StoredPart],
+    find: FindPart,
 ) -> dict[ExpertKey, StoredExpert]:
     experts = dict[ExpertKey, StoredExpert]()
     for record in sorted(records, key=lambda record: record.key):
@@ -214,18 +357,17 @@ def _place(
             raise CorruptionError(f"{where}: certified twice")
         matrices = []
         for matrix in record.matrices:
-            tensor = tensors.get(matrix.stored_name)
-            if tensor is None:
-                raise CorruptionError(f"{where}: tensor {matrix.stored_name!r} is in no shard")
-            certified = matrix.certificate.n_bytes
-            if tensor.dtype != "U8" or tensor.shape != (certified,):
-                raise CorruptionError(
-                    f"{tensor.file}: tensor {tensor.name!r}: expected {certified} bytes of U8, "
-                    f"found {tensor.dtype} {list(tensor.shape)}"
-                )
+            tensor = _own_tensor(path, tensors, matrix.stored_name, matrix.certificate.n_bytes)
             if len(matrix.certificate.shape) != 2:
                 raise CorruptionError(f"{where}: {matrix.stored_name!r} is no matrix")
-            matrices.append(StoredMatrix(tensor, matrix))
+            needs = tuple((record.group, number) for number in matrix.uses)
+            for group, number in needs:
+                if (group, number) not in parts:
+                    raise CorruptionError(
+                        f"{where}: {matrix.stored_name!r} needs {shared_name(group, number)!r}, "
+                        "which is missing"
+                    )
+            matrices.append(StoredMatrix(tensor, matrix, needs, find))
         first, at = matrices[0].tensor, matrices[0].tensor.offset
         for stored in matrices:
             if stored.tensor.file != first.file or stored.tensor.offset != at:
@@ -235,19 +377,21 @@ def _place(
                 )
             at += stored.tensor.n_bytes
         experts[record.key] = StoredExpert(
-            record.key, record.exact, first.file, first.offset, at - first.offset, tuple(matrices)
-        )
+            record.key, record.exact, first.file, first.offset, at - first.offset, tuple(matrices),
+            record.method,
+        )  # fmt: skip
     return experts
 
 
 def _check_complete(
     path: Path,
     tensors: Mapping[str, TensorInfo],
-    kept: Mapping[str, TensorRecord],
+    named: set[str],
     experts: Mapping[ExpertKey, StoredExpert],
 ) -> None:
+    """named: tensors that are accounted for, beside those of experts."""
     slices: dict[str, list[MatrixRecord]] = defaultdict(list)
-    named = set(kept)
+    named = set(named)
     for expert in experts.values():
         for matrix in expert.matrices:
             named.add(matrix.tensor.name)
@@ -267,10 +411,11 @@ def _check_complete(
 
 
 def compressed_tensors(files: list[Path]) -> list[TensorInfo]:
-    """The compressed tensors in these shards, found without certificates or config.
+    """The tensors with bytes of ours in these shards, found without certificates or config.
 
-    For loaders that are handed shards only. Empty stand-ins of 3-D tensors are among them.
-    Raises as `read_header`; FormatError for shards of a newer version.
+    For loaders that are handed shards only. Empty stand-ins of 3-D tensors are among them, and
+    shared parts and router edits, whose names begin with OWN_PREFIX. Raises as `read_header`;
+    FormatError for shards of a newer version.
     """
     found = list[TensorInfo]()
     for file in files:
@@ -278,7 +423,10 @@ def compressed_tensors(files: list[Path]) -> list[TensorInfo]:
         mark = metadata.get(SHARD_MARK)
         if mark is None:
             continue
-        if mark != "1":
-            raise FormatError(f"{file}: store version {mark}: this moebound reads version 1")
+        if not mark.isdigit() or not 1 <= int(mark) <= VERSION:
+            raise FormatError(
+                f"{file}: store version {mark}: this moebound reads versions up to {VERSION}; "
+                "install a newer one"
+            )
         found += (tensor for tensor in tensors.values() if tensor.dtype == "U8")
     return found

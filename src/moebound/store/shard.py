@@ -30,15 +30,16 @@ class BytesShard:
                 shard.append(data)
             shard.finish()
 
-    Everything goes to `<name>.partial`; finish() syncs it and gives it its name. Leaving the block
-    without finish() removes it. Raises StoreError if the disk refuses.
+    version: that reading it takes, see `format.SHARD_MARK`. Everything goes to
+    `<name>.partial`; finish() syncs it and gives it its name. Leaving the block without finish()
+    removes it. Raises StoreError if the disk refuses.
     """
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
+    def __init__(self, path: Path, names: Sequence[str], *, version: int = VERSION) -> None:
         self.path = path
-        self._names = names
+        self._names, self._version = names, version
         self._sizes: list[int] = []
-        self._room = len(_header(names, [_LARGEST] * len(names), 0))
+        self._room = len(_header(names, [_LARGEST] * len(names), 0, version))
         if self._room > MAX_HEADER_BYTES:
             raise StoreError(
                 f"{path}: {len(names)} tensors need a header of {self._room} bytes, the format "
@@ -59,7 +60,7 @@ class BytesShard:
             raise StoreError(
                 f"{self.path}: {len(self._names)} tensors announced, {len(self._sizes)} written"
             )
-        text = _header(self._names, self._sizes, self._room)
+        text = _header(self._names, self._sizes, self._room, self._version)
         return self._room.to_bytes(8, "little") + text
 
     def finish(self) -> None:
@@ -80,9 +81,9 @@ class BytesShard:
             self._file.discard()
 
 
-def _header(names: Sequence[str], sizes: Sequence[int], room: int) -> bytes:
+def _header(names: Sequence[str], sizes: Sequence[int], room: int, version: int) -> bytes:
     """The header's text, padded to `room`, or to a multiple of 8."""
-    content: dict[str, object] = {"__metadata__": {"format": "pt", SHARD_MARK: str(VERSION)}}
+    content: dict[str, object] = {"__metadata__": {"format": "pt", SHARD_MARK: str(version)}}
     at = 0
     for name, size in zip(names, sizes, strict=True):
         content[name] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}

@@ -7,8 +7,9 @@ from contextlib import closing
 import numpy as np
 
 from moebound.checkpoint import Checkpoint, Expert
-from moebound.codec import estimate_bytes, get_codec, stats, thread_count
+from moebound.codec import stats, thread_count
 from moebound.jobs.ordered import in_order
+from moebound.methods.bounded import Bounded
 from moebound.plan import RATES, ExpertSizes, effective_rank
 from moebound.store.summary import Meter, ProgressCallback
 from moebound.types import ErrorBound, TensorStats
@@ -28,7 +29,7 @@ def measure_sizes(
     ranks: measure effective ranks too. jobs: experts at a time, None for `MOEBOUND_THREADS` or the
     CPUs; memory is that of jobs + 1 experts.
     """
-    get_codec(codec)
+    method = Bounded.from_options(codec)
     experts = checkpoint.experts()
     meter = Meter(
         progress,
@@ -37,19 +38,18 @@ def measure_sizes(
     )
 
     def measure(expert: Expert) -> ExpertSizes:
-        arrays = [checkpoint.read(matrix) for matrix in expert.matrices]
-        whole = sum((stats(array) for array in arrays), TensorStats())
-        bounds = [ErrorBound(rate, "rate", "expert").absolute(whole) for rate in RATES.tolist()]
+        arrays = {m.role: np.ascontiguousarray(checkpoint.read(m)) for m in expert.matrices}
+        whole = sum((stats(array) for array in arrays.values()), TensorStats())
+        sizes = method.estimate(
+            arrays, [ErrorBound(rate, "rate", "expert") for rate in RATES.tolist()]
+        )
         return ExpertSizes(
             key=expert.key,
             n_weights={matrix.role: matrix.size for matrix in expert.matrices},
-            sizes={
-                matrix.role: estimate_bytes(np.ascontiguousarray(array), bounds, codec=codec)
-                for matrix, array in zip(expert.matrices, arrays, strict=True)
-            },
+            sizes={str(role): found for role, found in sizes.items()},
             n_bytes=expert.n_bytes,
             mean_abs=whole.mean_abs,
-            effective_rank=effective_rank(arrays) if ranks else None,
+            effective_rank=effective_rank(list(arrays.values())) if ranks else None,
         )
 
     found = list[ExpertSizes]()

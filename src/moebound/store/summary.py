@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from moebound.store.format import ExpertRecord
-from moebound.types import ErrorBound
+from moebound.methods import BOUNDED, weakest
+from moebound.store.format import ExpertRecord, PartRecord, Record, RouterRecord
+from moebound.types import NUMPY_DTYPES, ErrorBound, Guarantee
 
 
 @dataclass(frozen=True)
@@ -47,34 +49,41 @@ class Meter:
 class ExpertTotals:
     """Sums over the compressed experts; experts kept exact are not among them.
 
-    worst: the largest measured error over promised error, at most 1 where the promise is kept.
+    guarantee: the weakest of all matrices'. worst: the largest measured error over promised error,
+    at most 1 where promises are kept; None where nothing is promised. max_abs_error, rmse:
+    measured, in weight units, over all of them. bytes_after: with what several experts share.
     """
 
     n_experts: int
     n_weights: int
     bytes_before: int
     bytes_after: int
-    worst: float
+    guarantee: Guarantee
+    worst: float | None
+    max_abs_error: float
+    rmse: float
     patched: int
 
     @classmethod
-    def of(cls, records: list[ExpertRecord]) -> ExpertTotals:
-        chosen = [record for record in records if not record.exact]
+    def of(cls, records: Iterable[Record]) -> ExpertTotals:
+        """records: of a store; those that are of no expert and no shared part are passed over."""
+        records = list(records)
+        chosen = [r for r in records if isinstance(r, ExpertRecord) and not r.exact]
+        shared = [r.n_bytes for r in records if isinstance(r, (PartRecord, RouterRecord))]
         matrices = [matrix for record in chosen for matrix in record.matrices]
-        n_weights = bytes_before = 0
-        for matrix in matrices:
-            size = 1
-            for extent in matrix.certificate.shape:
-                size *= extent
-            n_weights += size
-            bytes_before += size * (4 if matrix.certificate.source_dtype == "F32" else 2)
+        found = [matrix.certificate for matrix in matrices]
+        n_weights = sum(certificate.n_weights for certificate in found)
+        squares = sum(certificate.rmse**2 * certificate.n_weights for certificate in found)
         return cls(
             n_experts=len(chosen),
             n_weights=n_weights,
-            bytes_before=bytes_before,
-            bytes_after=sum(matrix.certificate.n_bytes for matrix in matrices),
-            worst=max((matrix.ratio for matrix in matrices), default=0.0),
-            patched=sum(matrix.certificate.patched for matrix in matrices),
+            bytes_before=sum(c.n_weights * NUMPY_DTYPES[c.source_dtype].itemsize for c in found),
+            bytes_after=sum(c.n_bytes for c in found) + sum(shared),
+            guarantee=weakest(certificate.guarantee for certificate in found),
+            worst=max((m.ratio for m in matrices if m.ratio is not None), default=None),
+            max_abs_error=max((c.max_abs_error for c in found), default=0.0),
+            rmse=math.sqrt(squares / n_weights) if n_weights else 0.0,
+            patched=sum(certificate.patched for certificate in found),
         )
 
 
@@ -85,12 +94,15 @@ class CompressSummary:
     expert_*: the compressed experts alone. model_*: all tensors. Bytes are of tensors; shard
     headers and certificates come on top and are in store_bytes, all files of the store together.
     bits per weight: bytes after, times 8, over the parameters in question.
-    worst: the largest measured error over promised error. patched: weights stored verbatim.
+    guarantee: what holds for every weight of them. worst: the largest measured error over promised
+    error, None where nothing is promised. max_abs_error, rmse: measured, in weight units. patched:
+    weights stored verbatim.
     """
 
     path: str
-    codec: str
-    bound: ErrorBound
+    method: str
+    bound: ErrorBound | None
+    guarantee: Guarantee
     n_experts: int
     n_weights: int
     expert_bytes_before: int
@@ -99,7 +111,9 @@ class CompressSummary:
     model_bytes_before: int
     model_bytes_after: int
     store_bytes: int
-    worst: float
+    worst: float | None
+    max_abs_error: float
+    rmse: float
     patched: int
     seconds: float
     resumed: bool = False
@@ -112,10 +126,17 @@ class CompressSummary:
     def model_bits_per_weight(self) -> float:
         return 8 * self.model_bytes_after / self.n_parameters if self.n_parameters else 0.0
 
+    @property
+    def codec(self) -> str | None:
+        """Of the method that keeps bounds; None of others."""
+        name, _, codec = self.method.partition(":")
+        return codec if name == BOUNDED else None
+
     def to_json(self) -> dict[str, Any]:
         return {
             **asdict(self),
-            "bound": self.bound.to_json(),
+            "codec": self.codec,
+            "bound": None if self.bound is None else self.bound.to_json(),
             "expert_bits_per_weight": self.expert_bits_per_weight,
             "model_bits_per_weight": self.model_bits_per_weight,
         }
@@ -150,16 +171,20 @@ class Problem:
 @dataclass(frozen=True)
 class VerifyReport:
     """What verifying found. worst: the largest measured error over promised error; measured again
-    where the original was given, else as certified. n_tensors: all tensors looked at."""
+    where the original was given, else as certified; None where nothing is promised. guarantee: the
+    weakest of all. max_abs_error: the largest that was certified, or measured again. n_tensors: all
+    tensors looked at."""
 
     path: str
     against: str | None
     n_experts: int
     n_tensors: int
     n_bytes: int
-    worst: float
+    worst: float | None
     problems: tuple[Problem, ...]
     seconds: float
+    guarantee: Guarantee = "none"
+    max_abs_error: float = 0.0
 
     @property
     def ok(self) -> bool:

@@ -1,8 +1,9 @@
 """Is this store what was written, and does it keep what it promises?
 
-Without the original: every file's, header's, tensor's and envelope's hash; every envelope decodes
-to the shape and dtype of its certificate. With it: every tensor that was kept is equal, and every
-bound is resolved and measured again on the decoded weights. Problems are data: all are reported.
+Without the original: every file's, header's and tensor's hash; every matrix decodes to the shape
+and dtype of its certificate, with the shared parts it was encoded with. With it: every tensor that
+was kept is equal, every bound is resolved anew, every error measured again on decoded weights.
+Problems are data: all are reported.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from moebound.checkpoint import Checkpoint, ExpertMatrix, TensorInfo, read_chunks
-from moebound.codec import measure, parse, stats, thread_count
+from moebound.checkpoint import Checkpoint, ExpertMatrix, TensorInfo, open_checkpoint, read_chunks
+from moebound.codec import measure, stats, thread_count
 from moebound.codec.certificate import sha256
+from moebound.codec.measure import Distortion
 from moebound.errors import MoeboundError, StoreError
 from moebound.jobs.ordered import in_order
+from moebound.methods import RouterEdit
+from moebound.methods.blob import MatrixBlob
 from moebound.store.planned import broken_plan
 from moebound.store.reader import (
     EncodedExpert,
@@ -30,7 +34,14 @@ from moebound.store.reader import (
     read_stored,
 )
 from moebound.store.shard import header_sha256
-from moebound.store.summary import Meter, Problem, ProblemKind, ProgressCallback, VerifyReport
+from moebound.store.summary import (
+    ExpertTotals,
+    Meter,
+    Problem,
+    ProblemKind,
+    ProgressCallback,
+    VerifyReport,
+)
 from moebound.types import Array, TensorStats
 
 # Certified numbers come from the same sums in the same order; leave room for another order.
@@ -40,17 +51,18 @@ _TOLERANCE = 1e-9
 def verify(
     store_path: Path | str,
     *,
-    against: Checkpoint | None = None,
+    against: Checkpoint | Path | str | None = None,
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> VerifyReport:
     """Check everything that can be checked, and report what is wrong.
 
-    against: the original checkpoint, to measure every bound again. jobs: as for `compress`.
-    Memory is that of jobs + 1 experts (with the original, twice that).
+    against: the original, open or as `open_checkpoint` takes it, to measure every bound again.
+    jobs: as for `compress`. Memory is that of jobs + 1 experts (with the original, twice that).
     Raises StoreError if store_path is no folder; everything else is a Problem of the report.
     """
     begun, path = time.monotonic(), Path(store_path)
+    against = None if against is None else open_checkpoint(against)
     against_path = None if against is None else str(against.path)
     if not path.is_dir():
         raise StoreError(f"{path}: no such folder")
@@ -59,20 +71,21 @@ def verify(
     except MoeboundError as error:
         problem = Problem("store", "", str(error))
         return VerifyReport(
-            str(path), against_path, 0, 0, 0, 0.0, (problem,), time.monotonic() - begun
+            str(path), against_path, 0, 0, 0, None, (problem,), time.monotonic() - begun
         )
     originals = _Originals(against)
     experts = store.experts()
     kept = [store.tensors[name] for name in store.kept]
     meter = Meter(
         progress,
-        total_bytes=sum(map(_weight_bytes, experts)) + sum(t.n_bytes for t in kept),
+        total_bytes=sum(expert.decoded_bytes for expert in experts) + sum(t.n_bytes for t in kept),
         total_experts=len(experts),
     )
     problems = list(_check_files(store))
     problems += broken_plan(store)
     problems += originals.extra_problems(store)
-    worst = 0.0
+    problems += _check_own(store)
+    total = _Checked()
     jobs = thread_count() if jobs is None else jobs
 
     check_tensor = partial(_check_tensor, store, originals)
@@ -84,17 +97,19 @@ def verify(
     with closing(in_order(check_expert, experts, jobs=jobs)) as checked:
         for expert, result in zip(experts, checked, strict=True):
             problems += result.problems
-            worst = max(worst, result.worst)
-            meter.add(str(expert.key), n_bytes=_weight_bytes(expert), experts=1)
+            total.add_up(result)
+            meter.add(str(expert.key), n_bytes=expert.decoded_bytes, experts=1)
     return VerifyReport(
         path=str(path),
         against=against_path,
         n_experts=len(experts),
         n_tensors=len(kept) + sum(len(expert.matrices) for expert in experts),
         n_bytes=sum(tensor.n_bytes for tensor in store.tensors.values()),
-        worst=worst,
+        worst=total.worst,
         problems=tuple(problems),
         seconds=time.monotonic() - begun,
+        guarantee=ExpertTotals.of(store.records()).guarantee,
+        max_abs_error=total.max_abs_error,
     )
 
 
@@ -137,6 +152,30 @@ def _check_files(store: Store) -> Iterator[Problem]:
             yield Problem("file", file.name, _differs(file.sha256, sha256(data)))
 
 
+def _check_own(store: Store) -> Iterator[Problem]:
+    """Shared parts and router edits."""
+    own = [(part.tensor, part.record.sha256) for part in store.parts.values()]
+    own += [(tensor, record.sha256) for tensor, record in store.routers]
+    for tensor, certified in own:
+        try:
+            found = _tensor_sha256(tensor)
+        except MoeboundError as error:
+            yield Problem("hash", tensor.name, str(error))
+            continue
+        if found != certified:
+            yield Problem("hash", tensor.name, _differs(certified, found))
+    try:
+        edits = store.router_edits()
+    except MoeboundError as error:
+        yield Problem("decode", "", str(error))
+        return
+    for _, record in store.routers:
+        edit = edits.get(record.layer, RouterEdit(record.layer))
+        says = RouterEdit(record.layer).describe() if edit.is_empty else edit.describe()
+        if says != {name: getattr(record, name) for name in says}:
+            yield Problem("certificate", record.name, "its record says otherwise than the tensor")
+
+
 def _check_tensor(store: Store, originals: _Originals, tensor: TensorInfo) -> list[Problem]:
     """A tensor that was kept as it was."""
     record = store.kept[tensor.name]
@@ -166,13 +205,23 @@ def _check_tensor(store: Store, originals: _Originals, tensor: TensorInfo) -> li
 
 @dataclass
 class _Checked:
-    """What was found on one expert."""
+    """What was found on one expert. worst: error over promised error, None where nothing is
+    promised. max_abs_error: in weight units, measured where there is an original."""
 
-    worst: float = 0.0
+    worst: float | None = None
+    max_abs_error: float = 0.0
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, kind: ProblemKind, tensor: str, message: str) -> None:
         self.problems.append(Problem(kind, tensor, message))
+
+    def found(self, ratio: float | None, max_abs_error: float) -> None:
+        if ratio is not None:
+            self.worst = ratio if self.worst is None else max(self.worst, ratio)
+        self.max_abs_error = max(self.max_abs_error, max_abs_error)
+
+    def add_up(self, other: _Checked) -> None:
+        self.found(other.worst, other.max_abs_error)
 
 
 def _check_expert(originals: _Originals, expert: StoredExpert) -> _Checked:
@@ -195,7 +244,7 @@ def _check_expert(originals: _Originals, expert: StoredExpert) -> _Checked:
         if decoded is None:
             continue
         if original is None or reference is None:
-            checked.worst = max(checked.worst, matrix.record.ratio)
+            checked.found(matrix.record.ratio, matrix.record.certificate.max_abs_error)
         else:
             _check_bound(matrix, decoded, original, reference[0][index], reference[1], checked)
     return checked
@@ -211,18 +260,24 @@ def _check_matrix(
         checked.add("hash", name, _differs(certificate.sha256_encoded, found))
     try:
         decoded = matrix.decode(data, threads=1)
-        envelope = parse(data)
+        found_in = matrix.parse(data).found
     except MoeboundError as error:
         checked.add("decode", name, str(error))
         return None
-    says = envelope.codec, envelope.codec_version, envelope.spec.abs_bound, len(envelope.misses)
-    certified = (
-        certificate.codec, certificate.codec_version, certificate.abs_bound, certificate.patched
-    )  # fmt: skip
+    says: tuple[object, ...]
+    certified: tuple[object, ...]
+    if isinstance(found_in, MatrixBlob):
+        says = found_in.method, found_in.method_version, None
+        certified = certificate.method.split(":")[0], certificate.method_version, certificate.codec
+    else:
+        patches, epsilon = len(found_in.misses), found_in.spec.abs_bound
+        says = found_in.codec, found_in.codec_version, patches, epsilon
+        certified = certificate.codec, certificate.codec_version, certificate.patched
+        certified += (epsilon if certificate.bound is None else certificate.abs_bound,)
     if says != certified:
-        message = f"expected codec, version, bound, patches {certified}, found {says}"
+        message = f"expected codec or method, version, patches, bound {certified}, found {says}"
         checked.add("certificate", name, message)
-    if not certificate.kept or matrix.record.ratio > 1:
+    if not certificate.kept or (matrix.record.ratio or 0) > 1:
         checked.add("certificate", name, "certifies itself that its bound was not kept")
     return decoded
 
@@ -240,8 +295,11 @@ def _check_bound(
     if sha256(original.reshape(-1).view("u1")) != certificate.sha256_original:
         checked.add("original", name, "is not the tensor that was compressed: hashes differ")
     bound = certificate.bound
+    if bound is None:
+        _check_measured(matrix, measure(original, decoded, float("inf")), checked)
+        return
     reference = whole if bound.scope == "expert" else own
-    if reference is None:
+    if reference is None or certificate.abs_bound is None:
         return
     promised = bound.absolute(reference)
     # An rmse bound's ε is a start for the encoder, which may have had to lower it.
@@ -263,8 +321,19 @@ def _check_bound(
         ratio = found.rmse / asked if asked else float(found.rmse > 0)
         if ratio > 1:
             checked.add("bound", name, f"RMSE is {found.rmse:g}, promised {asked:g}")
-    checked.worst = max(checked.worst, ratio)
+    checked.found(ratio, found.max_abs_error)
+    _check_measured(matrix, found, checked)
+
+
+def _check_measured(matrix: StoredMatrix, found: Distortion, checked: _Checked) -> None:
+    """Are the errors those that were certified? Where nothing is promised, that is all there is."""
+    name, certificate = matrix.tensor.name, matrix.record.certificate
+    checked.found(None, found.max_abs_error)
     certified = certificate.max_abs_error, certificate.rmse
+    if certificate.guarantee == "lossless" and found.max_abs_error:
+        checked.add(
+            "bound", name, f"promised bit for bit, a weight is off by {found.max_abs_error:g}"
+        )
     for says, was in zip(certified, (found.max_abs_error, found.rmse), strict=True):
         if abs(says - was) > _TOLERANCE * max(abs(says), abs(was)):
             checked.add(
@@ -303,15 +372,6 @@ def _tensor_sha256(tensor: TensorInfo) -> str:
     for piece in read_chunks(tensor):
         digest.update(piece)
     return digest.hexdigest()
-
-
-def _weight_bytes(expert: StoredExpert) -> int:
-    sizes = {"F32": 4, "BF16": 2, "F16": 2}
-    return sum(
-        m.record.certificate.shape[0] * m.record.certificate.shape[1]
-        * sizes[m.record.certificate.dtype]
-        for m in expert.matrices
-    )  # fmt: skip
 
 
 def _differs(expected: str, found: str) -> str:

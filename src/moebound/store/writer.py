@@ -1,10 +1,11 @@
 """Write a store: tensors that stay, then experts, compressed in parallel and written in order.
 
-    select experts -> cut into shards -> per shard: read, encode, certify, write -> seal -> publish
+    select experts -> group -> cut into shards
+      -> per shard: read, compress, write -> seal -> publish
 
-Bytes do not depend on the number of jobs or on interruptions. Memory is that of jobs + 1 experts
-with their encoded bytes, whatever the size of the model or of a shard. A shard that is finished
-is never written again: a rerun goes on behind it.
+Bytes do not depend on the number of jobs or on interruptions. Memory is that of jobs + 1 groups
+(one expert each, for most methods) with their decoded weights, whatever the size of the model or of
+a shard. A shard that is finished is never written again: a rerun goes on behind it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -24,13 +25,18 @@ from moebound.checkpoint import (
     Checkpoint,
     ShardWriter,
     TensorSpec,
+    open_checkpoint,
     read_chunks,
     read_header,
 )
-from moebound.codec import Certificate, encode_certified, stats, thread_count
-from moebound.errors import MoeboundError, PlanError, StoreError
+from moebound.codec import Certificate, stats, thread_count
+from moebound.codec.certificate import sha256
+from moebound.errors import MethodError, MoeboundError, PlanError, StoreError
 from moebound.files.durable import disk_errors
 from moebound.jobs.ordered import in_order
+from moebound.methods import Artifact, ExpertView, GroupView
+from moebound.methods import compress as compress_group
+from moebound.methods.blob import blob_checksum, parse_shared
 from moebound.plan import Plan
 from moebound.store.beside import write_rest
 from moebound.store.folder import WorkFolder, check_apart, write_synced
@@ -39,7 +45,9 @@ from moebound.store.format import (
     CONFIG_FILE,
     ExpertRecord,
     MatrixRecord,
+    PartRecord,
     Record,
+    RouterRecord,
     Settings,
     TensorRecord,
     from_line,
@@ -51,30 +59,31 @@ from moebound.store.format import (
 from moebound.store.layout import (
     SHARD_BYTES,
     ExpertShard,
-    ExpertTask,
-    Layout,
+    Group,
+    StoreLayout,
     TensorShard,
     describe_run,
-    plan_layout,
+    group,
+    lay_out,
     run_id,
     select,
 )
-from moebound.store.promise import Promise
+from moebound.store.recipe import Recipe
 from moebound.store.shard import BytesShard
 from moebound.store.summary import CompressSummary, ExpertTotals, Meter, ProgressCallback
-from moebound.types import ErrorBound, TensorStats
+from moebound.types import Array, ErrorBound
 
 OnExisting = Literal["error", "resume", "overwrite"]
 
 _PART_SUFFIX = ".records.jsonl"
-_DOCUMENTS = (".md", ".pdf", ".png", ".jpg")  # for people, who edit them
 
 
 def compress(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | Path | str,
     dst: Path | str,
     *,
-    bound: ErrorBound | Plan,
+    bound: ErrorBound | Plan | None = None,
+    method: str | None = None,
     codec: str | None = None,
     layers: set[int] | None = None,
     experts: set[int] | None = None,
@@ -87,51 +96,60 @@ def compress(
 ) -> CompressSummary:
     """Write the checkpoint to dst with its experts compressed, and say what it came to.
 
+    checkpoint: or what `open_checkpoint` opens, a path, a hub id or a built-in model.
     bound: kept by every weight of every chosen expert; scope "expert" takes its reference from all
         matrices of the expert together. Or a plan, with bounds of its own for every expert of the
-        checkpoint. codec: an id, options behind a colon; None for the plan's, or "bound".
+        checkpoint. None for a method that knows none.
+    method: a setting, as "rtn:int4:g64", see `methods.get_method`; None for the plan's, or the one
+        that keeps bounds with our own codec. codec: the method that keeps bounds, with this codec.
     layers, experts: which ones, None for all; experts counts routed experts only. The others stay
         as they are (bit for bit, as `raw` envelopes, where they share a 3-D tensor with chosen
         ones). shared_experts: compress those of the chosen layers too.
-    jobs: experts at a time, None for `MOEBOUND_THREADS` or the CPUs.
+    jobs: groups of experts at a time, None for `MOEBOUND_THREADS` or the CPUs.
     on_existing: what to do about work that is there. A killed run of the same source, bound, codec
         and selection is taken up again in any case but "overwrite".
           error      a dst that is not an empty folder, or another unfinished run, is an error
           resume     also: a dst that this very run has finished before is left as it is
           overwrite  start anew; an old store at dst is replaced when the new one is whole
     shard_bytes: shards hold at most so many bytes of the source. source: what the model card calls
-        the source, its folder's name if None.
+        the source, the checkpoint's name if None.
 
     Guarantee: dst appears whole, or not at all. Raises StoreError (place, disk, selection, another
-    run's work), PlanError for a plan that is not for this checkpoint, BoundError and CodecError as
-    `encode_certified`, CheckpointError for the source.
+    run's work), PlanError for a plan that is not for this checkpoint, MethodError for a method that
+    is unknown, does not go with the bound, or fails, BoundError and CodecError as codecs do,
+    CheckpointError for the source.
     """
     dst, begun = Path(dst), time.monotonic()
-    promise = Promise.of(bound, codec)  # an unknown codec before any work
+    if codec is not None:
+        if method is not None:
+            raise MethodError(f"method {method!r} and codec {codec!r}: expected one of them")
+        method = f"bounded:{codec}"
+    recipe = Recipe.of(bound, method)  # an unknown method before any work
     jobs = thread_count() if jobs is None else jobs
     if jobs < 1 or shard_bytes < 1:
         raise StoreError(f"jobs {jobs}, shard_bytes {shard_bytes}: expected at least 1")
+    checkpoint = open_checkpoint(checkpoint)
     check_apart(dst, checkpoint.path)
-    if promise.plan is not None and not (layers is None and experts is None):
+    if recipe.plan is not None and not (layers is None and experts is None):
         raise PlanError(
             "a plan says itself which experts: expected no layers and experts beside it"
         )
-    shared_experts = shared_experts or promise.with_shared
+    shared_experts = shared_experts or recipe.with_shared
     tasks = select(checkpoint, layers=layers, experts=experts, shared_experts=shared_experts)
-    if promise.plan is not None:
-        promise.plan.check((t.expert.key, [m.role for m in t.expert.matrices]) for t in tasks)
-    layout = plan_layout(checkpoint, tasks, shard_bytes=shard_bytes)
-    run = describe_run(checkpoint, tasks, promise=promise, shard_bytes=shard_bytes)
+    if recipe.plan is not None:
+        recipe.plan.check((t.expert.key, [m.role for m in t.expert.matrices]) for t in tasks)
+    layout = lay_out(checkpoint, group(tasks, recipe), shard_bytes=shard_bytes)
+    run = describe_run(checkpoint, tasks, recipe=recipe, shard_bytes=shard_bytes)
     settings = Settings(
-        promise.codec,
-        promise.bound,
+        recipe.method,
+        recipe.bound,
         shared_experts,
         run_id(run),
-        plan=None if promise.plan is None else promise.plan.sha256,
-        source=source or checkpoint.path.name,
+        plan=None if recipe.plan is None else recipe.plan.sha256,
+        source=source or checkpoint.name,
     )
 
-    job = _Job(checkpoint, layout, settings, promise, jobs)
+    job = _Job(checkpoint, layout, settings, recipe, jobs)
     if _finished_before(dst, settings, on_existing):
         return job.summary(dst, dst, begun, resumed=True)
     with WorkFolder(dst) as work:
@@ -163,7 +181,7 @@ def _finished_before(dst: Path, settings: Settings, on_existing: OnExisting) -> 
             return True
         what = "another store" if found else "a folder that is no store"
         raise StoreError(
-            f"{dst}: to be resumed, but it is {what} than this source, bound or plan, codec and "
+            f"{dst}: to be resumed, but it is {what} than this source, bound or plan, method and "
             "selection make; choose another folder, or overwrite a store"
         )
     if on_existing == "overwrite":
@@ -181,7 +199,7 @@ def _take_up(work: WorkFolder, run: dict[str, object], settings: Settings) -> bo
         if read_settings(config) == settings:
             return True
         raise StoreError(
-            f"{work.path}: an earlier run with another source, bound or plan, codec or selection "
+            f"{work.path}: an earlier run with another source, bound or plan, method or selection "
             "was killed here; give the same ones to finish it, or overwrite"
         )
     earlier = work.journal()
@@ -197,19 +215,33 @@ def _take_up(work: WorkFolder, run: dict[str, object], settings: Settings) -> bo
     return True
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A group as it goes into a shard. own: shared parts, then the router edit. experts: in the
+    order of the group, with the bytes of their matrices."""
+
+    own: tuple[bytes, ...]
+    own_records: tuple[Record, ...]
+    experts: tuple[tuple[ExpertRecord, tuple[bytes, ...]], ...]
+
+    @property
+    def records(self) -> list[Record]:
+        return [*self.own_records, *(record for record, _ in self.experts)]
+
+
 class _Job:
     """One run's constants, and the shards' contents."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        layout: Layout,
+        layout: StoreLayout,
         settings: Settings,
-        promise: Promise,
+        recipe: Recipe,
         jobs: int,
     ) -> None:
         self.checkpoint, self.layout, self.settings = checkpoint, layout, settings
-        self.promise, self.jobs = promise, jobs
+        self.recipe, self.jobs = recipe, jobs
 
     def write(self, folder: Path, progress: ProgressCallback | None) -> None:
         """Write all that is missing; config.json comes last."""
@@ -217,7 +249,7 @@ class _Job:
         meter = Meter(
             progress,
             total_bytes=self.checkpoint.total_bytes,
-            total_experts=sum(len(shard.tasks) for shard in shards),
+            total_experts=sum(shard.n_experts for shard in shards),
         )
         for tensor_shard in self.layout.tensor_shards:
             if not _is_done(folder, tensor_shard.name):
@@ -227,16 +259,16 @@ class _Job:
         missing = []
         for shard in shards:
             if _is_done(folder, shard.name):
-                n_bytes = sum(task.expert.n_bytes for task in shard.tasks)
-                meter.add(shard.name, n_bytes=n_bytes, experts=len(shard.tasks))
+                n_bytes = sum(group.n_bytes for group in shard.groups)
+                meter.add(shard.name, n_bytes=n_bytes, experts=shard.n_experts)
             else:
                 missing.append(shard)
-        tasks = [task for shard in missing for task in shard.tasks]
-        with closing(in_order(self._encode, tasks, jobs=self.jobs)) as encoded:
+        groups = [group for shard in missing for group in shard.groups]
+        with closing(in_order(self._compress, groups, jobs=self.jobs)) as artifacts:
             for shard in missing:
-                self._write_experts(folder, shard, encoded, meter)
+                self._write_experts(folder, shard, artifacts, meter)
         write_rest(
-            folder, self.checkpoint, self.layout.names, self.settings, self.promise.plan,
+            folder, self.checkpoint, self.layout.names, self.settings, self.recipe.plan,
             records=_lines(folder, self.layout.names),
         )  # fmt: skip
 
@@ -256,59 +288,44 @@ class _Job:
         self,
         folder: Path,
         shard: ExpertShard,
-        encoded: Iterator[tuple[ExpertRecord, list[bytes]]],
+        written: Iterator[_Written],
         meter: Meter,
     ) -> None:
         records = list[Record]()
-        with BytesShard(folder / shard.name, list(_tensor_names(shard))) as out:
-            for task in shard.tasks:
-                record, pieces = next(encoded)
-                for matrix, data in zip(record.matrices, pieces, strict=True):
-                    if matrix.index == 0:
-                        out.append(b"")  # stands in for the whole 3-D tensor
-                    out.append(data)
-                records.append(record)
-                meter.add(str(task.expert.key), n_bytes=task.expert.n_bytes, experts=1)
+        names = [name for group in shard.groups for name in _tensor_names(group)]
+        with BytesShard(folder / shard.name, names, version=shard.version) as out:
+            for group in shard.groups:
+                found = next(written)
+                for blob in found.own:
+                    out.append(blob)
+                for record, pieces in found.experts:
+                    for matrix, data in zip(record.matrices, pieces, strict=True):
+                        if matrix.index == 0:
+                            out.append(b"")  # stands in for the whole 3-D tensor
+                        out.append(data)
+                records += found.records
+                label = str(group.tasks[0].expert.key)
+                meter.add(label, n_bytes=group.n_bytes, experts=len(group.tasks))
             _write_part(folder, shard.name, records)
             out.finish()
 
-    def _encode(self, task: ExpertTask) -> tuple[ExpertRecord, list[bytes]]:
-        bounds = self.promise.bounds(task.expert)
-        codec = "raw" if task.exact else self.settings.codec
-        arrays = [self.checkpoint.read(matrix) for matrix in task.expert.matrices]
-        # Statistics cost a pass over the weights: only where the bound or its ratio needs them.
-        needed = any(bound.scope == "expert" or not bound.pointwise for bound in bounds)
-        own = [stats(array) if needed else TensorStats() for array in arrays]
-        whole = sum(own, TensorStats())
-        pieces, records = [], []
-        for matrix, bound, array, of_matrix in zip(
-            task.expert.matrices, bounds, arrays, own, strict=True
-        ):
-            reference = whole if bound.scope == "expert" else None
-            try:
-                encoded = encode_certified(
-                    array, bound, codec=codec, reference=reference, threads=1
-                )
-            except MoeboundError as error:
-                raise type(error)(
-                    f"{matrix.source.file}: tensor {matrix.name!r} ({task.expert.key}): {error}"
-                ) from error
-            certificate = encoded.certificate
-            ratio = kept_ratio(certificate, of_matrix)
-            records.append(
-                MatrixRecord(
-                    matrix.name, matrix.index, matrix.role, matrix.source.file.name, ratio,
-                    certificate,
-                )
-            )  # fmt: skip
-            pieces.append(encoded.data)
-        return ExpertRecord(task.expert.key, task.exact, tuple(records)), pieces
+    def _compress(self, group: Group) -> _Written:
+        views = []
+        for task in group.tasks:
+            matrices = {m.role: self.checkpoint.read(m) for m in task.expert.matrices}
+            bounds = self.recipe.bounds(task.expert)
+            views.append(ExpertView(task.expert.key, matrices, bounds))
+        try:
+            artifact = compress_group(
+                group.method, GroupView(tuple(views)), number=group.number, threads=1
+            )
+        except MoeboundError as error:
+            first = group.tasks[0].expert.matrices[0]
+            raise type(error)(f"{first.source.file}: tensor {first.name!r}: {error}") from error
+        return _written(group, views, artifact)
 
     def summary(self, folder: Path, dst: Path, begun: float, *, resumed: bool) -> CompressSummary:
-        records = [
-            r for r in read_certificates(folder / CERTIFICATES_FILE) if isinstance(r, ExpertRecord)
-        ]
-        totals = ExpertTotals.of(records)
+        totals = ExpertTotals.of(read_certificates(folder / CERTIFICATES_FILE))
         after = sum(
             tensor.n_bytes
             for name in self.layout.names
@@ -316,8 +333,11 @@ class _Job:
         )
         return CompressSummary(
             path=str(dst),
-            codec=self.settings.codec,
+            method=self.settings.method,
             bound=self.settings.bound,
+            guarantee=totals.guarantee,
+            max_abs_error=totals.max_abs_error,
+            rmse=totals.rmse,
             n_experts=totals.n_experts,
             n_weights=totals.n_weights,
             expert_bytes_before=totals.bytes_before,
@@ -333,18 +353,65 @@ class _Job:
         )
 
 
-def kept_ratio(certificate: Certificate, of_matrix: TensorStats) -> float:
-    """Measured error over promised error: of the worst weight, or of RMSEs for an rmse bound."""
-    if certificate.bound.pointwise:
+def _written(group: Group, views: list[ExpertView], artifact: Artifact) -> _Written:
+    method, number = group.method, group.number
+    names = iter(group.own_names)
+    own_records: list[Record] = [
+        PartRecord(
+            next(names),
+            number,
+            part,
+            method.setting,
+            len(blob),
+            parse_shared(blob).held_bytes,
+            blob_checksum(blob),
+            sha256(blob),
+        )
+        for part, blob in enumerate(artifact.shared)
+    ]
+    own = list(artifact.shared)
+    if artifact.router_blob is not None and artifact.router is not None:
+        blob = artifact.router_blob
+        own.append(blob)
+        own_records.append(
+            RouterRecord(
+                next(names), number, **artifact.router.describe(), n_bytes=len(blob),
+                sha256=sha256(blob),
+            )
+        )  # fmt: skip
+    experts = []
+    for task, view in zip(group.tasks, views, strict=True):
+        found = artifact.experts[view.key]
+        records = tuple(
+            MatrixRecord(
+                m.name, m.index, m.role, m.source.file.name,
+                kept_ratio(found[m.role].certificate, view.matrices[m.role]),
+                found[m.role].certificate, found[m.role].uses,
+            )
+            for m in task.expert.matrices
+        )  # fmt: skip
+        record = ExpertRecord(view.key, task.exact, records, method.setting, number)
+        experts.append((record, tuple(found[m.role].data for m in task.expert.matrices)))
+    return _Written(tuple(own), tuple(own_records), tuple(experts))
+
+
+def kept_ratio(certificate: Certificate, original: Array) -> float | None:
+    """Measured error over promised error: of the worst weight, or of RMSEs for an rmse bound; None
+    where nothing is promised."""
+    bound = certificate.bound
+    if bound is None or certificate.abs_bound is None:
+        return 0.0 if certificate.guarantee == "lossless" else None
+    if bound.pointwise:
         found, asked = certificate.max_abs_error, certificate.abs_bound
     else:
-        found, asked = certificate.rmse, certificate.bound.value * of_matrix.rms
+        found, asked = certificate.rmse, bound.value * stats(original).rms
     return found / asked if asked else float(found > 0)
 
 
-def _tensor_names(shard: ExpertShard) -> Iterator[str]:
+def _tensor_names(group: Group) -> Iterator[str]:
     """Names in the order of the bytes; a 3-D tensor's own name right before its first slice."""
-    for task in shard.tasks:
+    yield from group.own_names
+    for task in group.tasks:
         for matrix in task.expert.matrices:
             if matrix.index == 0:
                 yield matrix.name

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moebound import decode, encode
-from moebound.codec import envelope
+from moebound.codec import envelope, fields
 from moebound.codec.bound import BoundCodec
 from moebound.codec.device import read_stream
 from moebound.codec.device.stream import Coded
@@ -36,7 +36,7 @@ def resealed(data: bytes, at: int, value: int) -> bytes:
     """With one byte of it changed, and a checksum that matches."""
     changed = bytearray(data)
     changed[at] = value
-    changed[-4:] = envelope.checksum(changed[:-4]).to_bytes(4, "little")
+    changed[-4:] = fields.checksum(changed[:-4]).to_bytes(4, "little")
     return bytes(changed)
 
 

@@ -112,20 +112,20 @@ def test_a_broken_line_before_the_last_is_an_error(study: Path) -> None:
     lines = (study / "rows.jsonl").read_text().splitlines()
     lines[2] = lines[2][:50]
     (study / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(FormatError, match=r"line 3: no JSON"):
+    with pytest.raises(FormatError, match=r"line 3: not JSON"):
         read_study(study)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[]", "found 'list'"),
         ('{"format": "moebound.profile"}', "moebound.profile"),
         ('{"format": "moebound.study", "version": 2}', "version 2"),
         ('{"format": "moebound.study", "version": 1}', "is missing"),
         ('{"format": "moebound.study", "version": 1, "layers": [1], "conditions": 3}', "int"),
-        ("[" * 100_000, "no JSON"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_a_folder_of_something_else(study: Path, text: str, message: str) -> None:

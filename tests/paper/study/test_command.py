@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from moebound.cli.main import main
-from moebound.files.documents import read_rows
-from moebound.paper.report.read import read_study
+from moebound.files.formats.study import ROWS_FILE, read_rows, read_study
+from moebound.files.rows import read_lines
 from moebound.paper.study.measure import Measured, Measurer
 from moebound.plan.losses import curves_from_study
 
@@ -90,8 +90,8 @@ def test_a_cluster_gives_the_same_rows(
     other = str(tmp_path / "ray")
     assert main(command) == 0
     assert main([*command[:-1], other, "--workers", "2", "--ray", "local"]) == 0
-    here = {row["condition"]: row for row in read_rows(tmp_path / "out")}
-    there = {row["condition"]: row for row in read_rows(Path(other))}
+    here = {row["condition"]: row for _, row in read_lines(tmp_path / "out" / ROWS_FILE)}
+    there = {row["condition"]: row for _, row in read_lines(Path(other) / ROWS_FILE)}
     assert here.keys() == there.keys()
     for key, row in here.items():
         for name in ("ica", "pia", "right", "realised", "experts_changed"):

@@ -11,10 +11,11 @@ import pytest
 
 from model_bits import all_bits, changed
 from moebound.errors import FormatError, MoeboundError
+from moebound.files.formats.study import Condition
 from moebound.jobs.workers import InProcess, Processes
 from moebound.paper.study.measure import Measured, Measurer, Setup
 from moebound.paper.study.run import Outcome, Step, run_study
-from moebound.paper.study.suite import Condition, Suite
+from moebound.paper.study.suite import Suite
 from moebound.profile.profile import Profile
 from moebound.score import Score
 from moebound.sensitivity.perturb import Realised

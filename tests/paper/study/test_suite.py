@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebound.errors import FormatError, MoeboundError
+from moebound.files.formats.study import Condition
 from moebound.paper.report.paper import TABLES as PAPER
-from moebound.paper.study.suite import Condition, ModelFacts, whole_layer
+from moebound.paper.study.suite import ModelFacts, whole_layer
 from moebound.paper.study.suite_file import get_suite
 from moebound.sensitivity.noise import source_ids
 from moebound.sensitivity.selectors import parse_selector
@@ -182,7 +183,7 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: dict[str, Any], said: st
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[", "no JSON"),
+        ("[", "not JSON"),
         ("[]", "expected an object, found list"),
         ("{}", "conditions: expected a list"),
         ('{"conditions": []}', "conditions: expected a list"),

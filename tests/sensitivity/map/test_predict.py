@@ -15,7 +15,7 @@ from moebound.sensitivity.map.margins import Choices
 from moebound.sensitivity.map.observe import forward, frozen
 from moebound.sensitivity.map.predict import Response
 from moebound.sensitivity.map.ranks import rank_correlation
-from moebound.sensitivity.map.settings import Settings
+from moebound.sensitivity.map.settings import MapSettings
 
 from .texts import random_text, sure_model
 
@@ -23,7 +23,7 @@ from .texts import random_text, sure_model
 @pytest.mark.parametrize(("name", "batched"), [("deepseek_v3", True), ("mixtral", False),
                                                ("gpt_oss", False)])  # fmt: skip
 def test_ranks_experts(name: str, batched: bool, tmp_path: Path) -> None:
-    settings = Settings((0.2, 0.5), measure="all", n_probes=24, n_ties=12)
+    settings = MapSettings((0.2, 0.5), measure="all", n_probes=24, n_ties=12)
     model = sure_model(name, batched=batched)
     found = Build(model, random_text(16), Named(name, "random"), settings, tmp_path / "m").run()
     predicted = np.array([line.predicted_kl for line in found.experts])
@@ -81,7 +81,7 @@ def test_a_flip_costs_what_it_costs_once_the_margin_is_gone() -> None:
 def test_experts_that_cannot_be_taken_apart_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedArchitectureError, match="experts cannot be looked at"):
         Build(
-            sure_model("jetmoe"), random_text(2), Named("j", "t"), Settings(), tmp_path / "m"
+            sure_model("jetmoe"), random_text(2), Named("j", "t"), MapSettings(), tmp_path / "m"
         ).run()
 
 

@@ -11,7 +11,7 @@ In this order:
     cuszp.py       the stream of cuSZp, apart: `python -m moebound.bench.gpu.cuszp`
 """
 
-from moebound.bench.gpu.benchmark import FORMAT, Settings, run
+from moebound.bench.gpu.benchmark import FORMAT, GpuSettings, run
 from moebound.bench.gpu.table import render_gpu
 
-__all__ = ["FORMAT", "Settings", "render_gpu", "run"]
+__all__ = ["FORMAT", "GpuSettings", "render_gpu", "run"]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moebound.bench.gpu import Settings, render_gpu, run
+from moebound.bench.gpu import GpuSettings, render_gpu, run
 from moebound.bench.gpu.cases import encode_expert, expert
 from moebound.bench.gpu.throughput import placed
 
-QUICK = Settings(rates=(0.3,), segments=(8192, 16384), experts=(1, 6))
+QUICK = GpuSettings(rates=(0.3,), segments=(8192, 16384), experts=(1, 6))
 
 
-def main(out: Path, settings: Settings) -> None:
+def main(out: Path, settings: GpuSettings) -> None:
     report = run(settings, say=lambda text: print(text, file=sys.stderr))
     (out / "gpu.json").write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     with (out / "gpu.txt").open("w", encoding="utf-8") as file:
@@ -33,11 +33,11 @@ def profile() -> None:
         coded = encode_expert(expert(kind), kind, 0.3, 8192)
         there = placed(coded, 6)
         for _ in range(2):
-            there.plan.launch(there.compressed, there.outs).check()
+            there.batch.launch(there.compressed, there.outs).check()
 
 
 if __name__ == "__main__":
     if "--profile" in sys.argv:
         profile()
     else:
-        main(Path(sys.argv[1]), QUICK if "--quick" in sys.argv else Settings())
+        main(Path(sys.argv[1]), QUICK if "--quick" in sys.argv else GpuSettings())

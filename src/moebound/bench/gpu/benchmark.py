@@ -22,8 +22,7 @@ from moebound.bench.gpu.throughput import (
 from moebound.bench.gpu.transfer import TransferRow, device_copy_gb_per_s, time_transfer
 from moebound.bench.gpu.verify import Check, verify
 from moebound.codec.bound import BoundCodec
-from moebound.codec.device import Schedule
-from moebound.codec.device.launch import DEFAULT_SCHEDULE
+from moebound.codec.device import DEFAULT_SCHEDULE, Schedule
 from moebound.errors import BackendUnavailable, MoeboundError
 
 FORMAT = 1
@@ -35,7 +34,7 @@ SCHEDULES = (DEFAULT_SCHEDULE, Schedule(wide=True), Schedule(wide=False), Schedu
 
 
 @dataclass(frozen=True)
-class Settings:
+class GpuSettings:
     """What is measured. segments: weights of each."""
 
     rates: tuple[float, ...] = (0.05, 0.3, 0.8)
@@ -56,7 +55,7 @@ class GpuReport:
     transfer: list[TransferRow]
     nvcomp: str | None
     seconds: float
-    settings: Settings = field(default_factory=Settings)
+    settings: GpuSettings = field(default_factory=GpuSettings)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -73,13 +72,15 @@ class GpuReport:
         }
 
 
-def run(settings: Settings | None = None, *, say: Callable[[str], None] | None = None) -> GpuReport:
+def run(
+    settings: GpuSettings | None = None, *, say: Callable[[str], None] | None = None
+) -> GpuReport:
     """Measure on the current CUDA device.
 
     Raises BackendUnavailable without one, or without triton; MoeboundError if a check fails: then
     nothing is timed.
     """
-    chosen, say = settings or Settings(), say or (lambda _: None)
+    chosen, say = settings or GpuSettings(), say or (lambda _: None)
     environment = _environment()
     start = time.monotonic()
     say("checking")
@@ -105,7 +106,7 @@ def run(settings: Settings | None = None, *, say: Callable[[str], None] | None =
     )
 
 
-def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeRow]:
+def _decode_rows(settings: GpuSettings, say: Callable[[str], None]) -> list[DecodeRow]:
     """Every segment size at every rate; schedules and the most experts at the middle one."""
     rows: list[DecodeRow] = []
     middle = settings.rates[len(settings.rates) // 2]
@@ -125,7 +126,7 @@ def _decode_rows(settings: Settings, say: Callable[[str], None]) -> list[DecodeR
     return rows
 
 
-def _host_rows(settings: Settings, say: Callable[[str], None]) -> list[HostRow]:
+def _host_rows(settings: GpuSettings, say: Callable[[str], None]) -> list[HostRow]:
     say("the host's part")
     middle = settings.rates[len(settings.rates) // 2]
     return [
@@ -135,7 +136,7 @@ def _host_rows(settings: Settings, say: Callable[[str], None]) -> list[HostRow]:
     ]
 
 
-def _encode_rows(settings: Settings, say: Callable[[str], None]) -> list[EncodeRow]:
+def _encode_rows(settings: GpuSettings, say: Callable[[str], None]) -> list[EncodeRow]:
     rows = []
     for kind in KINDS:
         matrices = expert(kind)
@@ -146,7 +147,7 @@ def _encode_rows(settings: Settings, say: Callable[[str], None]) -> list[EncodeR
     return rows
 
 
-def _transfer_rows(settings: Settings, say: Callable[[str], None]) -> list[TransferRow]:
+def _transfer_rows(settings: GpuSettings, say: Callable[[str], None]) -> list[TransferRow]:
     rows = []
     matrices = expert(KINDS[1])
     for rate in settings.rates:
@@ -158,7 +159,7 @@ def _transfer_rows(settings: Settings, say: Callable[[str], None]) -> list[Trans
     return rows
 
 
-def _segments_for_copies(settings: Settings) -> int:
+def _segments_for_copies(settings: GpuSettings) -> int:
     """16,384 weights, or what is nearest of those that are measured."""
     return min(settings.segments, key=lambda weights: abs(weights - 16384))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moebound.bench.matrices import synthetic
-from moebound.codec.api import encode
+from moebound.codec import encode
 from moebound.codec.bound import BoundCodec
 from moebound.types import Array, ErrorBound
 

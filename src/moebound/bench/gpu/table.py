@@ -8,8 +8,7 @@ from rich.table import Table
 
 from moebound.bench.gpu.benchmark import GpuReport
 from moebound.bench.gpu.throughput import DecodeRow
-from moebound.codec.device import Schedule
-from moebound.codec.device.launch import DEFAULT_SCHEDULE
+from moebound.codec.device import DEFAULT_SCHEDULE, Schedule
 
 
 def render_gpu(report: GpuReport) -> tuple[Table, ...]:

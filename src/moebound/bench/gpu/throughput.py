@@ -12,9 +12,8 @@ import numpy as np
 
 from moebound.bench.gpu.cases import EXPERT_WEIGHTS, EncodedExpert
 from moebound.bench.timing import Timing
-from moebound.codec import envelope
-from moebound.codec.arrays import to_torch
-from moebound.codec.device import DecodePlan, Resident, Schedule, plan_decode, read_stream
+from moebound.codec import envelope, to_torch
+from moebound.codec.device import DecodeBatch, Resident, Schedule, read_stream
 from moebound.codec.device.metadata import SEGMENTS, TABLES
 from moebound.errors import MoeboundError
 
@@ -93,7 +92,7 @@ class DecodeRow:
 class Placed:
     """So many copies of an expert, each with bytes of its own on the device, and where to."""
 
-    plan: DecodePlan
+    batch: DecodeBatch
     compressed: torch.Tensor
     outs: tuple[torch.Tensor, ...]
 
@@ -103,14 +102,14 @@ def placed(coded: EncodedExpert, n_experts: int, *, aligned: bool = True) -> Pla
     import torch
 
     streams = [read_stream(data) for data in coded.data] * n_experts
-    plan = plan_decode(streams)
+    batch = DecodeBatch.of(streams)
     if not aligned:
-        plan = plan_decode(streams, offsets=[offset + 1 for offset in plan.offsets])
-    staging = torch.empty(plan.n_bytes, dtype=torch.uint8)
-    plan.pack(list(coded.data) * n_experts, staging)
+        batch = DecodeBatch.of(streams, offsets=[offset + 1 for offset in batch.offsets])
+    staging = torch.empty(batch.n_bytes, dtype=torch.uint8)
+    batch.pack(list(coded.data) * n_experts, staging)
     outs = torch.empty(n_experts * EXPERT_WEIGHTS, dtype=torch.bfloat16, device="cuda")
     slots = torch.split(outs, [stream.spec.size for stream in streams])
-    return Placed(plan, staging.cuda(), tuple(slots))
+    return Placed(batch, staging.cuda(), tuple(slots))
 
 
 def time_decode(
@@ -120,7 +119,7 @@ def time_decode(
     there = placed(coded, n_experts, aligned=aligned)
     rows = []
     for schedule in schedules:
-        ready = there.plan.prepare(there.compressed, there.outs, schedule)
+        ready = there.batch.prepare(there.compressed, there.outs, schedule)
         ready.run().check()
         jobs = ready.jobs
         rows.append(
@@ -166,8 +165,8 @@ def time_host(coded: EncodedExpert, n_experts: int) -> HostRow:
     import torch
 
     there = placed(coded, n_experts)
-    plan, arrays = there.plan, range(len(there.outs))
-    resident = Resident(plan.streams, "cuda")
+    batch, arrays = there.batch, range(len(there.outs))
+    resident = Resident(batch.streams, "cuda")
 
     def seconds(job: Callable[[], object]) -> Timing:
         spent = []
@@ -183,9 +182,9 @@ def time_host(coded: EncodedExpert, n_experts: int) -> HostRow:
         coded.kind,
         n_experts,
         seconds(lambda: [read_stream(data) for data in list(coded.data) * n_experts]),
-        seconds(lambda: plan_decode(plan.streams)),
-        seconds(lambda: plan.launch(there.compressed, there.outs)),
-        seconds(lambda: resident.launch(arrays, plan.offsets, there.compressed, there.outs)),
+        seconds(lambda: DecodeBatch.of(batch.streams)),
+        seconds(lambda: batch.launch(there.compressed, there.outs)),
+        seconds(lambda: resident.launch(arrays, batch.offsets, there.compressed, there.outs)),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from moebound.bench.gpu.cases import EXPERT_WEIGHTS, EncodedExpert
 from moebound.bench.gpu.throughput import time_on_device, time_on_host
 from moebound.bench.timing import Timing
-from moebound.codec.device import Launched, plan_decode, read_stream
+from moebound.codec.device import DecodeBatch, Launched, read_stream
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,18 @@ class Pipeline:
         streams = [read_stream(data) for data in coded.data]
         self.copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.main = torch.cuda.current_stream()
-        self.outs, self.slots, self.plans, self.staged, self.landed = outs, [], [], [], []
+        self.outs, self.slots, self.batches, self.staged, self.landed = outs, [], [], [], []
         for first in range(0, n_experts, group):
             n = min(group, n_experts - first)
-            plan = plan_decode(streams * n)
-            staged = torch.empty(plan.n_bytes, dtype=torch.uint8, pin_memory=True)
-            plan.pack(list(coded.data) * n, staged)
+            batch = DecodeBatch.of(streams * n)
+            staged = torch.empty(batch.n_bytes, dtype=torch.uint8, pin_memory=True)
+            batch.pack(list(coded.data) * n, staged)
             part = outs[first * EXPERT_WEIGHTS : (first + n) * EXPERT_WEIGHTS]
-            self.slots.append(torch.split(part, [stream.spec.size for stream in plan.streams]))
-            self.plans.append(plan)
+            self.slots.append(torch.split(part, [stream.spec.size for stream in batch.streams]))
+            self.batches.append(batch)
             self.staged.append(staged)
-            self.landed.append(torch.empty(plan.n_bytes, dtype=torch.uint8, device="cuda"))
-        self.n_bytes = sum(plan.n_bytes + len(plan.metadata.block) for plan in self.plans)
+            self.landed.append(torch.empty(batch.n_bytes, dtype=torch.uint8, device="cuda"))
+        self.n_bytes = sum(batch.n_bytes + len(batch.metadata.block) for batch in self.batches)
         self.coded = coded
 
     def copy(self) -> None:
@@ -113,8 +113,8 @@ class Pipeline:
     def in_turn(self) -> list[Launched]:
         """All copies, then all decoding, on one stream."""
         self.copy()
-        jobs = zip(self.plans, self.landed, self.slots, strict=True)
-        return [plan.launch(landed, slots) for plan, landed, slots in jobs]
+        jobs = zip(self.batches, self.landed, self.slots, strict=True)
+        return [batch.launch(landed, slots) for batch, landed, slots in jobs]
 
     def overlapped(self) -> list[Launched]:
         """A group is decoded while the next is copied."""
@@ -122,10 +122,10 @@ class Pipeline:
 
         self.copies.wait_stream(self.main)
         launched = []
-        jobs = zip(self.plans, self.staged, self.landed, self.slots, strict=True)
-        for plan, staged, landed, slots in jobs:
+        jobs = zip(self.batches, self.staged, self.landed, self.slots, strict=True)
+        for batch, staged, landed, slots in jobs:
             with torch.cuda.stream(self.copies):
-                ready = plan.prepare(landed, slots)
+                ready = batch.prepare(landed, slots)
                 landed.copy_(staged, non_blocking=True)
                 arrived = self.copies.record_event()
             self.main.wait_event(arrived)

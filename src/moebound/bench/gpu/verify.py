@@ -12,12 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from moebound.codec import envelope
-from moebound.codec.api import decode, encode
-from moebound.codec.arrays import to_torch, torch_dtype
+from moebound.codec import decode, encode, envelope, to_torch, torch_dtype
 from moebound.codec.bound import BoundCodec
-from moebound.codec.device import Schedule, plan_decode, read_stream
-from moebound.codec.device.launch import DEFAULT_SCHEDULE
+from moebound.codec.device import DEFAULT_SCHEDULE, DecodeBatch, Schedule, read_stream
 from moebound.errors import CorruptionError
 from moebound.types import NUMPY_DTYPES, Array
 
@@ -77,19 +74,19 @@ def _compare(
     *,
     offset: int | None = None,
 ) -> Check:
-    """offset: where the bytes of one envelope stand, in place of where a plan puts them."""
+    """offset: where the bytes of one envelope stand, in place of where a batch puts them."""
     import torch
 
-    plan = plan_decode(data, offsets=None if offset is None else [offset])
-    staging = torch.zeros(plan.n_bytes, dtype=torch.uint8)
-    plan.pack(data, staging)
+    batch = DecodeBatch.of(data, offsets=None if offset is None else [offset])
+    staging = torch.zeros(batch.n_bytes, dtype=torch.uint8)
+    batch.pack(data, staging)
     # Filled with what no decoder writes there, between guards that none may touch.
     blocks = [
         torch.full((s.spec.size + 256,), -7.0, dtype=torch_dtype(s.spec.dtype), device=device)
-        for s in plan.streams
+        for s in batch.streams
     ]
     outs = [b[128:-128] for b in blocks]
-    plan.launch(staging.to(device), outs, schedule).check()
+    batch.launch(staging.to(device), outs, schedule).check()
     for i, (encoded, block) in enumerate(zip(data, blocks, strict=True)):
         array = decode(encoded)
         assert isinstance(array, np.ndarray)
@@ -112,7 +109,7 @@ def _damage(data: bytes, device: Any) -> Check:
     name = "damage"
     stream = read_stream(data)
     assert stream.coded is not None
-    plan = plan_decode([stream])
+    batch = DecodeBatch.of([stream])
     rng = np.random.default_rng(5)
     out = torch.empty(stream.spec.size, dtype=torch_dtype(stream.spec.dtype), device=device)
     for _ in range(20):
@@ -122,10 +119,10 @@ def _damage(data: bytes, device: Any) -> Check:
         last = first + 128 + 2 * int(stream.coded.words[segment])
         where = rng.integers(first, last, 40)
         hostile[where] ^= rng.integers(1, 256, 40).astype(np.uint8)
-        staging = torch.zeros(plan.n_bytes, dtype=torch.uint8)
-        plan.pack([hostile.tobytes()], staging)
+        staging = torch.zeros(batch.n_bytes, dtype=torch.uint8)
+        batch.pack([hostile.tobytes()], staging)
         try:
-            plan.launch(staging.to(device), [out]).check()
+            batch.launch(staging.to(device), [out]).check()
         except CorruptionError as error:
             if f"segment {segment} of" not in str(error):
                 return Check(name, False, f"in segment {segment}; reported: {error}")

@@ -18,7 +18,7 @@ table.py         the rows for people
 
 from moebound.bench.offload.cases import run
 from moebound.bench.offload.report import OffloadReport
-from moebound.bench.offload.settings import Settings
+from moebound.bench.offload.settings import OffloadSettings
 from moebound.bench.offload.table import render_offload
 
-__all__ = ["OffloadReport", "Settings", "render_offload", "run"]
+__all__ = ["OffloadReport", "OffloadSettings", "render_offload", "run"]

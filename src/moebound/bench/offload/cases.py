@@ -12,7 +12,7 @@ from moebound.bench.offload.launch import launch
 from moebound.bench.offload.memory_limit import memory_group
 from moebound.bench.offload.prepare import Prepared, prepare
 from moebound.bench.offload.report import OffloadReport
-from moebound.bench.offload.settings import Settings
+from moebound.bench.offload.settings import OffloadSettings
 from moebound.cache import load_trace, simulate, uniform
 from moebound.errors import MoeboundError
 
@@ -36,7 +36,7 @@ class Case:
     policy: str | None = None
     predictor: str | None = None
 
-    def options(self, settings: Settings) -> dict[str, Any]:
+    def options(self, settings: OffloadSettings) -> dict[str, Any]:
         """What `moebound.load`, or the peer, is called with."""
         if self.how != "offloaded":
             return {} if settings.device == "cpu" else {"device_map": settings.device}
@@ -49,7 +49,7 @@ class Case:
         }
 
 
-def cases(settings: Settings) -> Iterator[Case]:
+def cases(settings: OffloadSettings) -> Iterator[Case]:
     """All runs, raw and compressed next to each other."""
     for routing in settings.routing:
         suffix = ", own routing" if routing == "own" else ""
@@ -70,7 +70,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield Case("llama.cpp, own routing", "llama.cpp", "raw", "own")
 
 
-def run(settings: Settings, work: Path, *, say: Say | None = None) -> OffloadReport:
+def run(settings: OffloadSettings, work: Path, *, say: Say | None = None) -> OffloadReport:
     """Make what is needed below `work`, and run every case in a process of its own.
 
     A case that fails is a row with its error. Raises BackendUnavailable, before anything is made,
@@ -94,7 +94,7 @@ def run(settings: Settings, work: Path, *, say: Say | None = None) -> OffloadRep
     return OffloadReport(plain, describe(*_PACKAGES), sizes, policies, rows)
 
 
-def _row(case: Case, settings: Settings, prepared: Prepared, work: Path) -> dict[str, Any]:
+def _row(case: Case, settings: OffloadSettings, prepared: Prepared, work: Path) -> dict[str, Any]:
     try:
         source = prepared.place(case.how, case.source)
     except MoeboundError as error:
@@ -109,7 +109,7 @@ def _row(case: Case, settings: Settings, prepared: Prepared, work: Path) -> dict
     return launch(spec, work, timeout_s=settings.timeout_s, memory_limit=settings.memory_limit)
 
 
-def _policies(trace: Path, top_k: int, settings: Settings) -> list[dict[str, Any]]:
+def _policies(trace: Path, top_k: int, settings: OffloadSettings) -> list[dict[str, Any]]:
     """By budgets that hold something back; the least that a cache can work with is left out too."""
     found = load_trace(trace)
     catalog = uniform(found, 1)

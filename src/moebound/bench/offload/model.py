@@ -135,7 +135,7 @@ def _weights(rng: np.random.Generator, shape: tuple[int, int]) -> Array:
 
 
 def _bits(tensor: object) -> Array:
-    from moebound.codec.arrays import to_numpy
+    from moebound.codec import to_numpy
 
     return to_numpy(tensor)  # type: ignore[arg-type]
 

@@ -12,13 +12,11 @@ import numpy as np
 from moebound.bench.offload.gguf_file import INSTALL, write_gguf
 from moebound.bench.offload.model import make_checkpoint, make_store
 from moebound.bench.offload.routing import fit_trace
-from moebound.bench.offload.settings import Settings
+from moebound.bench.offload.settings import OffloadSettings
 from moebound.bench.offload.text import drawn_ids, task_ids
 from moebound.cache import Trace, ZipfTrace, load_trace
-from moebound.checkpoint import local_folder, open_checkpoint
+from moebound.checkpoint import local_folder, open_checkpoint, top_k_of
 from moebound.errors import BackendUnavailable, UnsupportedArchitectureError
-from moebound.offload.choose import top_k_of
-from moebound.wordmath.builtin import resolve
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Prepared:
         return write_gguf(self.raw, self.gguf)
 
 
-def prepare(settings: Settings, work: Path) -> Prepared:
+def prepare(settings: OffloadSettings, work: Path) -> Prepared:
     """Make what is not there yet. Raises CacheError for a trace that does not fit the model,
     UnsupportedArchitectureError for a model without experts, and as opening a checkpoint does."""
     if settings.model is None:
@@ -61,7 +59,7 @@ def prepare(settings: Settings, work: Path) -> Prepared:
         prefix = "store"
     else:
         stem = re.sub(r"[^A-Za-z0-9.-]+", "-", settings.model).strip("-")
-        raw, prefix = local_folder(resolve(settings.model)), f"{stem}-store"
+        raw, prefix = local_folder(settings.model), f"{stem}-store"
     checkpoint = open_checkpoint(raw)
     layers: dict[int, int] = {}
     for expert in checkpoint.experts():
@@ -85,7 +83,7 @@ def prepare(settings: Settings, work: Path) -> Prepared:
     return Prepared(raw, store, ids, trace, routed_by, top_k, work / f"{stem}.gguf")
 
 
-def _trace(settings: Settings, layers: int, experts: int, top_k: int) -> tuple[Trace, str]:
+def _trace(settings: OffloadSettings, layers: int, experts: int, top_k: int) -> tuple[Trace, str]:
     """A recorded one, or one long text a run, prompts of the run's length cut from it; its name."""
     if settings.trace is not None:
         return load_trace(settings.trace), str(settings.trace)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebound.cache import Trace, one_by_one
-from moebound.cache.trace import LayerTrace
+from moebound.cache import LayerTrace, Trace, one_by_one
 from moebound.errors import CacheError
 from moebound.model.live import live_experts
 from moebound.types import Array

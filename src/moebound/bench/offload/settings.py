@@ -13,7 +13,7 @@ ROUTINGS = ("forced", "own")
 
 
 @dataclass(frozen=True)
-class Settings:
+class OffloadSettings:
     """What to run. model: a checkpoint, or None for a synthetic one of these shapes.
 
     budgets: shares of all experts decoded. routing: "forced" by a trace, "own" for the model's own

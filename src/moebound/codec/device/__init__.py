@@ -5,7 +5,7 @@ In the order of travel:
     stream.py         an envelope, parsed and checked on the host: what the device needs
     metadata.py       ... of many arrays, as numbers in one block
     jobs.py           what of it one launch decodes, from where, to where
-    plan.py           many arrays, one launch: start reading there
+    batch.py          many arrays, one launch: start reading there
     resident.py       ... with the metadata on the device for good
     launch.py         what is allocated and run, and what came of it
     decode_kernel.py  its kernels, in Triton
@@ -18,19 +18,19 @@ both ways.
 `encode_on` is in `encode.py`; nothing else here imports torch before it is used.
 """
 
-from moebound.codec.device.launch import Launched, PreparedDecode, Schedule
-from moebound.codec.device.plan import DecodePlan, decode_to, plan_decode
+from moebound.codec.device.batch import DecodeBatch, decode_to
+from moebound.codec.device.launch import DEFAULT_SCHEDULE, Launched, PreparedDecode, Schedule
 from moebound.codec.device.resident import Resident
 from moebound.codec.device.stream import Stream, read_stream
 
 __all__ = [
-    "DecodePlan",
+    "DEFAULT_SCHEDULE",
+    "DecodeBatch",
     "Launched",
     "PreparedDecode",
     "Resident",
     "Schedule",
     "Stream",
     "decode_to",
-    "plan_decode",
     "read_stream",
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moebound.codec.arrays import dtype_name
 from moebound.codec.cuszp import BLOCK, CHUNK, MODES, check_bound, check_mode, table_n_bytes
 from moebound.codec.device.triton_kernels import cuszp_kernels
 from moebound.errors import CodecError, CorruptionError
@@ -160,12 +161,9 @@ def read(
     """
     import torch
 
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-    n = out.numel()
-    if out.dtype not in names or not out.is_contiguous():
-        raise CodecError(
-            f"cuszp: expected contiguous float32, bfloat16 or float16, found {out.dtype}"
-        )
+    n, dtype = out.numel(), dtype_name(out.dtype)
+    if not out.is_contiguous():
+        raise CodecError("cuszp: expected a contiguous tensor to decode into")
     if table_n_bytes(n) != len(placed.inside) or len(stream) != placed.n_bytes:
         raise CodecError(
             f"cuszp: {n} values and {len(stream)} bytes: expected a stream of {placed.n_bytes} "
@@ -175,7 +173,7 @@ def read(
         patterns = out if out.dtype == torch.float32 else out.view(torch.uint16)
         _launch(
             "decode_blocks", n, stream, placed.begins, placed.inside, placed.planes, patterns, n,
-            _n_blocks(n), 2.0 * check_bound(abs_bound), MODE=mode, DTYPE=names[out.dtype],
+            _n_blocks(n), 2.0 * check_bound(abs_bound), MODE=mode, DTYPE=dtype,
             ALIGNED=_aligned(stream, mode),
         )  # fmt: skip
 

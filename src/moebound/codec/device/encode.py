@@ -1,8 +1,8 @@
 """Encode on a device, to the bytes that `moebound.encode` gives.
 
 The device counts and codes, the host decides, with the code that decides on the CPU too
-(native/encode_model.h): patterns are counted -> alphabet; magnitudes are summed -> classes; symbols
-are counted -> tables; segments are coded. Each arrow is one short wait for numbers.
+(native/bound/encode_model.h): patterns are counted -> alphabet; magnitudes are summed -> classes;
+symbols are counted -> tables; segments are coded. Each arrow is one short wait for numbers.
 
 For bfloat16 and float16, decoded to the same dtype. Everything else, and bounds so tight that an
 exact copy may be smaller, is encoded on the CPU.

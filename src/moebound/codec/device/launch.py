@@ -61,7 +61,7 @@ class OnDevice:
 
 
 class PreparedDecode:
-    """Jobs with their tensors, ready to run; it may run again. Made by `DecodePlan.prepare`.
+    """Jobs with their tensors, ready to run; it may run again. Made by `DecodeBatch.prepare`.
 
     jobs_there: `jobs.numbers` on the device, with the addresses of the destinations: whoever made
     them has checked that these are memory to be written.

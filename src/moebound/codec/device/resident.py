@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moebound.codec.device import metadata
+from moebound.codec.device.batch import check_compressed, check_outs
 from moebound.codec.device.jobs import FIELDS, make_jobs
 from moebound.codec.device.launch import (
     DEFAULT_SCHEDULE,
@@ -22,7 +23,6 @@ from moebound.codec.device.launch import (
     PreparedDecode,
     Schedule,
 )
-from moebound.codec.device.plan import check_compressed, check_outs
 from moebound.codec.device.stream import Stream
 from moebound.errors import CodecError
 
@@ -65,7 +65,7 @@ class Resident:
         arrays: by number. offsets: where the envelope of each begins in `compressed`: the bytes
         that its stream was read from, which is for the caller to see to; others decode to something
         else or are reported as damage, and make no kernel read or write elsewhere. All else as
-        `DecodePlan.launch`.
+        `DecodeBatch.launch`.
         """
         import torch
 

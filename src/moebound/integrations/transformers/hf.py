@@ -9,6 +9,9 @@ things to that, and leaves the rest to transformers, so every family that it kno
 2. `Decode` as the first operation of every converter that collects compressed tensors;
 3. converters that only decode, for compressed tensors that the family collects by none.
 
+A method's shared parts are opened when the first matrix needs them. Router edits are applied to the
+model at the end (`router_edits.py`).
+
 After loading, the converters are swapped for the family's own and the quantization config is
 dropped: the model is like one loaded from the decompressed checkpoint, and saves as one.
 """
@@ -33,13 +36,18 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moebound.checkpoint import TensorInfo, read_into
-from moebound.codec import decode_array, parse, thread_count
+from moebound.checkpoint import TensorInfo
+from moebound.codec import thread_count
 from moebound.codec.arrays import to_torch
-from moebound.errors import FormatError, StoreError
+from moebound.errors import CorruptionError, FormatError, StoreError
+from moebound.integrations.transformers.router_edits import apply_router_edits
 from moebound.jobs.ordered import in_order
+from moebound.methods import FindPart, RouterEdit, Stored, shared_name
+from moebound.methods.blob import MatrixBlob, blob_checksum, parse_shared
+from moebound.methods.reading import ROUTER_NAME, SHARED_NAME, PartsFrom
 from moebound.store import Settings, compressed_tensors
-from moebound.store.format import QUANT_METHOD, SLICE_MARK
+from moebound.store.format import OWN_PREFIX, QUANT_METHOD, SLICE_MARK
+from moebound.store.reader import read_router_edits, read_tensor_bytes
 
 
 class MoeboundConfig(QuantizationConfigMixin):
@@ -55,7 +63,7 @@ class MoeboundConfig(QuantizationConfigMixin):
 
 
 class Decode(ConversionOps):
-    """Envelopes to weights, in the dtype that the model wants; other tensors pass.
+    """Compressed matrices to weights, in the dtype that the model wants; other tensors pass.
 
     What a converter collects is, per pattern, a list: one tensor per expert, or (for a 3-D tensor)
     an empty stand-in and then one per slice. The first stay a list, the others are stacked.
@@ -63,7 +71,8 @@ class Decode(ConversionOps):
 
     supports_many_to_many = True
 
-    def __init__(self, *, alone: bool = False) -> None:
+    def __init__(self, parts: FindPart, *, alone: bool = False) -> None:
+        self._parts = parts
         self._alone = alone  # the only operation: its result goes by the target's name
         self.dtype: torch.dtype | None = None
 
@@ -97,7 +106,8 @@ class Decode(ConversionOps):
         if tensor.dtype != torch.uint8:
             return tensor
         try:
-            out = decode_array(parse(tensor.cpu().contiguous().numpy().data), threads=threads)
+            data = tensor.cpu().contiguous().numpy().data
+            out = Stored.of(data).decode(self._parts, threads=threads)
         except FormatError as error:
             raise type(error)(f"a tensor that goes into {name!r}: {error}") from error
         weights = to_torch(out).to(tensor.device)
@@ -121,6 +131,7 @@ class MoeboundQuantizer(HfQuantizer):
                 "compress it first (`moebound compress`), then load the store"
             )
         self._compressed: list[TensorInfo] = []
+        self._own = OwnTensors([])
         self._model: Any = None
         # Conversion, by id -> what the family has in its place, None where nothing.
         self._familys_own: dict[int, Any] = {}
@@ -130,14 +141,23 @@ class MoeboundQuantizer(HfQuantizer):
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if any(file.suffix != ".safetensors" for file in files):
             raise StoreError(f"{files[0].parent}: a store has safetensors shards only")
-        self._compressed = compressed_tensors(files)
+        self._take(compressed_tensors(files), model)
         if files and not self._compressed:
             raise StoreError(
                 f"{files[0].parent}: config.json says this is a store, but no shard has "
                 "compressed tensors"
             )
-        check_whole(self._compressed)
+        check_whole(self._compressed, self._own)
         return model
+
+    def _take(self, tensors: list[TensorInfo], model: Any) -> None:
+        """Matrices on one side, what belongs to the store itself on the other."""
+        self._own = OwnTensors([t for t in tensors if t.name.startswith(OWN_PREFIX)])
+        self._compressed = [t for t in tensors if not t.name.startswith(OWN_PREFIX)]
+        if self._own.tensors:  # they are no weights of the model: no report about them
+            ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+            own = re.escape(OWN_PREFIX) + r"(shared|router)\..*"
+            model._keys_to_ignore_on_load_unexpected = ignored | {own}
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
@@ -153,11 +173,12 @@ class MoeboundQuantizer(HfQuantizer):
 
         add(_strip_slice_number(), None)
         for position, entry in enumerate(weight_conversions):
-            add(_with_decode(entry) if position in ways.collecting else entry, entry)
+            collects = position in ways.collecting
+            add(_with_decode(entry, self._own.part) if collects else entry, entry)
         for wrong, right in sorted(ways.undo.items()):
             add(WeightRenaming(f"{re.escape(wrong)}$", right), None)
         for tail in sorted(ways.alone):
-            decode: list[ConversionOps] = [Decode(alone=True)]
+            decode: list[ConversionOps] = [Decode(self._own.part, alone=True)]
             add(WeightConverter(f"{re.escape(tail)}$", tail, decode, force_cpu=True), None)
         return updated
 
@@ -170,6 +191,7 @@ class MoeboundQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._model = None
+        apply_router_edits(model, self._own.router_edits())
         used = getattr(model, "_weight_conversions", None) or []
         own = [self._familys_own.get(id(entry), entry) for entry in used]
         model._weight_conversions = [entry for entry in own if entry is not None]
@@ -236,34 +258,70 @@ def _strip_slice_number() -> Any:
     return WeightRenaming(re.escape(SLICE_MARK) + r"\d+$", "")
 
 
-def _with_decode(converter: Any) -> Any:
+def _with_decode(converter: Any, parts: FindPart) -> Any:
     """The same converter with decoding in front; on the CPU, where decoding is."""
     copy = WeightConverter(
         list(converter._original_source_patterns),
         list(converter._original_target_patterns),
-        [Decode(), *converter.operations],
+        [Decode(parts), *converter.operations],
         force_cpu=True,
     )
     copy.scope_prefix, copy.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
     return copy
 
 
-def check_whole(tensors: list[TensorInfo]) -> None:
-    """Read these envelopes and check that they are whole. Raises FormatError or CorruptionError,
-    naming file and tensor."""
-    for _ in in_order(_check_whole, tensors, jobs=thread_count()):
+class OwnTensors:
+    """A store's shared parts and router edits, found in its shards. part: a `FindPart`."""
+
+    def __init__(self, tensors: list[TensorInfo]) -> None:
+        self.tensors = {tensor.name: tensor for tensor in tensors}
+        self.part: FindPart = PartsFrom(self._read)
+
+    def _read(self, group: int, number: int) -> memoryview:
+        name = shared_name(group, number)
+        if name not in self.tensors:
+            raise CorruptionError(f"tensor {name!r} is in no shard")
+        return read_tensor_bytes(self.tensors[name])
+
+    def router_edits(self) -> dict[int, RouterEdit]:
+        """By layer. Raises as `store.reader.read_router_edits`."""
+        found = [t for name, t in self.tensors.items() if name.startswith(ROUTER_NAME)]
+        return read_router_edits(found)
+
+
+def check_whole(tensors: list[TensorInfo], own: OwnTensors) -> None:
+    """Read these matrices and check that they are whole, and their shared parts there, the right
+    ones and whole. Raises FormatError or CorruptionError, naming file and tensor."""
+    own.router_edits()
+    parts: dict[tuple[int, int], int] = {}
+    for tensor in own.tensors.values():
+        if tensor.name.startswith(SHARED_NAME):
+            data = read_tensor_bytes(tensor)
+            try:
+                blob = parse_shared(data)
+                if shared_name(blob.group, blob.number) != tensor.name:
+                    raise CorruptionError(f"holds part {blob.number} of group {blob.group}")
+            except FormatError as error:
+                raise type(error)(f"{tensor.file}: tensor {tensor.name!r}: {error}") from error
+            parts[blob.group, blob.number] = blob_checksum(data)
+
+    def check(tensor: TensorInfo) -> None:
+        if tensor.n_bytes == 0:
+            return
+        try:
+            found = Stored.of(read_tensor_bytes(tensor)).found
+            if isinstance(found, MatrixBlob):
+                for use in found.uses:
+                    name = shared_name(found.group, use.number)
+                    if (found.group, use.number) not in parts:
+                        raise CorruptionError(f"needs tensor {name!r}, which is in no shard")
+                    if parts[found.group, use.number] != use.checksum:
+                        raise CorruptionError(f"tensor {name!r} is not the one it was encoded with")
+        except FormatError as error:
+            raise type(error)(f"{tensor.file}: tensor {tensor.name!r}: {error}") from error
+
+    for _ in in_order(check, tensors, jobs=thread_count()):
         pass
-
-
-def _check_whole(tensor: TensorInfo) -> None:
-    if tensor.n_bytes == 0:
-        return
-    data = bytearray(tensor.n_bytes)
-    read_into(tensor, memoryview(data))
-    try:
-        parse(data)
-    except FormatError as error:
-        raise type(error)(f"{tensor.file}: tensor {tensor.name!r}: {error}") from error
 
 
 def register() -> None:

@@ -11,16 +11,16 @@ decoded as `hf.py` does.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moebound.checkpoint import find_family
 from moebound.errors import CheckpointError, MoeboundError, UnsupportedArchitectureError
 from moebound.integrations.transformers.hf import MoeboundQuantizer, check_whole
 from moebound.model.quiet import without_bars
@@ -42,6 +42,7 @@ def load_skeleton(
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        _check_family(folder, config.to_dict())
         config.quantization_config = {"quant_method": METHOD, "routed": sorted(routed)}
         options: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
         with without_bars():
@@ -73,27 +74,25 @@ class SkeletonQuantizer(MoeboundQuantizer):
         self._model = model
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         routed = set(cast(SkeletonConfig, self.quantization_config).routed)
-        self._compressed = [t for t in compressed_tensors(files) if t.name not in routed]
-        check_whole(self._compressed)
-        for stack in _stacks(model):
-            _take_out(stack)
+        self._take([t for t in compressed_tensors(files) if t.name not in routed], model)
+        check_whole(self._compressed, self._own)
+        for name, module in model.named_modules():
+            stack = find_stack(name, module)
+            if stack is not None:
+                _take_out(stack)
         # They are left unread on purpose: no report about them.
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {r".*experts?\..*", r".*_linear\..*"}
         return model
 
 
-def _stacks(model: nn.Module) -> list[Stack]:
-    found = [find_stack(name, module) for name, module in model.named_modules()]
-    stacks = [stack for stack in found if stack is not None]
-    for stack in stacks:
-        if not hasattr(stack.module, "_apply_gate"):
-            raise UnsupportedArchitectureError(
-                f"{type(model).__name__}: {stack.name} does not use transformers' experts "
-                "functions, so its experts cannot be loaded on demand; load the store with "
-                "from_pretrained, which decodes all of them"
-            )
-    return stacks
+def _check_family(folder: Path, config: Mapping[str, Any]) -> None:
+    if not find_family(config).experts_functions:
+        raise UnsupportedArchitectureError(
+            f"{folder}: model_type {config.get('model_type')!r} does not use transformers' experts "
+            "functions, so its experts cannot be loaded on demand; load the store with "
+            "from_pretrained, which decodes all of them"
+        )
 
 
 def _take_out(stack: Stack) -> None:

@@ -9,6 +9,7 @@ the time anyway, guesses must be nearly always right. Both sides are measured as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ import torch
 from moebound.cache import ExpertCache
 from moebound.offload.meter import Meter
 from moebound.offload.predictors.base import Layers, Predictor
-from moebound.offload.slots import Slot
 from moebound.types import ExpertKey
 
 TRIAL_VISITS = 256
@@ -33,7 +33,7 @@ class Foresight:
         self,
         predictor: Predictor | None,
         layers: Layers,
-        cache: ExpertCache[Slot],
+        cache: ExpertCache[Any],
         meter: Meter,
         expect: Callable[[Iterable[ExpertKey]], None],
     ) -> None:

@@ -4,7 +4,7 @@ read (files -> rows) -> tables (rows -> what is shown) -> verdicts (rules -> sup
 leaves open) -> plots, page. Nothing here runs a model.
 """
 
-from moebound.paper.report.read import Study, read_study
+from moebound.files.formats.study import Study, read_study
 from moebound.paper.report.report import Report, make_report
 
 __all__ = ["Report", "Study", "make_report", "read_study"]

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moebound.files.formats.study import BASELINE, Metric, Row, Study
 from moebound.paper.report.compare import LEVEL
-from moebound.paper.report.read import NO_ERROR, Metric, Row, Study
 from moebound.score import READ
 from moebound.score.record import DOWN_SHARE
 from moebound.score.statistics import wilson
@@ -29,7 +29,7 @@ SOURCE_NAMES = {
     "gaussian-power": "Gaussian, sd ε/√3",
     "uniform": "uniform in ±ε",
     RANDOMISED: "randomised",
-    NO_ERROR: "no error",
+    BASELINE: "no error",
 }
 _ORDER = [*SOURCE_NAMES]
 
@@ -135,7 +135,7 @@ def cells(study: Study) -> list[Cell]:
     asked = {condition.id: index for index, condition in enumerate(study.conditions)}
     last = len(asked)
     for row in sorted(study.rows, key=lambda row: asked.get(row.condition, last)):
-        if row.source != NO_ERROR:
+        if row.source != BASELINE:
             key = CellKey(row.table, row.task, row.selector, row.layers, row.rate, row.source)
             groups[key].append(row)
     return [

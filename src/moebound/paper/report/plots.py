@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from moebound.files.formats.study import Metric
 from moebound.page import DASHES, FAINT, INK, MARKERS, SERIES, SOFT, drawing
 from moebound.paper.report.by_layer import whole_layers
 from moebound.paper.report.cells import Cell, in_order, source_name
-from moebound.paper.report.read import Metric
 from moebound.paper.report.suite import Suite
 from moebound.paper.report.tables import Line, Table
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moebound.files.formats.study import Study
 from moebound.paper.report import verdicts
 from moebound.paper.report.compare import ALPHA, MARGIN
-from moebound.paper.report.read import Study
 from moebound.paper.report.suite import Suite
 from moebound.paper.report.tables import Table, gaps, make_tables
 from moebound.paper.report.verdicts import Verdict

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
+from moebound.files.formats.study import METRICS, Metric
 from moebound.paper.report import evidence as ev
 from moebound.paper.report.cells import RANDOMISED, Cell
 from moebound.paper.report.claims import PTS, SEVERE_PTS
 from moebound.paper.report.compare import SEVERE, Difference
 from moebound.paper.report.evidence import Evidence, Favours, Finding, points
-from moebound.paper.report.read import METRICS, Metric
 from moebound.paper.report.scene import (
     Pair,
     Scene,

@@ -7,11 +7,11 @@ import math
 import numpy as np
 
 from moebound.errors import MoeboundError
+from moebound.files.formats.study import METRICS
 from moebound.paper.report import compare
 from moebound.paper.report import evidence as ev
 from moebound.paper.report.cells import CODEC_PREFIX, NO_OUTPUT, share_interval
 from moebound.paper.report.evidence import Evidence, Favours, Finding, factor, points
-from moebound.paper.report.read import METRICS
 from moebound.paper.report.scene import Scene, first_decisive, named
 from moebound.paper.report.suite import Suite
 from moebound.profile.balance import balance as use_balance

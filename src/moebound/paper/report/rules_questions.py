@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from moebound.files.formats.study import METRICS
 from moebound.paper.report import evidence as ev
 from moebound.paper.report.cells import Cell
 from moebound.paper.report.compare import NEAR
 from moebound.paper.report.evidence import Evidence, Finding, factor
-from moebound.paper.report.read import METRICS
 from moebound.paper.report.rules_conclusions import GAINS, gain
 from moebound.paper.report.scene import Scene, deep, named
 from moebound.paper.report.suite import Suite

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from moebound.files.formats.study import METRICS, Metric
 from moebound.paper.report.cells import RANDOMISED, Cell
 from moebound.paper.report.evidence import (
     Evidence,
@@ -20,7 +21,6 @@ from moebound.paper.report.evidence import (
     points,
     tally,
 )
-from moebound.paper.report.read import METRICS, Metric
 from moebound.paper.report.suite import DEEP, SHALLOW, Suite
 
 Pair = tuple[Cell, Cell]

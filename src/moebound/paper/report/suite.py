@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from moebound.files.formats.study import METRICS, Metric, Study
 from moebound.paper.report import compare, student
 from moebound.paper.report.cells import CODEC_PREFIX, Cell, cells, in_order
 from moebound.paper.report.compare import Difference, Spread
 from moebound.paper.report.paper import SIMULATION
-from moebound.paper.report.read import METRICS, Metric, Study
 from moebound.score.statistics import holm
 from moebound.types import Array
 

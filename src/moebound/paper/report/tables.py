@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from moebound.files.formats.study import METRICS, Condition, Metric, Row, Study
 from moebound.paper.report import paper
 from moebound.paper.report.cells import RANDOMISED, Cell, Figure, in_order, share_interval
 from moebound.paper.report.compare import FLOOR, Difference
 from moebound.paper.report.evidence import plural
 from moebound.paper.report.paper import PaperRow, PaperTable
-from moebound.paper.report.read import METRICS, Condition, Metric, Row, Study
 from moebound.paper.report.suite import Suite
 
 Mark = Literal["lower", "higher", "same", ""]

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
-from moebound.paper.study.suite import EXTRA, Entry, ModelFacts, Share, Suite, all_sources
+from moebound.files.formats.study import EXTRA, Share
+from moebound.paper.study.suite import Entry, ModelFacts, Suite, all_sources
 
 _L1, _L13, _L20, _L26 = "@0", "@0.48", "@0.76", "@1"
 _GROUPS = (("@0", "@0.36"), ("@0.32", "@0.68"), ("@0.64", "@1"))

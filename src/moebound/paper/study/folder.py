@@ -1,11 +1,7 @@
 """A study's folder: what was asked, what came out, and that both belong together.
 
-  study.json     model, suite, tasks, and every condition that was asked for
-  rows.jsonl     one line per finished condition
-  answers.jsonl  what the model wrote in it, so that answers can be judged again
-  profile.json   which experts each task uses: what "most used" means in the selectors
-
-A folder is of one model and one suite. Within it a study may grow: more seeds, sources or tasks.
+`files/formats/study.py` has the files. A folder is of one model and one suite. Within it a study
+may grow: more seeds, sources or tasks.
 """
 
 from __future__ import annotations
@@ -16,15 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebound.errors import FormatError, MoeboundError
-from moebound.files.documents import ROWS_FILE
+from moebound.errors import MoeboundError
+from moebound.files.documents import save_json
 from moebound.files.durable import disk_errors
-from moebound.files.json_document import load_json, save_json
-from moebound.paper.study.suite import Condition, ModelFacts
-
-FORMAT, VERSION = "moebound.study", 1
-STUDY_FILE = "study.json"
-ANSWERS_FILE, PROFILE_FILE = "answers.jsonl", "profile.json"
+from moebound.files.formats.study import FORMAT, PROFILE_FILE, ROWS_FILE, STUDY_FILE, Condition
+from moebound.paper.study.suite import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -43,8 +35,7 @@ class Asked:
 
     def to_json(self, created: str) -> dict[str, Any]:
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            **FORMAT.header,
             "model": self.facts.name,
             "fingerprint": self.facts.fingerprint,
             "source": dict(self.source),
@@ -87,13 +78,7 @@ def prepare(folder: Path, asked: Asked) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         save_json(path, asked.to_json(now))
         return
-    before = load_json(path)
-    if not isinstance(before, dict) or before.get("format") != FORMAT:
-        raise FormatError(f"{path}: expected format {FORMAT!r}; write to another folder")
-    if before.get("version") != VERSION:
-        raise FormatError(
-            f"{path}: version {before.get('version')!r}, this moebound writes {VERSION}"
-        )
+    before = FORMAT.read(path).content
     document = asked.to_json(str(before.get("created", "")))
     _refuse_other(path, before, document)
     if before != document:

@@ -6,7 +6,6 @@ this process, another one, or another machine: see `jobs/workers.py`.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,14 +14,17 @@ from typing import Any
 
 import torch
 
+from moebound.checkpoint import top_k_of
 from moebound.errors import MoeboundError
 from moebound.evaluate.answering import answer
 from moebound.evaluate.candidate import Original, score
 from moebound.evaluate.loading import Loaded, load
 from moebound.evaluate.prompting import encode_prompts, encode_references
+from moebound.files.formats.study import BASELINE, Condition
+from moebound.model.fingerprint import of_state
 from moebound.model.live import live_experts
 from moebound.paper.study.reading import Pair, Reading
-from moebound.paper.study.suite import BASELINE, Condition, ModelFacts, whole_layer
+from moebound.paper.study.suite import ModelFacts, whole_layer
 from moebound.profile.profile import Profile, TaskUse
 from moebound.profile.routing import Recorder
 from moebound.score.record import finite
@@ -31,7 +33,6 @@ from moebound.sensitivity.perturb import Realised, perturbed
 from moebound.sensitivity.selectors import parse_selector
 from moebound.tasks import Problem, Task, get_task
 
-_SAMPLED = 64  # values of each tensor in a fingerprint
 _PROFILE_BATCH = 64
 
 
@@ -88,10 +89,10 @@ class Measurer:
         first = self._experts.layers[0]
         return ModelFacts(
             name=self._loaded.source.name,
-            fingerprint=fingerprint(self._loaded.model),
+            fingerprint=of_state(self._loaded.model),
             layers=self._experts.layers,
             n_experts=len(self._experts.in_layer(first)),
-            top_k=self._top_k(),
+            top_k=top_k_of(self._loaded.model.config.to_dict()),
         )
 
     def source(self) -> dict[str, str]:
@@ -227,26 +228,6 @@ class Measurer:
                 f"task {task!r}: no solutions to read, and the model writes nothing"
             )
         return pairs, "answers"
-
-    def _top_k(self) -> int:
-        """Experts chosen a token: heard, since configs have many names for it."""
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self._loaded.device)
-        with torch.inference_mode(), Recorder(self._loaded.model, end_ids=()) as recorder:
-            self._loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            return int(recorder.take().layers[0].index.shape[1])
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Names a model by its tensors: names, shapes, and some values of each."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        values = flat[:: max(1, len(flat) // _SAMPLED)].cpu()
-        if values.is_floating_point():
-            values = values.float()
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def _padded(pairs: Sequence[Pair], device: torch.device) -> dict[str, torch.Tensor]:

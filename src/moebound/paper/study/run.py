@@ -13,24 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from moebound.errors import MoeboundError
-from moebound.files.documents import ROWS_FILE
+from moebound.files.formats.study import (
+    ANSWERS_FILE,
+    BASELINE,
+    PROFILE_FILE,
+    ROWS_FILE,
+    Condition,
+)
 from moebound.files.rows import KEY, Rows
 from moebound.jobs.workers import Workers
-from moebound.paper.study.folder import (
-    ANSWERS_FILE,
-    PROFILE_FILE,
-    Asked,
-    missing,
-    prepare,
-)
+from moebound.paper.study.folder import Asked, missing, prepare
 from moebound.paper.study.measure import Setup
-from moebound.paper.study.suite import (
-    BASELINE,
-    Condition,
-    ModelFacts,
-    Suite,
-    baseline,
-)
+from moebound.paper.study.suite import ModelFacts, Suite, baseline
 from moebound.profile.profile import Profile, TaskUse
 
 

@@ -17,17 +17,13 @@ from typing import Any
 
 from moebound.codec import codec_ids, get_codec
 from moebound.errors import MoeboundError
+from moebound.files.formats.study import BASELINE, EXTRA, Condition, Share
 from moebound.sensitivity.noise import CODEC_PREFIX, parse_source, source_ids
 from moebound.sensitivity.selectors import parse_selector
-from moebound.types import BoundScope, ErrorBound, ExpertKey
+from moebound.types import BoundScope, ExpertKey
 
-BASELINE = "none"
-"""The source of a condition without any error."""
-EXTRA = "extra"
 TABLES = ("3.2.1", "3", "4", "5", "6", "7", "8", "9", EXTRA)
 """Of the paper (MoE-Compression, 2509.07727), named by section or number; and what is not in it."""
-
-Share = float | None
 
 
 @dataclass(frozen=True)
@@ -44,45 +40,6 @@ class ModelFacts:
     def at(self, depth: float) -> int:
         """The MoE layer at a relative depth: 0 is the first, 1 the last."""
         return self.layers[math.floor(depth * (len(self.layers) - 1) + 0.5)]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One thing to measure.
-
-    id: names it for good. table: of the paper, or "extra". label: for people, without source, rate
-    and seed. selector: see `selectors.py`, decoder indices. source: see `noise.py`, or "none".
-    rate: bound as a share of the mean |weight|, None where the source has no bound. answers:
-    whether the model answers the task's problems; if not, only its predictions are compared.
-    paper: ICA and PIA there, None where it has "/"; None as a whole where it has nothing.
-    """
-
-    id: str
-    table: str
-    label: str
-    selector: str
-    source: str
-    rate: float | None
-    bound_scope: BoundScope
-    seed: int
-    task: str
-    answers: bool = True
-    paper: tuple[Share, Share] | None = None
-
-    @property
-    def bound(self) -> ErrorBound | None:
-        return None if self.rate is None else ErrorBound(self.rate, "rate", self.bound_scope)
-
-    def to_json(self) -> dict[str, Any]:
-        paper = None if self.paper is None else {"ica": self.paper[0], "pia": self.paper[1]}
-        return {**vars(self), "paper": paper}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Condition:
-        """Raises KeyError or TypeError for anything else than `to_json` gave."""
-        fields = {name: data[name] for name in cls.__dataclass_fields__}
-        paper = fields["paper"]
-        return cls(**{**fields, "paper": None if paper is None else (paper["ica"], paper["pia"])})
 
 
 def baseline(task: str) -> Condition:

@@ -20,16 +20,16 @@ Every error names the file, the condition by its place in the list (from 0), and
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from moebound.errors import FormatError, MoeboundError
+from moebound.files.documents import load_json
+from moebound.files.formats.study import EXTRA
 from moebound.paper.study.builtin import builtin
 from moebound.paper.study.suite import (
-    EXTRA,
     TABLES,
     Entry,
     ModelFacts,
@@ -64,13 +64,7 @@ def get_suite(text: str) -> Suite:
 
 def read_suite(path: Path) -> Suite:
     """Read a file. Raises FormatError, naming file, condition and field."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise MoeboundError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: no JSON: {error}") from error
-    suite = _Fields(content, f"{path}: ", _SUITE_FIELDS)
+    suite = _Fields(load_json(path), f"{path}: ", _SUITE_FIELDS)
     name = suite.get("name", _text, path.stem)
     n_problems, n_read = suite.get("problems", _count, 500), suite.get("read", _count, 64)
     n_seeds = suite.get("seeds", _count, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebound.codec.arrays import to_numpy
 from moebound.evaluate.calibration import Calibration, calibration_of
 from moebound.evaluate.candidate import Original, score
 from moebound.evaluate.fidelity import Baseline, vocabulary_of
@@ -20,14 +18,15 @@ from moebound.evaluate.kl import kept_tokens
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.replay import Replay, baseline, decoder_layers
 from moebound.evaluate.text import solved_rows
+from moebound.files.formats.sensitivity_map import FORMAT, SensitivityMap
+from moebound.model.fingerprint import of_experts
 from moebound.model.live import LiveExperts, live_experts
 from moebound.score.record import finite
-from moebound.sensitivity.map.document import SensitivityMap
 from moebound.sensitivity.map.layer import LayerPrediction, predict_layer
 from moebound.sensitivity.map.observe import Seen, observe
 from moebound.sensitivity.map.predict import Response, replaced
 from moebound.sensitivity.map.rows import Rows
-from moebound.sensitivity.map.settings import Settings
+from moebound.sensitivity.map.settings import MapSettings
 from moebound.sensitivity.map.summary import assemble, packed
 from moebound.sensitivity.map.sweep import measure_experts, measure_whole
 from moebound.sensitivity.map.ties import Tie, find_ties, with_costs
@@ -59,7 +58,7 @@ class Build:
         model: Any,
         calibration: Calibration,
         named: Named,
-        settings: Settings,
+        settings: MapSettings,
         path: Path,
         say: Say = lambda *_: None,
     ) -> None:
@@ -72,12 +71,12 @@ class Build:
         self.layers = decoder_layers(model, self.entries[0])
         self.sampled = _sample(self.live, settings)
         header = {
-            "rows": "moebound.sensitivity",
-            "version": 1,
+            "rows": FORMAT.name,
+            "version": FORMAT.version,
             "model": named.model,
             "task": named.task,
             "text": calibration.digest,
-            "weights": _digest(self.live),
+            "weights": of_experts(self.live),
             "settings": settings.to_json(),
         }
         self.rows = Rows(path, header)
@@ -90,7 +89,7 @@ class Build:
         loaded: Loaded,
         task: Task,
         limit: int | None,
-        settings: Settings,
+        settings: MapSettings,
         path: Path,
         say: Say = lambda *_: None,
         *,
@@ -293,7 +292,7 @@ def _n_ties(ties: Sequence[Sequence[Tie]]) -> int:
     return len(ties[0]) if ties else 0
 
 
-def _sample(live: LiveExperts, settings: Settings) -> list[ExpertKey]:
+def _sample(live: LiveExperts, settings: MapSettings) -> list[ExpertKey]:
     keys = list(live)
     if settings.measure == "none":
         return []
@@ -301,12 +300,3 @@ def _sample(live: LiveExperts, settings: Settings) -> list[ExpertKey]:
         return keys
     chosen = np.random.default_rng(settings.seed).choice(len(keys), settings.n_sampled, False)
     return [keys[index] for index in sorted(chosen.tolist())]
-
-
-def _digest(live: LiveExperts) -> str:
-    """Names the weights: the first row of every matrix."""
-    digest = hashlib.sha256()
-    for expert in live.values():
-        for matrix in expert.matrices.values():
-            digest.update(to_numpy(matrix[:1].contiguous()).tobytes())
-    return digest.hexdigest()[:16]

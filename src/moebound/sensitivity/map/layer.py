@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from moebound.checkpoint.families import Role
+from moebound.files.formats.sensitivity_map import ExpertLine, RoleLine
 from moebound.model.live import ExpertsModule, LiveExperts
 from moebound.sensitivity.decoded import Original
-from moebound.sensitivity.map.document import ExpertLine, RoleLine
 from moebound.sensitivity.map.observe import Seen
 from moebound.sensitivity.map.predict import Change, Floats, Layer, Response
 from moebound.types import ExpertKey

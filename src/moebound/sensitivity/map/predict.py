@@ -39,8 +39,8 @@ _PAIR_VALUES = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What one rate does to a layer. before: the seen batches. by: [P, H] for each, the change of
-    each pair's share of the output, float32."""
+    """What one rate does to a layer. weights: of each expert, as changed. seen: the batches. by:
+    [P, H] of each, the change of each pair's share of the output, float32."""
 
     weights: Sequence[Matrices]
     seen: Sequence[Seen]

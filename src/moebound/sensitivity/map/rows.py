@@ -1,6 +1,6 @@
 """What is finished of a map, in a file beside it: killed at any moment, the next run goes on.
 
-Kept as `checkpoint/appended.py` keeps lines. The first says what the rows are of, and rows of
+Kept as `files/appended.py` keeps lines. The first says what the rows are of, and rows of
 anything else are refused.
 """
 

@@ -13,7 +13,7 @@ RATES = (0.1, 0.3, 0.5, 0.8)
 
 
 @dataclass(frozen=True)
-class Settings:
+class MapSettings:
     """rates: ascending, of an expert's mean |weight|. codec: whose error. measure, n_sampled: of
     how many experts KL is measured too. seed: of the sample and of the probes. n_probes: random
     directions of the Fisher term. n_ties: routing decisions of each sequence that are followed.

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from moebound.evaluate.calibration import Calibration
+from moebound.files.formats.sensitivity_map import ExpertLine, SensitivityMap
 from moebound.score.record import Score, finite
-from moebound.sensitivity.map.document import ExpertLine, SensitivityMap
 from moebound.sensitivity.map.predict import Response
 from moebound.sensitivity.map.ranks import rank_correlation
-from moebound.sensitivity.map.settings import Settings
+from moebound.sensitivity.map.settings import MapSettings
 
 Row = Mapping[str, Any]
 
@@ -23,7 +23,7 @@ def assemble(
     model: str,
     task: str,
     calibration: Calibration,
-    settings: Settings,
+    settings: MapSettings,
     rows: Sequence[Row],
     response: Response,
     *,
@@ -32,11 +32,12 @@ def assemble(
     """rows: one of kind "ties", one of kind "layer" for each experts module, one of kind "joint"
     for each rate, in any order."""
     layers = sorted((row for row in rows if row["kind"] == "layer"), key=lambda row: row["place"])
-    experts = tuple(ExpertLine.from_json(line) for row in layers for line in row["experts"])
+    n_rates = len(settings.rates)
+    experts = tuple(ExpertLine.from_json(e, n_rates) for row in layers for e in row["experts"])
     together = {row["rate"]: row for row in rows if row["kind"] == "joint"}
     joint = _joint(experts, layers, settings, response, [together[rate] for rate in settings.rates])
     [ties] = [row for row in rows if row["kind"] == "ties"]
-    checks = _quality(experts, len(settings.rates)) | _speed(ties, layers, experts, settings)
+    checks = _quality(experts, n_rates) | _speed(ties, layers, experts, settings)
     return SensitivityMap(
         model, task, calibration.n_sequences, calibration.n_positions, settings.codec,
         settings.rates, experts, joint, checks | {"settings": settings.to_json()},
@@ -47,7 +48,7 @@ def assemble(
 def _joint(
     experts: Sequence[ExpertLine],
     layers: Sequence[Row],
-    settings: Settings,
+    settings: MapSettings,
     response: Response,
     rows: Sequence[Row],
 ) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _quality(experts: Sequence[ExpertLine], n_rates: int) -> dict[str, Any]:
 
 
 def _speed(
-    ties: Row, layers: Sequence[Row], experts: Sequence[ExpertLine], settings: Settings
+    ties: Row, layers: Sequence[Row], experts: Sequence[ExpertLine], settings: MapSettings
 ) -> dict[str, Any]:
     """Against a pass of the whole model for each expert at each rate, timed in the same run: CPU
     seconds of all threads on a CPU, else seconds."""

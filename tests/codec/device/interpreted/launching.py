@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from moebound.codec.arrays import torch_dtype
-from moebound.codec.device import Schedule, plan_decode
+from moebound.codec.device import DecodeBatch, Schedule
 
 MANY = Schedule(together=32)
 
@@ -25,14 +25,14 @@ def decoded(
 
     What is written outside an array's own memory fails here.
     """
-    plan = plan_decode(data, offsets=offsets)
-    compressed = torch.zeros(plan.n_bytes, dtype=torch.uint8)
-    plan.pack(data, compressed)
+    batch = DecodeBatch.of(data, offsets=offsets)
+    compressed = torch.zeros(batch.n_bytes, dtype=torch.uint8)
+    batch.pack(data, compressed)
     blocks = [
         torch.full((stream.spec.size + 128,), -7.0, dtype=torch_dtype(stream.spec.dtype))
-        for stream in plan.streams
+        for stream in batch.streams
     ]
-    plan.launch(compressed, [block[64:-64] for block in blocks], schedule).check()
+    batch.launch(compressed, [block[64:-64] for block in blocks], schedule).check()
     patterns = [block.view(_INTEGERS[block.element_size()]).numpy() for block in blocks]
     for guarded in patterns:
         assert len(set(guarded[:64].tolist() + guarded[-64:].tolist())) == 1

@@ -14,7 +14,7 @@ import torch
 
 from moebound import encode
 from moebound.codec.bound import BoundCodec
-from moebound.codec.device import Stream, plan_decode, read_stream
+from moebound.codec.device import DecodeBatch, Stream, read_stream
 from moebound.errors import CorruptionError
 
 from ... import weights
@@ -34,9 +34,9 @@ def segment_of(stream: Stream, i: int) -> slice:
 
 def launch(stream: Stream, compressed: torch.Tensor) -> tuple[torch.Tensor, str]:
     """What came out, and what was said."""
-    plan = plan_decode([stream], offsets=[stream.alignment_offset])
+    batch = DecodeBatch.of([stream], offsets=[stream.alignment_offset])
     out = torch.zeros(64, 512, dtype=torch.bfloat16)
-    launched = plan.launch(compressed, [out], MANY)
+    launched = batch.launch(compressed, [out], MANY)
     try:
         launched.check()
     except CorruptionError as error:
@@ -101,9 +101,9 @@ def test_nothing_is_read_outside_the_buffer() -> None:
     """The buffer stands between pages that cannot be read: a stray read would end this process."""
     rng = np.random.default_rng(3)
     stream = read_stream(DATA)
-    plan = plan_decode([stream])
+    batch = DecodeBatch.of([stream])
     last = segment_of(stream, 31)
-    with Fenced(plan.n_bytes) as fenced:
+    with Fenced(batch.n_bytes) as fenced:
         for _ in range(4):
             changed = hostile(rng, DATA, last)
             fenced.copy_(placed(stream, changed))

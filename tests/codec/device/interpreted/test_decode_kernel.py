@@ -8,7 +8,7 @@ import torch
 
 from moebound import decode, encode
 from moebound.codec.bound import BoundCodec
-from moebound.codec.device import Schedule, decode_to, plan_decode, read_stream
+from moebound.codec.device import DecodeBatch, Schedule, decode_to, read_stream
 from moebound.types import NUMPY_DTYPES, Array, DType
 
 from ... import weights
@@ -106,11 +106,11 @@ def test_into_slots_of_one_tensor() -> None:
     """Gate and up projection stacked, as the experts' modules hold them."""
     gate, up = (weights.gaussian((40, 512), seed=seed) for seed in (1, 2))
     data = [encode(array, 0.005, codec=CODEC) for array in (gate, up)]
-    plan = plan_decode(data)
-    compressed = torch.zeros(plan.n_bytes, dtype=torch.uint8)
-    plan.pack(data, compressed)
+    batch = DecodeBatch.of(data)
+    compressed = torch.zeros(batch.n_bytes, dtype=torch.uint8)
+    batch.pack(data, compressed)
     experts = torch.full((3, 80, 512), 5.0, dtype=torch.bfloat16)
-    plan.launch(compressed, [experts[1, :40], experts[1, 40:]], MANY).check()
+    batch.launch(compressed, [experts[1, :40], experts[1, 40:]], MANY).check()
     want = np.concatenate([patterns(decode(envelope)) for envelope in data])
     np.testing.assert_array_equal(patterns(experts[1]), want)
     assert bool((experts[0] == 5).all() and (experts[2] == 5).all())

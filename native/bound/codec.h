@@ -1,0 +1,42 @@
+// Codec `bound`: the grid, the classes, the tables and the segments, put together.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "base/dtype.h"
+
+namespace moebound {
+
+// An array as both ends know it. columns: of the matrix the coder sees. bound: ε, at least 0; 0 is
+// for an exact copy of a 16-bit dtype (source and output the same): bins are then not cells of a
+// grid but the patterns themselves, rotated so that the exponent is on top, `rotated`.
+struct ArrayInfo {
+  DType source, output;
+  double bound;
+  size_t n;
+  uint32_t columns;
+};
+
+// Exponent and mantissa, then the sign: what little order weights have is in the top byte.
+inline uint16_t rotated(uint16_t pattern) { return uint16_t(pattern << 1 | pattern >> 15); }
+inline uint16_t unrotated(uint16_t bin) { return uint16_t(bin >> 1 | bin << 15); }
+constexpr uint32_t kExactLowBits = 8;
+
+struct EncodeOptions {
+  size_t segment_weights = 1 << 18;
+  unsigned threads = 1;
+};
+
+struct EncodedBound {
+  std::vector<uint8_t> payload;
+  std::vector<uint64_t> misses;  // ascending flat positions of values the payload does not carry
+};
+
+// source: n patterns of info.source. The same bytes on every machine and for any thread count.
+EncodedBound encode_bound(const ArrayInfo& info, const void* source, const EncodeOptions& options);
+
+// Writes n patterns of info.output. Throws Corrupt on bytes that encode_bound cannot have made.
+void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, void* out, unsigned threads);
+
+}  // namespace moebound

@@ -1,0 +1,133 @@
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <string>
+
+#include "base/cpu.h"
+#include "base/parallel.h"
+#include "base/status.h"
+#include "bound/codec.h"
+#include "bound/grid.h"
+#include "bound/layout.h"
+#include "bound/payload.h"
+#include "bound/rans/coder.h"
+
+namespace moebound {
+namespace {
+
+constexpr size_t kMaxShuffleSymbols = 128;
+
+DecodeSegments decoder() {
+#ifdef MOEBOUND_X86
+  switch (isa()) {
+    case Isa::kAvx512Search:
+    case Isa::kAvx512: return decode_segments_avx512;
+    case Isa::kAvx2: return decode_segments_avx2;
+    case Isa::kScalar: break;
+  }
+#endif
+  return decode_segments_scalar;
+}
+
+// How wide the tables are to be for a decoder that searches them in registers; 0 for one that looks
+// up. Searching needs small alphabets and one table a row.
+size_t search_width(const Layout& layout) {
+  if (isa() != Isa::kAvx512Search || layout.lanes() != kGroup) return 0;
+  const auto& classes = layout.column_classes;
+  if (std::adjacent_find(classes.begin(), classes.end(), std::not_equal_to<>()) != classes.end()) return 0;
+  for (size_t width = kLeastSearch; width <= kWidestSearch; width *= 2) {
+    if (layout.n_symbols <= width) return width;
+  }
+  return 0;
+}
+
+void fill_search_tables(const Layout& layout, DecodeSetup& setup) {
+  const size_t width = setup.search_width;
+  setup.search_tables.resize(2 * width * layout.n_tables);
+  for (uint32_t t = 0; t < layout.n_tables; ++t) {
+    uint16_t* const cumulative = setup.search_tables.data() + 2 * width * t;
+    uint16_t* const frequency = cumulative + width;
+    std::fill_n(cumulative, width, uint16_t(0xFFFF));
+    std::copy_n(layout.frequencies.data() + t * layout.n_symbols, layout.n_symbols, frequency);
+    uint16_t sum = 0;
+    for (uint32_t s = 0; s < layout.n_symbols; sum = uint16_t(sum + frequency[s++])) cumulative[s] = sum;
+  }
+}
+
+void fill_tables(const Layout& layout, DecodeSetup& setup) {
+  setup.tables.reserve(size_t(layout.n_tables) << layout.table_log);
+  for (uint32_t t = 0; t < layout.n_tables; ++t) {
+    const uint16_t* f = layout.frequencies.data() + t * layout.n_symbols;
+    for (uint32_t s = 0; s < layout.n_symbols; ++s) {
+      for (uint32_t k = 0; k < f[s]; ++k) setup.tables.push_back(table_entry(s, f[s], k));
+    }
+  }
+}
+
+void fill_values(const ArrayInfo& info, const Layout& layout, DecodeSetup& setup) {
+  if (info.bound == 0) {
+    check_exact(layout);
+    setup.values16.resize(size_t(layout.n_symbols) << kExactLowBits);
+    for (size_t i = 0; i < setup.values16.size(); ++i) {
+      setup.values16[i] = unrotated(uint16_t((size_t(layout.symbol_low) << kExactLowBits) + i));
+    }
+    setup.values32.assign(setup.values16.begin(), setup.values16.end());
+    return;
+  }
+  const Grid grid = grid_of(info, layout);
+  setup.values32 = bin_values(layout, grid, info.output == DType::kF32 ? F32::kSign : BF16::kSign);
+  if (info.output == DType::kF32) return;
+  setup.values16.assign(setup.values32.begin(), setup.values32.end());
+  setup.values16.resize(std::max(setup.values16.size(), kMostPermuted));  // whole registers
+  if (layout.low_bits || layout.n_symbols > kMaxShuffleSymbols) return;
+  const size_t n_blocks = (layout.n_symbols + 15) / 16;
+  setup.shuffle_low.assign(32 * n_blocks, 0);
+  setup.shuffle_high.assign(32 * n_blocks, 0);
+  for (size_t s = 0; s < layout.n_symbols; ++s) {
+    for (size_t half = 0; half < 32; half += 16) {
+      setup.shuffle_low[s / 16 * 32 + half + s % 16] = uint8_t(setup.values16[s]);
+      setup.shuffle_high[s / 16 * 32 + half + s % 16] = uint8_t(setup.values16[s] >> 8);
+    }
+  }
+}
+
+}  // namespace
+
+void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, void* out,
+                  unsigned threads) {
+  std::vector<SegmentBytes> segments;
+  const Layout layout = parse_layout(payload, n_bytes, info.n, segments);
+  DecodeSetup setup;
+  setup.layout = &layout;
+  setup.n = info.n;
+  setup.output = info.output;
+  setup.search_width = search_width(layout);
+  if (setup.search_width) {
+    fill_search_tables(layout, setup);
+  } else {
+    fill_tables(layout, setup);
+    setup.starts = table_starts(layout, 1u << layout.table_log);
+  }
+  fill_values(info, layout, setup);
+  const DecodeSegments decode = decoder();
+  const size_t stride = size_t(layout.rows_per_segment) * layout.columns * item_size(info.output);
+  // Segments go to threads in batches of up to kMostTogether, of even size, as many for each thread.
+  const size_t n = segments.size(), least = (n + kMostTogether - 1) / kMostTogether;
+  const size_t n_batches = std::min(n, (least + threads - 1) / threads * threads);
+  std::atomic<size_t> damaged{SIZE_MAX};
+  for_each_index(n_batches, threads, [&](size_t batch) {
+    const size_t begin = batch * n / n_batches, end = (batch + 1) * n / n_batches;
+    SegmentJob jobs[kMostTogether];
+    for (size_t i = begin; i < end; ++i) {
+      const size_t first = i * layout.rows_per_segment;
+      const size_t last = std::min(first + layout.rows_per_segment, layout.rows(info.n));
+      jobs[i - begin] = {&segments[i], first, last, static_cast<uint8_t*>(out) + i * stride};
+    }
+    if (!decode(setup, jobs, end - begin)) damaged = begin;
+  });
+  if (damaged != SIZE_MAX) {
+    throw Corrupt("segment " + std::to_string(damaged) + " or one soon behind it is damaged");
+  }
+}
+
+}  // namespace moebound

@@ -1,0 +1,54 @@
+#include "bound/payload.h"
+
+#include <algorithm>
+
+#include "base/status.h"
+
+namespace moebound {
+
+std::vector<uint32_t> bin_values(const Layout& layout, const Grid& grid, uint32_t sign) {
+  const int64_t first = int64_t(layout.symbol_low) << layout.low_bits;
+  const size_t n = size_t(layout.n_symbols) << layout.low_bits;
+  std::vector<uint32_t> values(n);
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t bin = first + int64_t(i);
+    // Bins beyond the grid are never coded; they are there because low bits come in full ranges.
+    const size_t m = std::min<size_t>(size_t(bin < 0 ? -bin : bin), grid.values.size() - 1);
+    values[i] = grid.values[m] | (bin < 0 ? sign : 0);
+  }
+  return values;
+}
+
+Grid grid_of(const ArrayInfo& info, const Layout& layout) {
+  const int64_t first = int64_t(layout.symbol_low) << layout.low_bits;
+  const int64_t last = first + (int64_t(layout.n_symbols) << layout.low_bits) - 1;
+  const int64_t furthest = std::max(-first, last);
+  if (furthest >= int64_t(kMaxCells) + (int64_t(1) << layout.low_bits)) {
+    throw Corrupt("bins beyond the largest grid");
+  }
+  return make_grid(info.source, info.output, info.bound, size_t(furthest) + 1);
+}
+
+void check_exact(const Layout& layout) {
+  if (layout.low_bits != kExactLowBits || layout.symbol_low < 0 ||
+      uint32_t(layout.symbol_low) + layout.n_symbols > 256) {
+    throw Corrupt("not an exact copy's layout");
+  }
+}
+
+ParsedPayload parse_payload(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes) {
+  ParsedPayload parsed;
+  std::vector<SegmentBytes> segments;
+  parsed.layout = parse_layout(payload, n_bytes, info.n, segments);
+  parsed.segments.reserve(segments.size());
+  for (const SegmentBytes& segment : segments) parsed.segments.push_back(uint64_t(segment.states - payload));
+  if (info.bound == 0) {
+    check_exact(parsed.layout);
+  } else {
+    const uint32_t sign = info.output == DType::kF32 ? F32::kSign : BF16::kSign;
+    parsed.values = bin_values(parsed.layout, grid_of(info, parsed.layout), sign);
+  }
+  return parsed;
+}
+
+}  // namespace moebound

@@ -1,0 +1,33 @@
+// What a decoder that runs elsewhere, on a GPU, needs of a payload: checked, and nothing but numbers.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "bound/codec.h"
+#include "bound/grid.h"
+#include "bound/layout.h"
+
+namespace moebound {
+
+// The patterns of every bin the symbols can name, by symbol << low_bits | low.
+std::vector<uint32_t> bin_values(const Layout& layout, const Grid& grid, uint32_t sign);
+
+// The grid of all bins that the layout can name, for a bound above 0. Throws Corrupt if it names one
+// that no encoder uses.
+Grid grid_of(const ArrayInfo& info, const Layout& layout);
+
+// Throws Corrupt unless bins can be patterns, as in an exact copy.
+void check_exact(const Layout& layout);
+
+struct ParsedPayload {
+  Layout layout;
+  std::vector<uint64_t> segments;  // where each begins, in bytes from the payload's first
+  std::vector<uint32_t> values;    // bin_values; none of an exact copy, whose bins are patterns
+};
+
+// Every offset and length of a payload is checked here: states, words and planes of each segment lie
+// inside it. Throws Corrupt.
+ParsedPayload parse_payload(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes);
+
+}  // namespace moebound

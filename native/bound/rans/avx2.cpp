@@ -1,0 +1,307 @@
+// 32 lanes in four vectors of eight. Compiled for AVX2; called only where the CPU has it.
+//
+// Table look-ups are eight scalar loads, not vpgatherdd: as quick on Intel, and a third quicker on
+// AMD's Zen, where the gather is microcode. Values come from byte shuffles while there are at most
+// 128 symbols, else from one scalar look-up a weight.
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "base/bytes.h"
+#include "bound/rans/rows.h"
+
+namespace moebound {
+namespace {
+
+// For each mask of lanes that emit: the emitting lanes in order at the end of the vector.
+struct GatherTable {
+  alignas(32) uint32_t index[256][8];
+  constexpr GatherTable() : index() {
+    for (uint32_t mask = 0; mask < 256; ++mask) {
+      uint32_t next = 8;
+      for (uint32_t lane = 8; lane-- > 0;) {
+        if (mask >> lane & 1u) index[mask][--next] = lane;
+      }
+    }
+  }
+};
+constexpr GatherTable kGather;
+
+// For each mask of lanes that read: which of the next words each lane gets.
+struct SpreadTable {
+  alignas(32) uint32_t index[256][8];
+  constexpr SpreadTable() : index() {
+    for (uint32_t mask = 0; mask < 256; ++mask) {
+      uint32_t next = 0;
+      for (uint32_t lane = 0; lane < 8; ++lane) index[mask][lane] = (mask >> lane & 1u) ? next++ : 0;
+    }
+  }
+};
+constexpr SpreadTable kSpread;
+
+// tables[index[lane]] of eight lanes.
+__attribute__((always_inline)) inline __m256i look_up(const uint32_t* tables, __m256i index) {
+  const uint64_t a = uint64_t(_mm256_extract_epi64(index, 0)), b = uint64_t(_mm256_extract_epi64(index, 1));
+  const uint64_t c = uint64_t(_mm256_extract_epi64(index, 2)), d = uint64_t(_mm256_extract_epi64(index, 3));
+  __m128i low = _mm_cvtsi32_si128(int(tables[uint32_t(a)]));
+  low = _mm_insert_epi32(low, int(tables[a >> 32]), 1);
+  low = _mm_insert_epi32(low, int(tables[uint32_t(b)]), 2);
+  low = _mm_insert_epi32(low, int(tables[b >> 32]), 3);
+  __m128i high = _mm_cvtsi32_si128(int(tables[uint32_t(c)]));
+  high = _mm_insert_epi32(high, int(tables[c >> 32]), 1);
+  high = _mm_insert_epi32(high, int(tables[uint32_t(d)]), 2);
+  high = _mm_insert_epi32(high, int(tables[d >> 32]), 3);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+// Vector v's part of the first n_active of 32 lanes, as all ones.
+__attribute__((always_inline)) inline __m256i first_lanes(size_t n_active, size_t v) {
+  const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(int(8 * v)));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n_active)), lane);
+}
+
+// Eight lanes decode, those in `active` if kMasked, and read words as needed. A state is never
+// below 2^16 here, so lanes that stand still do not read.
+template <bool kMasked>
+__attribute__((always_inline)) inline void advance(__m256i& x, __m256i entry, __m256i active,
+                                                   __m128i table_log, const uint8_t*& word) {
+  const __m256i twelve_bits = _mm256_set1_epi32(0xFFF), one = _mm256_set1_epi32(1);
+  const __m256i frequency =
+      _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(entry, 8), twelve_bits), one);
+  __m256i next = _mm256_add_epi32(_mm256_mullo_epi32(frequency, _mm256_srl_epi32(x, table_log)),
+                                  _mm256_srli_epi32(entry, 20));
+  if constexpr (kMasked) next = _mm256_blendv_epi8(x, next, active);
+  const __m256i reads = _mm256_cmpeq_epi32(_mm256_srli_epi32(next, 16), _mm256_setzero_si256());
+  const uint32_t mask = uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(reads)));
+  const __m256i words = _mm256_permutevar8x32_epi32(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(word))),
+      _mm256_load_si256(reinterpret_cast<const __m256i*>(kSpread.index[mask])));
+  x = _mm256_blendv_epi8(next, _mm256_or_si256(_mm256_slli_epi32(next, 16), words), reads);
+  word += 2 * size_t(_mm_popcnt_u32(mask));
+}
+
+// The low bytes of four entry vectors as 32 bytes in the order of `packed_order`.
+__attribute__((always_inline)) inline __m256i pack_symbols(const __m256i (&entry)[4]) {
+  const __m256i byte = _mm256_set1_epi32(0xFF);
+  const __m256i a = _mm256_packus_epi32(_mm256_and_si256(entry[0], byte), _mm256_and_si256(entry[1], byte));
+  const __m256i b = _mm256_packus_epi32(_mm256_and_si256(entry[2], byte), _mm256_and_si256(entry[3], byte));
+  return _mm256_packus_epi16(a, b);  // dwords: 0a 1a 2a 3a | 0b 1b 2b 3b
+}
+
+// Emits 16-bit values by shuffles: block b of the tables serves symbols 16b .. 16b + 15.
+template <size_t kBlocks>
+struct ShuffleEmit {
+  using Out = uint16_t;
+  const uint8_t *low, *high;
+
+  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t*, uint16_t* out) const {
+    const __m256i symbols = pack_symbols(entry);
+    __m256i lows = _mm256_setzero_si256(), highs = lows;
+    __m256i block_start = lows;
+#pragma GCC unroll 8
+    for (size_t b = 0; b < kBlocks; ++b) {
+      // In this block: index 0x70 .. 0x7F, a shuffle by its low nibble. Outside: high bit, zero.
+      const __m256i index =
+          _mm256_adds_epu8(_mm256_sub_epi8(symbols, block_start), _mm256_set1_epi8(0x70));
+      const auto table = [&](const uint8_t* t) {
+        return _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(t + 32 * b)), index);
+      };
+      lows = _mm256_or_si256(lows, table(low));
+      highs = _mm256_or_si256(highs, table(high));
+      block_start = _mm256_add_epi8(block_start, _mm256_set1_epi8(16));
+    }
+    const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
+    lows = _mm256_permutevar8x32_epi32(lows, order);
+    highs = _mm256_permutevar8x32_epi32(highs, order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi8(lows, highs));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpackhi_epi8(lows, highs));
+  }
+};
+
+// Bit i of a plane as byte i: all ones where it is set.
+__attribute__((always_inline)) inline __m256i spread_bits(uint32_t plane) {
+  const __m256i byte_of = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
+                                           2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+  const __m256i bit_of = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
+  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(int(plane)), byte_of);
+  return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit_of), bit_of);
+}
+
+// Emits values of any width by look-ups, with low bits from planes if there are any.
+template <class Value>
+struct LookUpEmit {
+  using Out = Value;
+  const Value* values;
+  uint32_t low_bits;
+
+  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t* planes, Value* out) const {
+    const __m256i symbols = _mm256_permutevar8x32_epi32(pack_symbols(entry), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    __m256i low = _mm256_setzero_si256();
+    for (uint32_t b = 0; b < low_bits; ++b) {
+      const __m256i set = spread_bits(load<uint32_t>(planes + 4 * b));
+      low = _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(char(1u << b))));
+    }
+    const auto bins = [&](__m128i symbol, __m128i low_part) {
+      return _mm256_or_si256(_mm256_slli_epi16(_mm256_cvtepu8_epi16(symbol), int(low_bits)),
+                             _mm256_cvtepu8_epi16(low_part));
+    };
+    alignas(32) uint16_t bin[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bin),
+                       bins(_mm256_castsi256_si128(symbols), _mm256_castsi256_si128(low)));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bin + 16),
+                       bins(_mm256_extracti128_si256(symbols, 1), _mm256_extracti128_si256(low, 1)));
+#pragma GCC unroll 32
+    for (size_t i = 0; i < kLanes; ++i) out[i] = values[bin[i]];
+  }
+};
+
+template <class Emit>
+bool decode(const DecodeSetup& setup, const SegmentBytes& segment, size_t first, size_t last,
+            typename Emit::Out* out, const Emit emit) {
+  if (!states_are_valid(*setup.layout, segment)) return false;
+  const __m128i table_log = _mm_cvtsi32_si128(int(setup.layout->table_log));
+  const __m256i slot_mask = _mm256_set1_epi32(int((1u << setup.layout->table_log) - 1));
+  const uint32_t* const tables = setup.tables.data();
+  __m256i x[4];
+  for (size_t v = 0; v < 4; ++v) {
+    x[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(segment.states + 32 * v));
+  }
+  const auto group = [&](const uint32_t* offsets, size_t n_active, auto all_active, const uint8_t*& word,
+                         const uint8_t* planes, typename Emit::Out* to) __attribute__((always_inline)) {
+    __m256i entry[4];
+#pragma GCC unroll 4
+    for (size_t v = 0; v < 4; ++v) {
+      __m256i index = _mm256_and_si256(x[v], slot_mask);
+      if (offsets) {
+        index = _mm256_add_epi32(
+            index, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(offsets + 8 * v)));
+      }
+      entry[v] = look_up(tables, index);
+    }
+#pragma GCC unroll 4
+    for (size_t v = 0; v < 4; ++v) {
+      advance<!decltype(all_active)::value>(x[v], entry[v], first_lanes(n_active, v), table_log, word);
+    }
+    emit(entry, planes, to);
+  };
+  if (!walk_rows(setup, segment, first, last, out, group)) return false;
+  __m256i same = _mm256_set1_epi32(-1);
+  for (const __m256i lanes : x) {
+    same = _mm256_and_si256(same, _mm256_cmpeq_epi32(lanes, _mm256_set1_epi32(int(kStateLow))));
+  }
+  return _mm256_movemask_epi8(same) == -1;
+}
+
+bool decode_segment(const DecodeSetup& setup, const SegmentJob& job) {
+  const SegmentBytes& segment = *job.bytes;
+  const size_t first = job.first, last = job.last;
+  void* const out = job.out;
+  const uint32_t low_bits = setup.layout->low_bits;
+  if (setup.output == DType::kF32) {
+    return decode(setup, segment, first, last, static_cast<uint32_t*>(out),
+                  LookUpEmit<uint32_t>{setup.values32.data(), low_bits});
+  }
+  const auto by_shuffles = [&](auto blocks) {
+    return decode(setup, segment, first, last, static_cast<uint16_t*>(out),
+                  ShuffleEmit<decltype(blocks)::value>{setup.shuffle_low.data(), setup.shuffle_high.data()});
+  };
+  switch (setup.shuffle_low.size() / 32) {
+    case 1: return by_shuffles(std::integral_constant<size_t, 1>{});
+    case 2: return by_shuffles(std::integral_constant<size_t, 2>{});
+    case 3: return by_shuffles(std::integral_constant<size_t, 3>{});
+    case 4: return by_shuffles(std::integral_constant<size_t, 4>{});
+    case 5: return by_shuffles(std::integral_constant<size_t, 5>{});
+    case 6: return by_shuffles(std::integral_constant<size_t, 6>{});
+    case 7: return by_shuffles(std::integral_constant<size_t, 7>{});
+    case 8: return by_shuffles(std::integral_constant<size_t, 8>{});
+    default: break;
+  }
+  return decode(setup, segment, first, last, static_cast<uint16_t*>(out),
+                LookUpEmit<uint16_t>{setup.values16.data(), low_bits});
+}
+
+}  // namespace
+
+bool decode_segments_avx2(const DecodeSetup& setup, const SegmentJob* jobs, size_t n) {
+  if (setup.layout->lanes() != kLanes) return decode_segments_scalar(setup, jobs, n);
+  return std::all_of(jobs, jobs + n, [&](const SegmentJob& job) { return decode_segment(setup, job); });
+}
+
+namespace {
+
+// Eight lanes encode, those in `active`: words down from `word`, then x = (x / f << T) + x mod f + c.
+__attribute__((always_inline)) inline void retreat(__m256i& x, __m256i entry, __m256i active, __m128i table_log,
+                                                   __m128i limit_shift, uint16_t*& word) {
+  const __m256i frequency =
+      _mm256_add_epi32(_mm256_and_si256(entry, _mm256_set1_epi32(0xFFF)), _mm256_set1_epi32(1));
+  const __m256i cumulative = _mm256_srli_epi32(entry, 12);
+  const __m256i stays = _mm256_cmpgt_epi32(frequency, _mm256_srl_epi32(x, limit_shift));
+  const __m256i emits = _mm256_andnot_si256(stays, active);
+  const uint32_t mask = uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(emits)));
+  const __m256i low_half = _mm256_and_si256(x, _mm256_set1_epi32(0xFFFF));
+  const __m256i packed = _mm256_permutevar8x32_epi32(
+      low_half, _mm256_load_si256(reinterpret_cast<const __m256i*>(kGather.index[mask])));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(word - 8),
+                   _mm_packus_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
+  word -= _mm_popcnt_u32(mask);
+  const __m256i y = _mm256_blendv_epi8(x, _mm256_srli_epi32(x, 16), emits);
+  // y / f in float is at most one off, because the quotient is below 2^22: mend it in integers.
+  const __m256 whole = _mm256_add_ps(
+      _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(y, 16)), _mm256_set1_ps(65536.0f)),
+      _mm256_cvtepi32_ps(_mm256_and_si256(y, _mm256_set1_epi32(0xFFFF))));
+  __m256i quotient = _mm256_cvttps_epi32(_mm256_div_ps(whole, _mm256_cvtepi32_ps(frequency)));
+  __m256i rest = _mm256_sub_epi32(y, _mm256_mullo_epi32(quotient, frequency));
+  const __m256i too_high = _mm256_srai_epi32(rest, 31);  // -1 where the rest is negative
+  quotient = _mm256_add_epi32(quotient, too_high);
+  rest = _mm256_add_epi32(rest, _mm256_and_si256(too_high, frequency));
+  const __m256i fits = _mm256_cmpgt_epi32(frequency, rest);
+  quotient = _mm256_add_epi32(_mm256_sub_epi32(quotient, _mm256_set1_epi32(-1)), fits);
+  rest = _mm256_sub_epi32(rest, _mm256_andnot_si256(fits, frequency));
+  const __m256i next =
+      _mm256_add_epi32(_mm256_sll_epi32(quotient, table_log), _mm256_add_epi32(rest, cumulative));
+  x = _mm256_blendv_epi8(x, next, active);
+}
+
+}  // namespace
+
+uint16_t* encode_segment_avx2(const EncodeSetup& setup, size_t first, size_t last, uint32_t* states,
+                              uint16_t* words_end) {
+  const Layout& layout = *setup.layout;
+  if (layout.lanes() != kLanes || layout.table_log < kLeastEncodedTableLog) {
+    return encode_segment_scalar(setup, first, last, states, words_end);
+  }
+  const __m128i table_log = _mm_cvtsi32_si128(int(layout.table_log));
+  const __m128i limit_shift = _mm_cvtsi32_si128(int(32 - layout.table_log));
+  __m256i x[4];
+  for (auto& lanes : x) lanes = _mm256_set1_epi32(int(kStateLow));
+  uint16_t* word = words_end;
+  const auto group = [&](const uint32_t* start, const uint8_t* symbols, size_t n_active)
+                         __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (size_t v = 4; v-- > 0;) {
+      const __m256i index = _mm256_add_epi32(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(start + 8 * v)),
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(symbols + 8 * v))));
+      retreat(x[v], look_up(setup.entries.data(), index), first_lanes(n_active, v), table_log, limit_shift, word);
+    }
+  };
+  for (size_t row = last; row-- > first;) {
+    const uint32_t* start = setup.starts.of_row(row);
+    const uint8_t* symbols = setup.symbols + row * layout.columns;
+    size_t j = std::min<size_t>(layout.columns, setup.n - row * layout.columns);
+    if (const size_t left = j % kLanes; left) {
+      j -= left;
+      uint8_t padded[kLanes] = {};
+      std::copy_n(symbols + j, left, padded);
+      group(start + j, padded, left);
+    }
+    while (j > 0) {
+      j -= kLanes;
+      group(start + j, symbols + j, kLanes);
+    }
+  }
+  for (size_t v = 0; v < 4; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(states + 8 * v), x[v]);
+  return word;
+}
+
+}  // namespace moebound

@@ -1,0 +1,133 @@
+"""Apply a method's router edits to a loaded model: what `methods/router_edit.py` says, for real.
+
+keep       The router's own forward runs, with the logits of all other experts at -inf before it
+           chooses; so whatever it does afterwards (softmax, groups, normalising) is as if they were
+           not there. Where it chooses by a bias (`e_score_correction_bias`), that is -inf, too.
+alias      nothing: the store gives both experts the same weights, and offloading maps the numbers.
+constants  what the router's weights make of the vectors is added to the layer's output. The
+           experts themselves have weights of 0.
+
+That no expert is chosen that should not be is tried out when the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from moebound.errors import UnsupportedArchitectureError
+from moebound.methods import RouterEdit
+from moebound.model.live import ExpertsModule, live_experts
+from moebound.model.routers import find_routers, router_of
+from moebound.model.taps import gets_decisions
+
+_TRIED = 64
+"""Random inputs that a router is tried with."""
+
+
+def apply_router_edits(model: Any, edits: Mapping[int, RouterEdit]) -> None:
+    """edits: by decoder layer, none of them empty. Raises UnsupportedArchitectureError for a layer
+    or expert that the model has not, and for a model whose routing cannot be edited so."""
+    if not edits:
+        return
+    live = live_experts(model)
+    for layer, edit in edits.items():
+        entries = [entry for entry in live.stacks if entry.layer == layer]
+        where = f"router edit of layer {layer}"
+        if len(entries) != 1:
+            raise UnsupportedArchitectureError(
+                f"{where}: expected one experts module there, found {len(entries)}"
+            )
+        entry, n_experts = entries[0], entries[0].stack.n_experts
+        named = {*(edit.keep or ()), *edit.alias, *edit.alias.values(), *edit.constants}
+        if named and max(named) >= n_experts:
+            raise UnsupportedArchitectureError(
+                f"{where}: names expert {max(named)}, the model has {n_experts} of them"
+            )
+        if edit.keep is not None:
+            _keep(model, entry, set(range(n_experts)) - set(edit.keep), where)
+        if edit.constants:
+            _add_constants(entry, edit, where)
+
+
+def _keep(model: Any, entry: ExpertsModule, dropped: set[int], where: str) -> None:
+    router = router_of(model, entry.stack.name)
+    if router is None:
+        raise UnsupportedArchitectureError(f"{where}: no router beside {entry.stack.name}")
+    numbers = sorted(dropped)
+    bias = getattr(router, "e_score_correction_bias", None)
+    if isinstance(bias, torch.Tensor):
+        with torch.no_grad():
+            bias[numbers] = -torch.inf
+    inner: Callable[..., Any] = router.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Without(numbers, entry.stack.n_experts):
+            return inner(*args, **kwargs)
+
+    router.forward = forward
+    weight = next((p for p in router.parameters() if p.dim() == 2), None)
+    if weight is None or weight.device.type == "meta":
+        return  # offloaded: it cannot be tried here
+    x = torch.randn(_TRIED, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        choose = find_routers(model, {entry.layer: entry.stack.name})[entry.layer]
+        chosen = set(choose(x).flatten().tolist())
+    if not chosen or chosen & dropped:
+        raise UnsupportedArchitectureError(
+            f"{where}: {type(router).__name__} still chooses experts that it should not "
+            f"({sorted(chosen & dropped)[:5] or 'it cannot be called on its own'})"
+        )
+
+
+class _Without(TorchFunctionMode):
+    """Inside, every linear map onto one number an expert gives -inf for some."""
+
+    def __init__(self, dropped: list[int], n_experts: int) -> None:
+        super().__init__()
+        self._dropped, self._n_experts = dropped, n_experts
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _LINEAR and out.shape[-1] == self._n_experts:
+            mask = torch.zeros(self._n_experts, dtype=torch.bool, device=out.device)
+            mask[self._dropped] = True
+            return out.masked_fill(mask, -torch.inf)
+        return out
+
+
+_LINEAR = {nn.functional.linear, torch.matmul, torch.mm, torch.Tensor.matmul}
+
+
+def _add_constants(entry: ExpertsModule, edit: RouterEdit, where: str) -> None:
+    module, n_experts = entry.module, entry.stack.n_experts
+    if not gets_decisions(module) or getattr(module, "has_bias", False):
+        raise UnsupportedArchitectureError(
+            f"{where}: constants need experts without biases that are called with (hidden_states, "
+            f"top_k_index, top_k_weights), which {entry.stack.name} has not"
+        )
+    width = len(next(iter(edit.constants.values())))
+    table = torch.zeros(n_experts, width)
+    for expert, vector in edit.constants.items():
+        table[expert] = torch.from_numpy(vector.copy())
+    by_device: dict[torch.device, torch.Tensor] = {}
+
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor:
+        index = args[1] if len(args) > 1 else kwargs["top_k_index"]
+        weights = args[2] if len(args) > 2 else kwargs["top_k_weights"]
+        if output.device not in by_device:
+            by_device[output.device] = table.to(output.device)
+        vectors = by_device[output.device][index.reshape(-1, index.shape[-1])]
+        added = (vectors * weights.reshape(vectors.shape[:-1]).unsqueeze(-1)).sum(-2)
+        whole: torch.Tensor = output + added.reshape(output.shape).to(output.dtype)
+        return whole
+
+    module.register_forward_hook(hook, with_kwargs=True)

@@ -1,0 +1,273 @@
+"""What compressing a group of experts comes to: bytes, the weights they decode to, what was found.
+
+    artifact = compress(get_method("rtn:int4:g64"), GroupView((ExpertView(key, matrices),)))
+    artifact.n_bytes                          # of all that has to be kept
+    artifact.weights(key)["gate"]             # what a model will compute with
+    artifact.experts[key]["gate"].certificate
+
+`compress` frames what a method made, decodes it again, and measures it, whoever wrote the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moebound.checkpoint import Role
+from moebound.codec import Certificate, Encoded, measure
+from moebound.codec.arrays import dtype_name
+from moebound.codec.certificate import sha256
+from moebound.errors import BoundViolatedError, MethodError, MoeboundError
+from moebound.methods.base import (
+    Encoding,
+    ExpertView,
+    GroupView,
+    MatrixSpec,
+    Method,
+    Payload,
+)
+from moebound.methods.blob import MatrixBlob, RouterBlob, SharedBlob, Use, blob_checksum
+from moebound.methods.router_edit import RouterEdit
+from moebound.types import NUMPY_DTYPES, Array, DType, ExpertKey, Guarantee
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixArtifact:
+    """One matrix. data: a blob or an envelope. decoded: the weights it decodes to, [rows, cols] in
+    the dtype that the model will use. certificate: what was promised and measured. uses: numbers of
+    the shared parts it needs."""
+
+    data: bytes
+    decoded: Array
+    certificate: Certificate
+    uses: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A group of experts, made smaller.
+
+    experts: by key and role, in the order of the group. shared: blobs, part 0 first. router: what
+    becomes of the layer's routing; router_blob: the same in bytes, None for a method without.
+    """
+
+    method: Method
+    experts: Mapping[ExpertKey, Mapping[Role, MatrixArtifact]]
+    shared: tuple[bytes, ...] = ()
+    router: RouterEdit | None = None
+    router_blob: bytes | None = None
+
+    def __iter__(self) -> Iterator[MatrixArtifact]:
+        return (matrix for expert in self.experts.values() for matrix in expert.values())
+
+    @property
+    def n_bytes(self) -> int:
+        """Of everything that has to be kept for these experts, in bytes."""
+        matrices = sum(len(matrix.data) for matrix in self)
+        return matrices + sum(map(len, self.shared)) + len(self.router_blob or b"")
+
+    def weights(self, key: ExpertKey) -> dict[Role, Array]:
+        """An expert's weights, by role."""
+        return {role: matrix.decoded for role, matrix in self.experts[key].items()}
+
+    def constant(self, key: ExpertKey) -> Array | None:
+        """[H] float32: what the expert puts out whatever goes in; None for one that computes."""
+        return None if self.router is None else self.router.constants.get(key.expert)
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """The weakest of its matrices'."""
+        return weakest(matrix.certificate.guarantee for matrix in self)
+
+    @property
+    def max_abs_error(self) -> float:
+        return max((m.certificate.max_abs_error for m in self), default=0.0)
+
+    @property
+    def rmse(self) -> float:
+        """Over all weights, in weight units."""
+        squares = sum(m.certificate.rmse**2 * m.certificate.n_weights for m in self)
+        n_weights = sum(m.certificate.n_weights for m in self)
+        return float(np.sqrt(squares / n_weights)) if n_weights else 0.0
+
+
+def weakest(guarantees: Iterable[Guarantee]) -> Guarantee:
+    """Of several promises, the one that holds for all; "lossless" of none."""
+    order: tuple[Guarantee, ...] = ("lossless", "max_abs", "rmse", "none")
+    return max(guarantees, key=order.index, default="lossless")
+
+
+def compress(method: Method, group: GroupView, *, number: int = 0, threads: int = 1) -> Artifact:
+    """Encode, decode again, measure, and write down what was found.
+
+    number: names the group among those of a store. threads: native threads.
+
+    Guarantee: `decoded` are the values that the bytes decode to, and errors are measured on them in
+    float64. Raises MethodError, naming the method and the expert, for a method that fails, returns
+    other matrices or shapes, or is not what it says; BoundError and CodecError as codecs do;
+    BoundViolatedError for a bound that was not kept.
+    """
+    _check_bounds(method, group)
+    where = f"method {method.setting!r}"
+    with named(where):
+        encoding = method.encode(group, threads=threads)
+    _check_encoding(method, group, encoding, where)
+    shared = tuple(
+        SharedBlob(
+            method.id, method.version, number, part, given.held_bytes, memoryview(given.data)
+        ).build()
+        for part, given in enumerate(encoding.shared)
+    )
+    with named(where):
+        opened = [method.open_shared(memoryview(part.data)) for part in encoding.shared]
+    checksums = [blob_checksum(blob) for blob in shared]
+    experts: dict[ExpertKey, dict[Role, MatrixArtifact]] = {}
+    for expert in group.experts:
+        experts[expert.key] = {
+            role: _matrix(
+                method, encoding.matrices[expert.key][role], original, number, opened, checksums,
+                f"{where}: {expert.key}, {role}",
+            )
+            for role, original in expert.matrices.items()
+        }  # fmt: skip
+    edit, blob = encoding.router, None
+    if method.edits_router:
+        edit = RouterEdit(group.layer) if edit is None else edit
+        payload = memoryview(edit.to_bytes())
+        blob = RouterBlob(method.id, method.version, number, payload).build()
+    return Artifact(method, experts, shared, edit, blob)
+
+
+def compress_expert(method: Method, view: ExpertView, *, threads: int = 1) -> Artifact:
+    """`compress` for one expert. Raises MethodError for a method that wants a whole layer."""
+    if method.scope != "expert":
+        raise MethodError(
+            f"method {method.setting!r} looks at a {method.scope} at a time, found one expert"
+        )
+    return compress(method, GroupView((view,)), threads=threads)
+
+
+def decode_payload(
+    method: type[Method],
+    payload: memoryview,
+    spec: MatrixSpec,
+    shared: Sequence[Any],
+) -> Array:
+    """The weights, C-contiguous, of spec's shape and dtype. Raises MethodError for a method that
+    returns something else; what the method raises, if it is moebound's own error."""
+    found = method.decode(payload, spec, shared)
+    if not isinstance(found, np.ndarray) or found.shape != spec.shape:
+        shape = getattr(found, "shape", type(found).__name__)
+        raise MethodError(f"decodes to {shape}, expected an array of shape {spec.shape}")
+    return np.ascontiguousarray(found, dtype=NUMPY_DTYPES[spec.dtype])
+
+
+@contextmanager
+def named(where: str, kind: type[MoeboundError] = MethodError) -> Iterator[None]:
+    """Errors get `where` in front; those that are not moebound's become `kind`."""
+    try:
+        yield
+    except MoeboundError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except Exception as error:
+        raise kind(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _check_bounds(method: Method, group: GroupView) -> None:
+    given = any(expert.bounds is not None for expert in group.experts)
+    if given and not method.takes_bound:
+        raise MethodError(f"method {method.setting!r} knows no bound, and one was given")
+    if not given and method.needs_bound:
+        raise MethodError(f"method {method.setting!r} needs a bound, and none was given")
+    missing = sorted(method.statistics - group.statistics.keys())
+    if missing:
+        raise MethodError(
+            f"method {method.setting!r} needs statistics that were not gathered: "
+            f"{', '.join(missing)}"
+        )
+
+
+def _check_encoding(method: Method, group: GroupView, encoding: Encoding, where: str) -> None:
+    if not isinstance(encoding, Encoding):
+        raise MethodError(f"{where}: encode gave {type(encoding).__name__}, expected an Encoding")
+    for expert in group.experts:
+        found = encoding.matrices.get(expert.key, {})
+        if set(found) != set(expert.matrices):
+            raise MethodError(
+                f"{where}: {expert.key}: encoded are {sorted(found) or 'no matrices'}, expected "
+                f"{sorted(expert.matrices)}"
+            )
+    wanted = method.n_shared(tuple(group.experts[0].matrices))
+    if len(encoding.shared) != wanted:
+        raise MethodError(
+            f"{where}: {len(encoding.shared)} shared parts, announced were {wanted} (n_shared)"
+        )
+    if encoding.router is not None and not method.edits_router:
+        raise MethodError(f"{where}: a router edit from a method that says it makes none")
+    if encoding.router is not None and encoding.router.layer != group.layer:
+        raise MethodError(
+            f"{where}: a router edit of layer {encoding.router.layer} for layer {group.layer}"
+        )
+
+
+def _matrix(
+    method: Method,
+    found: Payload | Encoded,
+    original: Array,
+    number: int,
+    opened: Sequence[Any],
+    checksums: Sequence[int],
+    where: str,
+) -> MatrixArtifact:
+    if isinstance(found, Encoded):
+        if found.decoded.shape != original.shape:
+            raise MethodError(f"{where}: shape {found.decoded.shape}, expected {original.shape}")
+        return MatrixArtifact(found.data, found.decoded, found.certificate)
+    if not isinstance(found, Payload):
+        raise MethodError(f"{where}: {type(found).__name__}, expected a Payload or an Encoded")
+    unknown = [part for part in found.uses if not 0 <= part < len(opened)]
+    if unknown:
+        raise MethodError(f"{where}: uses shared part {unknown[0]} of {len(opened)}")
+    dtype: DType = dtype_name(original.dtype)
+    spec = MatrixSpec(original.shape, dtype)
+    payload = memoryview(found.data)
+    with named(where):
+        decoded = decode_payload(type(method), payload, spec, [opened[part] for part in found.uses])
+    uses = tuple(Use(part, checksums[part]) for part in found.uses)
+    data = MatrixBlob(method.id, method.version, spec.shape, dtype, number, uses, payload).build()
+    certificate = measured_certificate(method, original, decoded, data)
+    if method.lossless and certificate.max_abs_error:
+        raise BoundViolatedError(
+            f"{where}: says it is lossless, and a weight is off by {certificate.max_abs_error:g}"
+        )
+    return MatrixArtifact(data, decoded, certificate, found.uses)
+
+
+def measured_certificate(
+    method: Method, original: Array, decoded: Array, data: bytes
+) -> Certificate:
+    """Of a matrix of which nothing is promised, or everything (a lossless method)."""
+    error = measure(original, decoded, 0.0 if method.lossless else float("inf"))
+    dtype = dtype_name(original.dtype)
+    return Certificate(
+        guarantee="lossless" if method.lossless and not error.broken else "none",
+        bound=None,
+        abs_bound=None,
+        max_abs_error=error.max_abs_error,
+        rmse=error.rmse,
+        method=method.setting,
+        method_version=method.version,
+        codec=None,
+        codec_version=None,
+        dtype=dtype,
+        source_dtype=dtype,
+        shape=original.shape,
+        patched=0,
+        n_bytes=len(data),
+        sha256_original=sha256(np.ascontiguousarray(original).reshape(-1).view(np.uint8)),
+        sha256_encoded=sha256(data),
+    )

@@ -1,0 +1,176 @@
+"""What a method is: a view of a group of experts goes in, bytes for each matrix come out, and back.
+
+A method sees arrays and keys, never a checkpoint or a module. One method is one file, one class and
+one id. It says
+
+    encode   a GroupView -> an Encoding: a payload for each matrix, and whatever parts they share
+    decode   a matrix's payload, and the parts that it uses -> the weights
+
+and nothing else: framing and checksums (`blob.py`), decoding again, measuring and every check are
+done around it (`compress.py`). docs/add-a-method.md is a complete example.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar, Literal, Self
+
+from moebound.checkpoint import Role
+from moebound.codec import Encoded
+from moebound.errors import MethodError
+from moebound.methods.router_edit import RouterEdit
+from moebound.types import Array, DType, ErrorBound, ExpertKey
+
+Scope = Literal["expert", "layer"]
+"""Which experts a method sees at a time: one, or all of a layer (or of a plan's group in it)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertView:
+    """One expert. matrices: by role, [rows, cols], C-contiguous, BF16, F16 or F32, as the
+    checkpoint has them ("gate_up" where it keeps both in one). bounds: of each, None where none
+    was given; one of scope "expert" is relative to all of them together."""
+
+    key: ExpertKey
+    matrices: Mapping[Role, Array]
+    bounds: Mapping[Role, ErrorBound] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GroupView:
+    """The experts that a method sees at once, all of one layer.
+
+    statistics: by the names that the method asks for, each by expert.
+    """
+
+    experts: tuple[ExpertView, ...]
+    statistics: Mapping[str, Mapping[ExpertKey, Array]] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> int:
+        return self.experts[0].key.layer
+
+
+@dataclass(frozen=True)
+class Payload:
+    """One matrix, encoded. uses: numbers of the shared parts that decoding it needs."""
+
+    data: bytes
+    uses: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SharedPayload:
+    """A part that several matrices need, encoded. held_bytes: memory that it takes while it is
+    open (`Method.open_shared`); what an expert cache reckons with."""
+
+    data: bytes
+    held_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """What a method makes of a group.
+
+    matrices: of every expert, every role. An `Encoded` (an envelope of a codec) is taken as it is,
+    with its certificate. shared: `n_shared` of them. router: what becomes of the routing.
+    """
+
+    matrices: Mapping[ExpertKey, Mapping[Role, Payload | Encoded]]
+    shared: Sequence[SharedPayload] = ()
+    router: RouterEdit | None = None
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """What both ends know about one matrix: its shape, and the dtype the model will use."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+class Method(ABC):
+    """One way to make experts smaller.
+
+    id: names the payloads' format, for ever. [a-z0-9_]+
+    version: of the payloads; the decoder takes this and every earlier one.
+    scope: what `encode` sees at a time. lossless: whether every weight comes back bit for bit,
+        which is then checked. What is no `Encoded` and not lossless has the guarantee "none".
+    takes_bound, needs_bound: whether a bound may, or must, be given.
+    statistics: names of those that `encode` needs.
+    edits_router: whether an Encoding may have a router edit.
+    """
+
+    id: ClassVar[str]
+    version: ClassVar[int] = 1
+    scope: ClassVar[Scope] = "expert"
+    lossless: ClassVar[bool] = False
+    takes_bound: ClassVar[bool] = False
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    edits_router: ClassVar[bool] = False
+
+    @classmethod
+    def from_options(cls, options: str) -> Self:
+        """The method set up from what follows its id and a colon, as in ``rtn:int4:g64``.
+
+        Options steer the encoder only: payloads decode without them. Raises MethodError.
+        """
+        if options:
+            raise MethodError(f"method {cls.id!r} takes no options, found {options!r}")
+        return cls()
+
+    @property
+    def setting(self) -> str:
+        """What `get_method` makes this method of: its id, and its options behind a colon."""
+        return self.id
+
+    @property
+    def needs_bound(self) -> bool:
+        return False
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Of everything whose bytes `encode` writes."""
+        return (self.version,)
+
+    def n_shared(self, roles: Sequence[Role]) -> int:
+        """How many shared parts a group has, of experts with these matrices. Known beforehand, so
+        that a store can leave room for their names."""
+        return 0
+
+    @abstractmethod
+    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
+        """Payloads for every matrix of the group. The same for the same group, on any number of
+        threads. Raises MethodError for what it cannot take."""
+
+    @classmethod
+    @abstractmethod
+    def decode(cls, payload: memoryview, spec: MatrixSpec, shared: Sequence[Any]) -> Array:
+        """The weights, of spec.shape, in any float dtype (they are cast to spec.dtype).
+
+        shared: the parts that the payload uses, in its order, as `open_shared` gave them. Raises
+        CorruptionError on bytes that `encode` cannot have made.
+        """
+
+    @classmethod
+    def open_shared(cls, payload: memoryview) -> Any:
+        """A shared part, ready to decode with. Called once for many matrices."""
+        return payload
+
+    @classmethod
+    def most_weights(cls, n_bytes: int) -> int:
+        """How many weights a payload of n_bytes can stand for at most, whoever made it.
+
+        Checked before memory for a forged shape is asked for. The default says 2^20 a byte.
+        """
+        return (n_bytes + 1) << 20
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.setting!r})"

@@ -1,0 +1,63 @@
+"""Half-Quadratic Quantization (Badri and Shaji, 2023) by its own library: `hqq:int4:g64`.
+
+As `hqq` quantizes by default (axis 1), with a float16 scale and a float16 zero point for each
+group: 4 + 32/64 bits a weight. The library is needed to encode; decoding does without it. No bound
+is known: what it leaves is measured, not promised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from moebound.codec.fields import FieldReader
+from moebound.errors import BackendUnavailable, MethodError
+from moebound.methods.base import MatrixSpec
+from moebound.methods.rtn import Grouped, Head
+from moebound.types import Array
+
+
+class Hqq(Grouped):
+    """A payload: head, scales, zero points (float16 each), integers."""
+
+    id: ClassVar[str] = "hqq"
+
+    def quantized(self, matrix: Array) -> bytes:
+        if matrix.size % self.group:
+            raise MethodError(
+                f"a matrix of {matrix.size} weights is not a whole number of groups of "
+                f"{self.group}, which hqq asks for"
+            )
+        codes, meta = _quantizer().quantize(
+            torch.from_numpy(matrix), nbits=self.bits, group_size=self.group, axis=1, device="cpu",
+            bitpack=False, compute_dtype=torch.float16,
+        )  # fmt: skip
+        scale, zero = (meta[name].numpy().astype("<f2").tobytes() for name in ("scale", "zero"))
+        own = codes.reshape(matrix.shape).to(torch.uint8).numpy()
+        parts: tuple[bytes, ...] = bytes(self.head()), scale, zero, self.write_codes(own)
+        return b"".join(parts)
+
+    @classmethod
+    def decode(cls, payload: memoryview, spec: MatrixSpec, shared: Sequence[Any]) -> Array:
+        read = FieldReader(payload, 0)
+        head = Head.read(read, spec)
+        scale, zero = (
+            np.frombuffer(read.take(2 * head.n_groups), "<f2").astype(np.float32)[:, None]
+            for _ in range(2)
+        )
+        groups = (head.codes(read, spec) - zero) * scale
+        weights: Array = groups.reshape(-1)[: spec.size].reshape(spec.shape)
+        return weights
+
+
+def _quantizer() -> Any:
+    try:
+        from hqq.core.quantize import Quantizer
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"hqq is not installed ({error}): pip install 'moebound[peers]'"
+        ) from error
+    return Quantizer

@@ -1,0 +1,41 @@
+"""Integers of a few bits, one behind the other: the lowest bit first, no padding between."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from moebound.errors import CorruptionError
+
+Codes = npt.NDArray[np.uint8]
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """What `count` integers of `bits` bits take."""
+    return (count * bits + 7) // 8
+
+
+def pack(codes: Codes, bits: int) -> bytes:
+    """codes: any shape, below 2^bits, bits from 1 to 8."""
+    if bits == 8:
+        return np.ascontiguousarray(codes).tobytes()
+    planes = (codes.reshape(-1, 1) >> np.arange(bits, dtype=np.uint8)) & 1
+    return np.packbits(planes, bitorder="little").tobytes()
+
+
+def unpack(data: memoryview, count: int, bits: int) -> Codes:
+    """[count], the integers again. Raises CorruptionError for another number of bytes."""
+    if len(data) != packed_bytes(count, bits):
+        raise CorruptionError(
+            f"expected {packed_bytes(count, bits)} bytes of {count} integers, found {len(data)}"
+        )
+    raw = np.frombuffer(data, np.uint8)
+    if bits == 8:
+        return raw
+    if bits == 4:
+        pairs = np.stack([raw & 15, raw >> 4], axis=1)
+        return pairs.reshape(-1)[:count]
+    planes = np.unpackbits(raw, count=count * bits, bitorder="little").reshape(count, bits)
+    weights = (1 << np.arange(bits)).astype(np.uint8)
+    found: Codes = (planes * weights).sum(axis=1, dtype=np.uint8)
+    return found

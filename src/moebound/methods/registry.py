@@ -1,0 +1,57 @@
+"""Methods by id: the built-in ones, and those of other packages through entry points.
+
+A package adds a method with an entry point in the group ``moebound.methods``, named as its id.
+"""
+
+from __future__ import annotations
+
+from moebound.codec import codec_ids
+from moebound.errors import MethodError
+from moebound.methods.base import Method
+from moebound.plugins import Plugins
+
+BOUNDED = "bounded"
+METHODS = Plugins(
+    "method",
+    Method,  # type: ignore[type-abstract]
+    group="moebound.methods",
+    built_in={
+        BOUNDED: "moebound.methods.bounded:Bounded",
+        "hqq": "moebound.methods.hqq:Hqq",
+        "rtn": "moebound.methods.rtn:Rtn",
+    },
+    error=MethodError,
+)
+
+
+def method_ids() -> list[str]:
+    """Ids of all methods that can be asked for, sorted. A codec's id can be, too."""
+    return METHODS.ids()
+
+
+def get_method(setting: str) -> Method:
+    """The method of a setting: an id, with options behind a colon: ``rtn:int4:g64``.
+
+    A codec's id means the method that keeps bounds with it: ``sz3:interp`` is
+    ``bounded:sz3:interp``. Raises MethodError for an unknown id or option, BackendUnavailable if
+    it cannot be loaded, CodecError as `get_codec`.
+    """
+    method_id, _, options = setting.partition(":")
+    if method_id not in METHODS.ids():
+        if method_id not in codec_ids():
+            raise MethodError(
+                f"method {method_id!r}: unknown. Known here: {', '.join(method_ids())}; and a "
+                f"codec's id ({', '.join(codec_ids())}) is that of the method that keeps bounds"
+            )
+        method_id, options = BOUNDED, setting
+    return method_class(method_id).from_options(options)
+
+
+def method_class(method_id: str) -> type[Method]:
+    """The class behind an id. Raises as get_method."""
+    return METHODS.get(method_id)
+
+
+def register_method(cls: type[Method]) -> None:
+    """Make a method known in this process. The same class twice is fine, another is not."""
+    METHODS.register(cls)

@@ -1,0 +1,152 @@
+"""Round to nearest: `rtn:int4:g64`, what every low-bit quantizer is compared with.
+
+Groups of 64 consecutive weights, each with a float16 scale and a zero point of 4 bits between its
+extremes (asymmetric, as in AutoAWQ and GPTQ's baseline): 4 + 20/64 bits a weight, and a few bytes a
+matrix. `rtn:int4:g64:coded` has the same weights; its integers are entropy-coded, as an array of
+codec `bound`. No bound is known: what it leaves is measured, not promised.
+
+A group runs over the end of a row where rows are shorter. A matrix that groups do not divide ends
+with a shorter one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from moebound.codec import decode_array, encode_certified, parse
+from moebound.codec.fields import FieldReader, put_varint
+from moebound.errors import CorruptionError, MethodError
+from moebound.methods.base import Encoding, GroupView, MatrixSpec, Method, Payload
+from moebound.methods.packing import Codes, pack, packed_bytes, unpack
+from moebound.types import Array, ErrorBound
+
+_OPTIONS = re.compile(r"int([2-8]):g(\d+)(:coded)?")
+_HALF = ErrorBound(0.25)  # integers that differ by one are farther apart than 2 ε: nothing is lost
+
+
+@dataclass(frozen=True)
+class Grouped(Method):
+    """What quantizers of groups have in common: options, and how integers are written.
+
+    bits: of each integer. group: weights that share a scale. coded: whether the integers are
+    entropy-coded.
+    """
+
+    bits: int = 4
+    group: int = 64
+    coded: bool = False
+
+    @classmethod
+    def from_options(cls, options: str) -> Self:
+        found = _OPTIONS.fullmatch(options)
+        if not found or int(found[2]) < 2:
+            raise MethodError(
+                f"method '{cls.id}:{options}': expected integers of int2 to int8 and groups of 2 "
+                f"weights or more, as in {cls.id}:int4:g64; then :coded, if the integers are to be "
+                "entropy-coded"
+            )
+        return cls(int(found[1]), int(found[2]), bool(found[3]))
+
+    @property
+    def setting(self) -> str:
+        return f"{self.id}:int{self.bits}:g{self.group}" + (":coded" if self.coded else "")
+
+    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
+        return Encoding(
+            {
+                expert.key: {
+                    role: Payload(self.quantized(matrix.astype(np.float32)))
+                    for role, matrix in expert.matrices.items()
+                }
+                for expert in group.experts
+            }
+        )
+
+    def quantized(self, matrix: Array) -> bytes:
+        """The payload of a matrix [rows, cols] float32."""
+        raise NotImplementedError
+
+    def head(self) -> bytearray:
+        """bits, flags, group."""
+        out = bytearray([self.bits, int(self.coded)])
+        put_varint(out, self.group)
+        return out
+
+    def write_codes(self, codes: Codes) -> bytes:
+        """codes: [rows, cols]."""
+        if not self.coded:
+            return pack(codes, self.bits)
+        return encode_certified(codes.astype(np.float32), _HALF, codec="bound").data
+
+
+@dataclass(frozen=True)
+class Head:
+    """A payload's beginning. n_groups: of the matrix."""
+
+    bits: int
+    coded: bool
+    group: int
+    n_groups: int
+
+    @classmethod
+    def read(cls, read: FieldReader, spec: MatrixSpec) -> Head:
+        bits, flags = read.take(2)
+        group = read.varint()
+        if not 2 <= bits <= 8 or flags > 1 or group < 2:
+            raise CorruptionError(f"integers of {bits} bits, flags {flags}, groups of {group}")
+        return cls(bits, bool(flags), group, -(-spec.size // group))
+
+    def codes(self, read: FieldReader, spec: MatrixSpec) -> Array:
+        """[n_groups, group] float32: all that is left; zeros behind the last weight."""
+        data = read.take(read.left)
+        if self.coded:
+            envelope = parse(data)
+            if envelope.spec.shape != spec.shape:
+                raise CorruptionError(f"integers of shape {envelope.spec.shape}")
+            codes = np.rint(decode_array(envelope, threads=1)).reshape(-1)
+        else:
+            codes = unpack(data, spec.size, self.bits).astype(np.float32)
+        return np.pad(codes, (0, -len(codes) % self.group)).reshape(-1, self.group)
+
+
+class Rtn(Grouped):
+    """A payload: head, scales (float16 each), zero points, integers."""
+
+    id: ClassVar[str] = "rtn"
+
+    def quantized(self, matrix: Array) -> bytes:
+        flat = matrix.reshape(-1)
+        # Padding repeats the last weight: the last group's extremes stay its own.
+        groups = np.pad(flat, (0, -len(flat) % self.group), mode="edge").reshape(-1, self.group)
+        # Zero is in every group's range, so a zero point of so many bits can name it.
+        low = np.minimum(groups.min(axis=1, keepdims=True), 0)
+        high = np.maximum(groups.max(axis=1, keepdims=True), 0)
+        top = np.float32(2**self.bits - 1)
+        with np.errstate(over="ignore"):
+            scale = ((high - low) / top).astype(np.float16)
+        if not np.isfinite(scale).all():
+            raise MethodError("a scale is beyond float16, or a weight is not finite")
+        step = scale.astype(np.float32)
+        step = np.where(step > 0, step, np.float32(1))
+        zero = np.clip(np.rint(-low / step), 0, top)
+        codes = np.clip(np.rint(groups / step + zero), 0, top).astype(np.uint8)
+        own = codes.reshape(-1)[: len(flat)].reshape(matrix.shape)
+        parts = scale.astype("<f2").tobytes(), pack(zero.astype(np.uint8), self.bits)
+        return bytes(self.head()) + b"".join(parts) + self.write_codes(own)
+
+    @classmethod
+    def decode(cls, payload: memoryview, spec: MatrixSpec, shared: Sequence[Any]) -> Array:
+        read = FieldReader(payload, 0)
+        head = Head.read(read, spec)
+        scale = np.frombuffer(read.take(2 * head.n_groups), "<f2").astype(np.float32)
+        zeros = read.take(packed_bytes(head.n_groups, head.bits))
+        zero = unpack(zeros, head.n_groups, head.bits).astype(np.float32)
+        step = np.where(scale > 0, scale, np.float32(1))[:, None]
+        groups = (head.codes(read, spec) - zero[:, None]) * step
+        weights: Array = groups.reshape(-1)[: spec.size].reshape(spec.shape)
+        return weights

@@ -1,0 +1,86 @@
+"""What each expert gets: one method and bound for all, or what a plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from moebound.checkpoint import Expert, Role
+from moebound.errors import MethodError, PlanError
+from moebound.methods import Method, get_method
+from moebound.plan import Plan
+from moebound.types import ErrorBound, ExpertKey
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """method: a setting. bound: of every weight, None for a method that needs none; of a plan, the
+    widest."""
+
+    method: str
+    bound: ErrorBound | None
+    plan: Plan | None = None
+
+    @classmethod
+    def of(cls, bound: ErrorBound | Plan | None, method: str | None) -> Recipe:
+        """Raises MethodError for an unknown method, and for one that a bound does not go with;
+        PlanError for another than the plan's."""
+        if isinstance(bound, Plan):
+            if method is not None and get_method(method).setting != bound.method:
+                raise PlanError(f"method {method!r}: the plan was made for {bound.method!r}")
+            made = cls(bound.method, bound.widest, bound)
+            for setting in {bound.method_of(key) for key in bound.keys}:
+                get_method(setting)
+            return made
+        chosen = get_method(method or "bounded:bound")
+        if bound is None and chosen.needs_bound:
+            raise MethodError(f"method {chosen.setting!r} needs a bound, and none was given")
+        if bound is not None and not chosen.takes_bound:
+            raise MethodError(f"method {chosen.setting!r} knows no bound, and {bound} was given")
+        return cls(chosen.setting, bound)
+
+    @cached_property
+    def _methods(self) -> dict[str, Method]:
+        return {}
+
+    def method_of(self, key: ExpertKey) -> Method:
+        """What makes this expert smaller."""
+        setting = self.method if self.plan is None else self.plan.method_of(key)
+        if setting not in self._methods:
+            self._methods[setting] = get_method(setting)
+        return self._methods[setting]
+
+    def bounds(self, expert: Expert) -> Mapping[Role, ErrorBound] | None:
+        """Of an expert's matrices; None where its method gets none."""
+        roles = [matrix.role for matrix in expert.matrices]
+        if self.plan is None:
+            return None if self.bound is None else dict.fromkeys(roles, self.bound)
+        planned = self.plan[expert.key].bounds
+        return {role: planned[role] for role in roles} if planned else None
+
+    def group_of(self, key: ExpertKey) -> tuple[object, ...]:
+        """Experts with equal ones are seen together by their method."""
+        method = self.method_of(key)
+        if method.scope == "expert":
+            return (*key,)
+        label = None if self.plan is None else self.plan[key].group
+        return (key.layer, key.shared, method.setting, label)
+
+    def describe(self) -> dict[str, object]:
+        """Everything that decides what is done, as JSON."""
+        settings: Iterable[str] = {self.method}
+        if self.plan is not None:
+            settings = {self.plan.method_of(key) for key in self.plan.keys}
+        versions = {name: get_method(name).versions for name in sorted(settings)}
+        return {
+            "method": self.method,
+            "versions": {name: list(found) for name, found in versions.items()},
+            "bound": None if self.bound is None else self.bound.to_json(),
+            **({} if self.plan is None else {"plan": self.plan.sha256}),
+        }
+
+    @property
+    def with_shared(self) -> bool:
+        """Whether a plan is for shared experts too."""
+        return self.plan is not None and any(e.key.shared for e in self.plan.experts)

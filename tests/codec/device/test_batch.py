@@ -1,0 +1,108 @@
+"""Batches: where bytes stand, and what is refused before anything is launched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moebound import encode
+from moebound.codec.bound import BoundCodec
+from moebound.codec.device import DecodeBatch, decode_to, read_stream
+from moebound.errors import BackendUnavailable, CodecError, CorruptionError
+
+from .. import weights
+
+CODEC = BoundCodec(segment_weights=4096)
+
+
+def envelopes() -> list[bytes]:
+    shapes = ((40, 512), (7, 33), (64, 300))
+    return [encode(weights.gaussian(s, seed=i), 0.004, codec=CODEC) for i, s in enumerate(shapes)]
+
+
+def outs() -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=torch.bfloat16) for shape in ((40, 512), (7, 33), (64, 300))]
+
+
+def test_envelopes_stand_apart_with_their_segments_aligned() -> None:
+    data = envelopes()
+    batch = DecodeBatch.of(data)
+    assert batch.aligned
+    end = 0
+    for stream, offset in zip(batch.streams, batch.offsets, strict=True):
+        assert offset >= end
+        assert stream.coded is not None
+        assert (stream.coded.segments + offset).max() % 4 == 0
+        end = offset + stream.n_bytes
+    assert batch.n_bytes == end
+
+
+def test_pack_puts_each_envelope_at_its_offset() -> None:
+    data = envelopes()
+    batch = DecodeBatch.of(data)
+    packed = torch.zeros(batch.n_bytes, dtype=torch.uint8)
+    batch.pack(data, packed)
+    for offset, envelope in zip(batch.offsets, data, strict=True):
+        assert packed[offset : offset + len(envelope)].numpy().tobytes() == envelope
+    with pytest.raises(CodecError, match="bytes or more"):
+        batch.pack(data, packed[:-1])
+    with pytest.raises(CodecError, match="expected an envelope of"):
+        batch.pack([data[0], data[0], data[2]], packed)
+
+
+def test_streams_may_be_kept_for_another_batch() -> None:
+    streams = [read_stream(data) for data in envelopes()]
+    assert DecodeBatch.of(streams).n_bytes == DecodeBatch.of(envelopes()).n_bytes
+    odd = DecodeBatch.of(streams[:1], offsets=[streams[0].alignment_offset + 1])
+    assert not odd.aligned
+
+
+@pytest.mark.parametrize("offsets", [[0], [0, 1, -4]])
+def test_offsets_that_cannot_be_are_refused(offsets: list[int]) -> None:
+    with pytest.raises(CodecError, match="offsets: expected 3, none below 0"):
+        DecodeBatch.of(envelopes(), offsets=offsets)
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    batch = DecodeBatch.of(envelopes())
+    good = torch.zeros(batch.n_bytes, dtype=torch.uint8)
+    for compressed, message in [
+        (good[:-1], "bytes or more"),
+        (good.view(torch.int8), "flat tensor of uint8"),
+        (torch.zeros(batch.n_bytes + 1, dtype=torch.uint8)[1:], "even address"),
+    ]:
+        with pytest.raises(CodecError, match=message):
+            batch.launch(compressed, outs())
+    with pytest.raises(CodecError, match="expected 3 tensors, found 2"):
+        batch.launch(good, outs()[:2])
+    for i, wrong in [
+        (0, torch.zeros(40, 511, dtype=torch.bfloat16)),
+        (1, torch.zeros(7, 33)),
+        (2, torch.zeros(300, 64, dtype=torch.bfloat16).T),
+    ]:
+        tensors = outs()
+        tensors[i] = wrong
+        with pytest.raises(CodecError, match=rf"outs\[{i}\]"):
+            batch.launch(good, tensors)
+
+
+def test_the_cpu_is_no_device() -> None:
+    pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
+    with pytest.raises(BackendUnavailable, match="on the CPU use"):
+        decode_to(envelopes(), "cpu")
+
+
+def test_what_the_host_can_see_is_refused_when_a_batch_is_made() -> None:
+    data = bytearray(envelopes()[0])
+    data[-40] ^= 1
+    with pytest.raises(CorruptionError, match="checksum"):
+        DecodeBatch.of([bytes(data)])
+
+
+def test_arrays_that_the_host_decodes_need_no_kernel() -> None:
+    array = weights.gaussian((16, 16), "F32")
+    (found,) = decode_to(encode(array, 0.01, codec="raw"), "cpu")
+    np.testing.assert_array_equal(found.numpy(), array)
+    (empty,) = decode_to(encode(array[:0], 0.01), "cpu")
+    assert empty.shape == (0, 16)
