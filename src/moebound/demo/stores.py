@@ -2,7 +2,7 @@
 
 A case is one codec at one bound, or a plan. Each makes a real store on disk, is verified against
 the original checkpoint, and is loaded by `AutoModelForCausalLM.from_pretrained`; nothing is
-simulated. A `Setup` opens what measures them, so that several processes can (`study/workers.py`).
+simulated. A `Setup` opens what measures them, so that several processes can (`jobs/workers.py`).
 """
 
 from __future__ import annotations
