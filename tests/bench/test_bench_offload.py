@@ -21,7 +21,7 @@ from moebound.bench.offload.routing import ForcedRouting, fit_trace
 from moebound.cache import ZipfTrace, load_trace
 from moebound.cli.main import main
 from moebound.errors import CacheError, CheckpointError, FormatError, MoeboundError
-from moebound.offload.images import open_images
+from moebound.offload.entries import open_entries
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import resolve
 
@@ -133,7 +133,7 @@ def test_checkpoint_and_store_are_made_once(tmp_path: Path) -> None:
     assert make_checkpoint(tmp_path / "raw", shapes) == raw
     assert (raw / "config.json").stat().st_mtime_ns == made
     store = make_store(raw, tmp_path / "store", 0.3)
-    assert open_images(store).n_weights == open_images(raw).n_weights == 4 * shapes.expert_weights
+    assert open_entries(store).n_weights == open_entries(raw).n_weights == 4 * shapes.expert_weights
 
 
 def test_a_checkpoint_of_other_shapes_is_in_the_way(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from moebound.errors import CacheError, MethodError, MoeboundError, StoreError
 from moebound.integrations.transformers.router_edits import apply_router_edits
 from moebound.methods import RouterEdit
 from moebound.methods.blob import SharedBlob, parse_shared
-from moebound.offload.images import FIRST_SHARED
+from moebound.offload.entries import FIRST_SHARED
 from moebound.plan import Plan, PlannedExpert
 from moebound.store import compress, decompress, open_store, verify
 from moebound.types import ErrorBound, ExpertKey
