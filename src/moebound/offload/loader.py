@@ -68,6 +68,7 @@ class Loader:
         n_threads: int,
     ) -> None:
         self._cache, self._entries, self._kinds = cache, entries, kinds
+        self._any_shared = any(entry.needs for entry in entries.values())
         self._delivery, self._pool, self._meter = delivery, pool, meter
         self._turn = threading.Lock()
         self._asked = threading.Condition()
@@ -117,9 +118,11 @@ class Loader:
         for thread in self._threads:
             thread.join()
 
-    def needs(self, key: ExpertKey) -> tuple[ExpertKey, ...]:
-        """The shared parts that decoding this expert takes."""
-        return self._entries[key].needs
+    def shared(self, keys: Iterable[ExpertKey]) -> dict[ExpertKey, None]:
+        """The shared parts that decoding these experts takes, each once, in their order."""
+        if not self._any_shared:
+            return {}
+        return dict.fromkeys(part for key in keys for part in self._entries[key].needs)
 
     def load(self, claim: Claim[Held], order: Order) -> Held:
         """Bring in the claimed expert, here and now, and fill the claim. Raises what reading and
@@ -166,7 +169,7 @@ class Loader:
 
     def _shared(self, order: Order) -> FindPart | None:
         """Where an expert's shared parts come from: the cache, if it has any."""
-        keys = self.needs(order.key)
+        keys = self._entries[order.key].needs
         if not keys:
             return None
         by_part = dict[tuple[int, int], ExpertKey]()
