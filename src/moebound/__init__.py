@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from moebound.checkpoint import open_checkpoint
     from moebound.codec import codec_ids, decode, encode
     from moebound.offload import load
-    from moebound.store import compress, decompress, open_store, verify
+    from moebound.store.decompress import decompress
+    from moebound.store.reader import open_store
+    from moebound.store.verify import verify
+    from moebound.store.writer import compress
     from moebound.types import ErrorBound, ExpertKey
 
 register()  # from_pretrained on a store, whichever package is imported first

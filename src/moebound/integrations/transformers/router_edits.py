@@ -19,8 +19,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from moebound.checkpoint import top_k_of
 from moebound.errors import UnsupportedArchitectureError
 from moebound.methods import RouterEdit
+from moebound.model.calls import arguments
 from moebound.model.live import ExpertsModule, live_experts
 from moebound.model.routers import find_routers, router_of
 from moebound.model.taps import gets_decisions
@@ -75,7 +77,8 @@ def _keep(model: Any, entry: ExpertsModule, dropped: set[int], where: str) -> No
         return  # offloaded: it cannot be tried here
     x = torch.randn(_TRIED, weight.shape[1], dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
-        choose = find_routers(model, {entry.layer: entry.stack.name})[entry.layer]
+        top_k = top_k_of(model.config.to_dict())
+        choose = find_routers(model, {entry.layer: entry.stack.name}, top_k)[entry.layer]
         chosen = set(choose(x).flatten().tolist())
     if not chosen or chosen & dropped:
         raise UnsupportedArchitectureError(
@@ -121,8 +124,7 @@ def _add_constants(entry: ExpertsModule, edit: RouterEdit, where: str) -> None:
     def hook(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
-        index = args[1] if len(args) > 1 else kwargs["top_k_index"]
-        weights = args[2] if len(args) > 2 else kwargs["top_k_weights"]
+        _, index, weights, *_ = arguments(args, kwargs)
         if output.device not in by_device:
             by_device[output.device] = table.to(output.device)
         vectors = by_device[output.device][index.reshape(-1, index.shape[-1])]
