@@ -11,10 +11,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "moebound"
 ORDER = [
+    # the product
     *("_native", "errors", "extras", "types", "plugins", "score", "files", "jobs", "wordmath"),
-    *("checkpoint", "codec", "model", "methods", "plan", "store"),  # the product
-    *("cache", "integrations", "offload", "text"),
-    *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),  # measures
+    *("checkpoint", "codec", "model", "methods", "plan", "store", "cache", "integrations"),
+    *("offload", "text"),
+    # what measures
+    *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),
     *("cli", "__main__"),
 ]
 

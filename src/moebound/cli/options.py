@@ -108,7 +108,9 @@ class MethodSetting(click.ParamType):  # type: ignore[type-arg]  # generic since
         from moebound.methods import get_method
 
         try:
-            return get_method(value).setting
+            chosen = get_method(value)
+            chosen.check_installed()
+            return chosen.setting
         except MoeboundError as error:
             self.fail(str(error), param, ctx)
 

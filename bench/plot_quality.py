@@ -1,0 +1,119 @@
+"""Plot of stored rows of `moebound bench quality --json`: bits a weight against KL.
+
+    python bench/plot_quality.py bench/results/quality.json -o docs/images/quality.png
+
+Measures nothing. Two panels with one scale: KL over all tokens, prompts included, and over the
+answers' tokens only. Neither is shown without the other: a way can be near the original in one and
+far from it in the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
+
+FORMAT, VERSION = "moebound.bench.quality", 1
+PANELS = (
+    ("kl_nats", "kl_stderr", "all tokens, prompts included"),
+    ("answer_kl_nats", "answer_kl_stderr", "tokens of the answers only"),
+)
+TICKS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One way to make experts small. begins: what its methods' names begin with."""
+
+    begins: str
+    label: str
+    color: str
+    marker: str
+    line: str
+
+
+CURVES = (
+    Curve("bound", "bound: one rate for all", "#0072b2", "o", "-"),
+    Curve("bound, planned", "bound: a planned rate for each expert", "#56b4e9", "s", "--"),
+    Curve("rtn", "round to nearest, int3 and int4", "#d55e00", "X", ""),
+    Curve("hqq", "HQQ, int3 and int4", "#e69f00", "D", ""),
+    Curve("sz3", "SZ3", "#009e73", "", ":"),
+    Curve("cuszp", "cuSZp", "#999999", "", ":"),
+)
+
+
+def plot_quality(document: dict[str, Any]) -> Any:
+    """KL by bits per weight with standard errors, a panel for each set of tokens."""
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(9.2, 4.0), sharey=True)
+    for axis, (kl, stderr, title) in zip(axes, PANELS, strict=True):
+        for curve in CURVES:
+            rows = sorted(_rows(document, curve), key=lambda row: float(row["bits_per_weight"]))
+            fidelity = [row["fidelity"] for row in rows]
+            axis.errorbar(
+                [row["bits_per_weight"] for row in rows],
+                [one[kl] for one in fidelity],
+                [one[stderr] for one in fidelity],
+                label=curve.label,
+                color=curve.color,
+                marker=curve.marker,
+                ls=curve.line,
+                markersize=6,
+                lw=1.5,
+                elinewidth=0.8,
+            )
+        axis.set_yscale("log")
+        axis.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(axis="y", color="#dddddd", lw=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(axis="y", labelleft=True)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("bits a weight, every byte of the experts counted")
+    axes[0].set_ylabel("KL to the original model, nats a token\n(lower is better)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3,
+                  frameon=False)  # fmt: skip
+    figure.suptitle(
+        f"{document['source']}, {document['n_problems']} problems of {document['task']}, "
+        f"{document['environment']['date'][:10]}",
+        fontsize=8,
+        color="#555555",
+    )
+    figure.tight_layout()
+    return figure
+
+
+def _rows(document: dict[str, Any], curve: Curve) -> list[dict[str, Any]]:
+    """A bounded way has one name and a row for each size, a quantizer a name for each size."""
+    return [
+        row
+        for row in document["rows"]
+        if row["method"] == curve.begins or row["method"].startswith(curve.begins + ":")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("-o", "--out", type=Path, default=Path("out/plots/quality.png"))
+    options = parser.parse_args()
+    document = json.loads(options.results.read_text(encoding="utf-8"))
+    if (document.get("format"), document.get("version")) != (FORMAT, VERSION):
+        parser.error(f"{options.results}: expected {FORMAT}, version {VERSION}")
+    from plot import SETTINGS  # beside this script
+
+    mpl.use("Agg")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(SETTINGS):
+        plot_quality(document).savefig(options.out, dpi=130)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
