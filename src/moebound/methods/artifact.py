@@ -116,13 +116,13 @@ def compress(method: Method, group: GroupView, *, number: int = 0, threads: int 
     with named(where):
         encoding = method.encode(group, threads=threads)
     _check_encoding(method, group, encoding, where)
-    shared = tuple(
-        SharedBlob(
-            method.id, method.version, number, part, given.held_bytes, memoryview(given.data)
-        ).build()
-        for part, given in enumerate(encoding.shared)
-    )
     with named(where):
+        shared = tuple(
+            SharedBlob(
+                method.id, method.version, number, part, given.held_bytes, memoryview(given.data)
+            ).build()
+            for part, given in enumerate(encoding.shared)
+        )
         opened = [method.open_shared(memoryview(part.data)) for part in encoding.shared]
     checksums = [blob_checksum(blob) for blob in shared]
     experts: dict[ExpertKey, dict[Role, MatrixArtifact]] = {}
@@ -235,10 +235,16 @@ def _matrix(
     dtype: DType = dtype_name(original.dtype)
     spec = MatrixSpec(original.shape, dtype)
     payload = memoryview(found.data)
-    with named(where):
-        decoded = decode_payload(type(method), payload, spec, [opened[part] for part in found.uses])
     uses = tuple(Use(part, checksums[part]) for part in found.uses)
-    data = MatrixBlob(method.id, method.version, spec.shape, dtype, number, uses, payload).build()
+    with named(where):
+        if spec.size > (most := method.most_weights(len(payload))):
+            raise MethodError(
+                f"{len(payload)} bytes of {spec.size} weights, it says of at most {most} "
+                "(most_weights)"
+            )
+        decoded = decode_payload(type(method), payload, spec, [opened[part] for part in found.uses])
+        blob = MatrixBlob(method.id, method.version, spec.shape, dtype, number, uses, payload)
+        data = blob.build()
     certificate = measured_certificate(method, original, decoded, data)
     if method.lossless and certificate.max_abs_error:
         raise BoundViolatedError(

@@ -14,7 +14,7 @@ from math import prod
 
 from moebound.codec.envelope import MAX_DIMS, MAX_SIZE
 from moebound.codec.fields import FieldReader, checksum, put_varint
-from moebound.errors import CorruptionError, FormatError
+from moebound.errors import CorruptionError, FormatError, MethodError
 from moebound.types import DType
 
 MAGIC = b"MOEM"
@@ -46,6 +46,9 @@ class MatrixBlob:
     payload: memoryview
 
     def build(self) -> bytes:
+        """The bytes. This and the others' raise MethodError for what no reader would take."""
+        if len(self.uses) > MAX_USES:
+            raise MethodError(f"{len(self.uses)} shared parts: at most {MAX_USES}")
         head = _head(_MATRIX, self.method, self.method_version)
         head += bytes([_DTYPES.index(self.dtype), len(self.shape)])
         for extent in self.shape:
@@ -72,6 +75,8 @@ class SharedBlob:
 
     def build(self) -> bytes:
         head = _head(_SHARED, self.method, self.method_version)
+        if self.held_bytes < 0:
+            raise MethodError(f"held_bytes {self.held_bytes}: expected 0 or more")
         for value in (self.group, self.number, self.held_bytes):
             put_varint(head, value)
         return _seal(head, self.payload)
@@ -152,7 +157,11 @@ def parse_router(data: bytes | bytearray | memoryview) -> RouterBlob:
 
 
 def _head(kind: int, method: str, version: int) -> bytearray:
-    name = method.encode("ascii")
+    name = method.encode()
+    if not _METHOD_ID.fullmatch(name) or not 0 <= version <= 255:
+        raise MethodError(
+            f"id {method!r}, version {version}: expected 1 to 32 of a-z, 0-9 and _, and 0 to 255"
+        )
     return bytearray(MAGIC) + bytes([VERSION, kind, len(name)]) + name + bytes([version])
 
 
