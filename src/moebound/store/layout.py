@@ -167,7 +167,8 @@ def lay_out(checkpoint: Checkpoint, groups: list[Group], *, shard_bytes: int) ->
     for name in checkpoint.tensors:
         if SLICE_MARK in name or name.startswith(OWN_PREFIX):
             raise StoreError(
-                f"{checkpoint.path}: tensor {name!r}: names with {SLICE_MARK!r} are taken"
+                f"{checkpoint.path}: tensor {name!r}: names with {SLICE_MARK!r}, and those that "
+                f"begin with {OWN_PREFIX!r}, are taken"
             )
     kept = [tensor for name, tensor in checkpoint.tensors.items() if name not in taken]
     tensor_parts = list(_cut(kept, lambda tensor: tensor.n_bytes, shard_bytes))

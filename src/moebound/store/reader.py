@@ -117,7 +117,8 @@ class StoredMatrix:
 class StoredExpert:
     """One expert: n_bytes from `offset` of one file are all its own bytes, in matrix order.
 
-    exact: kept bit for bit instead of by the store's method. method: its setting.
+    exact: kept bit for bit instead of by the store's method. method: its setting. group: whose
+    shared parts it uses.
     """
 
     key: ExpertKey
@@ -127,6 +128,7 @@ class StoredExpert:
     n_bytes: int
     matrices: tuple[StoredMatrix, ...]
     method: str
+    group: int = 0
 
     @property
     def n_weights(self) -> int:
@@ -209,7 +211,7 @@ class Store:
         """Of its experts, shared parts and router edits."""
         for expert in self.experts():
             matrices = tuple(matrix.record for matrix in expert.matrices)
-            yield ExpertRecord(expert.key, expert.exact, matrices, expert.method)
+            yield ExpertRecord(expert.key, expert.exact, matrices, expert.method, expert.group)
         yield from (part.record for part in self.parts.values())
         yield from (record for _, record in self.routers)
 
@@ -378,7 +380,7 @@ def _place(
             at += stored.tensor.n_bytes
         experts[record.key] = StoredExpert(
             record.key, record.exact, first.file, first.offset, at - first.offset, tuple(matrices),
-            record.method,
+            record.method, record.group,
         )  # fmt: skip
     return experts
 

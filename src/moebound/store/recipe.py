@@ -25,17 +25,15 @@ class Recipe:
     @classmethod
     def of(cls, bound: ErrorBound | Plan | None, method: str | None) -> Recipe:
         """Raises MethodError for an unknown method, and for one that a bound does not go with;
-        PlanError for another than the plan's; BackendUnavailable where a method's library is
-        not installed."""
+        PlanError for another than the plan's."""
         if isinstance(bound, Plan):
             if method is not None and get_method(method).setting != bound.method:
                 raise PlanError(f"method {method!r}: the plan was made for {bound.method!r}")
             made = cls(bound.method, bound.widest, bound)
             for setting in {bound.method_of(key) for key in bound.keys}:
-                get_method(setting).check_installed()
+                get_method(setting)
             return made
         chosen = get_method(method or "bounded:bound")
-        chosen.check_installed()
         if bound is None and chosen.needs_bound:
             raise MethodError(f"method {chosen.setting!r} needs a bound, and none was given")
         if bound is not None and not chosen.takes_bound:
