@@ -18,7 +18,6 @@ FILES = sorted(str(file.relative_to(HERE)) for file in HERE.glob("**/interpreted
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.slow
 def test_under_the_interpreter(file: str) -> None:
     pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
     ran = subprocess.run(

@@ -11,12 +11,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "moebound"
 ORDER = [
-    # the product
     *("_native", "errors", "extras", "types", "plugins", "score", "files", "jobs", "wordmath"),
-    *("checkpoint", "codec", "model", "methods", "plan", "store", "cache", "integrations"),
-    *("offload", "text"),
-    # what measures
-    *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),
+    *("checkpoint", "codec", "model", "methods", "plan", "store"),  # the product
+    *("cache", "integrations", "offload", "text"),
+    *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),  # measures
     *("cli", "__main__"),
 ]
 

@@ -21,7 +21,7 @@ from moebound.bench.offload.routing import ForcedRouting, fit_trace
 from moebound.cache import ZipfTrace, load_trace
 from moebound.cli.main import main
 from moebound.errors import CacheError, CheckpointError, FormatError, MoeboundError
-from moebound.offload.entries import open_entries
+from moebound.offload.images import open_images
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import resolve
 
@@ -49,7 +49,6 @@ def row_of(report: OffloadReport, name: str, budget: float) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
 def test_every_run_gives_the_same_tokens_as_its_peer(report: OffloadReport) -> None:
     raw, stock = row(report, "raw, disk"), row(report, "stock")
     assert raw["logits_sum"] == pytest.approx(stock["logits_sum"], rel=0.05, abs=1.0)
@@ -63,7 +62,6 @@ def test_every_run_gives_the_same_tokens_as_its_peer(report: OffloadReport) -> N
     assert raw["stats"]["hit_ratio"] == row(report, "compressed, disk")["stats"]["hit_ratio"]
 
 
-@pytest.mark.slow
 def test_bytes(report: OffloadReport) -> None:
     assert report.expert_bytes["raw"] == EXPERT_BYTES
     assert report.expert_bytes["compressed"] < EXPERT_BYTES / 4
@@ -71,7 +69,6 @@ def test_bytes(report: OffloadReport) -> None:
     assert small["stats"]["bytes_moved"] < raw["stats"]["bytes_moved"] / 4
 
 
-@pytest.mark.slow
 def test_memory(report: OffloadReport) -> None:
     """Real readings: the experts that do not fit are in no process's memory."""
     stock = row(report, "stock")["rss_peak_bytes"]
@@ -83,7 +80,6 @@ def test_memory(report: OffloadReport) -> None:
         assert found["rss_peak_bytes"] <= stock - 0.6 * saved
 
 
-@pytest.mark.slow
 def test_policies_of_the_trace(report: OffloadReport) -> None:
     (found,) = report.policies
     assert found["budget"] == 0.35
@@ -91,7 +87,6 @@ def test_policies_of_the_trace(report: OffloadReport) -> None:
     assert 0 < found["share_of_limit"] <= 1
 
 
-@pytest.mark.slow
 def test_table_and_bound(report: OffloadReport) -> None:
     console = Console(width=200, file=io.StringIO())
     console.print(render_offload(report))
@@ -104,7 +99,6 @@ def test_table_and_bound(report: OffloadReport) -> None:
     assert over_model(raw) == pytest.approx(took / modelled_s(raw), rel=0.1)
 
 
-@pytest.mark.slow
 def test_a_stored_report_is_read_again(report: OffloadReport) -> None:
     document = json.loads(json.dumps(report.to_json()))
     assert OffloadReport.from_json(document).rows == report.rows
@@ -113,7 +107,6 @@ def test_a_stored_report_is_read_again(report: OffloadReport) -> None:
             OffloadReport.from_json({**document, **wrong})
 
 
-@pytest.mark.slow
 def test_a_run_that_fails_is_a_row(tmp_path: Path) -> None:
     settings = OffloadSettings(
         shapes=replace(SHAPES, layers=1, experts=8, hidden=64, intermediate=64),
@@ -133,7 +126,7 @@ def test_checkpoint_and_store_are_made_once(tmp_path: Path) -> None:
     assert make_checkpoint(tmp_path / "raw", shapes) == raw
     assert (raw / "config.json").stat().st_mtime_ns == made
     store = make_store(raw, tmp_path / "store", 0.3)
-    assert open_entries(store).n_weights == open_entries(raw).n_weights == 4 * shapes.expert_weights
+    assert open_images(store).n_weights == open_images(raw).n_weights == 4 * shapes.expert_weights
 
 
 def test_a_checkpoint_of_other_shapes_is_in_the_way(tmp_path: Path) -> None:
@@ -143,7 +136,6 @@ def test_a_checkpoint_of_other_shapes_is_in_the_way(tmp_path: Path) -> None:
         make_checkpoint(tmp_path / "raw", replace(shapes, layers=2))
 
 
-@pytest.mark.slow
 def test_a_recorded_trace_of_the_reference_model(tmp_path: Path) -> None:
     """26 layers of 64 experts, six a token: a synthetic model of fewer layers follows the first."""
     trace = tmp_path / "recorded.npz"
@@ -187,7 +179,6 @@ def test_traces_that_do_not_fit() -> None:
         fit_trace(batch, layers=2, experts=8, top_k=2)
 
 
-@pytest.mark.slow
 def test_a_model_reads_real_prompts_with_its_own_routing(tmp_path: Path) -> None:
     settings = OffloadSettings(
         model="builtin:wordmath",

@@ -46,7 +46,6 @@ def test_a_process_that_needs_more_is_ended(group: MemoryGroup) -> None:
     assert group.kills == 1
 
 
-@pytest.mark.slow
 def test_files_count_and_are_dropped(group: MemoryGroup, tmp_path: Path) -> None:
     """A process reads, and writes, far more than it may have: nobody is ended."""
     file = tmp_path / "file"
@@ -139,7 +138,6 @@ def test_a_folder_that_takes_no_groups(tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_or_late_is_a_row(group: MemoryGroup, tmp_path: Path) -> None:
     spec = {"how": "stock", "source": str(tmp_path / "nothing")}
     row = launch(spec, tmp_path, timeout_s=100, memory_limit=8 * MB)  # less than Python needs

@@ -56,7 +56,6 @@ def logits_of_both(source: Path, file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 1e-3), ("bf16", 1e-2)])
-@pytest.mark.slow
 def test_llama_cpp_computes_what_transformers_does(
     dtype: str, tolerance: float, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -69,7 +68,6 @@ def test_llama_cpp_computes_what_transformers_does(
     assert np.array_equal(found.argmax(1), expected.argmax(1))
 
 
-@pytest.mark.slow
 def test_a_file_has_every_weight_once(bf16: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     file = write_gguf(bf16, tmp_path / "model.gguf")
@@ -90,7 +88,6 @@ def test_a_file_has_every_weight_once(bf16: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value"), [("q_lora_rank", 16), ("n_group", 2), ("rope_interleave", False)]
 )
-@pytest.mark.slow
 def test_models_that_are_not_written(option: str, value: object, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     options: dict[str, Any] = {
@@ -137,7 +134,6 @@ def test_its_threads_wait_as_they_are_meant_to(
     assert all("PATH" in environment for environment in seen)
 
 
-@pytest.mark.slow
 def test_a_run_of_llama_cpp(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")

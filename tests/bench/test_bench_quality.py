@@ -18,7 +18,6 @@ def tiny_wordmath(tmp_path: Path) -> str:
     return str(untrained(tmp_path))
 
 
-@pytest.mark.slow
 def test_bounded_ways_get_the_bytes_of_the_quantizer_within_a_percent_or_two(
     tiny_wordmath: str,
 ) -> None:

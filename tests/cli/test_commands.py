@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -81,7 +80,7 @@ def test_compress_tells_both_sizes(run: Run, tmp_path: Path) -> None:
     assert ran.code == 0
     assert "bits per weight" in ran.stdout
     assert "whole model" in ran.stdout
-    assert re.search(r"worst kept / asked +0\.", ran.stdout)
+    assert "worst kept / asked  0." in ran.stdout
 
 
 def test_exact_codec_needs_no_bound(run: Run, tmp_path: Path) -> None:
@@ -92,7 +91,6 @@ def test_exact_codec_needs_no_bound(run: Run, tmp_path: Path) -> None:
     assert run("verify", dst, "--against", SRC, "--json").document["worst"] == 0
 
 
-@pytest.mark.slow
 def test_shared_experts_on_request(run: Run, tmp_path: Path) -> None:
     options = ["--rate", "0.3", "--layers", "1", "--json"]
     without = run("compress", SRC, tmp_path / "a", *options).document
@@ -141,7 +139,6 @@ def test_bench_gpu_needs_a_gpu(run: Run) -> None:
     assert run("bench", "gpu", "--segments", "0").code == 2
 
 
-@pytest.mark.slow
 def test_bench_codec(run: Run) -> None:
     options = ["--limit", "1", "--rates", "0.3", "--codecs", "bound,sz3", "--seconds", "0.05"]
     ran = run("bench", "codec", "--input", SRC, *options, "--threads", "1")

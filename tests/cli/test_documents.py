@@ -65,7 +65,6 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
-@pytest.mark.slow
 def test_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +81,6 @@ def test_readme_runs(
     exec(compile(arrays, "README.md", "exec"), {})
 
 
-@pytest.mark.slow
 def test_walkthrough_runs(tmp_path: Path) -> None:
     names: dict[str, Any] = {"folder": tmp_path}
     for number, block in enumerate(blocks(ROOT / "docs" / "walkthrough.md", "python")):

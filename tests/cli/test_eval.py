@@ -10,7 +10,6 @@ import pytest
 from .conftest import SRC, Run
 
 
-@pytest.mark.slow
 def test_a_store_against_the_original(run: Run, store: Path, tmp_path: Path) -> None:
     before, after = tmp_path / "before.jsonl", tmp_path / "after.jsonl"
     args = ("--task", "wordmath", "--limit", 12, "--json")
@@ -35,7 +34,6 @@ def test_a_store_against_the_original(run: Run, store: Path, tmp_path: Path) -> 
     assert "another evaluation" in mixed.stderr
 
 
-@pytest.mark.slow
 def test_files_are_tasks(run: Run, tmp_path: Path) -> None:
     problems, text = tmp_path / "p.jsonl", tmp_path / "t.txt"
     problems.write_text(json.dumps({"prompt": "2 + 2 =", "answer": 4}) + "\n", encoding="utf-8")

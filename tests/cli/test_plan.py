@@ -61,7 +61,6 @@ def measured(source: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("evidence", ["sensitivity", "study"])
-@pytest.mark.slow
 def test_plan_compress_verify_card(
     run: Run, source: Path, measured: dict[str, Path], tmp_path: Path, evidence: str
 ) -> None:
@@ -102,7 +101,6 @@ def test_schemes_for_people(
     assert Plan.load(tmp_path / "p.json").ratio >= 2.5
 
 
-@pytest.mark.slow
 def test_limit_of_predicted_loss(
     run: Run, source: Path, measured: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -125,7 +123,6 @@ def mapped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, out
 
 
-@pytest.mark.slow
 def test_plans_are_measured(run: Run, mapped: tuple[Path, Path], tmp_path: Path) -> None:
     folder, sensitivity = mapped
     out = tmp_path / "plan.json"

@@ -13,7 +13,6 @@ from moebound.profile.profile import Profile
 from .conftest import SRC, Run
 
 
-@pytest.mark.slow
 def test_everything_at_once(run: Run, tmp_path: Path) -> None:
     out, trace, figures = tmp_path / "p.json", tmp_path / "t.npz", tmp_path / "figures"
     ran = run("profile", SRC, "--task", "wordmath", "--task", "wordmath-hard", "--limit", 3,
@@ -34,7 +33,6 @@ def test_everything_at_once(run: Run, tmp_path: Path) -> None:
     assert len(document["figures"]) == len(list(figures.iterdir())) == 12
 
 
-@pytest.mark.slow
 def test_a_table_for_people(run: Run, tmp_path: Path) -> None:
     problems = tmp_path / "mine.jsonl"
     problem = {"prompt": "Ann has 3 books and gets 4 more. How many books? Answer as JSON.",

@@ -20,7 +20,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return untrained(tmp_path_factory.mktemp("small"))
 
 
-@pytest.mark.slow
 def test_a_map(run: Run, small: Path, tmp_path: Path) -> None:
     out = tmp_path / "map.json"
     options = ["--task", "wordmath", "-o", out, "--rates", "0.8,0.3", "--limit", 3, "--sample", 5]

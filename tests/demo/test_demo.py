@@ -59,7 +59,6 @@ def page(folder: Path) -> str:
     return (folder / "index.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_rows_say_what_was_asked_and_kept(data: dict[str, Any]) -> None:
     assert data["ok"] is True
     assert [(row["name"], row["rate"]) for row in data["rows"]] == [
@@ -87,7 +86,6 @@ def test_rows_say_what_was_asked_and_kept(data: dict[str, Any]) -> None:
         assert row["expert_bytes"] > 0.99 * uniform["expert_bytes"]
 
 
-@pytest.mark.slow
 def test_every_step_leaves_what_its_command_leaves(folder: Path, data: dict[str, Any]) -> None:
     assert {entry.name for entry in folder.iterdir()} == {
         "answers", "demo.json", "index.html", "map.json", "plan-1.5.json", "plan.json",
@@ -105,13 +103,11 @@ def test_every_step_leaves_what_its_command_leaves(folder: Path, data: dict[str,
     assert main(["report", str(folder / "study"), "-o", str(folder.parent / "r.html"), "-q"]) == 0
 
 
-@pytest.mark.slow
 def test_damage_is_found(data: dict[str, Any]) -> None:
     assert data["damage"]["store"] == "bound-0.3"
     assert "SHA-256" in data["damage"]["said"]
 
 
-@pytest.mark.slow
 def test_full_size_matrices_are_measured_too(data: dict[str, Any]) -> None:
     rows = data["speeds"]["rows"]
     assert [(row["codec"], row["rate"]) for row in rows] == [("bound", 0.3), ("bound", 1.5)]
@@ -145,7 +141,6 @@ class _Checker(HTMLParser):
                 self.references.append(value or "")
 
 
-@pytest.mark.slow
 def test_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
     checker = _Checker()
     checker.feed(page)
@@ -162,7 +157,6 @@ def test_page_is_well_formed_and_needs_nothing_else(page: str) -> None:
         assert f'<section id="{section}">' in page
 
 
-@pytest.mark.slow
 def test_page_has_the_figures_their_commands_and_no_machine_paths(
     folder: Path, data: dict[str, Any], page: str
 ) -> None:
@@ -187,7 +181,6 @@ def test_page_has_the_figures_their_commands_and_no_machine_paths(
         assert str(path) not in json.dumps(data)
 
 
-@pytest.mark.slow
 def test_commands_on_the_page_are_commands(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every option that is shown exists."""
     blocks = re.findall(r'<div class="how">.*?<pre>(.*?)</pre>', page, flags=re.DOTALL)
@@ -213,7 +206,6 @@ def test_kept_over_asked_is_never_rounded_across_one() -> None:
     assert kept_over_asked(0.0) == "0.0000"
 
 
-@pytest.mark.slow
 def test_a_demo_that_was_stopped_goes_on(folder: Path, options: list[str]) -> None:
     """Nothing that is finished is made again: not a file's content, not a row."""
     before = (folder / "stores.jsonl").read_bytes(), (folder / "study" / "rows.jsonl").read_bytes()

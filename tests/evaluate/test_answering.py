@@ -57,7 +57,6 @@ def test_limits_and_what_is_no_number() -> None:
     assert broken == [Decoded((), False)] * 2
 
 
-@pytest.mark.slow
 def test_an_answer_does_not_depend_on_the_batch(loaded: Loaded) -> None:
     task = get_task("wordmath")
     problems = task.problems(24)
@@ -70,7 +69,6 @@ def test_an_answer_does_not_depend_on_the_batch(loaded: Loaded) -> None:
     assert answer(loaded, task, []) == []
 
 
-@pytest.mark.slow
 def test_another_experts_implementation_answers_the_same() -> None:
     task = get_task("wordmath")
     problems = task.problems(6)

@@ -94,7 +94,6 @@ def test_a_model_that_gives_no_numbers_ends_nothing_by_itself() -> None:
     assert found == [Decoded((), False)] * 2
 
 
-@pytest.mark.slow
 def test_texts_are_drafts(loaded: Loaded) -> None:
     task = get_task("wordmath")
     problems = task.problems(12)

@@ -47,7 +47,6 @@ def test_comparison_is_on_the_problems_of_both() -> None:
     assert compared.ica.p == 1
 
 
-@pytest.mark.slow
 def test_answers_are_kept_and_gone_on_with(
     loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,7 +203,6 @@ def test_config_of_a_store_on_ordinary_shards(both: MakeBoth) -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-@pytest.mark.slow
 def test_without_moebound_loading_fails_instead_of_making_weights_up(
     name: str, both: MakeBoth
 ) -> None:

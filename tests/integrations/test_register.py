@@ -44,7 +44,6 @@ REGISTER = "from moebound.integrations.transformers import register; register()"
         f"{REGISTER}; import moebound.integrations.transformers.hf",
     ],
 )
-@pytest.mark.slow
 def test_either_order(first: str) -> None:
     run(first + KNOWN)
 
@@ -120,7 +119,6 @@ def test_a_missing_transformers_is_missing_as_ever(stand_in: Path) -> None:
     run(ENTER + program, path=stand_in)
 
 
-@pytest.mark.slow
 def test_an_unknown_transformers_stays_importable(stand_in: Path) -> None:
     program = textwrap.dedent(
         """

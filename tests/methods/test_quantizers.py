@@ -71,7 +71,6 @@ def test_entropy_coding_keeps_the_weights_and_counts_real_bytes() -> None:
 
 # NumPy says so of what hqq does with torch's tensors.
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
-@pytest.mark.slow
 def test_hqq_is_the_library_and_beats_rounding_to_nearest() -> None:
     pytest.importorskip("hqq.core.quantize", reason="pip install 'moebound[peers]'")
     matrix = weights(64, 128)

@@ -60,20 +60,17 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("sanitized"), "-DMOEBOUND_SANITIZE=ON")
 
 
-@pytest.mark.slow
 def test_damaged_payloads_of_bound_under_sanitizers(sanitized: Path) -> None:
     said = check(sanitized / "check_bound", 400, 20, 20261122)
     assert said.startswith("400 arrays")
 
 
-@pytest.mark.slow
 def test_damaged_streams_of_cuszp_under_sanitizers(sanitized: Path) -> None:
     said = check(sanitized / "check_cuszp", 300, 20, 20261126)
     assert said.startswith("300 arrays")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is x86-64")
-@pytest.mark.slow
 def test_the_avx512_path_in_plain_c(tmp_path: Path) -> None:
     simde = pytest.importorskip("simde_py", reason="needs SIMDe: pip install simde-py")
     emulated = build(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebound.offload.costs import Costs, measure_compute
-from moebound.offload.slots import SlotKind
+from moebound.offload.slots import Kind
 
 seconds = st.floats(0, 1)
 costs = st.builds(Costs, seconds, seconds, seconds, seconds, st.integers(1, 64), st.integers(1, 8))
@@ -50,7 +50,7 @@ def test_computing_is_timed_where_nothing_came_between(monkeypatch: pytest.Monke
     took = [7.0] * 12 + [0.25] + [9.0] * 7
     ticks = iter([at for second in took for at in (100.0, 100.0 + second)])
     monkeypatch.setattr("moebound.offload.costs.clock", lambda: next(ticks))
-    kind = SlotKind(
+    kind = Kind(
         (("gate_up_proj", (4, 3)), ("down_proj", (3, 2))), torch.float32, True, False, False
     )
     assert measure_compute(kind, torch.device("cpu"), repeats=len(took)) == 0.25

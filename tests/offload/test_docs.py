@@ -1,11 +1,9 @@
-"""docs/offload.md: its code runs, and what it names is there."""
+"""docs/runtime.md: its code runs, and what it names is there."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-
-import pytest
 
 from moebound.checkpoint import open_checkpoint
 from moebound.offload.predictors import PREDICTORS
@@ -14,10 +12,9 @@ from moebound.types import ErrorBound
 from moebound.wordmath.builtin import resolve
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs" / "offload.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "runtime.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_the_code_runs(tmp_path: Path) -> None:
     source = open_checkpoint(resolve("builtin:wordmath"))
     compress(source, tmp_path / "store", bound=ErrorBound(0.3, "rate"), layers={1, 2, 3})

@@ -58,7 +58,6 @@ def run(store: Path, **options: Any) -> tuple[torch.Tensor, torch.Tensor, dict[s
         return first.logits, after.logits[:, -1], offloaded.stats()
 
 
-@pytest.mark.slow
 def test_a_copy_that_is_no_coarser_changes_nothing(stores: tuple[Path, Path]) -> None:
     fine, _ = stores
     prompt, token, _ = run(fine)

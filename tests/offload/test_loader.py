@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from moebound.cache import Catalog, ExpertCache
 from moebound.errors import CacheError, CorruptionError
 from moebound.offload.delivery import Arrival, Delivery
-from moebound.offload.entries import DiskEntry
+from moebound.offload.images import Image
 from moebound.offload.loader import Held, Loader
 from moebound.offload.meter import Meter, clock
-from moebound.offload.slots import Slot, SlotKind, SlotPool
+from moebound.offload.slots import Kind, Slot, SlotPool
 from moebound.types import ExpertKey
 
-KIND = SlotKind((("up_proj", (2, 2)), ("down_proj", (2, 2))), torch.float32, False, False, False)
+KIND = Kind((("up_proj", (2, 2)), ("down_proj", (2, 2))), torch.float32, False, False, False)
 CATALOG = Catalog.uniform({1: 8}, KIND.n_bytes)
 
 
@@ -43,18 +43,18 @@ class Recorded(Delivery):
     def workspace(self) -> None:
         return None
 
-    def bytes_of(self, entry: DiskEntry, workspace: Any) -> memoryview:
+    def bytes_of(self, image: Image, workspace: Any) -> memoryview:
         raise AssertionError("no shared parts here")
 
     def bring(self, arrivals: Sequence[Arrival], workspace: Any) -> None:
-        group = [arrival.entry.key.expert for arrival in arrivals]
+        group = [arrival.image.key.expert for arrival in arrivals]
         self.groups.append(group)
         self.began += group
         assert self.gate.wait(10)
         for arrival in arrivals:
-            if arrival.entry.key.expert in self.failing:
+            if arrival.image.key.expert in self.failing:
                 raise CorruptionError("spoiled")
-            arrival.slot.down.fill_(arrival.entry.key.expert)
+            arrival.slot.down.fill_(arrival.image.key.expert)
             arrival.load.read = clock()
             arrival.load.done = arrival.load.read + self.took_s
 
@@ -63,10 +63,10 @@ def start(
     delivery: Delivery, *, budget: int = 8, n_threads: int = 2
 ) -> tuple[ExpertCache[Held], Loader]:
     cache = ExpertCache[Held](CATALOG, budget * KIND.n_bytes, working=2)
-    entries = {key: DiskEntry(key, (), ()) for key in CATALOG.keys}
+    images = {key: Image(key, (), ()) for key in CATALOG.keys}
     pool = SlotPool(budget * KIND.n_bytes, torch.device("cpu"), [KIND])
     kinds = dict.fromkeys(CATALOG.keys, KIND)
-    return cache, Loader(cache, entries, kinds, delivery, pool, Meter(), n_threads=n_threads)
+    return cache, Loader(cache, images, kinds, delivery, pool, Meter(), n_threads=n_threads)
 
 
 def end(cache: ExpertCache[Held], loader: Loader) -> None:

@@ -194,9 +194,9 @@ def test_any_way_gives_the_same(
 def test_raw_where_it_is_faster(both: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     store, out = both("olmoe")
 
-    def slow_decoder(entries: Any, *args: Any) -> Any:
-        speeds = measure_speeds(entries, *args)
-        return replace(speeds, decode_s=1.0) if entries[0].encoded else speeds
+    def slow_decoder(images: Any, *args: Any) -> Any:
+        speeds = measure_speeds(images, *args)
+        return replace(speeds, decode_s=1.0) if images[0].encoded else speeds
 
     monkeypatch.setattr("moebound.offload.choose.measure_speeds", slow_decoder)
     with load(store, dtype="float32", raw=out, ram_budget="90%") as offloaded:
@@ -327,7 +327,6 @@ class TestDamage:
             logits(offloaded.model)
 
 
-@pytest.mark.slow
 def test_stats_add_up(wordmath: Path) -> None:
     with load(wordmath, ram_budget="20%", tier="disk", predictor="gate") as offloaded:
         assert isinstance(offloaded, Offloaded)

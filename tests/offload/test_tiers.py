@@ -8,7 +8,7 @@ import pytest
 
 from moebound.checkpoint import open_checkpoint
 from moebound.errors import CheckpointError, CorruptionError
-from moebound.offload.entries import DiskEntries, open_entries
+from moebound.offload.images import Images, open_images
 from moebound.offload.tiers import PAGE, DirectFiles, DiskTier, RamTier
 from moebound.store import compress
 from moebound.types import ErrorBound
@@ -16,41 +16,39 @@ from tiny_models import make_tiny
 
 
 @pytest.fixture(scope="module", params=["store", "each", "fused"])
-def entries(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> DiskEntries:
+def images(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Images:
     """Of a store, and of checkpoints whose experts are one stretch of bytes, or several."""
-    folder = tmp_path_factory.mktemp("entries")
+    folder = tmp_path_factory.mktemp("images")
     src = make_tiny("mixtral", folder / "src", original_format=request.param != "fused")
     if request.param == "store":
         compress(open_checkpoint(src), folder / "dst", bound=ErrorBound(0.3, "rate"))
         src = folder / "dst"
-    return open_entries(src)
+    return open_images(src)
 
 
-def test_the_same_bytes(entries: DiskEntries) -> None:
-    kept, direct, ram = DiskTier(entries), DiskTier(entries, drop_cache=True), RamTier(entries)
+def test_the_same_bytes(images: Images) -> None:
+    kept, direct, ram = DiskTier(images), DiskTier(images, drop_cache=True), RamTier(images)
     buffers = kept.buffer(), direct.buffer()
-    for entry in entries:
-        expected = bytearray(entry.n_bytes)
-        entry.read(memoryview(expected))
-        assert kept.bytes_of(entry, buffers[0]) == expected
-        assert direct.bytes_of(entry, buffers[1]) == expected
-        assert ram.bytes_of(entry, memoryview(b"")) == expected
-    assert ram.held_bytes == entries.n_bytes
+    for image in images:
+        expected = bytearray(image.n_bytes)
+        image.read(memoryview(expected))
+        assert kept.bytes_of(image, buffers[0]) == expected
+        assert direct.bytes_of(image, buffers[1]) == expected
+        assert ram.bytes_of(image, memoryview(b"")) == expected
+    assert ram.held_bytes == images.n_bytes
     assert kept.held_bytes == 0
 
 
 @pytest.mark.skipif(not DirectFiles.possible, reason="no O_DIRECT on this system")
-def test_reads_around_the_cache_or_says_that_it_cannot(entries: DiskEntries) -> None:
-    direct, buffer = DirectFiles(), DiskTier(entries).buffer()
-    for entry in entries:
-        found = direct.read(entry, buffer)
+def test_reads_around_the_cache_or_says_that_it_cannot(images: Images) -> None:
+    direct, buffer = DirectFiles(), DiskTier(images).buffer()
+    for image in images:
+        found = direct.read(image, buffer)
         if found is None:
-            assert entry.stretch is None or entry.stretch[0].stat().st_size < PAGE
+            assert image.stretch is None or image.stretch[0].stat().st_size < PAGE
         else:
-            expected = bytearray(entry.n_bytes)
-            entry.read(memoryview(expected))
+            expected = bytearray(image.n_bytes)
+            image.read(memoryview(expected))
             assert found == expected
 
 
@@ -58,9 +56,9 @@ def test_reads_around_the_cache_or_says_that_it_cannot(entries: DiskEntries) -> 
 def test_files_that_change(drop_cache: bool, tmp_path: Path) -> None:
     src = make_tiny("mixtral", tmp_path / "src")
     compress(open_checkpoint(src), tmp_path / "dst", bound=ErrorBound(0.3, "rate"))
-    entries = open_entries(tmp_path / "dst")
-    last = list(entries)[-1]
-    tier = DiskTier(entries, drop_cache=drop_cache)
+    images = open_images(tmp_path / "dst")
+    last = list(images)[-1]
+    tier = DiskTier(images, drop_cache=drop_cache)
     buffer = tier.buffer()
     file = last.spans[0].file
     with open(file, "r+b") as handle:
@@ -69,4 +67,4 @@ def test_files_that_change(drop_cache: bool, tmp_path: Path) -> None:
         tier.bytes_of(last, buffer)
     file.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        DiskTier(entries, drop_cache=drop_cache).bytes_of(last, buffer)
+        DiskTier(images, drop_cache=drop_cache).bytes_of(last, buffer)

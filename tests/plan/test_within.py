@@ -56,7 +56,6 @@ def predicted(plan: Plan) -> float:
     jump=st.floats(0, 0.3),
     limit=st.floats(3e-4, 3e-2),
 )
-@pytest.mark.slow
 def test_the_limit_is_kept_and_used(
     evidence: Evidence, factor: float, power: float, jump: float, limit: float
 ) -> None:

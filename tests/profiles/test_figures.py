@@ -33,7 +33,6 @@ def test_figure_5_is_of_a_second_task() -> None:
     assert "figure5-heatmap" not in figures(profile(1))
 
 
-@pytest.mark.slow
 def test_the_same_profile_gives_the_same_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         draw(profile(2), tmp_path / name)

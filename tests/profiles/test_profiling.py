@@ -42,7 +42,6 @@ def counts(profile: Profile) -> list[list[int]]:
     return [layer.counts.tolist() for layer in profile.layers]
 
 
-@pytest.mark.slow
 def test_what_is_read_chooses_what_answering_chose(loaded: Loaded, tmp_path: Path) -> None:
     """Beside the recorder on transformers' own generation, one problem at a time."""
     profile_tasks(loaded, asked(4), tmp_path / "p.json", trace=tmp_path / "t.npz")
@@ -65,7 +64,6 @@ def test_what_is_read_chooses_what_answering_chose(loaded: Loaded, tmp_path: Pat
             assert same.mean() > 0.995  # a tie of two experts may fall either way
 
 
-@pytest.mark.slow
 def test_the_profile_counts_the_trace(loaded: Loaded, tmp_path: Path) -> None:
     found = profile_tasks(
         loaded, asked(4, "wordmath", "wordmath-hard"), tmp_path / "p.json",
@@ -107,7 +105,6 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on(
     loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

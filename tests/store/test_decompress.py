@@ -68,7 +68,6 @@ def test_experts_are_the_decoded_ones(shared_store: MakeStore, tmp_path: Path) -
             assert after.read(matrix).tobytes() == weights[matrix.role].tobytes()
 
 
-@pytest.mark.slow
 def test_loads_where_moebound_is_not_installed(shared_store: MakeStore, tmp_path: Path) -> None:
     decompress(shared_store("mixtral")[1], tmp_path / "out")
     done = subprocess.run(

@@ -11,8 +11,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import pytest
-
 from .conftest import MakeSource, contents, run
 
 PROGRAM = textwrap.dedent(
@@ -110,7 +108,6 @@ def _run(src: Path, want: Path, work: Path, old: Path) -> int:
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.slow
 def test_killed_anywhere_the_next_run_finishes_the_same_store(
     source: MakeSource, tmp_path: Path
 ) -> None:
@@ -118,7 +115,6 @@ def test_killed_anywhere_the_next_run_finishes_the_same_store(
     assert _run(source(), tmp_path / "want", tmp_path / "work", tmp_path / "none") > 60
 
 
-@pytest.mark.slow
 def test_killed_while_overwriting_the_old_store_or_the_new_one_is_there(
     source: MakeSource, tmp_path: Path
 ) -> None:

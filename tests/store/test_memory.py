@@ -68,7 +68,6 @@ def _synthetic(folder: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.slow
 def test_peak_memory(tmp_path: Path) -> None:
     n_bytes = _synthetic(tmp_path / "src")
     assert n_bytes > 550_000_000

@@ -5,12 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
-import pytest
-
 from moebound.tasks.equivalence import Checker
 
 
-@pytest.mark.slow
 def test_equal_and_not_and_never_for_ever() -> None:
     checker = Checker(seconds=2)
     try:

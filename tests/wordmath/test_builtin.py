@@ -60,7 +60,6 @@ def test_sample_prompts_are_not_those_of_the_evaluation(level: problems.Level) -
     assert not {row["prompt"] for row in rows} & {p.prompt for p in problems.test_problems(level)}
 
 
-@pytest.mark.slow
 def test_it_solves_problems_it_has_not_seen() -> None:
     from moebound.evaluate.answering import answer
     from moebound.evaluate.loading import load

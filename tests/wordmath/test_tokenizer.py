@@ -49,7 +49,6 @@ def test_an_unknown_word_is_not_an_error() -> None:
     assert UNK in TOKENIZER.encode("Zebra").ids
 
 
-@pytest.mark.slow
 def test_the_vocabulary_is_the_same_every_time() -> None:
     first, second = vocabulary(), vocabulary()
     assert list(first.items()) == list(second.items())

@@ -1,9 +1,10 @@
 """At equal bytes: what a model loses to each way of making its experts small.
 
-Quantizers set the sizes: each comes to so many bytes, all of them counted. Then every bounded way
-is given the bytes of one of them, to within a percent: `bound`, `sz3` and `cuszp` with one rate for
-all experts, and `bound` with a plan. All are real stores, written, checked and loaded, and compared
-to the original on the same problems.
+Quantizers set the sizes: each comes to so many bytes, all of them counted (`quantizers.py`). Then
+every bounded way is given the bytes of one of them, to within a percent: `bound`, `sz3` and
+`cuszp` with one rate for all experts, and `bound` with a plan. Those are real stores, written,
+checked and loaded; the quantizers' weights are put into the model in place. All are compared to
+the original on the same problems.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from typing import Any
 from moebound.bench.environment import describe
 from moebound.checkpoint import Checkpoint, open_checkpoint
 from moebound.errors import BoundViolatedError
-from moebound.evaluate.candidate import Original, in_folder, score, stored
+from moebound.evaluate.candidate import Original, Result, in_folder, score, stored
 from moebound.evaluate.evaluation import Evaluation, compare_to, with_answers
 from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.text import solved_rows
-from moebound.methods import get_method
+from moebound.model.live import live_experts
 from moebound.plan import Budget, Document, Evidence, ExpertSizes, Plan, Scheme, make_plan
 from moebound.score import Score
-from moebound.store import measure_sizes
+from moebound.sensitivity.noise import parse_source
+from moebound.sensitivity.perturb import perturbed
+from moebound.store import measure_sizes, open_store
 from moebound.tasks import Task
 
 QUANTIZERS = (
@@ -140,9 +143,9 @@ def run(
     Raises BoundViolatedError if a store breaks its promise, and what the parts raise: unknown
     quantizers before any work.
     """
-    methods = [get_method(name).setting for name in quantizers]
+    sources = [parse_source(name) for name in quantizers]
     ways = [*UNIFORM, *([PLANNED] if sensitivity is not None else [])]
-    total = len(methods) * (1 + len(ways))
+    total = len(sources) * (1 + len(ways))
     say("loading", 0, total)
     checkpoint = open_checkpoint(src)
     loaded = load(src)
@@ -151,21 +154,33 @@ def run(
         loaded.model, Baseline.of(loaded.model, solved_rows(loaded.tokenizer, task, problems))
     )
     answers = evaluate(loaded, task, limit=limit)
+    live = live_experts(loaded.model)
     sizes: dict[str, list[ExpertSizes]] = {}
     rows: list[QualityRow] = []
 
-    def measure(name: str, size_of: str, what: Plan | str) -> QualityRow:
-        with in_a_store(checkpoint, what) as (folder, about):
-            found = score(
-                in_folder(folder), original, ask=lambda one: evaluate(one, task, limit=limit)
-            )
+    def keep(name: str, size_of: str, found: Result[Any], **about: Any) -> None:
         scored = with_answers(found.score, answers, found.asked)
         rows.append(QualityRow(name, size_of, **about, score=scored, evaluation=found.asked))
-        return rows[-1]
 
-    for method in methods:
-        say(method, len(rows), total)
-        bits = measure(method, method, method).bits_per_weight
+    for source in sources:
+        say(source.id, len(rows), total)
+        found = score(
+            perturbed(live, source, None),
+            original,
+            ask=lambda _: evaluate(loaded, task, limit=limit),
+        )
+        realised = found.entered
+        assert realised.n_bytes is not None
+        keep(
+            source.id,
+            source.id,
+            found,
+            n_bytes=realised.n_bytes,
+            n_weights=realised.n_weights,
+            largest_rate=None,
+            max_abs_error=realised.max_abs_error,
+        )
+        bits = 8 * rows[-1].n_bytes / rows[-1].n_weights
         for way in ways:
             say(f"{way.name} at {bits:.2f} bits", len(rows), total)
             if way.codec not in sizes:
@@ -178,33 +193,34 @@ def run(
                 codec=way.codec,
                 scheme=way.scheme,
             )
-            measure(way.name, method, plan)
+            with in_a_store(checkpoint, plan) as (folder, about):
+                of_store = score(
+                    in_folder(folder), original, ask=lambda one: evaluate(one, task, limit=limit)
+                )
+            keep(way.name, source.id, of_store, **about)
     return QualityReport(src, task.name, len(problems), answers, tuple(rows), describe())
 
 
 @contextmanager
-def in_a_store(checkpoint: Checkpoint, what: Plan | str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A store on disk, checked, for as long as the `with` lasts; and what it came to. what: a plan,
-    or the setting of a method that knows no bound."""
-    plan = what if isinstance(what, Plan) else None
-    options = {} if plan is not None else {"method": what}
+def in_a_store(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A store on disk, checked, for as long as the `with` lasts; and what it came to."""
     work = Path(tempfile.mkdtemp(prefix="moebound-quality-"))
     try:
-        made = stored(checkpoint, work / "store", plan, **options)
+        made = stored(checkpoint, work / "store", plan)
         if not made.checked.ok:
-            found = made.checked.problems[0]
-            raise BoundViolatedError(
-                f"{made.summary.method}: a store breaks its promise or is damaged: {found.tensor}: "
-                f"{found.message}"
-            )
-        widest = None if plan is None or plan.widest is None else plan.widest.value
+            raise BoundViolatedError(f"codec {plan.codec}: a store breaks its bound or is damaged")
+        errors = [
+            matrix.record.certificate.max_abs_error
+            for expert in open_store(made.path).experts()
+            for matrix in expert.matrices
+        ]
         yield (
             made.path,
             {
                 "n_bytes": made.summary.expert_bytes_after,
                 "n_weights": made.summary.n_weights,
-                "largest_rate": widest,
-                "max_abs_error": made.summary.max_abs_error,
+                "largest_rate": plan.widest.value if plan.widest else None,
+                "max_abs_error": max(errors),
             },
         )
     finally:

@@ -108,9 +108,7 @@ class MethodSetting(click.ParamType):  # type: ignore[type-arg]  # generic since
         from moebound.methods import get_method
 
         try:
-            chosen = get_method(value)
-            chosen.check_installed()
-            return chosen.setting
+            return get_method(value).setting
         except MoeboundError as error:
             self.fail(str(error), param, ctx)
 

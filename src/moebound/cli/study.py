@@ -159,8 +159,6 @@ def _bar() -> Iterator[Callable[[Step], None]]:
 
 
 def _said(step: Step) -> str:
-    from moebound.score import Score, kl_lines
-
     row = step.last
     if row is None:
         return "measuring how it is without errors" if not step.done else "going on"
@@ -171,11 +169,7 @@ def _said(step: Step) -> str:
     found = []
     if row["n"]:
         found = [f"ICA {row['ica'] / row['n']:.1%}", f"PIA {row['pia'] / row['n']:.1%}"]
-    if row["kl"] is None:
-        found.append("no numbers left")
-    else:
-        score = Score.from_json(row.get("score", {"answer_kl_nats": row["kl"]}))
-        found += [f"{field.title} {field.value(score):.2g}" for field, _ in kl_lines(score)]
+    found.append("no numbers left" if row["kl"] is None else f"KL {row['kl']:.2g}")
     return f"{what}: {', '.join(found)}"
 
 

@@ -2,7 +2,7 @@
 
 A case is one codec at one bound, or a plan. Each makes a real store on disk, is verified against
 the original checkpoint, and is loaded by `AutoModelForCausalLM.from_pretrained`; nothing is
-simulated. A `Setup` opens what measures them, so that several processes can (`jobs/workers.py`).
+simulated. A `Setup` opens what measures them, so that several processes can (`study/workers.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from moebound.evaluate.transcript import read_transcript, rescore
 from moebound.plan import Plan
 from moebound.tasks import get_task
 from moebound.types import ErrorBound
+from moebound.wordmath.builtin import resolve
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Stores:
 
     def __init__(self, setup: Setup) -> None:
         self._setup, self._folder = setup, Folder(setup.folder)
-        self._checkpoint = open_checkpoint(setup.src)
+        self._checkpoint = open_checkpoint(resolve(setup.src))
         self._task = get_task(setup.task)
         loaded = load(setup.src)
         rows = solved_rows(loaded.tokenizer, self._task, self._task.problems(setup.n_problems))

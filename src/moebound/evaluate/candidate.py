@@ -1,7 +1,7 @@
 """From a candidate to its score: the one way in which a changed model is measured.
 
     original = Original(model, Baseline.of(model, rows))
-    score(planned(live, plan), original).score               # experts changed in place
+    score(bounded(live, bounds), original).score             # experts changed in place
     score(in_folder("a/store"), original).score              # a checkpoint or a store, loaded
 
 A candidate is a context manager: for as long as its `with` lasts, the original model is changed, or
@@ -80,9 +80,7 @@ class Stored:
     checked: VerifyReport
 
 
-def stored(
-    checkpoint: Checkpoint, path: Path, bound: ErrorBound | Plan | None, **options: Any
-) -> Stored:
+def stored(checkpoint: Checkpoint, path: Path, bound: ErrorBound | Plan, **options: Any) -> Stored:
     """Write a store and verify it. options: further ones of `compress`, as which it raises. A bound
     that does not hold is in `checked`."""
     summary = compress(checkpoint, path, bound=bound, **options)

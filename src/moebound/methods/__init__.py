@@ -1,4 +1,4 @@
-"""Stop 4 of the walk: everything that makes an expert smaller.
+"""Stop 3 of the walk: everything that makes an expert smaller.
 
     method = get_method("rtn:int4:g64")            # or a codec's id: the method that keeps bounds
     artifact = compress(method, GroupView((ExpertView(key, matrices),)))

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal, Self
 from moebound.checkpoint import Role
 from moebound.codec import Encoded
 from moebound.errors import MethodError
-from moebound.extras import check
 from moebound.methods.router_edit import RouterEdit
 from moebound.types import Array, DType, ErrorBound, ExpertKey
 
@@ -138,15 +137,8 @@ class Method(ABC):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Modules of `extras.PACKAGES` that encoding cannot do without."""
+        """Modules of `extras.PACKAGES` that `encode` cannot do without."""
         return ()
-
-    def check_installed(self) -> None:
-        """Make sure that the library behind it is there, before long work that will need it.
-
-        Raises BackendUnavailable with the command that installs it.
-        """
-        check(f"method {self.setting}", *self.needs)
 
     @property
     def versions(self) -> tuple[int, ...]:

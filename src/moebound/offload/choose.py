@@ -21,8 +21,8 @@ from moebound.offload.costs import (
     sample,
 )
 from moebound.offload.delivery import CpuDelivery, Delivery
-from moebound.offload.entries import DiskEntries, DiskEntry
-from moebound.offload.slots import SlotKind
+from moebound.offload.images import Image, Images
+from moebound.offload.slots import Kind
 from moebound.offload.tiers import DiskTier, RamTier, Tier, TierName
 from moebound.types import ExpertKey
 
@@ -42,7 +42,7 @@ class LoadPath:
     """
 
     name: str
-    entries: DiskEntries
+    images: Images
     tier: TierName
     cache_bytes: int
     held_bytes: int
@@ -56,29 +56,27 @@ class LoadPath:
 
 
 def open_tier(
-    name: TierName, entries: Iterable[DiskEntry], device: torch.device, *, drop_cache: bool
+    name: TierName, images: Iterable[Image], device: torch.device, *, drop_cache: bool
 ) -> Tier:
     """Where these experts wait. Reads them now, if that is RAM."""
     if name == "ram":
-        return RamTier(entries, pinned=device.type == "cuda")
-    return DiskTier(entries, drop_cache=drop_cache)
+        return RamTier(images, pinned=device.type == "cuda")
+    return DiskTier(images, drop_cache=drop_cache)
 
 
-def open_delivery(
-    tier: Tier, entries: DiskEntries, device: torch.device, *, cores: int
-) -> Delivery:
+def open_delivery(tier: Tier, images: Images, device: torch.device, *, cores: int) -> Delivery:
     """How experts get from there to the device."""
     if device.type == "cpu":
         return CpuDelivery(tier, cores=cores)
     from moebound.offload.cuda import CudaDelivery
 
-    largest = max((entry.n_bytes for entry in entries if entry.encoded), default=0)
+    largest = max((image.n_bytes for image in images if image.encoded), default=0)
     return CudaDelivery(tier, device, largest=largest, cores=cores)
 
 
 def choose(
-    sources: Mapping[str, DiskEntries],
-    kinds: Mapping[ExpertKey, SlotKind],
+    sources: Mapping[str, Images],
+    kinds: Mapping[ExpertKey, Kind],
     model: Any,
     *,
     budget: int | str | None,
@@ -105,22 +103,22 @@ def choose(
     other_s = rest * measure_memory(device) / layers
     on_host = device.type == "cpu"  # where compressed experts and decoded ones share a memory
     fitting, least = list[LoadPath](), list[int]()
-    for name, entries in sources.items():
-        working = top_k + 1 + entries.most_shared
-        floor = catalog_of(entries, kinds).smallest_budget(floor=1, working=working)
-        probe = sample(entries)
+    for name, images in sources.items():
+        working = top_k + 1 + images.most_shared
+        floor = catalog_of(images, kinds).smallest_budget(floor=1, working=working)
+        probe = sample(images)
         tiers: tuple[TierName, ...] = ("disk", "ram") if tier == "auto" else (tier,)
         for at in tiers:
-            held = entries.n_bytes if at == "ram" and on_host else 0
+            held = images.n_bytes if at == "ram" and on_host else 0
             room = min(n_bytes - held, decoded)
             least.append(floor + held)
             if room < floor:
                 continue
             waiting = open_tier(at, probe, device, drop_cache=drop_cache)
-            delivery = open_delivery(waiting, entries, device, cores=cores)
+            delivery = open_delivery(waiting, images, device, cores=cores)
             speeds = measure_speeds(probe, delivery, kinds, device)
             costs = Costs(speeds.read_s, speeds.decode_s, compute_s, other_s, layers, top_k)
-            fitting.append(LoadPath(name, entries, at, room, held, room / decoded, speeds, costs))
+            fitting.append(LoadPath(name, images, at, room, held, room / decoded, speeds, costs))
     if not fitting:
         raise CacheError(
             f"budget {n_bytes} bytes: too small for {top_k + 1} experts of a layer at work and one "
@@ -135,14 +133,14 @@ def choose(
     return [best, *(other for other in fitting if other is not best)]
 
 
-def catalog_of(entries: DiskEntries, kinds: Mapping[ExpertKey, SlotKind]) -> Catalog:
+def catalog_of(images: Images, kinds: Mapping[ExpertKey, Kind]) -> Catalog:
     """What each expert and shared part takes in the cache, and what is moved to bring it in."""
-    found = sorted(entries.everything, key=lambda entry: entry.key)
+    found = sorted(images.everything, key=lambda image: image.key)
     return Catalog(
-        tuple(entry.key for entry in found),
+        tuple(image.key for image in found),
         tuple(
-            max(1, entry.shared.record.held_bytes) if entry.shared else kinds[entry.key].n_bytes
-            for entry in found
+            max(1, image.shared.record.held_bytes) if image.shared else kinds[image.key].n_bytes
+            for image in found
         ),
-        tuple(entry.n_bytes for entry in found),
+        tuple(image.n_bytes for image in found),
     )

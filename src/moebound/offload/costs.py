@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from moebound.offload.delivery import Arrival, Delivery
-from moebound.offload.entries import DiskEntries, DiskEntry
+from moebound.offload.images import Image, Images
 from moebound.offload.meter import Load, clock
-from moebound.offload.slots import Slot, SlotKind
+from moebound.offload.slots import Kind, Slot
 from moebound.types import ExpertKey
 
 SAMPLE_BYTES = 96 << 20
@@ -66,32 +66,32 @@ class Speeds:
 
 
 def measure_speeds(
-    entries: Sequence[DiskEntry],
+    images: Sequence[Image],
     delivery: Delivery,
-    kinds: Mapping[ExpertKey, SlotKind],
+    kinds: Mapping[ExpertKey, Kind],
     device: torch.device,
 ) -> Speeds:
     """Bring in these experts, as many at a time as the delivery does, and time it. The first ones
     are brought in twice: what happens once only is not what is measured."""
     workspace, together = delivery.workspace(), delivery.together
-    groups = [entries[i : i + together] for i in range(0, len(entries), together)]
+    groups = [images[i : i + together] for i in range(0, len(images), together)]
     loads = list[Load]()
     for group in (groups[0], *groups):
         begin = clock()
         arrivals = [
             Arrival(
-                entry,
-                empty_slot(kinds[entry.key], device),
-                Load(entry.key, entry.n_bytes, entry.n_weights, False, begun=begin),
+                image,
+                empty_slot(kinds[image.key], device),
+                Load(image.key, image.n_bytes, image.n_weights, False, begun=begin),
             )
-            for entry in group
+            for image in group
         ]
         delivery.bring(arrivals, workspace)
         loads += [arrival.load.share(len(group)) for arrival in arrivals]
     loads = loads[len(groups[0]) :]
     read = sum(load.read - load.begun for load in loads)
     decode = sum(load.done - load.read for load in loads)
-    encoded = any(entry.encoded for entry in entries)
+    encoded = any(image.encoded for image in images)
     return Speeds(
         sum(load.n_bytes for load in loads) / max(read, 1e-9),
         sum(load.n_weights for load in loads) / max(decode, 1e-9) if encoded else None,
@@ -100,7 +100,7 @@ def measure_speeds(
     )
 
 
-def measure_compute(kind: SlotKind, device: torch.device, *, repeats: int = 20) -> float:
+def measure_compute(kind: Kind, device: torch.device, *, repeats: int = 20) -> float:
     """Seconds for the products of one expert and one token: the least of some, since what else runs
     at load time is not what will run, and one time slice is longer than a small expert takes."""
     slot = empty_slot(kind, device)
@@ -131,10 +131,10 @@ def measure_memory(device: torch.device) -> float:
     return min(times) / len(probe) / 2  # read and written
 
 
-def sample(entries: DiskEntries) -> list[DiskEntry]:
+def sample(images: Images) -> list[Image]:
     """A few experts, spread over the model."""
-    everything = list(entries)
-    size = max(1, entries.n_bytes // len(everything))
+    everything = list(images)
+    size = max(1, images.n_bytes // len(everything))
     n = min(len(everything), max(MIN_SAMPLES, min(16, SAMPLE_BYTES // size)))
     return [everything[i * len(everything) // n] for i in range(n)]
 
@@ -145,7 +145,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def empty_slot(kind: SlotKind, device: torch.device) -> Slot:
+def empty_slot(kind: Kind, device: torch.device) -> Slot:
     """A slot outside of any pool."""
     return Slot(
         kind,

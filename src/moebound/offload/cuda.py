@@ -23,13 +23,13 @@ import torch
 
 from moebound.offload.decoding import DeviceDecoder, room_for
 from moebound.offload.delivery import Arrival, Delivery
-from moebound.offload.entries import DiskEntry
+from moebound.offload.images import Image
 from moebound.offload.meter import clock
 from moebound.offload.slots import Slot, fill, plain_weights
 from moebound.offload.tiers import RamTier, Tier
 
 TOGETHER, TOGETHER_BYTES = 8, 256 << 20
-"""Experts decoded by one launch, at most: a layer's misses, for most models; and their entries'
+"""Experts decoded by one launch, at most: a layer's misses, for most models; and their images'
 bytes, which have room on the device for each thread. The larger experts are, the fewer are enough
 to keep it busy."""
 
@@ -47,7 +47,7 @@ class Workspace:
 
 
 class CudaDelivery(Delivery):
-    """largest: bytes of the largest compressed entry. decode_on_device: None: where triton is."""
+    """largest: bytes of the largest compressed image. decode_on_device: None: where triton is."""
 
     def __init__(
         self,
@@ -82,23 +82,23 @@ class CudaDelivery(Delivery):
                 torch.empty(self._arriving_bytes, dtype=torch.uint8, device=self._device),
             )
 
-    def bytes_of(self, entry: DiskEntry, workspace: Workspace) -> memoryview:
-        return self._tier.bytes_of(entry, workspace.pinned.numpy().data)
+    def bytes_of(self, image: Image, workspace: Workspace) -> memoryview:
+        return self._tier.bytes_of(image, workspace.pinned.numpy().data)
 
     def bring(self, arrivals: Sequence[Arrival], workspace: Workspace) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(workspace.stream):
             coming = list[tuple[Arrival, memoryview]]()
             for arrival in arrivals:
-                entry, slot = arrival.entry, arrival.slot
-                data = self.bytes_of(entry, workspace)
+                image, slot = arrival.image, arrival.slot
+                data = self.bytes_of(image, workspace)
                 arrival.load.read = clock()
                 if slot.used is not None:
                     workspace.stream.wait_event(slot.used)
-                if not entry.encoded:
-                    for part in entry.matrices:
+                if not image.encoded:
+                    for part in image.parts:
                         weights = plain_weights(part, data[part.start : part.stop])
                         slot.put(part, weights, non_blocking=True)
-                elif self._decoder is not None and entry.enveloped:
+                elif self._decoder is not None and image.enveloped:
                     coming.append((arrival, data))
                 else:
                     self._decode_here(arrival, data)
@@ -117,7 +117,7 @@ class CudaDelivery(Delivery):
         }
         here = Slot(slot.kind, weights)
         with self._decoding:
-            for part in arrival.entry.matrices:
+            for part in arrival.image.parts:
                 piece = data[part.start : part.stop]
                 fill(here, part, piece, threads=1, shared=arrival.shared)
         for name, values in weights.items():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebound.methods import FindPart
-from moebound.offload.entries import DiskEntry
+from moebound.offload.images import Image
 from moebound.offload.meter import Load, clock
 from moebound.offload.slots import Slot, fill, read_into_slot
 from moebound.offload.tiers import DiskTier, Tier
@@ -24,7 +24,7 @@ class Arrival:
     """An expert on its way: where its bytes are, the memory it goes into, what it took. shared:
     where parts that it shares with others come from; None for the store itself."""
 
-    entry: DiskEntry
+    image: Image
     slot: Slot
     load: Load
     shared: FindPart | None = None
@@ -47,8 +47,8 @@ class Delivery(ABC):
         """What one thread needs, made once for it."""
 
     @abstractmethod
-    def bytes_of(self, entry: DiskEntry, workspace: Any) -> memoryview:
-        """An entry's bytes, in memory of the host; until the workspace is used again."""
+    def bytes_of(self, image: Image, workspace: Any) -> memoryview:
+        """An image's bytes, in memory of the host; until the workspace is used again."""
 
     @abstractmethod
     def bring(self, arrivals: Sequence[Arrival], workspace: Any) -> None:
@@ -74,21 +74,21 @@ class CpuDelivery(Delivery):
     def workspace(self) -> memoryview:
         return self._tier.buffer()
 
-    def bytes_of(self, entry: DiskEntry, workspace: memoryview) -> memoryview:
-        return self._tier.bytes_of(entry, workspace)
+    def bytes_of(self, image: Image, workspace: memoryview) -> memoryview:
+        return self._tier.bytes_of(image, workspace)
 
     def bring(self, arrivals: Sequence[Arrival], workspace: memoryview) -> None:
         for arrival in arrivals:
             self._bring(arrival, workspace)
 
     def _bring(self, arrival: Arrival, workspace: memoryview) -> None:
-        entry, slot, load = arrival.entry, arrival.slot, arrival.load
+        image, slot, load = arrival.image, arrival.slot, arrival.load
         with self._lock:
             self._under_way += 1
         try:
             tier = self._tier
-            if not entry.encoded and isinstance(tier, DiskTier) and tier.into_slots:
-                read_into_slot(slot, entry, drop_cache=tier.drop_cache)
+            if not image.encoded and isinstance(tier, DiskTier) and tier.into_slots:
+                read_into_slot(slot, image, drop_cache=tier.drop_cache)
                 load.read = load.done = clock()
             else:
                 self._decode(arrival, workspace)
@@ -97,12 +97,12 @@ class CpuDelivery(Delivery):
                 self._under_way -= 1
 
     def _decode(self, arrival: Arrival, workspace: memoryview) -> None:
-        entry, slot, load = arrival.entry, arrival.slot, arrival.load
-        data = self._tier.bytes_of(entry, workspace)
+        image, slot, load = arrival.image, arrival.slot, arrival.load
+        data = self._tier.bytes_of(image, workspace)
         load.read = clock()
         with self._decoding:
             threads = max(1, self._cores // self._under_way)
-            for part in entry.matrices:
+            for part in image.parts:
                 piece = data[part.start : part.stop]
                 fill(slot, part, piece, threads=threads, shared=arrival.shared)
         load.done = clock()

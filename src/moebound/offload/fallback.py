@@ -21,9 +21,9 @@ import torch
 from moebound.cache.visits import shares_above
 from moebound.errors import CacheError
 from moebound.offload.delivery import Arrival, Delivery
-from moebound.offload.entries import DiskEntry
+from moebound.offload.images import Image
 from moebound.offload.meter import Load, clock
-from moebound.offload.slots import Slot, SlotKind, SlotPool
+from moebound.offload.slots import Kind, Slot, SlotPool
 from moebound.types import Array, ExpertKey
 
 Grade = Literal["full", "coarse", "skip"]
@@ -77,12 +77,12 @@ class CoarseCopies:
 
     def __init__(
         self,
-        entries: Mapping[ExpertKey, DiskEntry],
-        kinds: Mapping[ExpertKey, SlotKind],
+        images: Mapping[ExpertKey, Image],
+        kinds: Mapping[ExpertKey, Kind],
         delivery: Delivery,
         device: torch.device,
     ) -> None:
-        self._entries, self._kinds, self._delivery = entries, kinds, delivery
+        self._images, self._kinds, self._delivery = images, kinds, delivery
         # As many as come to be in use at a time; what is given back is used again.
         self._pool = SlotPool(1 << 62, device, set(kinds.values()))
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="moebound-coarse")
@@ -100,13 +100,13 @@ class CoarseCopies:
         self._threads.shutdown(cancel_futures=True)
 
     def _bring(self, key: ExpertKey) -> Slot:
-        entry, slot = self._entries[key], self._pool.take(self._kinds[key])
+        image, slot = self._images[key], self._pool.take(self._kinds[key])
         now = clock()
-        load = Load(key, entry.n_bytes, entry.n_weights, False, now, now)
+        load = Load(key, image.n_bytes, image.n_weights, False, now, now)
         try:
             if not hasattr(self._own, "workspace"):
                 self._own.workspace = self._delivery.workspace()
-            self._delivery.bring([Arrival(entry, slot, load)], self._own.workspace)
+            self._delivery.bring([Arrival(image, slot, load)], self._own.workspace)
         except BaseException:
             self._pool.give(slot)
             raise

@@ -73,7 +73,7 @@ class Fetcher:
         """
         index = chosen.cpu().numpy()
         gates: Array = weights.detach().float().cpu().numpy()
-        if len(index) == 1 and len(set(index[0].tolist())) == index.shape[1]:
+        if len(index) == 1:
             experts, leading = leading_first(index[0].tolist(), gates[0].tolist())
             leading = leading if self.decoding else len(experts)
             tokens: list[int] | None = None
@@ -89,21 +89,21 @@ class Fetcher:
             tokens = None if tokens is None else [tokens[place] for place in kept]
             leading = sum(place < leading for place in kept)
         numbers = [expert + first for expert in experts]
-        shared = self.loader.shared(ExpertKey(layer, number) for number in numbers)
-        if shared and tokens is not None:
-            tokens = tokens + [max(tokens)] * len(shared)
-        asked = [*numbers, *(key.expert for key in shared)] if shared else numbers
-        found = self.cache.visit(layer, asked, tokens=tokens, leading=leading)
+        needed = {key: self.loader.needs(key) for key in (ExpertKey(layer, n) for n in numbers)}
+        shared = list(dict.fromkeys(key.expert for keys in needed.values() for key in keys))
+        if tokens is not None:
+            tokens = tokens + [max(tokens, default=1)] * len(shared)
+        found = self.cache.visit(layer, numbers + shared, tokens=tokens, leading=leading)
         pinned = dict.fromkeys(found.keys)
         hits = {key: held for key, held in found.hits.items() if isinstance(held, Slot)}
-        missing = [key for key in found.missing if key not in shared]
+        missing = [key for key in found.missing if key in needed]
         self.meter.add(accesses=len(numbers), hits=len(hits))
         grades = self._graded(missing, first, index, gates)
         computed = 0.0
         wanted = [key for key, grade in grades.items() if grade == "full"]
         # Before the experts that need them, and only where one of those has to be decoded.
-        parts = self.loader.shared(wanted)
-        before = self.loader.demand([key for key in parts if key in found.missing])
+        parts = {part: None for key in wanted for part in needed[key]}
+        before = self.loader.demand(part for part in parts if part in found.missing)
         orders = self.loader.demand(wanted)
         try:
             if self.decoding:

@@ -28,9 +28,9 @@ from moebound.cache.claim import Claim
 from moebound.errors import CacheError
 from moebound.methods import FindPart, OpenPart
 from moebound.offload.delivery import Arrival, Delivery
-from moebound.offload.entries import DiskEntry
+from moebound.offload.images import Image
 from moebound.offload.meter import Load, Meter, clock
-from moebound.offload.slots import Slot, SlotKind, SlotPool
+from moebound.offload.slots import Kind, Slot, SlotPool
 from moebound.store.reader import StoredPart
 from moebound.types import ExpertKey
 
@@ -50,7 +50,7 @@ class Order:
 
 
 class Loader:
-    """n_threads that load. entries: of every expert and shared part. kinds: of every expert.
+    """n_threads that load. images: of every expert and shared part. kinds: of every expert.
 
     Close it: threads end, and orders that nobody took are cancelled. Close the cache before, in
     which one may be waiting for room.
@@ -59,16 +59,15 @@ class Loader:
     def __init__(
         self,
         cache: ExpertCache[Held],
-        entries: Mapping[ExpertKey, DiskEntry],
-        kinds: Mapping[ExpertKey, SlotKind],
+        images: Mapping[ExpertKey, Image],
+        kinds: Mapping[ExpertKey, Kind],
         delivery: Delivery,
         pool: SlotPool,
         meter: Meter,
         *,
         n_threads: int,
     ) -> None:
-        self._cache, self._entries, self._kinds = cache, entries, kinds
-        self._any_shared = any(entry.needs for entry in entries.values())
+        self._cache, self._images, self._kinds = cache, images, kinds
         self._delivery, self._pool, self._meter = delivery, pool, meter
         self._turn = threading.Lock()
         self._asked = threading.Condition()
@@ -118,11 +117,9 @@ class Loader:
         for thread in self._threads:
             thread.join()
 
-    def shared(self, keys: Iterable[ExpertKey]) -> dict[ExpertKey, None]:
-        """The shared parts that decoding these experts takes, each once, in their order."""
-        if not self._any_shared:
-            return {}
-        return dict.fromkeys(part for key in keys for part in self._entries[key].needs)
+    def needs(self, key: ExpertKey) -> tuple[ExpertKey, ...]:
+        """The shared parts that decoding this expert takes."""
+        return self._images[key].needs
 
     def load(self, claim: Claim[Held], order: Order) -> Held:
         """Bring in the claimed expert, here and now, and fill the claim. Raises what reading and
@@ -133,8 +130,8 @@ class Loader:
     def _work(self) -> None:
         workspace = self._delivery.workspace()
         while (taken := self._take()) is not None:
-            alone = [t for t in taken if self._entries[t[0].key].shared is not None]
-            others = [t for t in taken if self._entries[t[0].key].shared is None]
+            alone = [t for t in taken if self._images[t[0].key].shared is not None]
+            others = [t for t in taken if self._images[t[0].key].shared is None]
             if len(others) < 2 or not self._bring_all(others, workspace):
                 alone += others
             for order, claim in alone:
@@ -145,9 +142,9 @@ class Loader:
 
     def _bring(self, claim: Claim[Held], order: Order, workspace: Any) -> Held:
         with claim:
-            part = self._entries[order.key].shared
+            part = self._images[order.key].shared
             if part is not None:
-                opened = self._open(part, self._entries[order.key], workspace)
+                opened = self._open(part, self._images[order.key], workspace)
                 claim.fill(opened)
                 return opened
             arrival = self._arrival(order)
@@ -158,8 +155,8 @@ class Loader:
                 raise
             return self._there(claim, arrival)
 
-    def _open(self, part: StoredPart, entry: DiskEntry, workspace: Any) -> OpenPart:
-        data = bytes(self._delivery.bytes_of(entry, workspace))
+    def _open(self, part: StoredPart, image: Image, workspace: Any) -> OpenPart:
+        data = bytes(self._delivery.bytes_of(image, workspace))
         self._pool.lend(part.record.held_bytes)
         try:
             return OpenPart.of(data, part.record.group, part.record.number)
@@ -169,12 +166,12 @@ class Loader:
 
     def _shared(self, order: Order) -> FindPart | None:
         """Where an expert's shared parts come from: the cache, if it has any."""
-        keys = self._entries[order.key].needs
+        keys = self.needs(order.key)
         if not keys:
             return None
         by_part = dict[tuple[int, int], ExpertKey]()
         for key in keys:
-            part = self._entries[key].shared
+            part = self._images[key].shared
             if part is not None:
                 by_part[part.record.group, part.record.number] = key
 
@@ -190,7 +187,7 @@ class Loader:
                     found = obtained
             if isinstance(found, OpenPart):
                 return found
-            part = self._entries[key].shared
+            part = self._images[key].shared
             assert part is not None
             return OpenPart.of(part.read(), group, number)
 
@@ -212,11 +209,11 @@ class Loader:
         return True
 
     def _arrival(self, order: Order) -> Arrival:
-        entry = self._entries[order.key]
-        load = Load(order.key, entry.n_bytes, entry.n_weights, order.speculative, order.asked,
+        image = self._images[order.key]
+        load = Load(order.key, image.n_bytes, image.n_weights, order.speculative, order.asked,
                     clock())  # fmt: skip
         slot = self._pool.take(self._kinds[order.key])
-        return Arrival(entry, slot, load, self._shared(order))
+        return Arrival(image, slot, load, self._shared(order))
 
     def _there(self, claim: Claim[Held], arrival: Arrival, n_together: int = 1) -> Slot:
         arrival.slot.load = arrival.load

@@ -21,15 +21,15 @@ from moebound.model.dtypes import parse_dtype
 from moebound.model.live import LiveExperts, live_experts
 from moebound.model.routers import find_routers
 from moebound.offload.choose import catalog_of, choose, open_delivery, open_tier
-from moebound.offload.entries import DiskEntries, open_entries
 from moebound.offload.fallback import CoarseCopies, Grades
 from moebound.offload.fetcher import Fetcher
+from moebound.offload.images import Images, open_images
 from moebound.offload.loader import Held, Loader
 from moebound.offload.meter import Meter
 from moebound.offload.offloaded import Choice, Offloaded
 from moebound.offload.on_demand import NAME, LayerExperts, register_on_demand
 from moebound.offload.predictors import PREDICTORS, Foresight, Layers, Predictor
-from moebound.offload.slots import SlotKind, SlotPool
+from moebound.offload.slots import Kind, SlotPool
 from moebound.offload.tiers import TierName
 from moebound.types import ExpertKey
 from moebound.wordmath.builtin import resolve
@@ -82,22 +82,22 @@ def load(
     guess = _predictor(predictor)
     path = local_folder(resolve(os.fspath(source)))
     cores = thread_count() if threads is None else threads
-    entries = open_entries(path)
+    images = open_images(path)
     grades, coarser = None, None
     if coarse is not None:
         coarser = _same_sizes(
-            entries, open_entries(local_folder(resolve(os.fspath(coarse)))), "coarse"
+            images, open_images(local_folder(resolve(os.fspath(coarse)))), "coarse"
         )
     if coarse is not None or skip_above is not None:
         grades = Grades(None if coarse is None else coarse_above, skip_above)
-    sources = {"compressed" if entries.compressed else "raw": entries}
+    sources = {"compressed" if images.compressed else "raw": images}
     if raw is not None:
-        sources["raw"] = _same_model(entries, open_entries(local_folder(resolve(os.fspath(raw)))))
-    model = load_skeleton(path, routed=entries.tensors, dtype=computed_in, device=device)
+        sources["raw"] = _same_model(images, open_images(local_folder(resolve(os.fspath(raw)))))
+    model = load_skeleton(path, routed=images.tensors, dtype=computed_in, device=device)
     register_on_demand()
     model.set_experts_implementation(NAME)
     live = live_experts(model)
-    _check_experts(path, entries, live)
+    _check_experts(path, images, live)
     kinds = _kinds(live, model.dtype)
     place = torch.device(device)
     load_paths = choose(
@@ -113,16 +113,16 @@ def load(
     chosen = load_paths[0]
     meter = Meter()
     cache = ExpertCache[Held](
-        catalog_of(chosen.entries, kinds),
+        catalog_of(chosen.images, kinds),
         chosen.cache_bytes,
         policy=policy,
-        working=chosen.costs.top_k + 1 + chosen.entries.most_shared,
+        working=chosen.costs.top_k + 1 + chosen.images.most_shared,
     )
-    waiting = open_tier(chosen.tier, chosen.entries.everything, place, drop_cache=drop_cache)
-    delivery = open_delivery(waiting, chosen.entries, place, cores=cores)
+    waiting = open_tier(chosen.tier, chosen.images.everything, place, drop_cache=drop_cache)
+    delivery = open_delivery(waiting, chosen.images, place, cores=cores)
     loader = Loader(
         cache,
-        {entry.key: entry for entry in chosen.entries.everything},
+        {image.key: image for image in chosen.images.everything},
         kinds,
         delivery,
         SlotPool(chosen.cache_bytes, place, set(kinds.values())),
@@ -144,9 +144,9 @@ def load(
         grades=grades,
         coarse=copies,
     )
-    for owner in live.stacks:
-        owner.module.moebound = LayerExperts(  # type: ignore[assignment]  # no submodule
-            owner.layer, owner.first, fetcher, chosen.entries.edits.get(owner.layer)
+    for entry in live.stacks:
+        entry.module.moebound = LayerExperts(  # type: ignore[assignment]  # no submodule
+            entry.layer, entry.first, fetcher, chosen.images.edits.get(entry.layer)
         )
     buffers = delivery.threads * delivery.buffer_bytes + delivery.kept_bytes
     choice = Choice.of(load_paths, policy=policy, predictor=predictor, buffer_bytes=buffers)
@@ -161,44 +161,43 @@ def _predictor(name: str) -> Predictor | None:
     return PREDICTORS[name]()
 
 
-def _same_model(store: DiskEntries, plain: DiskEntries) -> DiskEntries:
+def _same_model(store: Images, plain: Images) -> Images:
     """`plain`, if it has the same experts of the same sizes."""
     if plain.compressed:
         raise CheckpointError(f"{plain.path}: raw: expected an ordinary checkpoint, found a store")
     return _same_sizes(store, plain, "raw")
 
 
-def _same_sizes(entries: DiskEntries, others: DiskEntries, option: str) -> DiskEntries:
-    sizes = [{entry.key: entry.n_weights for entry in found} for found in (entries, others)]
+def _same_sizes(images: Images, others: Images, option: str) -> Images:
+    sizes = [{image.key: image.n_weights for image in found} for found in (images, others)]
     if sizes[0] != sizes[1]:
         raise CheckpointError(
-            f"{others.path}: {option}: its experts are not those of {entries.path} (number or "
-            "sizes)"
+            f"{others.path}: {option}: its experts are not those of {images.path} (number or sizes)"
         )
     return others
 
 
-def _check_experts(path: Path, entries: DiskEntries, live: LiveExperts) -> None:
-    missing = [key for key in live if key not in entries.by_key]
-    surplus = [key for key in entries.by_key if key not in live]
+def _check_experts(path: Path, images: Images, live: LiveExperts) -> None:
+    missing = [key for key in live if key not in images.by_key]
+    surplus = [key for key in images.by_key if key not in live]
     if missing or surplus:
         what = f"lacks {missing[0]}" if missing else f"has {surplus[0]}, which the model has not"
         raise CheckpointError(f"{path}: {what}")
 
 
-def _kinds(live: LiveExperts, dtype: torch.dtype) -> Mapping[ExpertKey, SlotKind]:
-    known = dict[SlotKind, SlotKind]()  # one object for all that are alike
-    found = dict[ExpertKey, SlotKind]()
-    for owner in live.stacks:
-        kind = SlotKind.of(owner.module, dtype)
+def _kinds(live: LiveExperts, dtype: torch.dtype) -> Mapping[ExpertKey, Kind]:
+    known = dict[Kind, Kind]()  # one object for all that are alike
+    found = dict[ExpertKey, Kind]()
+    for entry in live.stacks:
+        kind = Kind.of(entry.module, dtype)
         kind = known.setdefault(kind, kind)
-        for index in range(owner.stack.n_experts):
-            found[ExpertKey(owner.layer, owner.first + index)] = kind
+        for index in range(entry.stack.n_experts):
+            found[ExpertKey(entry.layer, entry.first + index)] = kind
     return found
 
 
 def _layers(model: Any, live: LiveExperts, top_k: int) -> Layers:
-    names = {owner.layer: owner.stack.name for owner in reversed(live.stacks)}
+    names = {entry.layer: entry.stack.name for entry in reversed(live.stacks)}
     return Layers(
         live.layers,
         {layer: len(live.in_layer(layer)) for layer in live.layers},

@@ -53,7 +53,7 @@ class Choice:
             cache_bytes=chosen.cache_bytes,
             held_bytes=chosen.held_bytes,
             buffer_bytes=buffer_bytes,
-            expert_bytes=chosen.entries.n_bytes,
+            expert_bytes=chosen.images.n_bytes,
             expected_hit_ratio=chosen.hit_ratio,
             predicted_s={f"{path.name}, {path.tier}": path.seconds for path in load_paths},
             speeds=chosen.speeds,

@@ -18,12 +18,12 @@ from moebound.checkpoint import Role, read_into
 from moebound.codec.arrays import to_torch, torch_dtype
 from moebound.errors import CorruptionError
 from moebound.methods import FindPart
-from moebound.offload.entries import DiskEntry, DiskMatrix
+from moebound.offload.images import Image, Part
 from moebound.offload.meter import Load
 
 
 @dataclass(frozen=True)
-class SlotKind:
+class Kind:
     """How experts of some modules lie in memory.
 
     shapes: of one expert, by parameter, first the projection(s) into the expert, then `down_proj`.
@@ -37,7 +37,7 @@ class SlotKind:
     interleaved: bool
 
     @classmethod
-    def of(cls, module: nn.Module, dtype: torch.dtype) -> SlotKind:
+    def of(cls, module: nn.Module, dtype: torch.dtype) -> Kind:
         """Of an experts module, whose parameters may be on `meta`."""
         gated = bool(module.has_gate)
         names = ("gate_up_proj" if gated else "up_proj", "down_proj")
@@ -62,7 +62,7 @@ class Slot:
     used: on a GPU, when the last computation with them will have ended.
     """
 
-    kind: SlotKind
+    kind: Kind
     weights: dict[str, torch.Tensor]
     load: Load | None = None
     used: torch.cuda.Event | None = None
@@ -82,7 +82,7 @@ class Slot:
             self.used = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self.used.record()
 
-    def whole(self, part: DiskMatrix) -> torch.Tensor | None:
+    def whole(self, part: Part) -> torch.Tensor | None:
         """The memory that this part's weights fill exactly as they are on disk, if there is any."""
         kind, target = self.kind, None
         transposed = _transposed(part, self)
@@ -98,7 +98,7 @@ class Slot:
             return None
         return target if target.is_contiguous() and target.shape == part.shape else None
 
-    def put(self, part: DiskMatrix, weights: torch.Tensor, *, non_blocking: bool = False) -> None:
+    def put(self, part: Part, weights: torch.Tensor, *, non_blocking: bool = False) -> None:
         """Copy the weights of a part, as on disk, to where they belong. Casts.
 
         Raises CorruptionError for a shape that this expert does not have.
@@ -134,7 +134,7 @@ class Slot:
         return matrix[:half] if role == "gate" else matrix[half:]
 
 
-def _transposed(part: DiskMatrix, slot: Slot) -> bool:
+def _transposed(part: Part, slot: Slot) -> bool:
     """Whether the part is [in, out] on disk. Where its family has both, the shape tells."""
     if part.layout.transposed is not None:
         return part.layout.transposed
@@ -142,13 +142,13 @@ def _transposed(part: DiskMatrix, slot: Slot) -> bool:
     return part.shape[0 if part.role != "down" else 1] == hidden
 
 
-def plain_weights(part: DiskMatrix, data: memoryview) -> torch.Tensor:
+def plain_weights(part: Part, data: memoryview) -> torch.Tensor:
     """The weights of a part that is not compressed; shares the bytes' memory."""
     return torch.frombuffer(data, dtype=torch_dtype(part.dtype)).view(part.shape)
 
 
 def fill(
-    slot: Slot, part: DiskMatrix, data: memoryview, *, threads: int, shared: FindPart | None = None
+    slot: Slot, part: Part, data: memoryview, *, threads: int, shared: FindPart | None = None
 ) -> None:
     """Decode a part's bytes (or copy its weights) into the slot.
 
@@ -165,12 +165,12 @@ def fill(
         slot.put(part, to_torch(part.stored.decode(data, parts=shared, threads=threads)))
 
 
-def read_into_slot(slot: Slot, entry: DiskEntry, *, drop_cache: bool) -> None:
+def read_into_slot(slot: Slot, image: Image, *, drop_cache: bool) -> None:
     """Read an expert that is not compressed, without a copy where disk and slot have it alike.
 
-    Raises as `DiskEntry.read` and `Slot.put`.
+    Raises as `Image.read` and `Slot.put`.
     """
-    for span, part in zip(entry.spans, entry.matrices, strict=True):
+    for span, part in zip(image.spans, image.parts, strict=True):
         target = slot.whole(part)
         weights = (
             torch.empty(part.shape, dtype=torch_dtype(part.dtype)) if target is None else target
@@ -186,15 +186,15 @@ class SlotPool:
     kinds: how the experts of each kind look. device: where the memory is.
     """
 
-    def __init__(self, budget_bytes: int, device: torch.device, kinds: Iterable[SlotKind]) -> None:
+    def __init__(self, budget_bytes: int, device: torch.device, kinds: Iterable[Kind]) -> None:
         self.budget_bytes = budget_bytes
         self.device = device
-        self._free: dict[SlotKind, list[Slot]] = {kind: [] for kind in kinds}
+        self._free: dict[Kind, list[Slot]] = {kind: [] for kind in kinds}
         self.made_bytes = 0
         self.lent_bytes = 0
         self._lock = threading.Lock()
 
-    def take(self, kind: SlotKind) -> Slot:
+    def take(self, kind: Kind) -> Slot:
         """A slot of this kind. The cache has made room for it before, so there always is one."""
         with self._lock:
             if self._free[kind]:

@@ -1,6 +1,6 @@
 """Where experts wait while they are not decoded: on disk, or compressed in RAM.
 
-A tier gives an entry's bytes. From disk they are read into a buffer of the loading thread's own;
+A tier gives an image's bytes. From disk they are read into a buffer of the loading thread's own;
 in RAM they are there already.
 """
 
@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 
 from moebound.errors import CheckpointError, CorruptionError
-from moebound.offload.entries import DiskEntry
+from moebound.offload.images import Image
 from moebound.types import ExpertKey
 
 TierName = Literal["disk", "ram"]
@@ -39,8 +39,8 @@ class Tier(ABC):
         """What one loading thread needs to call `bytes_of` with."""
 
     @abstractmethod
-    def bytes_of(self, entry: DiskEntry, buffer: memoryview) -> memoryview:
-        """The entry's bytes, in `buffer` or elsewhere. Raises as `DiskEntry.read`."""
+    def bytes_of(self, image: Image, buffer: memoryview) -> memoryview:
+        """The image's bytes, in `buffer` or elsewhere. Raises as `Image.read`."""
 
 
 class DiskTier(Tier):
@@ -50,10 +50,10 @@ class DiskTier(Tier):
 
     name: ClassVar[TierName] = "disk"
 
-    def __init__(self, entries: Iterable[DiskEntry], *, drop_cache: bool = False) -> None:
+    def __init__(self, images: Iterable[Image], *, drop_cache: bool = False) -> None:
         self.drop_cache = drop_cache
         self.held_bytes = 0
-        largest = max((entry.n_bytes for entry in entries), default=0)
+        largest = max((image.n_bytes for image in images), default=0)
         # Of whole pages, and two more, for reads that begin and end on a page.
         self.buffer_bytes = -(-largest // PAGE) * PAGE + 2 * PAGE
         self._direct = DirectFiles() if drop_cache and DirectFiles.possible else None
@@ -61,13 +61,13 @@ class DiskTier(Tier):
     def buffer(self) -> memoryview:
         return memoryview(mmap.mmap(-1, self.buffer_bytes))
 
-    def bytes_of(self, entry: DiskEntry, buffer: memoryview) -> memoryview:
+    def bytes_of(self, image: Image, buffer: memoryview) -> memoryview:
         if self._direct is not None:
-            found = self._direct.read(entry, buffer)
+            found = self._direct.read(image, buffer)
             if found is not None:
                 return found
-        view = buffer[: entry.n_bytes]
-        entry.read(view, drop_cache=self.drop_cache)
+        view = buffer[: image.n_bytes]
+        image.read(view, drop_cache=self.drop_cache)
         return view
 
     @property
@@ -86,11 +86,11 @@ class DirectFiles:
         self._open: dict[Path, int | None] = {}
         self._lock = threading.Lock()
 
-    def read(self, entry: DiskEntry, buffer: memoryview) -> memoryview | None:
-        """The entry's bytes, somewhere in the page-aligned `buffer`; None where this cannot be
+    def read(self, image: Image, buffer: memoryview) -> memoryview | None:
+        """The image's bytes, somewhere in the page-aligned `buffer`; None where this cannot be
         done: several stretches of bytes, or a file system that refuses. Raises CheckpointError and
-        CorruptionError as `DiskEntry.read`."""
-        stretch = entry.stretch
+        CorruptionError as `Image.read`."""
+        stretch = image.stretch
         if stretch is None:
             return None
         file, offset, n_bytes = stretch
@@ -132,33 +132,33 @@ class DirectFiles:
 
 
 class RamTier(Tier):
-    """DiskEntries in RAM, as they are on disk. Reads them when it is made.
+    """Images in RAM, as they are on disk. Reads them when it is made.
 
     pinned: in memory that a GPU can read by itself.
     """
 
     name: ClassVar[TierName] = "ram"
 
-    def __init__(self, entries: Iterable[DiskEntry], *, pinned: bool = False) -> None:
+    def __init__(self, images: Iterable[Image], *, pinned: bool = False) -> None:
         self._bytes = dict[ExpertKey, memoryview]()
-        self._entries = list(entries)
-        for entry in self._entries:
+        self._images = list(images)
+        for image in self._images:
             if pinned:
-                block = torch.empty(entry.n_bytes, dtype=torch.uint8, pin_memory=True)
+                block = torch.empty(image.n_bytes, dtype=torch.uint8, pin_memory=True)
                 data = block.numpy().data
             else:
-                data = memoryview(bytearray(entry.n_bytes))
-            entry.read(data, drop_cache=True)
-            self._bytes[entry.key] = data
+                data = memoryview(bytearray(image.n_bytes))
+            image.read(data, drop_cache=True)
+            self._bytes[image.key] = data
         self.held_bytes = sum(map(len, self._bytes.values()))
         self.buffer_bytes = 0
 
-    def held(self) -> Iterator[tuple[DiskEntry, memoryview]]:
-        """All entries, with their bytes."""
-        return ((entry, self._bytes[entry.key]) for entry in self._entries)
+    def held(self) -> Iterator[tuple[Image, memoryview]]:
+        """All images, with their bytes."""
+        return ((image, self._bytes[image.key]) for image in self._images)
 
     def buffer(self) -> memoryview:
         return memoryview(b"")
 
-    def bytes_of(self, entry: DiskEntry, buffer: memoryview) -> memoryview:
-        return self._bytes[entry.key]
+    def bytes_of(self, image: Image, buffer: memoryview) -> memoryview:
+        return self._bytes[image.key]

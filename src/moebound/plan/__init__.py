@@ -1,4 +1,4 @@
-"""Stop 3 of the walk: a bound for every expert, under a budget.
+"""Stop 4 of the walk: what every expert gets, under a budget.
 
     sizes = measure_sizes(checkpoint)                               # moebound.store
     plan = make_plan(sizes, Evidence(sensitivity), Budget(bpw=3.0), source="...")

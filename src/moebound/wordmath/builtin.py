@@ -1,4 +1,4 @@
-"""Models inside the package, by name: `builtin:wordmath`, `builtin:wordmath-mixtral`."""
+"""Names that stand for models inside the package: `builtin:wordmath`, `builtin:wordmath-mixtral`."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from moebound.model.live import live_experts
 from moebound.offload.costs import empty_slot
 from moebound.offload.decoding import DeviceDecoder, room_for
 from moebound.offload.delivery import Arrival
-from moebound.offload.entries import DiskEntry, open_entries
+from moebound.offload.images import Image, open_images
 from moebound.offload.meter import Load
-from moebound.offload.slots import Slot, SlotKind, fill
+from moebound.offload.slots import Kind, Slot, fill
 from moebound.store import compress
 from moebound.types import ErrorBound
 from tiny_models import SMALL, make_tiny
@@ -26,22 +26,22 @@ CPU = torch.device("cpu")
 MANY = Schedule(together=32)
 
 
-def read(entry: DiskEntry) -> memoryview:
-    data = memoryview(bytearray(entry.n_bytes))
-    entry.read(data)
+def read(image: Image) -> memoryview:
+    data = memoryview(bytearray(image.n_bytes))
+    image.read(data)
     return data
 
 
-def arrival(entry: DiskEntry, kind: SlotKind) -> Arrival:
+def arrival(image: Image, kind: Kind) -> Arrival:
     slot = empty_slot(kind, CPU)
     for weight in slot.weights.values():
         weight.fill_(-7)
-    return Arrival(entry, slot, Load(entry.key, entry.n_bytes, entry.n_weights, False))
+    return Arrival(image, slot, Load(image.key, image.n_bytes, image.n_weights, False))
 
 
-def expected(entry: DiskEntry, kind: SlotKind) -> Slot:
-    slot, data = empty_slot(kind, CPU), read(entry)
-    for part in entry.matrices:
+def expected(image: Image, kind: Kind) -> Slot:
+    slot, data = empty_slot(kind, CPU), read(image)
+    for part in image.parts:
         fill(slot, part, data[part.start : part.stop], threads=1)
     return slot
 
@@ -59,39 +59,39 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def kind_of(folder: Path, dtype: torch.dtype) -> SlotKind:
+def kind_of(folder: Path, dtype: torch.dtype) -> Kind:
     model = AutoModelForCausalLM.from_pretrained(folder / "src")
-    return SlotKind.of(next(iter(live_experts(model).modules.values())), dtype)
+    return Kind.of(next(iter(live_experts(model).modules.values())), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("held", [True, False])
 def test_the_weights_the_cpu_decodes(store: Path, dtype: torch.dtype, held: bool) -> None:
-    entries, kind = list(open_entries(store / "dst")), kind_of(store, dtype)
-    known = [(entry, read(entry)) for entry in entries] if held else []
+    images, kind = list(open_images(store / "dst")), kind_of(store, dtype)
+    known = [(image, read(image)) for image in images] if held else []
     decoder = DeviceDecoder(CPU, known, schedule=MANY)
     assert (decoder.device_bytes > 0) == held
-    for some in (entries[2:3], entries[:3]):
-        arriving = torch.zeros(room_for(3, max(i.n_bytes for i in entries)), dtype=torch.uint8)
-        coming = [(arrival(entry, kind), read(entry)) for entry in some]
+    for some in (images[2:3], images[:3]):
+        arriving = torch.zeros(room_for(3, max(i.n_bytes for i in images)), dtype=torch.uint8)
+        coming = [(arrival(image, kind), read(image)) for image in some]
         decoder.decode(coming, arriving)
         for found, _ in coming:
-            want = expected(found.entry, kind)
+            want = expected(found.image, kind)
             for name, weight in found.slot.weights.items():
                 assert torch.equal(weight, want.weights[name])
 
 
 @pytest.mark.parametrize("held", [True, False])
 def test_damage_names_the_file(store: Path, held: bool) -> None:
-    entries, kind = list(open_entries(store / "dst")), kind_of(store, torch.bfloat16)
-    decoder = DeviceDecoder(CPU, [(i, read(i)) for i in entries] if held else [], schedule=MANY)
-    arriving = torch.zeros(room_for(2, max(i.n_bytes for i in entries)), dtype=torch.uint8)
-    spoilt = read(entries[1])
-    part = entries[1].matrices[0]
+    images, kind = list(open_images(store / "dst")), kind_of(store, torch.bfloat16)
+    decoder = DeviceDecoder(CPU, [(i, read(i)) for i in images] if held else [], schedule=MANY)
+    arriving = torch.zeros(room_for(2, max(i.n_bytes for i in images)), dtype=torch.uint8)
+    spoilt = read(images[1])
+    part = images[1].parts[0]
     at = part.stop - 40 if held else part.start + 60
     spoilt[at] ^= 4
-    coming = [(arrival(entries[0], kind), read(entries[0])), (arrival(entries[1], kind), spoilt)]
-    with pytest.raises(CorruptionError, match=str(entries[1].spans[0].file)):
+    coming = [(arrival(images[0], kind), read(images[0])), (arrival(images[1], kind), spoilt)]
+    with pytest.raises(CorruptionError, match=str(images[1].spans[0].file)):
         decoder.decode(coming, arriving)
-    with pytest.raises(CorruptionError, match=str(entries[1].spans[0].file)):
-        DeviceDecoder(CPU, [(entries[1], spoilt)])
+    with pytest.raises(CorruptionError, match=str(images[1].spans[0].file)):
+        DeviceDecoder(CPU, [(images[1], spoilt)])

@@ -58,7 +58,6 @@ def page(paperlike_report: Report) -> str:
     return render(paperlike_report)
 
 
-@pytest.mark.slow
 def test_it_needs_nothing_else(page: str) -> None:
     tags = parsed(page).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "img", "iframe", "object", "base"}

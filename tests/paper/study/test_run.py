@@ -215,7 +215,6 @@ def test_progress_counts_down(
     assert (steps[-1].done, steps[-1].left_s) == (steps[-1].total, 0)
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_same_rows(
     whole: Path, tmp_path: Path, suite: Suite, setup: Setup
 ) -> None:
@@ -228,7 +227,6 @@ def test_two_processes_give_the_same_rows(
         assert theirs[key] == {name: value for name, value in row.items() if name != "kl"}
 
 
-@pytest.mark.slow
 def test_what_a_worker_raises_arrives_and_its_death_is_told(setup: Setup) -> None:
     bad = Condition(
         "x", "extra", "", "expert:9:0", "uniform", 0.3, "expert", 0, "wordmath", answers=False

@@ -58,7 +58,6 @@ def command(store: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.slow
 def test_a_signal_is_no_failure(
     command: tuple[subprocess.Popen[str], dict[str, Any]], sig: signal.Signals
 ) -> None:
@@ -78,7 +77,6 @@ def test_a_signal_is_no_failure(
     assert "Traceback" not in stderr
 
 
-@pytest.mark.slow
 def test_the_address_is_taken_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

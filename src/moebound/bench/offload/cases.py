@@ -135,9 +135,9 @@ def _policies(trace: Path, top_k: int, settings: OffloadSettings) -> list[dict[s
 
 
 def _expert_bytes(place: Path) -> int:
-    from moebound.offload.entries import open_entries
+    from moebound.offload.images import open_images
 
     try:
-        return open_entries(place).n_bytes
+        return open_images(place).n_bytes
     except MoeboundError:
         return 0

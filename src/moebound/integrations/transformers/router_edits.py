@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from moebound.checkpoint import top_k_of
 from moebound.errors import UnsupportedArchitectureError
 from moebound.methods import RouterEdit
-from moebound.model.calls import arguments
 from moebound.model.live import ExpertsModule, live_experts
 from moebound.model.routers import find_routers, router_of
 from moebound.model.taps import gets_decisions
@@ -124,7 +123,8 @@ def _add_constants(entry: ExpertsModule, edit: RouterEdit, where: str) -> None:
     def hook(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
-        _, index, weights, *_ = arguments(args, kwargs)
+        index = args[1] if len(args) > 1 else kwargs["top_k_index"]
+        weights = args[2] if len(args) > 2 else kwargs["top_k_weights"]
         if output.device not in by_device:
             by_device[output.device] = table.to(output.device)
         vectors = by_device[output.device][index.reshape(-1, index.shape[-1])]

@@ -1,7 +1,7 @@
 """One loaded model, and what it does under one condition after another.
 
 Everything that a worker does is a method here, with plain data in and out, so that a worker may be
-this process, another one, or another machine: see `jobs/workers.py`.
+this process, another one, or another machine: see `workers.py`.
 """
 
 from __future__ import annotations

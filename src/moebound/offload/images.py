@@ -1,9 +1,9 @@
 """An expert as it lies on disk: which bytes to read, and what they are.
 
-One `DiskEntry` an expert, whatever the source: the compressed experts of a store (one read each),
-and ordinary tensors, of a checkpoint or of experts that a store left as they were (a read for each
-stretch of bytes). A part that several experts share is an entry of its own, with a number of its
-own behind the layer's experts, so that the cache holds it as one of them. `open_entries` finds all.
+One `Image` an expert, whatever the source: the compressed experts of a store (one read each), and
+ordinary tensors, of a checkpoint or of experts that a store left as they were (a read for each
+stretch of bytes). A part that several experts share is an image of its own, with a number of its
+own behind the layer's experts, so that the cache holds it as one of them. `open_images` finds all.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FIRST_SHARED = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class DiskMatrix:
-    """One matrix of an entry.
+class Part:
+    """One matrix of an image.
 
     shape: as on disk, of dtype. transposed: [in, out] instead of [out, in]. interleaved: rows of
-    gate and up alternate (role "gate_up"). start, stop: its bytes in the entry. stored: how to
+    gate and up alternate (role "gate_up"). start, stop: its bytes in the image. stored: how to
     decode them; None where they are the weights themselves.
     """
 
@@ -55,13 +55,13 @@ class DiskMatrix:
 
 
 @dataclass(frozen=True, slots=True)
-class DiskEntry:
+class Image:
     """All bytes of one expert, or of a shared part. spans: where they are, in order. needs: the
     shared parts that decoding takes. shared: the part that this is; None for an expert."""
 
     key: ExpertKey
     spans: tuple[TensorInfo, ...]
-    matrices: tuple[DiskMatrix, ...]
+    parts: tuple[Part, ...]
     needs: tuple[ExpertKey, ...] = ()
     shared: StoredPart | None = None
 
@@ -71,17 +71,17 @@ class DiskEntry:
 
     @property
     def n_weights(self) -> int:
-        return sum(part.size for part in self.matrices)
+        return sum(part.size for part in self.parts)
 
     @property
     def encoded(self) -> bool:
         """Whether there is anything to decode."""
-        return any(part.stored is not None for part in self.matrices)
+        return any(part.stored is not None for part in self.parts)
 
     @property
     def enveloped(self) -> bool:
         """Whether all of it are codecs' envelopes, which devices may decode."""
-        return all(p.stored is None or p.stored.record.certificate.codec for p in self.matrices)
+        return all(p.stored is None or p.stored.record.certificate.codec for p in self.parts)
 
     @property
     def stretch(self) -> tuple[Path, int, int] | None:
@@ -103,7 +103,7 @@ class DiskEntry:
 
 
 @dataclass(frozen=True)
-class DiskEntries:
+class Images:
     """The routed experts of a source, in the order of the model. tensors: their names in it.
     compressed: whether this is a store. shared: parts that several experts need, by key.
     edits: what becomes of the routing, by layer."""
@@ -111,21 +111,21 @@ class DiskEntries:
     path: Path
     compressed: bool
     config: Mapping[str, Any]
-    by_key: Mapping[ExpertKey, DiskEntry]
+    by_key: Mapping[ExpertKey, Image]
     tensors: frozenset[str]
-    shared: Mapping[ExpertKey, DiskEntry] = field(default_factory=dict)
+    shared: Mapping[ExpertKey, Image] = field(default_factory=dict)
     edits: Mapping[int, RouterEdit] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[DiskEntry]:
+    def __iter__(self) -> Iterator[Image]:
         return iter(self.by_key.values())
 
     @property
     def n_bytes(self) -> int:
         """Of all of them together, with what they share."""
-        return sum(entry.n_bytes for entry in self.everything)
+        return sum(image.n_bytes for image in self.everything)
 
     @property
-    def everything(self) -> list[DiskEntry]:
+    def everything(self) -> list[Image]:
         """Experts and shared parts."""
         return [*self.by_key.values(), *self.shared.values()]
 
@@ -136,10 +136,10 @@ class DiskEntries:
 
     @property
     def n_weights(self) -> int:
-        return sum(entry.n_weights for entry in self)
+        return sum(image.n_weights for image in self)
 
 
-def open_entries(path: str | os.PathLike[str]) -> DiskEntries:
+def open_images(path: str | os.PathLike[str]) -> Images:
     """The experts of a store or of an ordinary checkpoint folder. Reads headers only.
 
     Raises as `open_store` and `open_checkpoint`; StoreError if a store has no routed experts.
@@ -154,10 +154,10 @@ def open_entries(path: str | os.PathLike[str]) -> DiskEntries:
     return found
 
 
-def _of_checkpoint(checkpoint: Checkpoint) -> DiskEntries:
+def _of_checkpoint(checkpoint: Checkpoint) -> Images:
     assert checkpoint.family is not None  # a folder has a config
     experts = checkpoint.experts()
-    return DiskEntries(
+    return Images(
         checkpoint.path,
         False,
         checkpoint.config,
@@ -166,50 +166,50 @@ def _of_checkpoint(checkpoint: Checkpoint) -> DiskEntries:
     )
 
 
-def _of_store(store: Store) -> DiskEntries:
+def _of_store(store: Store) -> Images:
     family = find_family(store.config)
-    entries, names = dict[ExpertKey, DiskEntry](), set[str]()
+    images, names = dict[ExpertKey, Image](), set[str]()
     shared = _shared(store)
     keys = {
         (part.record.group, part.record.number): key
-        for key, part in ((entry.key, entry.shared) for entry in shared.values())
+        for key, part in ((image.key, image.shared) for image in shared.values())
         if part is not None
     }
     for stored in store.experts():
         if not stored.key.shared:
             needs = tuple(keys[need] for need in stored.needs)
-            entries[stored.key] = replace(_compressed(stored, family), needs=needs)
+            images[stored.key] = replace(_compressed(stored, family), needs=needs)
             names |= {m.tensor.name for m in stored.matrices}
             names |= {m.record.name for m in stored.matrices}  # the empty stand-ins of 3-D tensors
     # Experts that were not chosen are ordinary tensors.
     kept = {name: store.tensors[name] for name in store.kept}
     for expert in find_experts(kept, family, store.config, complete=False):
-        if expert.key not in entries:
-            entries[expert.key] = _plain(expert, family)
+        if expert.key not in images:
+            images[expert.key] = _plain(expert, family)
             names |= {matrix.name for matrix in expert.matrices}
-    return DiskEntries(
-        store.path, True, store.config, dict(sorted(entries.items())), frozenset(names), shared,
+    return Images(
+        store.path, True, store.config, dict(sorted(images.items())), frozenset(names), shared,
         store.router_edits(),
     )  # fmt: skip
 
 
-def _shared(store: Store) -> dict[ExpertKey, DiskEntry]:
+def _shared(store: Store) -> dict[ExpertKey, Image]:
     """Parts that routed experts need, numbered within each layer."""
     found: dict[tuple[int, int], int] = {}
     for stored in store.experts():
         if not stored.key.shared:
             found |= dict.fromkeys(stored.needs, stored.key.layer)
     count: dict[int, int] = Counter()
-    entries = dict[ExpertKey, DiskEntry]()
+    images = dict[ExpertKey, Image]()
     for need, layer in sorted(found.items()):
         part = store.parts[need]
         key = ExpertKey(layer, FIRST_SHARED + count[layer])
         count[layer] += 1
-        entries[key] = DiskEntry(key, (part.tensor,), (), shared=part)
-    return entries
+        images[key] = Image(key, (part.tensor,), (), shared=part)
+    return images
 
 
-def _compressed(stored: StoredExpert, family: Family) -> DiskEntry:
+def _compressed(stored: StoredExpert, family: Family) -> Image:
     span = TensorInfo(
         str(stored.key), "U8", (stored.n_bytes,), stored.file, stored.offset, stored.n_bytes
     )
@@ -218,22 +218,22 @@ def _compressed(stored: StoredExpert, family: Family) -> DiskEntry:
         record, start = matrix.record, matrix.tensor.offset - stored.offset
         shape = (record.certificate.shape[0], record.certificate.shape[1])
         parts.append(
-            DiskMatrix(record.name, record.role, record.certificate.dtype, shape,
+            Part(record.name, record.role, record.certificate.dtype, shape,
                  _layout(family, record.name), start, start + matrix.tensor.n_bytes, matrix)
         )  # fmt: skip
-    return DiskEntry(stored.key, (span,), tuple(parts))
+    return Image(stored.key, (span,), tuple(parts))
 
 
-def _plain(expert: Expert, family: Family) -> DiskEntry:
+def _plain(expert: Expert, family: Family) -> Image:
     parts, spans, at = [], list[TensorInfo](), 0
     for matrix in expert.matrices:
         parts.append(
-            DiskMatrix(matrix.name, matrix.role, matrix.dtype, matrix.shape,
+            Part(matrix.name, matrix.role, matrix.dtype, matrix.shape,
                  _layout(family, matrix.name), at, at + matrix.n_bytes, None)
         )  # fmt: skip
         spans.append(_span(matrix))
         at += matrix.n_bytes
-    return DiskEntry(expert.key, tuple(spans), tuple(parts))
+    return Image(expert.key, tuple(spans), tuple(parts))
 
 
 def _span(matrix: ExpertMatrix) -> TensorInfo:
