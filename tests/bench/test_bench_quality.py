@@ -14,7 +14,7 @@ from moebound.wordmath.builtin import MODELS
 from untrained import untrained
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
 def tiny_wordmath(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(untrained(tmp_path, request.param))
 

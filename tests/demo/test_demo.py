@@ -20,7 +20,7 @@ from untrained import untrained
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 N = 6
-SUITE = {
+SUITE: dict[str, Any] = {
     "problems": 4,
     "read": 3,
     "seeds": 2,
