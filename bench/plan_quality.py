@@ -35,7 +35,7 @@ SCHEMES: tuple[Scheme, ...] = ("uniform", "layer", "sensitivity")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("map", type=Path)
-    parser.add_argument("--src", default="builtin:wordmath")
+    parser.add_argument("--src", default="builtin:wordmath", help="the model that the map is of")
     parser.add_argument("--task", default="wordmath-hard")
     parser.add_argument("--bpw", type=float, nargs="+", default=[2.0, 3.0, 4.0])
     parser.add_argument("--skip", type=int, default=64)
@@ -81,6 +81,7 @@ def main() -> None:
                 }
             )
     about_run = {
+        "source": args.src,
         "task": args.task,
         "skipped": args.skip,
         "n_problems": len(problems),

@@ -1,4 +1,4 @@
-"""The built-in model's kind and tokenizer, untrained: two layers of eight experts."""
+"""A built-in model's kind and tokenizer, untrained: three layers, eight experts in a layer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moebound.wordmath.builtin import resolve
 
 
-def untrained(folder: Path) -> Path:
-    """Its checkpoint, made in `folder`. Weights large enough for errors to be felt."""
-    built_in = Path(resolve("builtin:wordmath"))
-    config = AutoConfig.from_pretrained(
-        built_in, num_hidden_layers=3, n_routed_experts=8, initializer_range=0.3
-    )
+def untrained(folder: Path, model: str = "builtin:wordmath") -> Path:
+    """Its checkpoint, made in `folder`. Weights large enough for errors to be felt.
+
+    The first model's first layer is dense, the second's are all MoE layers.
+    """
+    built_in = Path(resolve(model))
+    config: Any = AutoConfig.from_pretrained(built_in, num_hidden_layers=3)
+    config.initializer_range = 2.4 / config.hidden_size**0.5  # products alike in any width
+    if config.model_type == "deepseek_v3":
+        config.n_routed_experts = 8
     torch.manual_seed(0)
     make: Any = AutoModelForCausalLM.from_config
     make(config, dtype=torch.bfloat16).save_pretrained(folder)

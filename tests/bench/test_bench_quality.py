@@ -10,12 +10,13 @@ from moebound.bench.quality import run
 from moebound.bench.quality_table import render_quality
 from moebound.errors import MoeboundError
 from moebound.tasks import get_task
+from moebound.wordmath.builtin import MODELS
 from untrained import untrained
 
 
-@pytest.fixture
-def tiny_wordmath(tmp_path: Path) -> str:
-    return str(untrained(tmp_path))
+@pytest.fixture(params=[MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
+def tiny_wordmath(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(untrained(tmp_path, request.param))
 
 
 @pytest.mark.slow

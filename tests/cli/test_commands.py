@@ -27,6 +27,17 @@ def test_inspect_a_checkpoint(run: Run) -> None:
     assert found["shapes"][0] == {"role": "gate", "shape": [32, 64], "dtype": "BF16", "count": 1664}
 
 
+def test_inspect_the_second_built_in_model(run: Run) -> None:
+    ran = run("inspect", "builtin:wordmath-mixtral")
+    assert ran.code == 0
+    for fact in ("mixtral", "64, 8 a layer", "0-7", "gate 256 x 256 BF16", "88.3 %"):
+        assert fact in ran.stdout
+    found = run("inspect", "builtin:wordmath-mixtral", "--json").document
+    assert found["layers"] == list(range(8))
+    assert found["expert_bytes"] == 64 * 3 * 256 * 256 * 2
+    assert found["n_shared_experts"] == 0
+
+
 def test_inspect_a_store(run: Run, store: Path) -> None:
     ran = run("inspect", store)
     assert ran.code == 0

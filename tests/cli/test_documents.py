@@ -18,6 +18,7 @@ DOCUMENTS = [
     for name in (
         "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md",
         "recipes/wordmath/README.md", "src/moebound/wordmath/model/README.md",
+        "src/moebound/wordmath/mixtral/README.md",
         *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
     )
 ]  # fmt: skip

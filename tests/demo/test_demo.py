@@ -12,12 +12,15 @@ import pytest
 
 from moebound.cli.main import main
 from moebound.demo.columns import kept_over_asked
-from moebound.demo.road import Asked, run
+from moebound.demo.page import render
+from moebound.demo.road import SRC, Asked, run
+from moebound.errors import StoreError
 from moebound.plan import Plan
+from untrained import untrained
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 N = 6
-SUITE = {
+SUITE: dict[str, Any] = {
     "problems": 4,
     "read": 3,
     "seeds": 2,
@@ -225,3 +228,48 @@ def test_a_demo_that_was_stopped_goes_on(folder: Path, options: list[str]) -> No
     assert before == after
     assert len(report.rows) == 5
     assert not any(what.startswith(("store ", "layer ", "speed: ")) for what in said)
+
+
+@pytest.mark.slow
+def test_another_model_goes_the_same_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the second's kind, untrained: its name is in every command, and nothing is left of
+    the first's."""
+    monkeypatch.setattr("moebound.demo.road.FULL_SIZE_SECONDS", 0.01)
+    model = str(untrained(tmp_path / "model", "builtin:wordmath-mixtral"))
+    suite = tmp_path / "one.json"
+    suite.write_text(json.dumps({**SUITE, "seeds": 1, "conditions": SUITE["conditions"][1:2]}))
+    asked = Asked((0.8,), ("bound",), 2, str(suite), model)
+    report = run(tmp_path / "page", asked, workers=1)
+    assert report.ok
+    assert [row.name for row in report.rows] == ["bound-0.8", "planned-0.8"]
+    assert report.model.name == model
+    assert (report.model.model_type, report.model.n_experts) == ("mixtral", 3 * 8)
+    assert (report.model.experts_per_token, report.model.n_moe_layers) == (2, 3)
+    page = render(report)
+    for said in (
+        "moebound eval ",
+        "moebound profile ",
+        "moebound plan ",
+        "moebound bench quality ",
+    ):
+        assert f"{said}{model} " in page
+    assert SRC not in page.replace(model, "")
+
+
+def test_the_command_hands_the_model_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[Asked, str]] = []
+
+    def stop(folder: Path, asked: Asked, *, command: str, say: object) -> None:
+        taken.append((asked, command))
+        raise StoreError("far enough")
+
+    monkeypatch.setattr("moebound.demo.road.run", stop)
+    second = "builtin:wordmath-mixtral"
+    assert main(["demo", "-o", str(tmp_path / "a"), "--model", second, "-q"]) == 2
+    assert main(["demo", "-o", str(tmp_path / "a"), "-q"]) == 2
+    assert [asked.src for asked, _ in taken] == [second, SRC]
+    assert [command for _, command in taken] == [
+        f"moebound demo -o a --model {second}", "moebound demo -o a",
+    ]  # fmt: skip
+    assert main(["demo", "-o", str(tmp_path / "a"), "--model", "builtin:nosuch", "-q"]) == 2
+    assert len(taken) == 2

@@ -33,7 +33,7 @@ def test_what_is_finished_or_of_other_options_is_made_anew(tmp_path: Path) -> No
     (tmp_path / "mine.txt").write_text("keep me")
     folder = begun(tmp_path)
     folder.data.write_text("{}")
-    for asked in (ASKED, {**ASKED, "n_problems": 6}):
+    for asked in (ASKED, {**ASKED, "n_problems": 6}, {**ASKED, "src": "b"}):
         begin(tmp_path, asked)
         assert {entry.name for entry in tmp_path.iterdir()} == {
             "mine.txt", "answers", "settings.json",

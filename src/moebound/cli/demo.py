@@ -1,4 +1,4 @@
-"""`moebound demo`: the whole road on the built-in model, as tables, a page and a JSON file."""
+"""`moebound demo`: the whole road on a built-in model, as tables, a page and a JSON file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from moebound.cli import exits, wording
 from moebound.cli.options import CodecIds, Numbers
 from moebound.cli.output import Output, finite, output_options
 from moebound.cli.steps import step_bar
+from moebound.wordmath.builtin import MODELS
 
 if TYPE_CHECKING:
     from moebound.demo.report import Report
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
     default=Path("moebound-demo"),
     show_default=True,
     help="Where the page goes.",
+)
+@click.option(
+    "--model",
+    type=click.Choice(MODELS),
+    default=MODELS[0],
+    show_default=True,
+    help="Whose experts; both solve the word problems that are asked.",
 )
 @click.option("--rates", type=Numbers(), default=None, help="Bounds to try, as in 0.1,0.3.")
 @click.option("--codecs", type=CodecIds(), default=None, help="Codecs to compare.")
@@ -47,6 +55,7 @@ if TYPE_CHECKING:
 def demo(
     output: Output,
     folder: Path,
+    model: str,
     rates: list[float] | None,
     codecs: list[str] | None,
     prompts: int | None,
@@ -75,8 +84,9 @@ def demo(
         tuple(dict.fromkeys(codecs)) if codecs else default.codecs,
         prompts or default.n_problems,
         suite or default.suite,
+        model,
     )
-    given = _options(rates, codecs, prompts, suite)
+    given = _options(model, rates, codecs, prompts, suite)
     command = shlex.join(["moebound", "demo", "-o", folder.name, *given])
     with step_bar(output) as say:
         report = run(folder, asked, command=command, say=say)
@@ -90,10 +100,15 @@ def demo(
 
 
 def _options(
-    rates: list[float] | None, codecs: list[str] | None, prompts: int | None, suite: str | None
+    model: str,
+    rates: list[float] | None,
+    codecs: list[str] | None,
+    prompts: int | None,
+    suite: str | None,
 ) -> list[str]:
     """The options that were given, to be printed on the page."""
     given = {
+        "--model": "" if model == MODELS[0] else model,
         "--rates": ",".join(f"{rate:g}" for rate in rates or ()),
         "--codecs": ",".join(codecs or ()),
         "--prompts": "" if prompts is None else str(prompts),

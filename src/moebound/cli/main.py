@@ -47,8 +47,8 @@ def cli() -> None:
     moebound generate DST --prompt TEXT      text, with experts decoded as they are needed
     moebound serve DST                       answer requests, through the OpenAI API
 
-    SRC is a folder with a Hugging Face checkpoint, a model id on the hub, or builtin:wordmath, a
-    small model that comes with moebound.
+    SRC is a folder with a Hugging Face checkpoint, a model id on the hub, or builtin:wordmath or
+    builtin:wordmath-mixtral, small models that come with moebound.
 
     \b
     Exit codes: 0 good; 1 a bound is violated or bytes are corrupt; 2 usage or any other failure.

@@ -55,8 +55,9 @@ from moebound.sensitivity.map.build import Build
 from moebound.sensitivity.map.settings import MapSettings
 from moebound.store import measure_sizes, open_store, verify
 from moebound.tasks import get_task
+from moebound.wordmath.builtin import MODELS
 
-SRC, TASK, EASIER = "builtin:wordmath", "wordmath-hard", "wordmath"
+SRC, TASK, EASIER = MODELS[0], "wordmath-hard", "wordmath"
 RATES = (0.1, 0.3, 0.8)
 CODECS = ("bound", "sz3", "zfp")
 EXACT_CODEC = "lossless"
@@ -77,12 +78,13 @@ Say = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Asked:
     """What a demo is of. n_problems: of each task, for every accuracy and KL. suite: of the study,
-    as `moebound study` takes it."""
+    as `moebound study` takes it. src: the model."""
 
     rates: tuple[float, ...] = RATES
     codecs: tuple[str, ...] = (*CODECS, EXACT_CODEC)
     n_problems: int = N_PROBLEMS
     suite: str = "quick"
+    src: str = SRC
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -133,7 +135,7 @@ class _Road:
     def go(self, command: str) -> Report:
         asked = self.asked
         with self._step("answers of the original"):
-            checkpoint, loaded = open_checkpoint(SRC), load(SRC)
+            checkpoint, loaded = open_checkpoint(asked.src), load(asked.src)
             original = {task: self._evaluate(loaded, task) for task in (TASK, EASIER)}
         with self._step("profile"):
             profile = self._profile(loaded)
@@ -142,7 +144,7 @@ class _Road:
         if PLANNED_CODEC in asked.codecs:
             with self._step("sensitivity map"):
                 self._map(loaded)
-        with self._workers(Setup(SRC, TASK, asked.n_problems, self.folder.path)) as hands:
+        with self._workers(Setup(asked.src, TASK, asked.n_problems, self.folder.path)) as hands:
             with self._step("stores, verified and compared"):
                 rows = self._measured(cases(asked.codecs, asked.rates), hands)
             with self._step("plans, their stores"):
@@ -163,7 +165,7 @@ class _Road:
             n_problems=asked.n_problems,
             map_problems=min(MAP_PROBLEMS, asked.n_problems),
             map_rates=MAP_RATES,
-            model=_model_facts(checkpoint, loaded.model),
+            model=_model_facts(asked.src, checkpoint, loaded.model),
             original=original,
             profile=profile,
             study=study,
@@ -198,7 +200,7 @@ class _Road:
 
     def _study(self) -> StudyReport:
         n, suite = self.asked.n_problems, self.suite
-        setup = StudySetup(SRC, (TASK,), min(n, suite.n_problems), min(n, suite.n_read))
+        setup = StudySetup(self.asked.src, (TASK,), min(n, suite.n_problems), min(n, suite.n_read))
 
         def step(now: Step) -> None:
             self.say(f"study: {now.label}", now.done, now.total)
@@ -244,8 +246,9 @@ class _Road:
             evidence = Evidence(sensitivity_map.FORMAT.read(self.folder.map))
             for rate in missing:
                 plan = make_plan(
-                    sizes, evidence, Budget(bpw=budgets[rate]), source=SRC, codec=PLANNED_CODEC
-                )
+                    sizes, evidence, Budget(bpw=budgets[rate]), source=self.asked.src,
+                    codec=PLANNED_CODEC,
+                )  # fmt: skip
                 plan.save(self._plan_file(rate))
         return {rate: Plan.load(self._plan_file(rate)) for rate in budgets}
 
@@ -312,8 +315,8 @@ def _asked(pair: Any) -> tuple[Any, str]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Matrices of 2,048 weights gain nothing from a second thread, and on a busy machine the
-    threads of torch wait for one another many times longer than they work."""
+    """Matrices of 2,048 weights, as the first model's are, gain nothing from a second thread, and
+    on a busy machine the threads of torch wait for one another many times longer than they work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -322,11 +325,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _model_facts(checkpoint: Checkpoint, model: Any) -> ModelFacts:
+def _model_facts(src: str, checkpoint: Checkpoint, model: Any) -> ModelFacts:
     experts = checkpoint.experts()
     matrices = [matrix for expert in experts for matrix in expert.matrices]
     return ModelFacts(
-        name=SRC,
+        name=src,
         model_type=str(checkpoint.config.get("model_type")),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         n_moe_layers=len({expert.key.layer for expert in experts}),

@@ -9,6 +9,8 @@ from moebound.errors import CheckpointError
 PREFIX = "builtin:"
 _HERE = Path(__file__).parent
 _FOLDERS = {"wordmath": _HERE / "model", "wordmath-mixtral": _HERE / "mixtral"}
+MODELS = tuple(PREFIX + name for name in _FOLDERS)
+"""Their names, the first model's first."""
 
 
 def resolve(src: str) -> str:
@@ -20,6 +22,5 @@ def resolve(src: str) -> str:
         return src
     folder = _FOLDERS.get(src.removeprefix(PREFIX))
     if folder is None:
-        known = ", ".join(PREFIX + name for name in sorted(_FOLDERS))
-        raise CheckpointError(f"{src}: no such built-in model; there is {known}")
+        raise CheckpointError(f"{src}: no such built-in model; there is {', '.join(MODELS)}")
     return str(folder)
