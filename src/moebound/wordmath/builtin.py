@@ -1,4 +1,4 @@
-"""Names that stand for models inside the package: `builtin:wordmath`, `builtin:wordmath-mixtral`."""
+"""Models inside the package, by name: `builtin:wordmath`, `builtin:wordmath-mixtral`."""
 
 from __future__ import annotations
 
