@@ -289,6 +289,8 @@ def test_experts_that_put_out_a_constant(made: Made, tmp_path: Path) -> None:
         assert resident == {0, 2}
     with pytest.raises(StoreError, match="no ordinary checkpoint can say"):
         decompress(dst, tmp_path / "plain")
+    with pytest.raises(StoreError, match="no ordinary checkpoint can say"):
+        loaded(dst).save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
     card = (dst / "README.md").read_text()
     assert "without a guarantee" in card

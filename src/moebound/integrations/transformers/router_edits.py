@@ -7,7 +7,8 @@ alias      nothing: the store gives both experts the same weights, and offloadin
 constants  what the router's weights make of the vectors is added to the layer's output. The
            experts themselves have weights of 0.
 
-That no expert is chosen that should not be is tried out when the model is loaded.
+That no expert is chosen that should not be is tried out when the model is loaded. A model whose
+routing is edited cannot be saved as an ordinary checkpoint, and says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from moebound.checkpoint import top_k_of
-from moebound.errors import UnsupportedArchitectureError
+from moebound.errors import StoreError, UnsupportedArchitectureError
 from moebound.methods import RouterEdit
 from moebound.model.calls import arguments
 from moebound.model.live import ExpertsModule, live_experts
@@ -54,6 +55,15 @@ def apply_router_edits(model: Any, edits: Mapping[int, RouterEdit]) -> None:
             _keep(model, entry, set(range(n_experts)) - set(edit.keep), where)
         if edit.constants:
             _add_constants(entry, edit, where)
+    if any(edit.keep is not None or edit.constants for edit in edits.values()):
+        model.save_pretrained = _refuse
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise StoreError(
+        "save_pretrained: the routing of this model is edited (experts are never chosen, or put "
+        "out constants), which no ordinary checkpoint can say; copy the store instead"
+    )
 
 
 def _keep(model: Any, entry: ExpertsModule, dropped: set[int], where: str) -> None:
