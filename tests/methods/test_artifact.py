@@ -313,3 +313,15 @@ def test_mean_and_rest_is_close() -> None:
     artifact = compress(MeanAndRest(), layer())
     assert 0 < artifact.max_abs_error < 1e-4
     assert 0 < artifact.rmse < artifact.max_abs_error
+
+
+def test_an_expert_may_put_out_a_constant() -> None:
+    artifact = compress(get_method("constant"), layer(4))
+    found = {key.expert: artifact.constant(key) for key in artifact.experts}
+    assert [expert for expert, vector in found.items() if vector is not None] == [1, 3]
+    assert found[1] is not None
+    assert found[1].shape == (8,)
+    assert artifact.router_blob is not None
+    plain = compress(Plain(), layer(1))
+    assert plain.constant(KEY) is None
+    assert artifact.n_bytes == sum(len(m.data) for m in artifact) + len(artifact.router_blob)
