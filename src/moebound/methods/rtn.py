@@ -12,6 +12,7 @@ with a shorter one.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -67,9 +68,9 @@ class Grouped(Method):
             }
         )
 
+    @abstractmethod
     def quantized(self, matrix: Array) -> bytes:
         """The payload of a matrix [rows, cols] float32."""
-        raise NotImplementedError
 
     def head(self) -> bytearray:
         """bits, flags, group."""

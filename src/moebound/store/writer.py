@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -29,31 +29,24 @@ from moebound.checkpoint import (
     read_chunks,
     read_header,
 )
-from moebound.codec import Certificate, stats, thread_count
-from moebound.codec.certificate import sha256
+from moebound.codec import thread_count
 from moebound.errors import MethodError, MoeboundError, PlanError, StoreError
 from moebound.files.durable import disk_errors
 from moebound.jobs.ordered import in_order
-from moebound.methods import Artifact, ExpertView, GroupView
+from moebound.methods import ExpertView, GroupView
 from moebound.methods import compress as compress_group
-from moebound.methods.blob import blob_checksum, parse_shared
 from moebound.plan import Plan
 from moebound.store.beside import write_rest
 from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CERTIFICATES_FILE,
     CONFIG_FILE,
-    ExpertRecord,
-    MatrixRecord,
-    PartRecord,
     Record,
-    RouterRecord,
     Settings,
     TensorRecord,
     from_line,
     read_certificates,
     read_settings,
-    stored_name,
     to_line,
 )
 from moebound.store.layout import (
@@ -71,7 +64,8 @@ from moebound.store.layout import (
 from moebound.store.recipe import Recipe
 from moebound.store.shard import BytesShard
 from moebound.store.summary import CompressSummary, ExpertTotals, Meter, ProgressCallback
-from moebound.types import Array, ErrorBound
+from moebound.store.written import Written, tensor_names, written
+from moebound.types import ErrorBound
 
 OnExisting = Literal["error", "resume", "overwrite"]
 
@@ -215,20 +209,6 @@ def _take_up(work: WorkFolder, run: dict[str, object], settings: Settings) -> bo
     return True
 
 
-@dataclass(frozen=True)
-class _Written:
-    """A group as it goes into a shard. own: shared parts, then the router edit. experts: in the
-    order of the group, with the bytes of their matrices."""
-
-    own: tuple[bytes, ...]
-    own_records: tuple[Record, ...]
-    experts: tuple[tuple[ExpertRecord, tuple[bytes, ...]], ...]
-
-    @property
-    def records(self) -> list[Record]:
-        return [*self.own_records, *(record for record, _ in self.experts)]
-
-
 class _Job:
     """One run's constants, and the shards' contents."""
 
@@ -288,14 +268,14 @@ class _Job:
         self,
         folder: Path,
         shard: ExpertShard,
-        written: Iterator[_Written],
+        ready: Iterator[Written],
         meter: Meter,
     ) -> None:
         records = list[Record]()
-        names = [name for group in shard.groups for name in _tensor_names(group)]
+        names = [name for group in shard.groups for name in tensor_names(group)]
         with BytesShard(folder / shard.name, names, version=shard.version) as out:
             for group in shard.groups:
-                found = next(written)
+                found = next(ready)
                 for blob in found.own:
                     out.append(blob)
                 for record, pieces in found.experts:
@@ -309,7 +289,7 @@ class _Job:
             _write_part(folder, shard.name, records)
             out.finish()
 
-    def _compress(self, group: Group) -> _Written:
+    def _compress(self, group: Group) -> Written:
         views = []
         for task in group.tasks:
             matrices = {m.role: self.checkpoint.read(m) for m in task.expert.matrices}
@@ -322,7 +302,7 @@ class _Job:
         except MoeboundError as error:
             first = group.tasks[0].expert.matrices[0]
             raise type(error)(f"{first.source.file}: tensor {first.name!r}: {error}") from error
-        return _written(group, views, artifact)
+        return written(group, views, artifact)
 
     def summary(self, folder: Path, dst: Path, begun: float, *, resumed: bool) -> CompressSummary:
         totals = ExpertTotals.of(read_certificates(folder / CERTIFICATES_FILE))
@@ -351,71 +331,6 @@ class _Job:
             seconds=time.monotonic() - begun,
             resumed=resumed,
         )
-
-
-def _written(group: Group, views: list[ExpertView], artifact: Artifact) -> _Written:
-    method, number = group.method, group.number
-    names = iter(group.own_names)
-    own_records: list[Record] = [
-        PartRecord(
-            next(names),
-            number,
-            part,
-            method.setting,
-            len(blob),
-            parse_shared(blob).held_bytes,
-            blob_checksum(blob),
-            sha256(blob),
-        )
-        for part, blob in enumerate(artifact.shared)
-    ]
-    own = list(artifact.shared)
-    if artifact.router_blob is not None and artifact.router is not None:
-        blob = artifact.router_blob
-        own.append(blob)
-        own_records.append(
-            RouterRecord(
-                next(names), number, **artifact.router.describe(), n_bytes=len(blob),
-                sha256=sha256(blob),
-            )
-        )  # fmt: skip
-    experts = []
-    for task, view in zip(group.tasks, views, strict=True):
-        found = artifact.experts[view.key]
-        records = tuple(
-            MatrixRecord(
-                m.name, m.index, m.role, m.source.file.name,
-                kept_ratio(found[m.role].certificate, view.matrices[m.role]),
-                found[m.role].certificate, found[m.role].uses,
-            )
-            for m in task.expert.matrices
-        )  # fmt: skip
-        record = ExpertRecord(view.key, task.exact, records, method.setting, number)
-        experts.append((record, tuple(found[m.role].data for m in task.expert.matrices)))
-    return _Written(tuple(own), tuple(own_records), tuple(experts))
-
-
-def kept_ratio(certificate: Certificate, original: Array) -> float | None:
-    """Measured error over promised error: of the worst weight, or of RMSEs for an rmse bound; None
-    where nothing is promised."""
-    bound = certificate.bound
-    if bound is None or certificate.abs_bound is None:
-        return 0.0 if certificate.guarantee == "lossless" else None
-    if bound.pointwise:
-        found, asked = certificate.max_abs_error, certificate.abs_bound
-    else:
-        found, asked = certificate.rmse, bound.value * stats(original).rms
-    return found / asked if asked else float(found > 0)
-
-
-def _tensor_names(group: Group) -> Iterator[str]:
-    """Names in the order of the bytes; a 3-D tensor's own name right before its first slice."""
-    yield from group.own_names
-    for task in group.tasks:
-        for matrix in task.expert.matrices:
-            if matrix.index == 0:
-                yield matrix.name
-            yield stored_name(matrix.name, matrix.index)
 
 
 def _is_done(folder: Path, shard: str) -> bool:
