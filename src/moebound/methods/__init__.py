@@ -25,6 +25,7 @@ from moebound.methods.base import (
 from moebound.methods.reading import FindPart, OpenPart, Stored, router_name, shared_name
 from moebound.methods.registry import (
     BOUNDED,
+    codec_of,
     get_method,
     method_class,
     method_ids,
@@ -47,6 +48,7 @@ __all__ = [
     "RouterEdit",
     "SharedPayload",
     "Stored",
+    "codec_of",
     "compress",
     "compress_expert",
     "get_method",

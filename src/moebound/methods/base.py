@@ -7,7 +7,7 @@ one id. It says
     decode   a matrix's payload, and the parts that it uses -> the weights
 
 and nothing else: framing and checksums (`blob.py`), decoding again, measuring and every check are
-done around it (`compress.py`). docs/add-a-method.md is a complete example.
+done around it (`artifact.py`). docs/add-a-method.md is a complete example.
 """
 
 from __future__ import annotations

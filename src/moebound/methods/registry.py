@@ -47,6 +47,12 @@ def get_method(setting: str) -> Method:
     return method_class(method_id).from_options(options)
 
 
+def codec_of(setting: str) -> str | None:
+    """The codec of a setting of the method that keeps bounds; None of others."""
+    name, _, codec = setting.partition(":")
+    return codec if name == BOUNDED else None
+
+
 def method_class(method_id: str) -> type[Method]:
     """The class behind an id. Raises as get_method."""
     return METHODS.get(method_id)

@@ -43,14 +43,6 @@ class Original:
         """
         return compress_expert(get_method(method), ExpertView(self.expert.key, self.arrays, bounds))
 
-    def live_weights(self, artifact: Artifact) -> Matrices:
-        """What it decodes to, in the model's dtype, on its device."""
-        live = self.expert.matrices
-        return {
-            role: torch.from_numpy(decoded.astype(np.float32)).to(live[role])
-            for role, decoded in artifact.weights(self.expert.key).items()
-        }
-
     def decoded(
         self, bounds: Mapping[Role, ErrorBound], codec: str
     ) -> tuple[Matrices, dict[Role, int]]:
@@ -58,12 +50,21 @@ class Original:
         artifact = self.made(f"{BOUNDED}:{codec}", bounds)
         found = artifact.experts[self.expert.key]
         sizes = {role: len(matrix.data) for role, matrix in found.items()}
-        return self.live_weights(artifact), sizes
+        return as_live(self.expert, artifact), sizes
 
     def decoded_at(self, rate: float, codec: str) -> tuple[Matrices, dict[Role, int]]:
         """The same with one bound for all: so much times the expert's mean |weight|."""
         bound = ErrorBound(rate, "rate", "expert")
         return self.decoded(dict.fromkeys(self.arrays, bound), codec)
+
+
+def as_live(expert: LiveExpert, artifact: Artifact) -> Matrices:
+    """What an artifact's expert decodes to, in the model's dtype, on its device."""
+    live = expert.matrices
+    return {
+        role: torch.from_numpy(decoded.astype(np.float32)).to(live[role])
+        for role, decoded in artifact.weights(expert.key).items()
+    }
 
 
 def originals(experts: Sequence[LiveExpert]) -> list[Original]:

@@ -30,21 +30,23 @@ import torch
 
 from moebound.checkpoint.families import ROLE_ORDER, Role
 from moebound.codec import codec_ids, get_codec, stats, thread_count
-from moebound.codec.arrays import to_numpy
+from moebound.codec.arrays import to_numpy, torch_dtype
 from moebound.errors import BoundError, MoeboundError
 from moebound.extras import check
-from moebound.methods import BOUNDED, ExpertView, compress_expert, get_method, method_ids
-from moebound.types import Array, DType, ErrorBound, ExpertKey, TensorStats
+from moebound.methods import (
+    BOUNDED,
+    ExpertView,
+    codec_of,
+    compress_expert,
+    get_method,
+    method_ids,
+)
+from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound, ExpertKey, TensorStats
 
 Generators = Callable[[Role], np.random.Generator]
 """Role -> the stream of draws of that matrix, from its beginning."""
 
 CODEC_PREFIX = "codec:"
-TORCH_DTYPES: dict[DType, torch.dtype] = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
 _MANY_WEIGHTS = 1 << 18  # below it, a second thread costs a codec more than it brings
 
 
@@ -214,8 +216,8 @@ class MethodSource(ErrorSource):
 
     @property
     def id(self) -> str:
-        name, _, codec = self.setting.partition(":")
-        return CODEC_PREFIX + codec if name == BOUNDED else self.setting
+        codec = codec_of(self.setting)
+        return self.setting if codec is None else CODEC_PREFIX + codec
 
     @property
     def needs_bound(self) -> bool:
@@ -264,7 +266,7 @@ def arrays_of(
     weights: Mapping[Role, torch.Tensor], dtype: DType | None = None
 ) -> dict[Role, Array]:
     """The weights as they would stand in their checkpoint. dtype: of it; found out if None."""
-    stored = TORCH_DTYPES[dtype or stored_dtype(weights)]
+    stored = torch_dtype(dtype or stored_dtype(weights))
     return {role: to_numpy(matrix.to(stored)) for role, matrix in weights.items()}
 
 
@@ -324,7 +326,7 @@ def stored_dtype(weights: Mapping[Role, torch.Tensor]) -> DType:
     """
     return next(
         name
-        for name, dtype in TORCH_DTYPES.items()
+        for name, dtype in ((name, torch_dtype(name)) for name in NUMPY_DTYPES)
         if all(
             w.dtype == dtype or bool(((w.to(dtype).to(w.dtype) == w) | w.isnan()).all())
             for w in weights.values()

@@ -13,15 +13,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
-import torch
-
 from moebound.checkpoint.families import Role
 from moebound.errors import MoeboundError
 from moebound.methods import ExpertView, GroupView, compress, get_method
 from moebound.model.live import LiveExpert, LiveExperts
 from moebound.model.undo import exactly_undone
 from moebound.plan import Plan, PlannedExpert
+from moebound.sensitivity.decoded import as_live
 from moebound.sensitivity.noise import arrays_of
 from moebound.types import DType, ErrorBound, ExpertKey
 
@@ -57,12 +55,8 @@ def planned(experts: LiveExperts, plan: Plan, *, dtype: DType | None = None) -> 
                     "is not done in place; compress, and load the store"
                 )
             for entry in group:
-                live = experts[entry.key].matrices
-                weights = {
-                    role: torch.from_numpy(decoded.astype(np.float32)).to(live[role])
-                    for role, decoded in artifact.weights(entry.key).items()
-                }
-                undo.replace(experts[entry.key], weights)
+                expert = experts[entry.key]
+                undo.replace(expert, as_live(expert, artifact))
             n_bytes += artifact.n_bytes
         yield n_bytes
 

@@ -25,7 +25,7 @@ from moebound.checkpoint import Role
 from moebound.checkpoint.shards import is_file_name
 from moebound.codec import Certificate
 from moebound.errors import CorruptionError, FormatError, StoreError
-from moebound.methods import BOUNDED
+from moebound.methods import codec_of
 from moebound.types import ErrorBound, ExpertKey
 
 VERSION = 2
@@ -82,8 +82,7 @@ class Settings:
     @property
     def codec(self) -> str | None:
         """Of the method that keeps bounds; None of others."""
-        name, _, codec = self.method.partition(":")
-        return codec if name == BOUNDED else None
+        return codec_of(self.method)
 
     def to_json(self) -> dict[str, Any]:
         bound = None if self.bound is None else self.bound.to_json()

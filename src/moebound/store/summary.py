@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from moebound.methods import BOUNDED, weakest
+from moebound.methods import codec_of, weakest
 from moebound.store.format import ExpertRecord, PartRecord, Record, RouterRecord
 from moebound.types import NUMPY_DTYPES, ErrorBound, Guarantee
 
@@ -129,8 +129,7 @@ class CompressSummary:
     @property
     def codec(self) -> str | None:
         """Of the method that keeps bounds; None of others."""
-        name, _, codec = self.method.partition(":")
-        return codec if name == BOUNDED else None
+        return codec_of(self.method)
 
     def to_json(self) -> dict[str, Any]:
         return {
