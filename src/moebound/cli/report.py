@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,45 +14,73 @@ from moebound.cli import exits, wording
 from moebound.cli.output import Output, output_options
 
 if TYPE_CHECKING:
-    from moebound.paper.report import Report
+    from moebound.paper.report import Models, Report
 
-PAGE_FILE = "report.html"
+PAGE_FILE, MODELS_FILE = "report.html", "models.html"
 _WORDS = {
     "conclusion": {"supports": "supported", "contradicts": "contradicted", "open": "left open"},
     "question": {"supports": "yes", "contradicts": "no", "open": "left open"},
 }
+_TOGETHER = {"all": "in all", "none": "in none", "differ": "differs", "open": ""}
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument(
+    "folders", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
 @click.option(
     "-o",
     "--output",
     "page",
     type=click.Path(dir_okay=False, path_type=Path),
     default=None,
-    help="Where to write the page.  [default: DIR/report.html]",
+    help="Where to write the page.  [default: DIR/report.html; of several, models.html in the "
+    "first]",
 )
 @output_options
-def report(output: Output, folder: Path, page: Path | None) -> int:
-    """Make one page of what `moebound study` found in DIR.
+def report(output: Output, folders: Sequence[Path], page: Path | None) -> int:
+    """Make one page of what `moebound study` found in DIR, or of several models side by side.
 
-    Each table of the MoE-Compression paper beside the paper's own numbers, and a verdict on each of
-    its conclusions and open questions for this model. A study that is not finished gives a report
-    that says what is missing. The page needs no network.
+    Of one study: each table of the MoE-Compression paper beside the paper's own numbers, and a
+    verdict on each of its conclusions and open questions for this model. Of several: verdicts and
+    effects by model and relative depth, and whether the paper's patterns hold in all. A study that
+    is not finished gives a page that says what is missing. The page needs no network.
     """
     from moebound.extras import check
     from moebound.files.durable import save_bytes
-    from moebound.paper.report import make_report, read_study
+    from moebound.paper.report import compare_models, make_report, read_study
     from moebound.paper.report.page import render
+    from moebound.paper.report.page_models import render_models
 
     check("the page of a report", "matplotlib")
-    found = make_report(read_study(folder))
-    path = folder / PAGE_FILE if page is None else page
-    save_bytes(path, render(found).encode())
-    output.result({"ok": True, "page": str(path), **found.to_json()}, *_summary(found))
+    reports = [make_report(read_study(folder)) for folder in folders]
+    if len(reports) == 1:
+        html, found, shown = render(reports[0]), reports[0].to_json(), _summary(reports[0])
+    else:
+        models = compare_models(reports)
+        html, found, shown = render_models(models), models.to_json(), _beside(models)
+    path = folders[0] / (PAGE_FILE if len(reports) == 1 else MODELS_FILE) if page is None else page
+    save_bytes(path, html.encode())
+    output.result({"ok": True, "page": str(path), **found}, *shown)
     output.note(f"page: {path} (open it in a browser)")
     return exits.OK
+
+
+def _beside(models: Models) -> list[RenderableType]:
+    """Verdicts with simulated errors, then those with the real codec where they differ."""
+    rows = []
+    for entry in models.judged:
+        words = _WORDS[entry.claim.kind]
+        cells = [
+            words[outcome] + ("" if real in (None, outcome) else f" (codec: {words[real]})")
+            for outcome, real in zip(entry.outcomes, entry.real, strict=True)
+        ]
+        rows.append([entry.claim.id, *cells, _TOGETHER[entry.together]])
+    answer = _WORDS["question"][models.generalises]
+    return [
+        wording.grid(["", *models.names, "together"], rows),
+        Text(f"Do the paper's three patterns hold in all of these models: {answer}."),
+    ]
 
 
 def _summary(found: Report) -> list[RenderableType]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,19 @@ class Place:
     n_experts: int
     answers: bool = True
 
+    n_layers: int = N_LAYERS
+
     @property
     def depth(self) -> float:
-        return (sum(self.layers) / len(self.layers) - 1) / (N_LAYERS - 1)
+        return (sum(self.layers) / len(self.layers) - 1) / (self.n_layers - 1)
+
+    def of(self, n_layers: int) -> Place:
+        """The same relative depth in a model with fewer layers."""
+        scale = (n_layers - 1) / (N_LAYERS - 1)
+        at = sorted({1 + round((layer - 1) * scale) for layer in self.layers})
+        kind, _, place = self.selector.partition(":")
+        selector = f"{kind}:{at[0]}" if kind == "layer" else f"{kind}:{at[0]}-{at[-1]} {place}"
+        return replace(self, layers=tuple(at), selector=selector, n_layers=n_layers)
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,7 @@ def write_study(
     keep: Callable[[Place], bool] = lambda place: True,
     model: str = "builtin:wordmath",
     label: Callable[[str], str] = lambda text: text,
+    n_layers: int = N_LAYERS,
 ) -> Path:
     """Write study.json and rows.jsonl of a finished study and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +120,8 @@ def write_study(
     for task in (EASY, HARD):
         conditions.append(_asked(f"baseline-{task}", "extra", "baseline", task))
         rows.append(_row(conditions[-1]["id"], task, "none", base[task], n, 1.0, layers=()))
-    for place in filter(keep, places()):
+    asked = filter(keep, places())
+    for place in asked if n_layers == N_LAYERS else {place.of(n_layers): 0 for place in asked}:
         drawn = ("randomise",) if place.rate is None else sources
         for source in drawn:
             # The same noise for all seeds of a codec: it has none.
@@ -130,7 +142,7 @@ def write_study(
     document = {
         "format": "moebound.study", "version": 1, "model": model, "suite": "paper",
         "tasks": [EASY, HARD], "n_problems": n, "seeds": list(range(seeds)),
-        "created": "2026-11-25T13:00:00Z", "conditions": conditions, "layers": LAYERS,
+        "created": "2026-11-25T13:00:00Z", "conditions": conditions, "layers": LAYERS[:n_layers],
         "n_experts": 64,
     }  # fmt: skip
     (folder / "study.json").write_text(json.dumps(document), encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,8 +21,31 @@ from moebound.paper.report.evidence import Evidence, Favours, Finding, factor
 from moebound.paper.report.scene import deep, middle, shallow
 from moebound.paper.report.suite import Suite
 
-FEWEST = 3
-"""Layers of a kind, below which there is no mean of them to speak of."""
+FEWEST = 2
+"""Layers of a kind, below which their spread is not known. Of 8 layers, 2 are the middle."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The middle layers against the shallow and the deep ones, by one source at one bound.
+
+    top: the cell of the most sensitive layer. to_shallow, to_deep: log of the ratio of geometric
+    mean KL, the middle's over the others'.
+    """
+
+    task: str
+    source: str
+    rate: float
+    top: Cell
+    to_shallow: Difference
+    to_deep: Difference
+
+    @property
+    def favours(self) -> Favours:
+        """ "for" where the middle is above both ends, "against" where it is below one."""
+        if self.to_shallow.higher and self.to_deep.higher:
+            return "for"
+        return "against" if self.to_shallow.lower or self.to_deep.lower else "neither"
 
 
 def whole_layers(suite: Suite) -> dict[tuple[str, str, float], dict[int, Cell]]:
@@ -38,38 +62,41 @@ def whole_layers(suite: Suite) -> dict[tuple[str, str, float], dict[int, Cell]]:
     return found
 
 
-def most_sensitive(suite: Suite) -> Finding:
-    """Is it the middle? For each source and bound, the middle layers against the rest."""
-    found, tops = [], Counter[int]()
+def contrasts(suite: Suite) -> list[Contrast]:
+    """One for each task, source and bound that has enough layers of each kind."""
+    found = []
     for (task, source, rate), at in whole_layers(suite).items():
         cells = [cell for _, cell in sorted(at.items()) if min(cell.kls) > 0]
-        parts = shallow(cells), middle(cells), deep(cells)
-        if min(map(len, parts)) < FEWEST:
+        low, mid, high = shallow(cells), middle(cells), deep(cells)
+        if min(map(len, (low, mid, high))) < FEWEST:
             continue
         name = f"{task} {source} {rate:g}"
-        low, mid, high = parts
         to_shallow = suite.asked(f"{name} shallow", partial(_between, mid, low))
         to_deep = suite.asked(f"{name} deep", partial(_between, mid, high))
-        if to_shallow is None or to_deep is None:
-            continue
-        favours: Favours = (
-            "for" if to_shallow.higher and to_deep.higher
-            else "against" if to_shallow.lower or to_deep.lower else "neither"
-        )  # fmt: skip
-        top = max(cells, key=lambda cell: cell.kl or 0.0)
-        tops[top.key.layers[0]] += 1
-        text = (
-            f"{source}, {100 * rate:g} % ({task}): most sensitive is layer {top.key.layers[0]} "
-            f"(KL {top.kl:.2g}); middle over shallow {factor(to_shallow)}; middle over deep "
-            f"{factor(to_deep)}"
-        )
-        found.append(Evidence(text, favours))
-    if not found:
+        if to_shallow is not None and to_deep is not None:
+            top = max(cells, key=lambda cell: cell.kl or 0.0)
+            found.append(Contrast(task, source, rate, top, to_shallow, to_deep))
+    return found
+
+
+def most_sensitive(suite: Suite) -> Finding:
+    """Is it the middle? For each source and bound, the middle layers against the rest."""
+    compared = contrasts(suite)
+    if not compared:
         return ev.missing("every layer as a whole")
+    found = [
+        Evidence(
+            f"{c.source}, {100 * c.rate:g} % ({c.task}): most sensitive is layer "
+            f"{c.top.key.layers[0]} (KL {c.top.kl:.2g}); middle over shallow "
+            f"{factor(c.to_shallow)}; middle over deep {factor(c.to_deep)}",
+            c.favours,
+        )
+        for c in compared
+    ]
     words = ("where the middle is above both ends", "where it is below one")
-    why = f"Over sources and bounds, {ev.tally(found, words=words)}."
+    tops = Counter(c.top.key.layers[0] for c in compared)
     most = ", ".join(f"layer {layer} ({times} times)" for layer, times in tops.most_common(3))
-    why += f" Most sensitive: {most}."
+    why = f"Over sources and bounds, {ev.tally(found, words=words)}. Most sensitive: {most}."
     return Finding(ev.balance(found), why, tuple(found))
 
 

@@ -21,9 +21,13 @@ _HEAT = {
 _ANSWER = {"supports": "Yes.", "contradicts": "No.", "open": "Left open."}
 
 
+def style() -> str:
+    """What reports add to the style of all pages."""
+    return files("moebound.paper.report").joinpath("page.css").read_text(encoding="utf-8")
+
+
 def render(report: Report) -> str:
     """The whole page. Everything that comes from the study's files is escaped."""
-    css = files("moebound.paper.report").joinpath("page.css").read_text(encoding="utf-8")
     sections = [
         _opening(report),
         page_verdicts.conclusions(report),
@@ -36,7 +40,7 @@ def render(report: Report) -> str:
         _how(report),
         _facts(report),
     ]
-    return document(f"Errors in experts: {report.study.model}", sections, more_style=css)
+    return document(f"Errors in experts: {report.study.model}", sections, more_style=style())
 
 
 def _opening(report: Report) -> str:

@@ -16,7 +16,7 @@ from moebound.score import KL, READ, Field
 _WIDTH = 2 + len(KL)
 FIRST = (SIMULATION, "gaussian-var", "gaussian-power")
 N_CODECS = 2
-_MARKS = {
+MARKS = {
     "lower": ("▼", "lower than without an error, beyond chance"),
     "higher": ("▲", "higher than without an error, beyond chance"),
     "same": ("=", "no change larger than the margin"),
@@ -126,7 +126,7 @@ def _measured(cell: Measured | None) -> str:
 def _accuracy(found: Accuracy) -> str:
     if math.isnan(found.share):
         return '<small title="only read, for its predictions">·</small>'
-    sign, words = _MARKS[found.mark]
+    sign, words = MARKS[found.mark]
     mark = f'<span class="mark {found.mark}" title="{words}">{sign}</span>'
     return f"{found.share:.3f}{mark}"
 
@@ -137,10 +137,11 @@ def _interval(found: Accuracy) -> str:
 
 def _mean(cell: Measured, field: Field) -> str:
     found = cell.figures.get(field.name)
-    return "" if found is None else _number(field, found[0])
+    return "" if found is None else number(field, found[0])
 
 
-def _number(field: Field, value: float) -> str:
+def number(field: Field, value: float) -> str:
+    """A figure of the predictions, in few digits."""
     if field.percent:
         return field.number(value)
     return "0" if value == 0 else f"{value:.2g}" if value >= 1e-3 else f"{value:.1e}"
@@ -193,5 +194,5 @@ def _range(cell: Measured, field: Field) -> str:
     found = cell.figures.get(field.name)
     if found is None:
         return ""
-    mean, low, high = (_number(field, value) for value in found)
+    mean, low, high = (number(field, value) for value in found)
     return mean if low == high else f"{mean} [{low}, {high}]"

@@ -11,7 +11,7 @@ from moebound.files.formats.study import Metric
 from moebound.page import DASHES, FAINT, INK, MARKERS, SERIES, SOFT, drawing
 from moebound.paper.report.by_layer import whole_layers
 from moebound.paper.report.cells import Cell, in_order, source_name
-from moebound.paper.report.suite import Suite
+from moebound.paper.report.suite import DEEP, SHALLOW, Suite
 from moebound.paper.report.tables import Line, Table
 
 _LONGEST = 44
@@ -79,6 +79,61 @@ def heat_map(suite: Suite, task: str, *, relative: bool = False) -> str:
     what = "KL over its row's mean" if relative else "KL divergence"
     alt = f"{what} by layer and error source on task {task}"
     return drawing((10.5, height), draw, name=f"heat {relative} {task}", alt=alt)
+
+
+def relative_depth(suites: Sequence[Suite], task: int) -> str:
+    """KL of an error in all experts of one layer by relative depth, each model over its own
+    geometric mean over layers: one colour a model, simulated errors full, a codec's dashed.
+
+    task: its index in each study. The bound is the largest that all have.
+    """
+    lines: list[tuple[int, int, str, list[tuple[float, float]]]] = []
+    wanted = [[suite.simulation, suite.codec] for suite in suites]
+    found = [
+        {key[1:]: at for key, at in whole_layers(suite).items()
+         if key[0] == suite.study.tasks[task]}
+        for suite in suites
+    ]  # fmt: skip
+    shared = set.intersection(*({rate for _, rate in of} for of in found))
+    if not shared:
+        return ""
+    rate = max(shared)
+    for model, (suite, of) in enumerate(zip(suites, found, strict=True)):
+        for index, source in enumerate(wanted[model]):
+            cells = [c for c in of.get((source or "", rate), {}).values() if min(c.kls) > 0]
+            if len(cells) > 1:
+                logs = {cell.depth: float(np.log(cell.kls).mean()) for cell in cells}
+                mean = float(np.mean(list(logs.values())))
+                points = [(depth, float(np.exp(logs[depth] - mean))) for depth in sorted(logs)]
+                name = f"{suite.study.model}, {source_name(source or '')}"
+                lines.append((model, index, name, points))
+    if not lines:
+        return ""
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.axhline(1, color=FAINT, linewidth=0.9)
+        for edge in (SHALLOW, DEEP):
+            axes.axvline(edge, color=FAINT, linewidth=0.9)
+        for model, index, name, points in lines:
+            axes.plot(
+                *zip(*points, strict=True),
+                color=SERIES[model % len(SERIES)],
+                marker=MARKERS[model % len(MARKERS)],
+                markersize=5,
+                markerfacecolor="none" if index else SERIES[model % len(SERIES)],
+                linestyle=DASHES[index],
+                linewidth=1.5,
+                label=name,
+            )
+        axes.set_yscale("log")
+        _log_ticks(axes)
+        axes.set_xlabel("relative depth of the layer with an error")
+        axes.set_ylabel(f"KL over the model's mean, bound {100 * rate:g} %")
+        axes.legend(fontsize=8.5)
+
+    alt = "KL by relative depth of the layer with an error, each model over its own mean"
+    return drawing((9.0, 3.9), draw, name=f"relative depth {task}", alt=alt)
 
 
 def _log_ticks(axes: Any) -> None:

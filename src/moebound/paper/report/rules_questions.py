@@ -98,10 +98,13 @@ def deep_gain_by_magnitude(suite: Suite) -> Finding:
     return Finding(ev.some(everything), f"{ev.tally(everything, words=GAINS)}.", tuple(shown))
 
 
+PATTERNS = ("shallow-harmless", "middle-most-sensitive", "deep-errors-help")
+"""What the paper asks of other models: robust shallow, sensitive middle, gains from deep errors."""
+
+
 def generalises(found: Mapping[str, Finding]) -> Finding:
     """By the verdicts on the three patterns."""
-    names = ("shallow-harmless", "middle-most-sensitive", "deep-errors-help")
-    outcomes = [found[name].outcome for name in names]
+    outcomes = [found[name].outcome for name in PATTERNS]
     outcome: ev.Outcome = (
         "contradicts" if "contradicts" in outcomes
         else "supports" if set(outcomes) == {"supports"} else "open"
