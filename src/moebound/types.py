@@ -128,7 +128,8 @@ class ErrorBound:
             raise BoundError(f"bound scope 'expert' goes with mode 'rate', not {self.mode!r}")
         value = as_float(self.value)
         if not 0 < value < math.inf:
-            raise BoundError(f"bound {self.value!r}: expected a finite number above 0")
+            shown = self.value if math.isfinite(value) else value  # not thousands of digits
+            raise BoundError(f"bound {shown!r}: expected a finite number above 0")
         object.__setattr__(self, "value", value)
 
     @classmethod

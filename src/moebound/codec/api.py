@@ -41,7 +41,7 @@ RMSE_ATTEMPTS = 12
 
 UNASKED_BYTES, UNASKED_RATIO = 1 << 30, 1024
 """What a decoder makes of bytes where nobody says how much to expect: 1 GiB, or 1024 times the
-bytes if that is more. A constant array of 1 GiB is a hundred bytes, so a ratio alone would not do."""
+bytes if that is more. A constant array of 1 GiB is a hundred bytes: a ratio alone would not do."""
 
 MOST_THREADS = 1 << 16
 

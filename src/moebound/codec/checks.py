@@ -14,5 +14,7 @@ def whole(value: Any, what: str, least: int, most: int) -> int:
     numbers that are not between `least` and `most`."""
     number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not number or not least <= value <= most:
-        raise CodecError(f"{what} {value!r}: expected a whole number from {least} to {most}")
+        long = type(value) is int and value.bit_length() > 64  # Python refuses to print some
+        shown = f"of {value.bit_length()} bits" if long else repr(value)
+        raise CodecError(f"{what} {shown}: expected a whole number from {least} to {most}")
     return int(value)

@@ -126,7 +126,8 @@ class Head:
         return cls(bits, bool(flags), group, -(-spec.size // group))
 
     def weights(self, read: FieldReader, spec: MatrixSpec, zero: Array, step: Array) -> Array:
-        """(q - zero) · step for all that is left, of spec's shape, float32. zero, step: [n_groups]."""
+        """(q - zero) · step for the integers, which are all that is left, of spec's shape, float32.
+        zero, step: [n_groups]."""
         groups = self._codes(read, spec)
         groups -= zero[:, None]
         groups *= step[:, None]
