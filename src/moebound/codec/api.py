@@ -191,7 +191,7 @@ def decode_array(
     max_bytes, both before asking for its memory.
     """
     check_claimed(parsed, max_bytes)
-    with _named_memory(f"decoding shape {parsed.spec.shape} of {parsed.spec.dtype}"):
+    with named_memory(f"decoding shape {parsed.spec.shape} of {parsed.spec.dtype}"):
         array = np.empty(parsed.spec.shape, NUMPY_DTYPES[parsed.spec.dtype])
     decode_into(parsed, array.reshape(-1), threads=threads)
     return array
@@ -254,7 +254,7 @@ def decode_into(parsed: Envelope, out: Array, *, threads: int | None = None) -> 
     if spec.size:
         chosen = thread_count() if threads is None else threads
         n_threads = whole(chosen, "threads", 1, MOST_THREADS)
-        with _named_memory(f"decoding shape {spec.shape} of {spec.dtype}"):
+        with named_memory(f"decoding shape {spec.shape} of {spec.dtype}"):
             cls().decompress(parsed.payload, spec, out, threads=n_threads)
         patch.apply(out, parsed.misses, parsed.values)
     elif len(parsed.payload):
@@ -287,7 +287,7 @@ def _check_shape(shape: tuple[int, ...]) -> None:
 
 
 @contextmanager
-def _named_memory(what: str) -> Iterator[None]:
+def named_memory(what: str) -> Iterator[None]:
     """A MemoryError stays one, and says what there was no memory for."""
     try:
         yield
@@ -310,7 +310,7 @@ def _encode(x: Array, spec: ArraySpec, codec: Codec, *, from_torch: bool, thread
     if spec.size == 0:
         payload, values = Payload(b""), np.empty(0, spec.numpy_dtype)
     else:
-        with _named_memory(f"encoding shape {spec.shape} of {spec.source_dtype}"):
+        with named_memory(f"encoding shape {spec.shape} of {spec.source_dtype}"):
             payload, values = within_bound(codec, x, spec, threads=threads)
     return envelope.build(
         Envelope(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from moebound import _native
 from moebound.codec import envelope
-from moebound.codec.api import check_claimed, decode_array
+from moebound.codec.api import check_claimed, decode_array, named_memory
 from moebound.codec.base import ArraySpec
 from moebound.codec.bound import DTYPE_CODES, EXACT, BoundCodec
 from moebound.codec.envelope import Envelope
@@ -113,7 +113,8 @@ def read_stream(data: bytes | bytearray | memoryview, *, max_bytes: int | None =
     check_claimed(parsed, max_bytes)
     # The payload is the last thing in front of the checksum.
     begin = n_bytes - 4 - len(parsed.payload)
-    return _stream(parsed, n_bytes, _coded(parsed, begin), None)
+    with named_memory(f"reading shape {parsed.spec.shape} of {parsed.spec.dtype}"):
+        return _stream(parsed, n_bytes, _coded(parsed, begin), None)
 
 
 def _stream(parsed: Envelope, n_bytes: int, coded: Coded | None, decoded: Array | None) -> Stream:
