@@ -19,6 +19,7 @@ from moebound.methods.blob import MatrixBlob, RouterBlob, SharedBlob, Use, parse
 from moebound.methods.hqq import Hqq
 from moebound.methods.packing import _PIECE, pack, packed_bytes, unpack
 from moebound.methods.reading import Stored
+from moebound.methods.router_edit import RouterEdit
 from moebound.methods.rtn import Rtn
 from moebound.types import NUMPY_DTYPES, ExpertKey
 
@@ -119,8 +120,20 @@ def test_integers_come_back_whatever_pieces_they_are_packed_in(bits: int, count:
 @pytest.mark.parametrize("method", [Rtn, Hqq])
 @pytest.mark.parametrize(
     "options",
-    [(True,), (1,), (9,), (4.0,), ("4",), (4, True), (4, 1), (4, (1 << 40) + 1), (4, 64.0)]
-    + [(4, 64, 0), (4, 64, 1), (4, 64, "coded")],
+    [
+        (True,),
+        (1,),
+        (9,),
+        (4.0,),
+        ("4",),
+        (4, True),
+        (4, 1),
+        (4, (1 << 40) + 1),
+        (4, 64.0),
+        (4, 64, 0),
+        (4, 64, 1),
+        (4, 64, "coded"),
+    ],
 )
 def test_options_that_no_payload_can_say(method: Any, options: tuple[Any, ...]) -> None:
     with pytest.raises(MethodError, match="expected"):
@@ -137,7 +150,7 @@ def test_settings_that_no_payload_can_say(setting: str) -> None:
 
 @pytest.mark.parametrize("shape", [(1,) * 9, ((1 << 40) + 1, 0), (1 << 21, 1 << 20)])
 def test_a_shape_that_no_reader_takes_is_not_written(shape: tuple[int, ...]) -> None:
-    with pytest.raises(MethodError, match="dimensions: at most 8|at most 2\\^40"):
+    with pytest.raises(MethodError, match=r"dimensions: at most 8|at most 2\^40"):
         blob(memoryview(b""), shape)
 
 
@@ -163,7 +176,7 @@ def test_a_number_that_no_varint_holds_is_not_written(value: int) -> None:
 
 def test_a_memory_error_says_nothing_of_the_bytes() -> None:
     with (
-        pytest.raises(MemoryError, match="^method 'x': out of memory: 7 GiB$"),
+        pytest.raises(MemoryError, match=r"^method 'x': out of memory: 7 GiB$"),
         named("method 'x'", CorruptionError),
     ):
         raise MemoryError("7 GiB")
@@ -175,3 +188,32 @@ def test_things_that_are_no_bytes() -> None:
             parse_matrix(thing)  # type: ignore[arg-type]
     assert FieldReader(memoryview(b""), 0).left == 0
     assert Payload(b"").uses == ()
+
+
+def test_a_scale_that_no_encoder_writes() -> None:
+    scale = np.array([np.inf], "<f2").tobytes()
+    data = blob(rtn_payload(64, scale + bytes(1) + bytes(16)), (4, 8))
+    with pytest.raises(CorruptionError, match="a scale that is not finite"):
+        Stored.of(data).decode()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        b'"alias":{"1":3,"01":4}',
+        b'"alias":{"1_0":3}',
+        b'"alias":{" 1":3}',
+        b'"constants":[2,2]',
+        b'"constants":[2,1]',
+        b'"alias":{"' + b"9" * 5000 + b'":3}',
+        b'"layer":1e2',
+    ],
+)
+def test_a_router_edit_says_each_expert_once(changes: bytes) -> None:
+    fields = {b"layer": b'"layer":0', b"keep": b'"keep":null', b"alias": b'"alias":{}'}
+    fields |= {b"constants": b'"constants":[]', changes.split(b'"')[1]: changes}
+    line = b"{" + b",".join(fields.values()) + b"}\n"
+    with pytest.raises(CorruptionError, match="router edit"):
+        RouterEdit.from_bytes(line + bytes(8 if b"constants" in changes else 0))
+    good = RouterEdit(0, None, {1: 3}, {2: np.ones(2, np.float32)})
+    assert RouterEdit.from_bytes(good.to_bytes()).describe() == good.describe()

@@ -164,8 +164,9 @@ def decode(
 
     A torch tensor comes back where one went in, a NumPy array where one went in. out: decode into
     this contiguous array or tensor of the same shape and dtype, and return it; it shares no memory
-    with data. max_bytes: of the decoded array, the most that is made of data; None for 1 GiB, or
-    1024 times the bytes of data if that is more. With out, its shape is what was expected.
+    with data, and holds anything after an error. max_bytes: of the decoded array, the most that is
+    made of data; None for 1 GiB, or 1024 times the bytes of data if that is more. With out, its
+    shape is what was expected.
 
     Memory: the decoded array, and a small multiple of it and of data. Raises FormatError for an
     array beyond max_bytes, FormatError or CorruptionError on bytes that are not whole, CodecError

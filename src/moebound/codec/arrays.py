@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
@@ -49,7 +50,7 @@ def to_numpy(array: ArrayLike) -> Array:
     if is_torch(array):
         import torch
 
-        given: torch.Tensor = array.detach()  # type: ignore[union-attr, assignment]
+        given: torch.Tensor = array.detach()  # type: ignore[union-attr]
         name = dtype_name(given.dtype)
         if given.layout != torch.strided or given.device.type == "meta":
             raise CodecError(
@@ -92,11 +93,12 @@ def writable_view(out: ArrayLike, shape: tuple[int, ...], dtype: DType) -> Array
     if is_torch(out):
         import torch
 
-        tensor: torch.Tensor = out.detach()  # type: ignore[union-attr, assignment]
+        tensor: torch.Tensor = out.detach()  # type: ignore[union-attr]
         plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
         if not plain or tensor.is_neg() or not tensor.is_contiguous():
             raise CodecError("out: expected a contiguous tensor on the CPU")
         view = to_numpy(tensor)
+        will_be_written([tensor])
     elif isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray):
         if not (out.flags.c_contiguous and out.flags.writeable):
             raise CodecError("out: expected a C-contiguous, writable array")
@@ -108,6 +110,16 @@ def writable_view(out: ArrayLike, shape: tuple[int, ...], dtype: DType) -> Array
             f"out: expected shape {shape} and dtype {dtype}, found {view.shape}, {view.dtype}"
         )
     return view.reshape(-1)
+
+
+def will_be_written(tensors: Iterable[torch.Tensor]) -> None:
+    """Tell autograd that these change behind its back: a backward pass that needs what was in them
+    then raises, where it would compute another gradient without a word."""
+    import torch
+
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def refuse_overlap(out: Array, *read: memoryview | Array) -> None:

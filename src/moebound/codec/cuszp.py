@@ -64,9 +64,9 @@ def encode_stream(x: Array, abs_bound: float, *, mode: str = "plain") -> bytes:
     library's too: it may be missed by float32's rounding, and is for values of 2^23 steps and
     more; bins end at ±2^30. NaN and ±Inf are coded as 0. Raises BoundError, CodecError.
     """
-    if x.dtype != np.float32:
-        raise CodecError(f"cuszp: expected float32, found {x.dtype}")
     flat = to_numpy(x).reshape(-1)
+    if flat.dtype != np.float32:
+        raise CodecError(f"cuszp: expected float32, found {x.dtype}")
     code = MODES.index(check_mode(mode))
     return _native.cuszp_encode(flat, check_bound(abs_bound), code, True, 1)  # type: ignore[no-any-return]
 

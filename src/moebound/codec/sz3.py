@@ -193,6 +193,6 @@ def _check_sizes(data: memoryview, size: int) -> None:
     )
     if not sound:
         raise CorruptionError(
-            f"sz3: the stream says {num} values in {dims}, algorithm {algorithm}, mode {mode}, "
+            f"sz3: the stream says {num} values in {dims[:4]}, algorithm {algorithm}, mode {mode}, "
             f"{n_payload} payload bytes; expected {size} values"
         )

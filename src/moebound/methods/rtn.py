@@ -181,6 +181,8 @@ class Rtn(Grouped):
         read = FieldReader(payload, 0)
         head = Head.read(read, spec)
         scale = np.frombuffer(read.take(2 * head.n_groups), "<f2").astype(np.float32)
+        if not np.isfinite(scale).all():
+            raise CorruptionError("a scale that is not finite")
         zeros = read.take(packed_bytes(head.n_groups, head.bits))
         zero = unpack(zeros, head.n_groups, head.bits).astype(np.float32)
         return head.weights(read, spec, zero, np.where(scale > 0, scale, np.float32(1)))

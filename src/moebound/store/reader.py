@@ -78,9 +78,7 @@ class StoredMatrix:
         """
         with self._named():
             stored = self.parse(data)
-            return stored.decode(
-                parts or self.find, threads=threads, max_bytes=stored.spec.n_bytes
-            )
+            return stored.decode(parts or self.find, threads=threads, max_bytes=stored.spec.n_bytes)
 
     def decode_into(
         self,

@@ -113,6 +113,15 @@ def test_outs_over_one_another_are_refused() -> None:
         batch.launch(both[: batch.n_bytes], [first, second, over])
 
 
+def test_autograd_hears_that_outs_will_change() -> None:
+    specs = [stream.spec for stream in DecodeBatch.of(envelopes()).streams]
+    weights_of, x = outs(), torch.ones(512, dtype=torch.bfloat16, requires_grad=True)
+    lost = (weights_of[0] @ x).sum()
+    check_outs(specs, weights_of, torch.zeros(8, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        lost.backward()
+
+
 def test_views_side_by_side_are_fine() -> None:
     specs = [stream.spec for stream in DecodeBatch.of(envelopes()).streams]
     whole = torch.zeros(sum(spec.size for spec in specs), dtype=torch.bfloat16)
@@ -151,7 +160,7 @@ def test_many_small_arrays_beside_a_large_one_take_no_room_by_their_square(
 ) -> None:
     monkeypatch.setattr(launch, "MOST_PLACES", 14)
     batch = DecodeBatch.of(envelopes())  # of 5 segments, of 1 and of 5
-    with pytest.raises(CodecError, match="3 arrays of up to 5 segments, .* split it"):
+    with pytest.raises(CodecError, match=r"3 arrays of up to 5 segments, .* split it"):
         batch.launch(torch.zeros(batch.n_bytes, dtype=torch.uint8), outs())
 
 

@@ -15,7 +15,9 @@ from moebound.errors import BackendUnavailable, BoundError, CodecError
 
 @pytest.mark.parametrize("n", [True, 64.0, "64", None])
 def test_a_number_of_values_is_a_whole_number(n: Any) -> None:
-    stream = torch.frombuffer(bytearray(encode_on_cpu(np.ones(64, np.float32), 0.1)), dtype=torch.uint8)
+    stream = torch.frombuffer(
+        bytearray(encode_on_cpu(np.ones(64, np.float32), 0.1)), dtype=torch.uint8
+    )
     with pytest.raises(CodecError, match="cuszp: n"):
         decode_stream(stream, n, 0.1)
     with pytest.raises(BoundError, match="expected a number"):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebound.codec.arrays import to_torch, torch_dtype
+from moebound.codec.arrays import to_torch, torch_dtype, will_be_written
 from moebound.codec.base import ArraySpec
 from moebound.codec.device import metadata
 from moebound.codec.device.jobs import FIELDS, make_jobs
@@ -174,7 +174,7 @@ def check_outs(
 ) -> None:
     """Raises CodecError for tensors that arrays of these specs cannot be decoded into: of another
     size, dtype or device than `compressed`, or over it or one another, where what comes out would
-    be a matter of which program is quicker."""
+    be a matter of which program is quicker. Tells autograd that the others will be written."""
     device = compressed.device
     if len(outs) != len(specs):
         raise CodecError(f"outs: expected {len(specs)} tensors, found {len(outs)}")
@@ -191,6 +191,7 @@ def check_outs(
     for (_, end, name), (begin, _, other) in pairwise(spans):
         if begin < end:
             raise CodecError(f"{name} and {other} overlap: expected memory of their own")
+    will_be_written(outs)
 
 
 def decode_to(
