@@ -119,13 +119,13 @@ def test_autograd_hears_that_outs_will_change() -> None:
     lost = (weights_of[0] @ x).sum()
     check_outs(specs, weights_of, torch.zeros(8, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        lost.backward()
+        lost.backward()  # type: ignore[no-untyped-call]
 
 
 def test_views_side_by_side_are_fine() -> None:
     specs = [stream.spec for stream in DecodeBatch.of(envelopes()).streams]
     whole = torch.zeros(sum(spec.size for spec in specs), dtype=torch.bfloat16)
-    parts = whole.split([spec.size for spec in specs])
+    parts = whole.split([spec.size for spec in specs])  # type: ignore[no-untyped-call]
     check_outs(specs, parts, torch.zeros(8, dtype=torch.uint8))
     check_outs([specs[0], replace(specs[0], shape=(0,))], [outs()[0], whole[:0]], whole)
 
