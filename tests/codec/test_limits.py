@@ -3,6 +3,10 @@ written and not read, outputs over their own input, numbers that are none. Every
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -546,3 +550,43 @@ def test_dtypes_by_any_of_their_names(dtype: Any) -> None:
 def test_other_dtypes(dtype: Any) -> None:
     with pytest.raises(CodecError, match="expected bfloat16, float16 or float32"):
         encode(np.ones(3, np.float32), 0.1, dtype=dtype)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("codec", ["bound", "lossless", "cuszp"])
+def test_no_memory_in_a_thread_of_the_kernel_is_a_memory_error(codec: str) -> None:
+    """A little more each time, in a process of its own: it neither ends nor computes other bytes."""
+    script = f"""
+        import resource
+        import numpy as np
+        from moebound import decode, encode
+
+        x = np.random.default_rng(0).standard_normal((1024, 2048)).astype(np.float32)
+        made, refused = [encode(x[:8], 1e-3, codec={codec!r})], 0  # everything is imported
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        for more in range(0, 48 << 20, 1 << 20):
+            resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
+            try:
+                data = encode(x, 1e-3, codec={codec!r})
+                decode(data)
+            except MemoryError as error:
+                refused += 1
+                assert "out of memory" in str(error), error
+            else:
+                made.append(data)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        assert refused > 3, refused
+        assert set(made[1:]) <= {{encode(x, 1e-3, codec={codec!r})}}
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=os.environ | {"MOEBOUND_THREADS": "4", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -308,22 +308,22 @@ def _encode(x: Array, spec: ArraySpec, codec: Codec, *, from_torch: bool, thread
     if spec.abs_bound == 0.0 and codec.lossy:
         # A relative bound on an all-zero tensor: only an exact copy keeps it.
         codec = get_codec("lossless")
-    if spec.size == 0:
-        payload, values = Payload(b""), np.empty(0, spec.numpy_dtype)
-    else:
-        with named_memory(f"encoding shape {spec.shape} of {spec.source_dtype}"):
+    with named_memory(f"encoding shape {spec.shape} of {spec.source_dtype}"):
+        if spec.size == 0:
+            payload, values = Payload(b""), np.empty(0, spec.numpy_dtype)
+        else:
             payload, values = within_bound(codec, x, spec, threads=threads)
-    return envelope.build(
-        Envelope(
-            spec,
-            codec.id,
-            codec.version,
-            memoryview(payload.data),
-            payload.misses,
-            values,
-            from_torch,
+        return envelope.build(
+            Envelope(
+                spec,
+                codec.id,
+                codec.version,
+                memoryview(payload.data),
+                payload.misses,
+                values,
+                from_torch,
+            )
         )
-    )
 
 
 def _measure(x: Array, data: bytes, abs_bound: float, threads: int) -> Distortion:
