@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <exception>
 #include <functional>
 
 namespace moebound {
@@ -12,13 +13,23 @@ namespace moebound {
 // milliseconds may wait as long for its first turn. A forked child gets a pool of its own.
 void run_together(size_t n_threads, const std::function<void()>& run);
 
-// Calls work(i) once for each i below n, in no order. work must not throw.
+// Calls work(i) once for each i below n, in no order. If one throws, as where there is no memory, no
+// others begin, and the first exception comes out when all that had begun are done: never out of a
+// thread of the pool, which would end the process.
 template <class Work>
 void for_each_index(size_t n, unsigned threads, Work&& work) {
   std::atomic<size_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
   run_together(std::min<size_t>(threads ? threads : 1, n), [&] {
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) work(i);
+    try {
+      for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) work(i);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+      next = n;
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace moebound

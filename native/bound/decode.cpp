@@ -113,7 +113,8 @@ void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes,
   const size_t stride = size_t(layout.rows_per_segment) * layout.columns * item_size(info.output);
   // Segments go to threads in batches of up to kMostTogether, of even size, as many for each thread.
   const size_t n = segments.size(), least = (n + kMostTogether - 1) / kMostTogether;
-  const size_t n_batches = std::min(n, (least + threads - 1) / threads * threads);
+  const size_t each = threads ? threads : 1;
+  const size_t n_batches = std::min(n, (least + each - 1) / each * each);
   std::atomic<size_t> damaged{SIZE_MAX};
   for_each_index(n_batches, threads, [&](size_t batch) {
     const size_t begin = batch * n / n_batches, end = (batch + 1) * n / n_batches;

@@ -87,6 +87,19 @@ class TensorStats:
         return self.highest - self.lowest if self.count else 0.0
 
 
+def as_float(bound: Any) -> float:
+    """A bound as a float64 number, ±inf for what is beyond them.
+
+    Raises BoundError for what is no number of Python or NumPy; a bool is none.
+    """
+    if isinstance(bound, bool) or not isinstance(bound, (int, float, np.floating, np.integer)):
+        raise BoundError(f"bound {bound!r}: expected a number, found {type(bound).__name__}")
+    try:
+        return float(bound)
+    except OverflowError:
+        return math.inf if bound > 0 else -math.inf
+
+
 @dataclass(frozen=True)
 class ErrorBound:
     """A promise about the error of each weight, in one of four ways of stating it.
@@ -113,12 +126,11 @@ class ErrorBound:
             raise BoundError(f"bound scope {self.scope!r}: expected one of {get_args(BoundScope)}")
         if self.scope == "expert" and self.mode != "rate":
             raise BoundError(f"bound scope 'expert' goes with mode 'rate', not {self.mode!r}")
-        value = self.value
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-            raise BoundError(f"bound {value!r}: expected a number, found {type(value).__name__}")
-        if not (math.isfinite(value) and value > 0):
-            raise BoundError(f"bound {value!r}: expected a finite number above 0")
-        object.__setattr__(self, "value", float(value))
+        value = as_float(self.value)
+        if not 0 < value < math.inf:
+            shown = self.value if math.isfinite(value) else value  # not thousands of digits
+            raise BoundError(f"bound {shown!r}: expected a finite number above 0")
+        object.__setattr__(self, "value", value)
 
     @classmethod
     def of(cls, bound: float | ErrorBound) -> ErrorBound:

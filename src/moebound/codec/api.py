@@ -7,7 +7,11 @@ parse the envelope -> codec.decompress -> put the patch in place
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,20 +21,31 @@ from moebound.codec.arrays import (
     ArrayLike,
     dtype_name,
     is_torch,
+    refuse_overlap,
     to_numpy,
     to_torch,
     writable_view,
 )
 from moebound.codec.base import ArraySpec, Codec, Payload
 from moebound.codec.certificate import Certificate, promised, sha256
+from moebound.codec.checks import whole
 from moebound.codec.envelope import Envelope
+from moebound.codec.fields import as_bytes
 from moebound.codec.measure import Distortion, measure, stats
 from moebound.codec.registry import codec_class, get_codec
 from moebound.codec.strict import within_bound
 from moebound.errors import BoundError, BoundViolatedError, CodecError, CorruptionError, FormatError
-from moebound.types import NUMPY_DTYPES, Array, ErrorBound, TensorStats
+from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound, TensorStats
 
 RMSE_ATTEMPTS = 12
+
+UNASKED_BYTES, UNASKED_RATIO = 1 << 30, 1024
+"""What a decoder makes of bytes where nobody says how much to expect: 1 GiB, or 1024 times the
+bytes if that is more. A constant array of 1 GiB is a hundred bytes: a ratio alone would not do."""
+
+MOST_THREADS = 1 << 16
+
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -62,16 +77,20 @@ def encode(
 
     Guarantee, for a pointwise bound ε: max|array - decode(...)| <= ε in float64; NaN and ±Inf
     come back bit for bit; -0.0 may come back as 0.0. The bytes are the same on every machine.
+    A bound wider than every weight is a bound: all of them may come back as 0.
 
     Raises BoundError if the bound is no finite number above 0 or dtype cannot meet it, CodecError
-    for an unknown codec or an array it cannot take, BackendUnavailable if its library is missing.
+    for an unknown codec or an array it cannot take (more than 8 dimensions or 2^40 values, among
+    others), BackendUnavailable if its library is missing, MemoryError.
     """
+    if is_torch(array) or isinstance(array, np.ndarray):
+        _check_shape(tuple(array.shape))  # before a copy is made of it
     x = to_numpy(array)
     bound = ErrorBound.of(bound)
     out_dtype = dtype_name(x.dtype if dtype is None else dtype)
     reference = TensorStats() if bound.mode == "abs" else stats(x)
     spec = ArraySpec(x.shape, out_dtype, dtype_name(x.dtype), _absolute(bound, reference))
-    chosen = get_codec(codec) if isinstance(codec, str) else codec
+    chosen = _codec(codec)
     torch_in, threads = is_torch(array), thread_count()
     data = _encode(x, spec, chosen, from_torch=torch_in, threads=threads)
     if bound.pointwise or spec.size == 0:
@@ -89,22 +108,25 @@ def encode_certified(
 ) -> Encoded:
     """`encode`, then decode again, measure, and write down what was kept.
 
-    array: C-contiguous NumPy array. reference: what a relative bound is relative to, the whole
+    array: NumPy array. reference: what a relative bound is relative to, the whole
     expert's statistics for scope "expert"; the array's own if None.
 
     Raises as `encode`; BoundViolatedError if the measured error exceeds the bound, which no codec
     here should ever let happen.
     """
+    _check_shape(array.shape)
+    array = to_numpy(array)
+    threads = whole(threads, "threads", 1, MOST_THREADS)
     if reference is None and bound.mode != "abs":
         reference = stats(array)
     dtype = dtype_name(array.dtype)
     spec = ArraySpec(array.shape, dtype, dtype, _absolute(bound, reference or TensorStats()))
-    chosen = get_codec(codec) if isinstance(codec, str) else codec
+    chosen = _codec(codec)
     data = _encode(array, spec, chosen, from_torch=False, threads=threads)
     if not bound.pointwise and spec.size:
         data = _meet_rmse(array, spec, chosen, bound, data, from_torch=False, threads=threads)
     parsed = envelope.parse(data)
-    decoded = decode_array(parsed, threads=threads)
+    decoded = decode_array(parsed, threads=threads, max_bytes=spec.n_bytes)
     found = measure(array, decoded, parsed.spec.abs_bound)
     if found.broken and bound.pointwise:
         raise BoundViolatedError(
@@ -132,27 +154,54 @@ def encode_certified(
     return Encoded(data, certificate, decoded)
 
 
-def decode(data: bytes | bytearray | memoryview, *, out: ArrayLike | None = None) -> ArrayLike:
+def decode(
+    data: bytes | bytearray | memoryview,
+    *,
+    out: ArrayLike | None = None,
+    max_bytes: int | None = None,
+) -> ArrayLike:
     """The array again, in the dtype and shape it was encoded with.
 
     A torch tensor comes back where one went in, a NumPy array where one went in. out: decode into
-    this contiguous array or tensor of the same shape and dtype, and return it.
+    this contiguous array or tensor of the same shape and dtype, and return it; it shares no memory
+    with data, and holds anything after an error. max_bytes: of the decoded array, the most that is
+    made of data; None for 1 GiB, or 1024 times the bytes of data if that is more. With out, its
+    shape is what was expected.
 
-    Raises FormatError or CorruptionError on bytes that are not whole, CodecError if out does not
-    fit or the codec is unknown here.
+    Memory: the decoded array, and a small multiple of it and of data. Raises FormatError for an
+    array beyond max_bytes, FormatError or CorruptionError on bytes that are not whole, CodecError
+    if out does not fit or the codec is unknown here, MemoryError.
     """
     parsed = envelope.parse(data)
     if out is not None:
-        decode_into(parsed, writable_view(out, parsed.spec.shape, parsed.spec.dtype))
+        view = writable_view(out, parsed.spec.shape, parsed.spec.dtype)
+        refuse_overlap(view, as_bytes(data))
+        decode_into(parsed, view)
         return out
-    array = decode_array(parsed)
+    array = decode_array(parsed, max_bytes=max_bytes)
     return to_torch(array) if parsed.from_torch else array
 
 
-def decode_array(parsed: Envelope, *, threads: int | None = None) -> Array:
+def decode_array(
+    parsed: Envelope, *, threads: int | None = None, max_bytes: int | None = None
+) -> Array:
     """The values of a parsed envelope as a new NumPy array.
 
-    Raises CorruptionError for a shape that so few bytes cannot fill, before asking for its memory.
+    max_bytes: as of `decode`. Who has compared the shape with what it has to be gives its bytes.
+    Raises CorruptionError for a shape that so few bytes cannot fill, FormatError for one beyond
+    max_bytes, both before asking for its memory.
+    """
+    check_claimed(parsed, max_bytes)
+    with named_memory(f"decoding shape {parsed.spec.shape} of {parsed.spec.dtype}"):
+        array = np.empty(parsed.spec.shape, NUMPY_DTYPES[parsed.spec.dtype])
+    decode_into(parsed, array.reshape(-1), threads=threads)
+    return array
+
+
+def check_claimed(parsed: Envelope, max_bytes: int | None) -> None:
+    """Compare the shape that bytes claim with what they can hold, and with what is wanted.
+
+    Raises as `decode_array`.
     """
     most = codec_class(parsed.codec).most_weights(len(parsed.payload))
     if parsed.spec.size > most:
@@ -160,22 +209,54 @@ def decode_array(parsed: Envelope, *, threads: int | None = None) -> Array:
             f"shape {parsed.spec.shape}: {len(parsed.payload)} bytes of codec {parsed.codec!r} "
             f"hold at most {most} values"
         )
-    array = np.empty(parsed.spec.shape, NUMPY_DTYPES[parsed.spec.dtype])
-    decode_into(parsed, array.reshape(-1), threads=threads)
-    return array
+    given = len(parsed.payload) + parsed.values.nbytes
+    check_unasked(parsed.spec.shape, parsed.spec.dtype, given, max_bytes)
+
+
+def check_unasked(
+    shape: tuple[int, ...], dtype: DType, n_bytes: int, max_bytes: int | None
+) -> None:
+    """Whether n_bytes of input may become an array of this shape; max_bytes as of `decode`.
+
+    Raises FormatError.
+    """
+    claimed = prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    if max_bytes is None:
+        limit = max(UNASKED_BYTES, UNASKED_RATIO * n_bytes)
+    else:
+        limit = whole(max_bytes, "max_bytes", 0, 1 << 62)
+    if claimed > limit:
+        hint = "; max_bytes= allows more" if max_bytes is None else ""
+        raise FormatError(
+            f"{n_bytes} bytes say shape {shape} of {dtype}, {claimed} bytes: at most {limit} were "
+            f"expected{hint}"
+        )
 
 
 def decode_into(parsed: Envelope, out: Array, *, threads: int | None = None) -> None:
-    """Decode a parsed envelope into a flat, contiguous array of its dtype and size."""
+    """Decode a parsed envelope into a flat, contiguous array of its dtype and size.
+
+    Raises CodecError if out is another, or overlaps the bytes that were parsed.
+    """
+    spec = parsed.spec
+    fits = out.shape == (spec.size,) and out.dtype == spec.numpy_dtype
+    if not fits or not (out.flags.c_contiguous and out.flags.writeable):
+        raise CodecError(
+            f"out: expected a writable, contiguous array of {spec.size} values of {spec.dtype}, "
+            f"found shape {out.shape} of {out.dtype}"
+        )
+    refuse_overlap(out, parsed.payload, parsed.values.view(np.uint8))
     cls = codec_class(parsed.codec)
     if parsed.codec_version > cls.version:
         raise FormatError(
             f"codec {parsed.codec!r} version {parsed.codec_version}: "
             f"this moebound reads up to version {cls.version}"
         )
-    if parsed.spec.size:
-        n_threads = thread_count() if threads is None else threads
-        cls().decompress(parsed.payload, parsed.spec, out, threads=n_threads)
+    if spec.size:
+        chosen = thread_count() if threads is None else threads
+        n_threads = whole(chosen, "threads", 1, MOST_THREADS)
+        with named_memory(f"decoding shape {spec.shape} of {spec.dtype}"):
+            cls().decompress(parsed.payload, spec, out, threads=n_threads)
         patch.apply(out, parsed.misses, parsed.values)
     elif len(parsed.payload):
         raise CorruptionError(f"{len(parsed.payload)} bytes for an empty array")
@@ -186,9 +267,34 @@ def thread_count() -> int:
     wanted = os.environ.get("MOEBOUND_THREADS", "")
     if not wanted:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    if not wanted.isdigit() or int(wanted) < 1:
-        raise CodecError(f"MOEBOUND_THREADS={wanted!r}: expected a whole number above 0")
+    if not _NUMBER.fullmatch(wanted) or not 1 <= int(wanted) <= MOST_THREADS:
+        raise CodecError(
+            f"MOEBOUND_THREADS={wanted!r}: expected a whole number above 0, at most {MOST_THREADS}"
+        )
     return int(wanted)
+
+
+def _codec(codec: str | Codec) -> Codec:
+    if isinstance(codec, str):
+        return get_codec(codec)
+    if not isinstance(codec, Codec):
+        raise CodecError(f"codec {codec!r}: expected an id or a Codec, see codec_ids()")
+    return codec
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if fault := envelope.shape_fault(shape):
+        raise CodecError(f"{fault}; reshape or split the array")
+
+
+@contextmanager
+def named_memory(what: str) -> Iterator[None]:
+    """A MemoryError stays one, and says what there was no memory for."""
+    try:
+        yield
+    except MemoryError as error:
+        reason = f" ({error})" if str(error) else ""
+        raise MemoryError(f"{what}: out of memory{reason}") from error
 
 
 def _absolute(bound: ErrorBound, reference: TensorStats) -> float:
@@ -202,25 +308,28 @@ def _encode(x: Array, spec: ArraySpec, codec: Codec, *, from_torch: bool, thread
     if spec.abs_bound == 0.0 and codec.lossy:
         # A relative bound on an all-zero tensor: only an exact copy keeps it.
         codec = get_codec("lossless")
-    if spec.size == 0:
-        payload, values = Payload(b""), np.empty(0, spec.numpy_dtype)
-    else:
-        payload, values = within_bound(codec, x, spec, threads=threads)
-    return envelope.build(
-        Envelope(
-            spec,
-            codec.id,
-            codec.version,
-            memoryview(payload.data),
-            payload.misses,
-            values,
-            from_torch,
+    with named_memory(f"encoding shape {spec.shape} of {spec.source_dtype}"):
+        if spec.size == 0:
+            payload, values = Payload(b""), np.empty(0, spec.numpy_dtype)
+        else:
+            payload, values = within_bound(codec, x, spec, threads=threads)
+        return envelope.build(
+            Envelope(
+                spec,
+                codec.id,
+                codec.version,
+                memoryview(payload.data),
+                payload.misses,
+                values,
+                from_torch,
+            )
         )
-    )
 
 
 def _measure(x: Array, data: bytes, abs_bound: float, threads: int) -> Distortion:
-    return measure(x, decode_array(envelope.parse(data), threads=threads), abs_bound)
+    parsed = envelope.parse(data)
+    decoded = decode_array(parsed, threads=threads, max_bytes=parsed.spec.n_bytes)
+    return measure(x, decoded, abs_bound)
 
 
 def _meet_rmse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
@@ -32,29 +33,37 @@ def dtype_name(dtype: object) -> DType:
     """
     if isinstance(dtype, str) and dtype.upper() in NUMPY_DTYPES:
         return dtype.upper()  # type: ignore[return-value]
-    name = str(dtype).removeprefix("torch.")
+    name = dtype.__name__ if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
     try:
         found = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
         return _NAMES[found.newbyteorder("=")]
-    except (TypeError, KeyError):
+    except (TypeError, ValueError, SyntaxError, KeyError):
         raise CodecError(f"dtype {name}: expected bfloat16, float16 or float32") from None
 
 
 def to_numpy(array: ArrayLike) -> Array:
     """A C-contiguous NumPy array of the same values and dtype; a view where possible.
 
-    Raises CodecError for other dtypes and for things that are no array.
+    Raises CodecError for other dtypes, for things that are no array, and for arrays of which some
+    values are masked or not there: sparse tensors and those on device "meta".
     """
     if is_torch(array):
         import torch
 
-        tensor: torch.Tensor = array.detach().cpu().contiguous()  # type: ignore[union-attr]
-        name = dtype_name(tensor.dtype)
+        given: torch.Tensor = array.detach()  # type: ignore[union-attr]
+        name = dtype_name(given.dtype)
+        if given.layout != torch.strided or given.device.type == "meta":
+            raise CodecError(
+                f"expected a dense tensor with values, found {given.layout} on {given.device}"
+            )
+        tensor = given.cpu().contiguous().resolve_neg()
         if name == "BF16":
             return tensor.view(torch.int16).numpy().view(NUMPY_DTYPES["BF16"])
         return tensor.numpy()
     if not isinstance(array, np.ndarray):
         raise CodecError(f"expected a NumPy array or a torch tensor, found {type(array).__name__}")
+    if isinstance(array, np.ma.MaskedArray):
+        raise CodecError("expected an array without a mask, found a masked one; fill it first")
     name = dtype_name(array.dtype)
     return np.ascontiguousarray(array, dtype=NUMPY_DTYPES[name]).reshape(array.shape)
 
@@ -82,11 +91,15 @@ def writable_view(out: ArrayLike, shape: tuple[int, ...], dtype: DType) -> Array
     Raises CodecError unless it is C-contiguous, writable, on the CPU and of that shape and dtype.
     """
     if is_torch(out):
+        import torch
+
         tensor: torch.Tensor = out.detach()  # type: ignore[union-attr]
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
+        if not plain or tensor.is_neg() or not tensor.is_contiguous():
             raise CodecError("out: expected a contiguous tensor on the CPU")
         view = to_numpy(tensor)
-    elif isinstance(out, np.ndarray):
+        will_be_written([tensor])
+    elif isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray):
         if not (out.flags.c_contiguous and out.flags.writeable):
             raise CodecError("out: expected a C-contiguous, writable array")
         view = out
@@ -97,3 +110,23 @@ def writable_view(out: ArrayLike, shape: tuple[int, ...], dtype: DType) -> Array
             f"out: expected shape {shape} and dtype {dtype}, found {view.shape}, {view.dtype}"
         )
     return view.reshape(-1)
+
+
+def will_be_written(tensors: Iterable[torch.Tensor]) -> None:
+    """Tell autograd that these change behind its back: a backward pass that needs what was in them
+    then raises, where it would compute another gradient without a word."""
+    import torch
+
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def refuse_overlap(out: Array, *read: memoryview | Array) -> None:
+    """Raises CodecError if decoding into `out` would change what is being read.
+
+    out: contiguous. read: contiguous too, so that the ends of both tell.
+    """
+    for source in read:
+        if len(source) and np.may_share_memory(out, np.asarray(source)):
+            raise CodecError("out: it overlaps the bytes that are decoded into it; copy either")

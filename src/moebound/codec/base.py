@@ -42,6 +42,11 @@ class ArraySpec:
         return prod(self.shape)
 
     @property
+    def n_bytes(self) -> int:
+        """Of the decoded values."""
+        return self.size * self.numpy_dtype.itemsize
+
+    @property
     def numpy_dtype(self) -> np.dtype[np.generic]:
         return NUMPY_DTYPES[self.dtype]
 
@@ -93,7 +98,9 @@ class Codec(ABC):
     def most_weights(cls, n_bytes: int) -> int:
         """How many values a payload of n_bytes can hold at most, whoever made it.
 
-        Checked before memory for a forged shape is asked for. The default says 2^20 a byte.
+        Checked before memory for a forged shape is asked for. The default says 2^20 a byte; a codec
+        of which a constant array of any size is a few bytes says 2^40, and leaves the rest to the
+        limit of whoever decodes.
         """
         return n_bytes << 20
 
@@ -120,7 +127,8 @@ class Codec(ABC):
         """Write the decoded values to out (C-contiguous, flat, of spec.dtype, not empty).
 
         Values at misses may be anything. Raises CorruptionError on bytes that `compress` cannot
-        have made; never reads or writes out of bounds.
+        have made; never reads or writes out of bounds. Takes memory in proportion to data and
+        out, whatever the data says.
         """
 
     def __repr__(self) -> str:

@@ -13,12 +13,14 @@ section 4, describes every byte; reference/ is the same in NumPy, to be read.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Self
 
 import numpy as np
 
 from moebound import _native
 from moebound.codec.base import ArraySpec, Codec, Payload
+from moebound.codec.checks import whole
 from moebound.codec.lossless import MAX_WEIGHTS, SEGMENT_WEIGHTS, LosslessCodec
 from moebound.codec.shape import columns_of
 from moebound.errors import CodecError, CorruptionError
@@ -28,6 +30,7 @@ DTYPE_CODES: dict[DType, int] = {"BF16": 0, "F16": 1, "F32": 2}
 MAX_SEGMENT_WEIGHTS = 1 << 18
 SEGMENTS = {"size": SEGMENT_WEIGHTS, "gpu": 1 << 14}
 """Names for weights of a segment: the smallest streams, or many warps at 0.05 bit a weight more."""
+_NUMBER = re.compile(r"[0-9]{1,9}")
 EXACT = 0
 """First byte of a payload that is an exact copy; otherwise it is the tables' log2, 1 to 12."""
 
@@ -43,11 +46,9 @@ class BoundCodec(Codec):
     keeps_bound: ClassVar[bool] = True
 
     def __init__(self, *, segment_weights: int = SEGMENT_WEIGHTS) -> None:
-        if not 1 <= segment_weights <= MAX_SEGMENT_WEIGHTS:
-            raise CodecError(
-                f"bound: segment_weights {segment_weights}: expected 1 to {MAX_SEGMENT_WEIGHTS}"
-            )
-        self.segment_weights = segment_weights
+        self.segment_weights = whole(
+            segment_weights, "bound: segment_weights", 1, MAX_SEGMENT_WEIGHTS
+        )
 
     @classmethod
     def from_options(cls, options: str) -> Self:
@@ -55,7 +56,7 @@ class BoundCodec(Codec):
         if not options:
             return cls()
         name, _, value = options.partition("=")
-        if name != "segment" or not (value.isdecimal() or value in SEGMENTS):
+        if name != "segment" or not (_NUMBER.fullmatch(value) or value in SEGMENTS):
             names = " or ".join(SEGMENTS)
             raise CodecError(
                 f"codec 'bound': expected segment=WEIGHTS ({names}), found {options!r}"

@@ -32,10 +32,13 @@ from typing import ClassVar, Self
 import numpy as np
 
 from moebound import _native
+from moebound.codec.arrays import to_numpy
 from moebound.codec.base import ArraySpec, Codec, Payload
+from moebound.codec.checks import whole
+from moebound.codec.fields import as_bytes
 from moebound.codec.rounding import smallest_with_patch
 from moebound.errors import BoundError, CodecError, CorruptionError
-from moebound.types import Array
+from moebound.types import Array, as_float
 
 MODES = ("fixed", "plain", "outlier")
 """In the order of the published library's numbers for them: 0, 1, 2."""
@@ -61,9 +64,9 @@ def encode_stream(x: Array, abs_bound: float, *, mode: str = "plain") -> bytes:
     library's too: it may be missed by float32's rounding, and is for values of 2^23 steps and
     more; bins end at ±2^30. NaN and ±Inf are coded as 0. Raises BoundError, CodecError.
     """
-    if x.dtype != np.float32:
+    flat = to_numpy(x).reshape(-1)
+    if flat.dtype != np.float32:
         raise CodecError(f"cuszp: expected float32, found {x.dtype}")
-    flat = np.ascontiguousarray(x).reshape(-1)
     code = MODES.index(check_mode(mode))
     return _native.cuszp_encode(flat, check_bound(abs_bound), code, True, 1)  # type: ignore[no-any-return]
 
@@ -78,18 +81,25 @@ def decode_stream(
     """
     bound = check_bound(abs_bound)
     check_mode(mode)
-    if n < 0 or len(data) < table_n_bytes(n):
-        raise CorruptionError(f"cuszp: {len(data)} bytes cannot hold {n} values")
+    view = as_bytes(data)
+    if check_count(n) < 0 or len(view) < table_n_bytes(n):
+        raise CorruptionError(f"cuszp: {len(view)} bytes cannot hold {n} values")
     out = np.empty(n, np.float32)
-    _decode(data, out, bound, mode, whole_chunks=True, threads=1)
+    _decode(view, out, bound, mode, whole_chunks=True, threads=1)
     return out
 
 
 def check_bound(abs_bound: float) -> float:
     """ε as a float32 number. Raises BoundError if it is not between 2^-126 and 2^125."""
-    if not SMALLEST_BOUND <= abs_bound <= LARGEST_BOUND:
+    if not SMALLEST_BOUND <= as_float(abs_bound) <= LARGEST_BOUND:
         raise BoundError(f"cuszp: bound {abs_bound}: expected 2^-126 to 2^125")
     return float(np.float32(abs_bound))
+
+
+def check_count(n: int) -> int:
+    """A number of values, itself; below 0 it is left to who counts bytes. Raises CodecError for
+    what is no whole number."""
+    return whole(n, "cuszp: n", -(1 << 62), 1 << 62)
 
 
 def check_mode(mode: str) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 
 from moebound.codec import patch
 from moebound.codec.base import ArraySpec, Positions
-from moebound.codec.fields import FieldReader, checksum, put_varint
-from moebound.errors import CorruptionError, FormatError
+from moebound.codec.fields import FieldReader, as_bytes, checksum, put_varint
+from moebound.errors import CodecError, CorruptionError, FormatError
 from moebound.types import NUMPY_DTYPES, Array, DType
 
 MAGIC = b"MOEB"
@@ -45,9 +45,26 @@ class Envelope:
     from_torch: bool = False
 
 
+def shape_fault(shape: tuple[int, ...]) -> str | None:
+    """What keeps an array of this shape out of an envelope; the same for writer and reader."""
+    if len(shape) > MAX_DIMS:
+        return f"{len(shape)} dimensions: at most {MAX_DIMS}"
+    # An extent of 0 must not hide one that no array can have.
+    if prod(max(extent, 1) for extent in shape) > MAX_SIZE:
+        return f"shape {shape}: out of range, at most 2^40 values (an extent of 0 counts as 1)"
+    return None
+
+
 def build(envelope: Envelope) -> bytes:
-    """The bytes of an envelope."""
-    spec, codec = envelope.spec, envelope.codec.encode("ascii")
+    """The bytes of an envelope. Raises CodecError for what `parse` would not take."""
+    spec, codec = envelope.spec, envelope.codec.encode()
+    if fault := shape_fault(spec.shape):
+        raise CodecError(fault)
+    if not _CODEC_ID.fullmatch(codec) or not 0 <= envelope.codec_version <= 255:
+        raise CodecError(
+            f"codec {envelope.codec!r}, version {envelope.codec_version}: expected an id of 1 to "
+            "32 of a-z, 0-9 and _, and 0 to 255"
+        )
     head = bytearray(MAGIC)
     flags = _FLAG_TORCH if envelope.from_torch else 0
     dtypes = _DTYPES.index(spec.dtype), _DTYPES.index(spec.source_dtype)
@@ -70,7 +87,7 @@ def parse(data: bytes | bytearray | memoryview) -> Envelope:
 
     Raises FormatError (no or unknown format), CorruptionError (damaged).
     """
-    view = memoryview(data).cast("B")
+    view = as_bytes(data)
     if len(view) < 5 or bytes(view[:4]) != MAGIC:
         raise FormatError(f"expected bytes that begin with {MAGIC!r}, found {bytes(view[:4])!r}")
     if view[4] != VERSION:
@@ -88,19 +105,21 @@ def parse(data: bytes | bytearray | memoryview) -> Envelope:
     if n_dims > MAX_DIMS:
         raise FormatError(f"{n_dims} dimensions: at most {MAX_DIMS}")
     shape = tuple(read.varint() for _ in range(n_dims))
+    if fault := shape_fault(shape):
+        raise FormatError(fault)
     (abs_bound,) = struct.unpack("<d", read.take(8))
     spec = ArraySpec(shape, _DTYPES[dtype], _DTYPES[source], abs_bound)
-    # An extent of 0 must not hide one that no array can have.
-    if prod(max(extent, 1) for extent in shape) > MAX_SIZE or not 0 <= abs_bound < float("inf"):
-        raise FormatError(f"shape {shape}, bound {abs_bound}: out of range")
+    if not 0 <= abs_bound < float("inf"):
+        raise FormatError(f"bound {abs_bound}: out of range")
     count = read.varint()
     if count > spec.size:
         raise CorruptionError(f"patch of {count} values in an array of {spec.size}")
     misses, values = np.empty(0, np.uint64), np.empty(0, NUMPY_DTYPES[spec.dtype])
     if count:
-        n_bytes = patch.positions_n_bytes(spec.size, count)
-        misses = patch.unpack_positions(read.take(n_bytes), spec.size, count)
+        # Positions take more room than their bytes: all bytes of the patch have to be there first.
+        packed = read.take(patch.positions_n_bytes(spec.size, count))
         values = np.frombuffer(read.take(count * values.itemsize), values.dtype)
+        misses = patch.unpack_positions(packed, spec.size, count)
     payload = read.take(read.varint())
     if read.left:
         raise CorruptionError(f"{read.left} bytes behind the payload")

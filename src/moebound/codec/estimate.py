@@ -22,7 +22,7 @@ from moebound.codec.arrays import ArrayLike, to_numpy
 from moebound.codec.base import Codec
 from moebound.codec.shape import columns_of
 from moebound.errors import BoundError
-from moebound.types import Array
+from moebound.types import Array, as_float
 
 SAMPLE_WEIGHTS = 1 << 19
 """Weights of the rows that stand for a larger array, or a sixteenth of it, if that is more."""
@@ -44,7 +44,7 @@ def estimate_bytes(
     Raises BoundError for a bound that is negative or not finite, and what `encode` raises.
     """
     for bound in bounds:
-        if not 0 <= bound < math.inf:
+        if not 0 <= as_float(bound) < math.inf:
             raise BoundError(f"bound {bound!r}: expected a finite number, 0 or more")
     x = to_numpy(array)
     asked = np.asarray(bounds, np.float64)

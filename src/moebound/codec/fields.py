@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from moebound import _native
-from moebound.errors import CorruptionError
+from moebound.errors import CorruptionError, FormatError
+
+
+def as_bytes(data: bytes | bytearray | memoryview) -> memoryview:
+    """A flat view of bytes. Raises FormatError for what has no contiguous buffer."""
+    try:
+        view = memoryview(data)
+        return view.cast("B") if view.nbytes else memoryview(b"")
+    except (TypeError, ValueError, BufferError) as error:
+        raise FormatError(
+            f"expected contiguous bytes, found {type(data).__name__} ({error})"
+        ) from error
 
 
 def checksum(data: bytes | bytearray | memoryview) -> int:

@@ -35,6 +35,7 @@ from typing import ClassVar, Self
 import numpy as np
 
 from moebound.codec.base import ArraySpec, Codec, Payload
+from moebound.codec.envelope import MAX_SIZE
 from moebound.codec.rounding import smallest_with_patch
 from moebound.errors import CodecError, CorruptionError
 from moebound.extras import need
@@ -94,6 +95,11 @@ class SZ3Codec(Codec):
     def from_options(cls, options: str) -> Self:
         return cls(options or "nopred")
 
+    @classmethod
+    def most_weights(cls, n_bytes: int) -> int:
+        """A constant array of any size takes about a hundred bytes."""
+        return MAX_SIZE
+
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
         with np.errstate(invalid="ignore"):  # widening a signalling NaN
             values = x.astype(np.float32)
@@ -121,8 +127,8 @@ class SZ3Codec(Codec):
         try:
             stream = np.frombuffer(data, np.uint8)
             values, _ = pysz.sz.decompress(stream, np.float32, (spec.size,))
-        except _SZ3_ERRORS as error:
-            raise CorruptionError(f"sz3: {error}") from error
+        except _SZ3_ERRORS as error:  # MemoryError too: damaged counts ask for any amount of it
+            raise CorruptionError(f"sz3: {type(error).__name__}: {error}") from error
         with np.errstate(over="ignore", invalid="ignore"):  # the patch has what overflowed
             out[:] = values
 
@@ -139,6 +145,8 @@ def _compress(values: Array, bound: float, algorithm: str, spec: ArraySpec) -> b
     config.cmprAlgo = getattr(pysz.szAlgorithm, ALGORITHMS[algorithm])
     try:
         stream, _ = pysz.sz.compress(values.reshape(_matrix(spec.shape)), config)
+    except MemoryError:
+        raise
     except _SZ3_ERRORS as error:
         raise CodecError(f"codec sz3:{algorithm}: {error}") from error
     return stream.tobytes()  # type: ignore[no-any-return]
@@ -185,6 +193,6 @@ def _check_sizes(data: memoryview, size: int) -> None:
     )
     if not sound:
         raise CorruptionError(
-            f"sz3: the stream says {num} values in {dims}, algorithm {algorithm}, mode {mode}, "
+            f"sz3: the stream says {num} values in {dims[:4]}, algorithm {algorithm}, mode {mode}, "
             f"{n_payload} payload bytes; expected {size} values"
         )

@@ -29,6 +29,8 @@ from moebound.extras import need
 from moebound.types import Array
 
 _WORD_BYTES = 8
+_BLOCK_BYTES = 67
+"""Of the longest block: 9 + 15 + 32 · 16 bits (`_lengths`)."""
 
 
 class ZfpCodec(Codec):
@@ -37,12 +39,19 @@ class ZfpCodec(Codec):
     NaN and ±Inf, undefined behaviour to ZFP, are shown to it as 0 and left to the patch.
 
     Hostile bytes: ZFP reads its stream without looking for its end, but never more than a fixed
-    number of bits a block, so `decompress` lays the bytes into a zeroed buffer of that length.
-    A damaged stream gives wrong numbers and no error; what tells is the envelope's checksum.
+    number of bits a block, and one bit for a block where it finds a 0. So `decompress` lays the
+    bytes into a zeroed buffer: behind their end there is room for the block that they end in, and
+    for one bit of each other. A damaged stream gives wrong numbers and no error; what tells is the
+    envelope's checksum.
     """
 
     id: ClassVar[str] = "zfp"
     needs: ClassVar[tuple[str, ...]] = ("zfpy",)
+
+    @classmethod
+    def most_weights(cls, n_bytes: int) -> int:
+        """A bit at least for each block of 16."""
+        return 8 * n_bytes * 16
 
     def compress(self, x: Array, spec: ArraySpec, *, threads: int = 1) -> Payload:
         if spec.abs_bound == 0.0:
@@ -62,12 +71,14 @@ class ZfpCodec(Codec):
     ) -> None:
         zfpy = need("zfpy", "codec zfp")
         shape = _blocks_shape(spec.shape)
-        padded = np.zeros(_longest(shape), np.uint8)
-        if not 0 < len(data) <= len(padded) or spec.abs_bound == 0.0:
+        shortest, longest = _lengths(shape)
+        if not shortest <= len(data) <= longest or spec.abs_bound == 0.0:
             raise CorruptionError(
-                f"zfp: expected 1 to {len(padded)} bytes and a bound above 0, "
+                f"zfp: expected {shortest} to {longest} bytes and a bound above 0, "
                 f"found {len(data)} and {spec.abs_bound:g}"
             )
+        behind = _BLOCK_BYTES + shortest + 2 * _WORD_BYTES
+        padded = np.zeros(-(-(len(data) + behind) // _WORD_BYTES) * _WORD_BYTES, np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
         try:
             values = zfpy._decompress(padded, zfpy.type_float, shape, tolerance=spec.abs_bound)
@@ -83,13 +94,14 @@ def _blocks_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (rows, cols) if min(rows, cols) >= 4 else (rows * cols,)
 
 
-def _longest(shape: tuple[int, ...]) -> int:
-    """Bytes that ZFP can read at most for float32 of this shape.
+def _lengths(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Bytes that ZFP writes at least, and can read at most, for float32 of this shape.
 
-    Per block of 4^d values: a flag and an exponent (9 bits), 32 planes of a bit a value, and one
-    test for each value but the first (`zfp_stream_maximum_size`); then whole words.
+    Per block of 4^d values: a flag, and if it is 1 an exponent (together 9 bits), 32 planes of a
+    bit a value, and one test for each value but the first (`zfp_stream_maximum_size`); then whole
+    words.
     """
     n_blocks = prod(-(-extent // 4) for extent in shape)
     values = 1 << 2 * len(shape)
     bits = n_blocks * (9 + values - 1 + 32 * values)
-    return (bits // 64 + 2) * _WORD_BYTES
+    return -(-n_blocks // 8), (bits // 64 + 2) * _WORD_BYTES

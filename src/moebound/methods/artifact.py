@@ -168,11 +168,14 @@ def decode_payload(
 
 @contextmanager
 def named(where: str, kind: type[MoeboundError] = MethodError) -> Iterator[None]:
-    """Errors get `where` in front; those that are not moebound's become `kind`."""
+    """Errors get `where` in front; those that are not moebound's become `kind`. A MemoryError stays
+    one: it says nothing of the bytes, or of the method."""
     try:
         yield
     except MoeboundError as error:
         raise type(error)(f"{where}: {error}") from error
+    except MemoryError as error:
+        raise MemoryError(f"{where}: out of memory: {error}") from error
     except Exception as error:
         raise kind(f"{where}: {type(error).__name__}: {error}") from error
 

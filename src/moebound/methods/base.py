@@ -23,7 +23,7 @@ from moebound.codec import Encoded
 from moebound.errors import MethodError
 from moebound.extras import check
 from moebound.methods.router_edit import RouterEdit
-from moebound.types import Array, DType, ErrorBound, ExpertKey
+from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound, ExpertKey
 
 Scope = Literal["expert", "layer"]
 """Which experts a method sees at a time: one, or all of a layer (or of a plan's group in it)."""
@@ -95,6 +95,11 @@ class MatrixSpec:
     @property
     def size(self) -> int:
         return prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the weights."""
+        return self.size * NUMPY_DTYPES[self.dtype].itemsize
 
 
 class Method(ABC):

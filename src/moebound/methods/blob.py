@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
-from math import prod
 
-from moebound.codec.envelope import MAX_DIMS, MAX_SIZE
-from moebound.codec.fields import FieldReader, checksum, put_varint
+from moebound.codec.envelope import MAX_DIMS, shape_fault
+from moebound.codec.fields import FieldReader, as_bytes, checksum, put_varint
 from moebound.errors import CorruptionError, FormatError, MethodError
 from moebound.types import DType
 
@@ -49,15 +48,17 @@ class MatrixBlob:
         """The bytes. This and the others' raise MethodError for what no reader would take."""
         if len(self.uses) > MAX_USES:
             raise MethodError(f"{len(self.uses)} shared parts: at most {MAX_USES}")
+        if fault := shape_fault(self.shape):
+            raise MethodError(fault)
         head = _head(_MATRIX, self.method, self.method_version)
         head += bytes([_DTYPES.index(self.dtype), len(self.shape)])
         for extent in self.shape:
             put_varint(head, extent)
         put_varint(head, len(self.uses))
         if self.uses:
-            put_varint(head, self.group)
+            _put(head, "group", self.group)
         for use in self.uses:
-            put_varint(head, use.number)
+            _put(head, "number", use.number)
             head += struct.pack("<I", use.checksum)
         return _seal(head, self.payload)
 
@@ -75,10 +76,9 @@ class SharedBlob:
 
     def build(self) -> bytes:
         head = _head(_SHARED, self.method, self.method_version)
-        if self.held_bytes < 0:
-            raise MethodError(f"held_bytes {self.held_bytes}: expected 0 or more")
-        for value in (self.group, self.number, self.held_bytes):
-            put_varint(head, value)
+        _put(head, "group", self.group)
+        _put(head, "number", self.number)
+        _put(head, "held_bytes", self.held_bytes)
         return _seal(head, self.payload)
 
 
@@ -93,7 +93,7 @@ class RouterBlob:
 
     def build(self) -> bytes:
         head = _head(_ROUTER, self.method, self.method_version)
-        put_varint(head, self.group)
+        _put(head, "group", self.group)
         return _seal(head, self.payload)
 
 
@@ -117,8 +117,8 @@ def parse_matrix(data: bytes | bytearray | memoryview) -> MatrixBlob:
     if dtype >= len(_DTYPES) or n_dims > MAX_DIMS:
         raise FormatError(f"dtype {dtype}, {n_dims} dimensions: not known to version 1")
     shape = tuple(read.varint() for _ in range(n_dims))
-    if prod(max(extent, 1) for extent in shape) > MAX_SIZE:
-        raise FormatError(f"shape {shape}: out of range")
+    if fault := shape_fault(shape):
+        raise FormatError(fault)
     n_uses = read.varint()
     if n_uses > MAX_USES:
         raise FormatError(f"{n_uses} shared parts: at most {MAX_USES}")
@@ -139,7 +139,7 @@ def peek_shared(head: bytes | memoryview) -> tuple[int, int]:
 
     Raises FormatError or CorruptionError for bytes that begin no shared part.
     """
-    view = memoryview(head).cast("B")
+    view = as_bytes(head)
     if len(view) < 8 or not is_blob(view) or view[4] != VERSION or view[5] != _SHARED:
         raise FormatError(f"expected a shared part, found {bytes(view[:8])!r}")
     read = FieldReader(view, 7 + view[6] + 1)
@@ -165,6 +165,12 @@ def _head(kind: int, method: str, version: int) -> bytearray:
     return bytearray(MAGIC) + bytes([VERSION, kind, len(name)]) + name + bytes([version])
 
 
+def _put(head: bytearray, what: str, value: int) -> None:
+    if isinstance(value, bool) or not 0 <= value < 1 << 63:
+        raise MethodError(f"{what} {value!r}: expected 0 or more, at most 63 bits")
+    put_varint(head, value)
+
+
 def _seal(head: bytearray, payload: memoryview) -> bytes:
     put_varint(head, len(payload))
     body = b"".join((head, payload))
@@ -174,7 +180,7 @@ def _seal(head: bytearray, payload: memoryview) -> bytes:
 def _open(
     data: bytes | bytearray | memoryview, kind: int, what: str
 ) -> tuple[FieldReader, str, int]:
-    view = memoryview(data).cast("B")
+    view = as_bytes(data)
     if len(view) < 5 or not is_blob(view):
         raise FormatError(f"expected bytes that begin with {MAGIC!r}, found {bytes(view[:4])!r}")
     if view[4] != VERSION:

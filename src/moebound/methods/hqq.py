@@ -50,9 +50,6 @@ class Hqq(Grouped):
         read = FieldReader(payload, 0)
         head = Head.read(read, spec)
         scale, zero = (
-            np.frombuffer(read.take(2 * head.n_groups), "<f2").astype(np.float32)[:, None]
-            for _ in range(2)
+            np.frombuffer(read.take(2 * head.n_groups), "<f2").astype(np.float32) for _ in range(2)
         )
-        groups = (head.codes(read, spec) - zero) * scale
-        weights: Array = groups.reshape(-1)[: spec.size].reshape(spec.shape)
-        return weights
+        return head.weights(read, spec, zero, scale)

@@ -7,6 +7,9 @@ import numpy.typing as npt
 
 from moebound.errors import CorruptionError
 
+_PIECE = 1 << 16
+"""Integers whose bits are spread over bytes at a time; a multiple of 8."""
+
 Codes = npt.NDArray[np.uint8]
 
 
@@ -19,8 +22,11 @@ def pack(codes: Codes, bits: int) -> bytes:
     """codes: any shape, below 2^bits, bits from 1 to 8."""
     if bits == 8:
         return np.ascontiguousarray(codes).tobytes()
-    planes = (codes.reshape(-1, 1) >> np.arange(bits, dtype=np.uint8)) & 1
-    return np.packbits(planes, bitorder="little").tobytes()
+    flat, packed = codes.reshape(-1), bytearray()
+    for at in range(0, len(flat), _PIECE):
+        planes = (flat[at : at + _PIECE, None] >> np.arange(bits, dtype=np.uint8)) & 1
+        packed += np.packbits(planes, bitorder="little").tobytes()
+    return bytes(packed)
 
 
 def unpack(data: memoryview, count: int, bits: int) -> Codes:
@@ -35,7 +41,11 @@ def unpack(data: memoryview, count: int, bits: int) -> Codes:
     if bits == 4:
         pairs = np.stack([raw & 15, raw >> 4], axis=1)
         return pairs.reshape(-1)[:count]
-    planes = np.unpackbits(raw, count=count * bits, bitorder="little").reshape(count, bits)
+    found: Codes = np.empty(count, np.uint8)
     weights = (1 << np.arange(bits)).astype(np.uint8)
-    found: Codes = (planes * weights).sum(axis=1, dtype=np.uint8)
+    for at in range(0, count, _PIECE):
+        here = found[at : at + _PIECE]
+        some = raw[at * bits // 8 :][: packed_bytes(len(here), bits)]
+        planes = np.unpackbits(some, count=len(here) * bits, bitorder="little")
+        (planes.reshape(-1, bits) * weights).sum(axis=1, dtype=np.uint8, out=here)
     return found

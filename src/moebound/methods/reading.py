@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebound.codec import Envelope, decode_array, parse
-from moebound.codec.api import decode_into
+from moebound.codec.api import check_unasked, decode_into
 from moebound.codec.arrays import ArrayLike, writable_view
 from moebound.errors import CorruptionError, FormatError
 from moebound.methods.artifact import decode_payload, named
@@ -137,11 +137,18 @@ class Stored:
             tuple((blob.group, u.number) for u in blob.uses) if isinstance(blob, MatrixBlob) else ()
         )
 
-    def decode(self, parts: FindPart = no_parts, *, threads: int | None = None) -> Array:
-        """The weights, as a new array. Raises FormatError or CorruptionError."""
+    def decode(
+        self,
+        parts: FindPart = no_parts,
+        *,
+        threads: int | None = None,
+        max_bytes: int | None = None,
+    ) -> Array:
+        """The weights, as a new array. max_bytes: as of `moebound.decode`; who has compared the
+        shape gives its bytes. Raises FormatError or CorruptionError."""
         if isinstance(self.found, Envelope):
-            return decode_array(self.found, threads=threads)
-        return _decode_blob(self.found, parts)
+            return decode_array(self.found, threads=threads, max_bytes=max_bytes)
+        return _decode_blob(self.found, parts, max_bytes)
 
     def decode_into(
         self, out: ArrayLike, parts: FindPart = no_parts, *, threads: int | None = None
@@ -151,10 +158,10 @@ class Stored:
         if isinstance(self.found, Envelope):
             decode_into(self.found, view, threads=threads)
         else:
-            view[...] = _decode_blob(self.found, parts).reshape(view.shape)
+            view[...] = _decode_blob(self.found, parts, view.nbytes).reshape(view.shape)
 
 
-def _decode_blob(blob: MatrixBlob, parts: FindPart) -> Array:
+def _decode_blob(blob: MatrixBlob, parts: FindPart, max_bytes: int | None) -> Array:
     cls, spec = _decoder(blob), MatrixSpec(blob.shape, blob.dtype)
     most = cls.most_weights(len(blob.payload))
     if spec.size > most:
@@ -162,6 +169,7 @@ def _decode_blob(blob: MatrixBlob, parts: FindPart) -> Array:
             f"shape {spec.shape}: {len(blob.payload)} bytes of method {blob.method!r} stand for at "
             f"most {most} weights"
         )
+    check_unasked(blob.shape, blob.dtype, len(blob.payload), max_bytes)
     shared: Sequence[Any] = [parts(blob.group, use.number).check(use).content for use in blob.uses]
     with named(f"method {blob.method!r}", CorruptionError):
         return decode_payload(cls, blob.payload, spec, shared)

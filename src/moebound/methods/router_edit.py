@@ -78,17 +78,26 @@ class RouterEdit:
             found = json.loads(head)
             numbers = [_index(number) for number in found["constants"]]
             keep = found["keep"]
+            if numbers != sorted(set(numbers)):
+                raise ValueError(f"constants {numbers}: expected different experts, ascending")
             if not newline or (len(rest) % (4 * len(numbers)) if numbers else len(rest)):
                 raise ValueError(f"{len(rest)} bytes of {len(numbers)} constants")
             values = list(np.frombuffer(rest, _VECTORS).reshape(max(1, len(numbers)), -1))
             return cls(
                 _index(found["layer"]),
                 None if keep is None else tuple(_index(number) for number in keep),
-                {_index(int(k)): _index(v) for k, v in found["alias"].items()},
+                {_named(k): _index(v) for k, v in found["alias"].items()},
                 dict(zip(numbers, values, strict=False)),
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CorruptionError(f"router edit: {type(error).__name__}: {error}") from error
+
+
+def _named(key: str) -> int:
+    number = _index(int(key))
+    if str(number) != key:  # "01" and "1" would be one expert
+        raise ValueError(f"expected an expert's number, found {key!r}")
+    return number
 
 
 def _index(value: Any) -> int:

@@ -20,13 +20,15 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from moebound.codec import decode_array, encode_certified, parse
+from moebound.codec.bound import BoundCodec
+from moebound.codec.envelope import MAX_SIZE
 from moebound.codec.fields import FieldReader, put_varint
 from moebound.errors import CorruptionError, MethodError
 from moebound.methods.base import Encoding, GroupView, MatrixSpec, Method, Payload
 from moebound.methods.packing import Codes, pack, packed_bytes, unpack
 from moebound.types import Array, ErrorBound
 
-_OPTIONS = re.compile(r"int([2-8]):g(\d+)(:coded)?")
+_OPTIONS = re.compile(r"int([2-8]):g([0-9]{1,13})(:coded)?")
 _HALF = ErrorBound(0.25)  # integers that differ by one are farther apart than 2 ε: nothing is lost
 
 
@@ -42,10 +44,29 @@ class Grouped(Method):
     group: int = 64
     coded: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises MethodError for what no payload can say."""
+        for name, value, least, most in (
+            ("bits", self.bits, 2, 8),
+            ("group", self.group, 2, MAX_SIZE),
+        ):
+            if type(value) is not int or not least <= value <= most:
+                raise MethodError(
+                    f"method {self.id!r}: {name} {value!r}: expected a whole number from {least} "
+                    f"to {most}"
+                )
+        if type(self.coded) is not bool:
+            raise MethodError(f"method {self.id!r}: coded {self.coded!r}: expected True or False")
+
+    @classmethod
+    def most_weights(cls, n_bytes: int) -> int:
+        """As many as an envelope of codec `bound`; integers without one take 2 bits each."""
+        return BoundCodec.most_weights(n_bytes)
+
     @classmethod
     def from_options(cls, options: str) -> Self:
         found = _OPTIONS.fullmatch(options)
-        if not found or int(found[2]) < 2:
+        if not found or not 2 <= int(found[2]) <= MAX_SIZE:
             raise MethodError(
                 f"method '{cls.id}:{options}': expected integers of int2 to int8 and groups of 2 "
                 f"weights or more, as in {cls.id}:int4:g64; then :coded, if the integers are to be "
@@ -87,7 +108,8 @@ class Grouped(Method):
 
 @dataclass(frozen=True)
 class Head:
-    """A payload's beginning. n_groups: of the matrix."""
+    """A payload's beginning. group: weights of a group that the matrix has, so that one larger than
+    the matrix takes no room. n_groups: of the matrix."""
 
     bits: int
     coded: bool
@@ -100,19 +122,33 @@ class Head:
         group = read.varint()
         if not 2 <= bits <= 8 or flags > 1 or group < 2:
             raise CorruptionError(f"integers of {bits} bits, flags {flags}, groups of {group}")
+        group = min(group, max(1, spec.size))
         return cls(bits, bool(flags), group, -(-spec.size // group))
 
-    def codes(self, read: FieldReader, spec: MatrixSpec) -> Array:
-        """[n_groups, group] float32: all that is left; zeros behind the last weight."""
+    def weights(self, read: FieldReader, spec: MatrixSpec, zero: Array, step: Array) -> Array:
+        """(q - zero) · step for the integers, which are all that is left, of spec's shape, float32.
+        zero, step: [n_groups]."""
+        groups = self._codes(read, spec)
+        groups -= zero[:, None]
+        groups *= step[:, None]
+        weights: Array = groups.reshape(-1)[: spec.size].reshape(spec.shape)
+        return weights
+
+    def _codes(self, read: FieldReader, spec: MatrixSpec) -> Array:
+        """[n_groups, group] float32; zeros behind the last weight."""
         data = read.take(read.left)
         if self.coded:
             envelope = parse(data)
             if envelope.spec.shape != spec.shape:
                 raise CorruptionError(f"integers of shape {envelope.spec.shape}")
-            codes = np.rint(decode_array(envelope, threads=1)).reshape(-1)
+            decoded = decode_array(envelope, threads=1, max_bytes=envelope.spec.n_bytes)
+            codes = decoded.astype(np.float32, copy=False).reshape(-1)
+            np.rint(codes, out=codes)
         else:
             codes = unpack(data, spec.size, self.bits).astype(np.float32)
-        return np.pad(codes, (0, -len(codes) % self.group)).reshape(-1, self.group)
+        if behind := -len(codes) % self.group:
+            codes = np.pad(codes, (0, behind))
+        return codes.reshape(self.n_groups, self.group)
 
 
 class Rtn(Grouped):
@@ -121,9 +157,9 @@ class Rtn(Grouped):
     id: ClassVar[str] = "rtn"
 
     def quantized(self, matrix: Array) -> bytes:
-        flat = matrix.reshape(-1)
+        flat, group = matrix.reshape(-1), min(self.group, max(1, matrix.size))
         # Padding repeats the last weight: the last group's extremes stay its own.
-        groups = np.pad(flat, (0, -len(flat) % self.group), mode="edge").reshape(-1, self.group)
+        groups = np.pad(flat, (0, -len(flat) % group), mode="edge").reshape(-1, group)
         # Zero is in every group's range, so a zero point of so many bits can name it.
         low = np.minimum(groups.min(axis=1, keepdims=True), 0)
         high = np.maximum(groups.max(axis=1, keepdims=True), 0)
@@ -145,9 +181,8 @@ class Rtn(Grouped):
         read = FieldReader(payload, 0)
         head = Head.read(read, spec)
         scale = np.frombuffer(read.take(2 * head.n_groups), "<f2").astype(np.float32)
+        if not np.isfinite(scale).all():
+            raise CorruptionError("a scale that is not finite")
         zeros = read.take(packed_bytes(head.n_groups, head.bits))
         zero = unpack(zeros, head.n_groups, head.bits).astype(np.float32)
-        step = np.where(scale > 0, scale, np.float32(1))[:, None]
-        groups = (head.codes(read, spec) - zero[:, None]) * step
-        weights: Array = groups.reshape(-1)[: spec.size].reshape(spec.shape)
-        return weights
+        return head.weights(read, spec, zero, np.where(scale > 0, scale, np.float32(1)))

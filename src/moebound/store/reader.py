@@ -77,7 +77,8 @@ class StoredMatrix:
         dtype than certified, and for a shared part that is missing or another.
         """
         with self._named():
-            return self.parse(data).decode(parts or self.find, threads=threads)
+            stored = self.parse(data)
+            return stored.decode(parts or self.find, threads=threads, max_bytes=stored.spec.n_bytes)
 
     def decode_into(
         self,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from moebound import encode
+from moebound.codec import envelope
 from moebound.codec.bound import BoundCodec
-from moebound.codec.device import DecodeBatch, decode_to, read_stream
-from moebound.errors import BackendUnavailable, CodecError, CorruptionError
+from moebound.codec.device import DecodeBatch, Schedule, decode_to, launch, read_stream
+from moebound.codec.device.batch import check_outs
+from moebound.errors import BackendUnavailable, CodecError, CorruptionError, FormatError
 
 from .. import weights
 
@@ -43,8 +48,8 @@ def test_pack_puts_each_envelope_at_its_offset() -> None:
     batch = DecodeBatch.of(data)
     packed = torch.zeros(batch.n_bytes, dtype=torch.uint8)
     batch.pack(data, packed)
-    for offset, envelope in zip(batch.offsets, data, strict=True):
-        assert packed[offset : offset + len(envelope)].numpy().tobytes() == envelope
+    for offset, each in zip(batch.offsets, data, strict=True):
+        assert packed[offset : offset + len(each)].numpy().tobytes() == each
     with pytest.raises(CodecError, match="bytes or more"):
         batch.pack(data, packed[:-1])
     with pytest.raises(CodecError, match="expected an envelope of"):
@@ -85,6 +90,78 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         tensors[i] = wrong
         with pytest.raises(CodecError, match=rf"outs\[{i}\]"):
             batch.launch(good, tensors)
+
+
+@pytest.mark.parametrize("offsets", [[0.0, 4000, 9000], [0, True, 9000], [0, "4000", 9000]])
+def test_offsets_are_whole_numbers(offsets: list[Any]) -> None:
+    with pytest.raises(CodecError, match="offsets: expected 3"):
+        DecodeBatch.of(envelopes(), offsets=offsets)
+
+
+def test_outs_over_one_another_are_refused() -> None:
+    batch = DecodeBatch.of(envelopes())
+    compressed = torch.zeros(batch.n_bytes, dtype=torch.uint8)
+    whole = torch.zeros(64 * 300, dtype=torch.bfloat16)
+    first, second, third = outs()
+    with pytest.raises(CodecError, match=r"outs\[[12]\] and outs\[[12]\] overlap"):
+        batch.launch(compressed, [first, whole[-7 * 33 :], whole])
+    with pytest.raises(CodecError, match=r"outs\[[01]\] and outs\[[01]\] overlap"):
+        batch.launch(compressed, [first, first.view(-1)[: 7 * 33], third])
+    both = torch.zeros(batch.n_bytes + 2 * 64 * 300, dtype=torch.uint8)
+    over = both[batch.n_bytes - 2 - batch.n_bytes % 2 :][: 2 * 64 * 300].view(torch.bfloat16)
+    with pytest.raises(CodecError, match=r"compressed and outs\[2\] overlap"):
+        batch.launch(both[: batch.n_bytes], [first, second, over])
+
+
+def test_autograd_hears_that_outs_will_change() -> None:
+    specs = [stream.spec for stream in DecodeBatch.of(envelopes()).streams]
+    weights_of, x = outs(), torch.ones(512, dtype=torch.bfloat16, requires_grad=True)
+    lost = (weights_of[0] @ x).sum()
+    check_outs(specs, weights_of, torch.zeros(8, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        lost.backward()  # type: ignore[no-untyped-call]
+
+
+def test_views_side_by_side_are_fine() -> None:
+    specs = [stream.spec for stream in DecodeBatch.of(envelopes()).streams]
+    whole = torch.zeros(sum(spec.size for spec in specs), dtype=torch.bfloat16)
+    parts = whole.split([spec.size for spec in specs])  # type: ignore[no-untyped-call]
+    check_outs(specs, parts, torch.zeros(8, dtype=torch.uint8))
+    check_outs([specs[0], replace(specs[0], shape=(0,))], [outs()[0], whole[:0]], whole)
+
+
+def test_a_forged_shape_is_refused_on_the_host() -> None:
+    parsed = envelope.parse(encode(np.zeros((16, 64), np.float32), 0.01))
+    for shape, message in (((1 << 40,), "hold at most"), ((1 << 28, 2), "were expected")):
+        payload = memoryview(bytes(parsed.payload) + bytes(20_000 if len(shape) == 2 else 0))
+        spec = replace(parsed.spec, shape=shape)
+        data = envelope.build(replace(parsed, spec=spec, payload=payload))
+        with pytest.raises(FormatError, match=message):
+            read_stream(data)
+        with pytest.raises(FormatError, match=message):
+            decode_to(data, "cpu")
+    for codec in ("bound", "raw"):
+        data = encode(np.zeros((16, 64), np.float32), 0.01, codec=codec)
+        assert read_stream(data, max_bytes=4096).spec.size == 1024
+        with pytest.raises(FormatError, match="at most 4095"):
+            read_stream(data, max_bytes=4095)
+        with pytest.raises(FormatError, match="at most 4095"):
+            decode_to(data, "cpu", max_bytes=4095)
+
+
+@pytest.mark.parametrize("together", [0, 3, 64, True, 2.0, -1])
+def test_segments_of_a_program_are_a_power_of_two(together: Any) -> None:
+    with pytest.raises(CodecError, match="together"):
+        Schedule(together=together)
+
+
+def test_many_small_arrays_beside_a_large_one_take_no_room_by_their_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "MOST_PLACES", 14)
+    batch = DecodeBatch.of(envelopes())  # of 5 segments, of 1 and of 5
+    with pytest.raises(CodecError, match=r"3 arrays of up to 5 segments, .* split it"):
+        batch.launch(torch.zeros(batch.n_bytes, dtype=torch.uint8), outs())
 
 
 def test_the_cpu_is_no_device() -> None:

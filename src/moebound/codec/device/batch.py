@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moebound.codec.arrays import to_torch, torch_dtype
+from moebound.codec.arrays import to_torch, torch_dtype, will_be_written
 from moebound.codec.base import ArraySpec
 from moebound.codec.device import metadata
 from moebound.codec.device.jobs import FIELDS, make_jobs
@@ -72,9 +73,7 @@ class DecodeBatch:
         each so that its segments are aligned. Raises as `read_stream`.
         """
         streams = tuple(a if isinstance(a, Stream) else read_stream(a) for a in arrays)
-        chosen = _in_a_row(streams) if offsets is None else [int(offset) for offset in offsets]
-        if len(chosen) != len(streams) or any(offset < 0 for offset in chosen):
-            raise CodecError(f"offsets: expected {len(streams)}, none below 0; found {chosen}")
+        chosen = _in_a_row(streams) if offsets is None else check_offsets(offsets, len(streams))
         ends = [offset + stream.n_bytes for offset, stream in zip(chosen, streams, strict=True)]
         aligned = all(
             (offset + int(stream.coded.segments[0])) % 2 == 0
@@ -110,7 +109,7 @@ class DecodeBatch:
         import torch
 
         check_compressed(compressed, self.n_bytes, aligned=self.aligned)
-        check_outs([stream.spec for stream in self.streams], outs, compressed.device)
+        check_outs([stream.spec for stream in self.streams], outs, compressed)
         jobs = make_jobs(
             self.metadata, range(len(outs)), self.offsets, [out.data_ptr() for out in outs]
         )
@@ -137,8 +136,8 @@ class DecodeBatch:
 
         compressed: flat uint8 on the device, with the envelopes at `offsets`. outs: contiguous
         tensors of the arrays' size and dtype on the same device, of any shape; views of a larger
-        one are fine; the device has to be the current one. schedule: how the work is cut; it
-        changes no bit.
+        one are fine, but no two of them overlap, nor one and `compressed`; the device has to be the
+        current one. schedule: how the work is cut; it changes no bit.
 
         The caller keeps both as they are until the stream has run this. What is in outs is good
         once `Launched.check` has found no damage; damaged bytes never make a kernel read or write
@@ -161,10 +160,22 @@ def check_compressed(compressed: torch.Tensor, n_bytes: int, *, aligned: bool) -
         raise CodecError("compressed: expected an even address")
 
 
+def check_offsets(offsets: Sequence[int], n: int) -> list[int]:
+    """Offsets of n envelopes as ints. Raises CodecError for others."""
+    found = list(offsets)
+    whole = all(isinstance(at, (int, np.integer)) and not isinstance(at, bool) for at in found)
+    if len(found) != n or not whole or any(at < 0 for at in found):
+        raise CodecError(f"offsets: expected {n}, none below 0; found {found}")
+    return [int(at) for at in found]
+
+
 def check_outs(
-    specs: Sequence[ArraySpec], outs: Sequence[torch.Tensor], device: torch.device
+    specs: Sequence[ArraySpec], outs: Sequence[torch.Tensor], compressed: torch.Tensor
 ) -> None:
-    """Raises CodecError for tensors that arrays of these specs cannot be decoded into."""
+    """Raises CodecError for tensors that arrays of these specs cannot be decoded into: of another
+    size, dtype or device than `compressed`, or over it or one another, where what comes out would
+    be a matter of which program is quicker. Tells autograd that the others will be written."""
+    device = compressed.device
     if len(outs) != len(specs):
         raise CodecError(f"outs: expected {len(specs)} tensors, found {len(outs)}")
     for i, (spec, out) in enumerate(zip(specs, outs, strict=True)):
@@ -175,22 +186,31 @@ def check_outs(
                 f"outs[{i}]: expected {spec.size} contiguous values of {dtype} on {device}, found "
                 f"{tuple(out.shape)} of {out.dtype} on {out.device}"
             )
+    named = [("compressed", compressed), *((f"outs[{i}]", out) for i, out in enumerate(outs))]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in named if t.nbytes)
+    for (_, end, name), (begin, _, other) in pairwise(spans):
+        if begin < end:
+            raise CodecError(f"{name} and {other} overlap: expected memory of their own")
+    will_be_written(outs)
 
 
 def decode_to(
     data: Bytes | Sequence[Bytes],
     device: torch.device | str,
     out: Sequence[torch.Tensor] | None = None,
+    *,
+    max_bytes: int | None = None,
 ) -> list[torch.Tensor]:
     """The arrays of envelopes, decoded on a device; waits for it.
 
     data: one envelope, or several. out: tensors to decode into, one each; new ones of the arrays'
-    shapes if None. Raises as `read_stream`, `DecodeBatch.launch` and `Launched.check`.
+    shapes if None. max_bytes: of each array, as of `moebound.decode`. Raises as `read_stream`,
+    `DecodeBatch.launch` and `Launched.check`.
     """
     import torch
 
     envelopes = [data] if isinstance(data, bytes | bytearray | memoryview) else list(data)
-    batch = DecodeBatch.of(envelopes)
+    batch = DecodeBatch.of([read_stream(each, max_bytes=max_bytes) for each in envelopes])
     device = torch.device(device)
     staging = torch.empty(batch.n_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     batch.pack(envelopes, staging)

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moebound.codec.arrays import dtype_name
-from moebound.codec.cuszp import BLOCK, CHUNK, MODES, check_bound, check_mode, table_n_bytes
+from moebound.codec.cuszp import (
+    BLOCK,
+    CHUNK,
+    MODES,
+    check_bound,
+    check_count,
+    check_mode,
+    table_n_bytes,
+)
 from moebound.codec.device.triton_kernels import cuszp_kernels
 from moebound.errors import CodecError, CorruptionError
 
@@ -88,13 +96,14 @@ def decode_stream(
     check_mode(mode)
     if stream.dtype != torch.uint8 or stream.ndim != 1 or not stream.is_contiguous():
         raise CodecError(f"cuszp: expected flat contiguous uint8, found {stream.dtype}")
-    n_table = table_n_bytes(n)
-    if n < 0 or len(stream) < n_table:
+    dtype = dtype or torch.float32
+    dtype_name(dtype)
+    if check_count(n) < 0 or len(stream) < (n_table := table_n_bytes(n)):
         raise CorruptionError(f"cuszp: {len(stream)} bytes cannot hold {n} values")
     placed = place(stream[:n_table], n, mode)
     if placed.n_bytes != len(stream):
         raise CorruptionError(f"cuszp: {len(stream)} bytes, where the rates say {placed.n_bytes}")
-    out = torch.empty(n, dtype=dtype or torch.float32, device=stream.device)
+    out = torch.empty(n, dtype=dtype, device=stream.device)
     read(stream, placed, out, abs_bound, mode)
     return out
 
@@ -164,6 +173,9 @@ def read(
     n, dtype = out.numel(), dtype_name(out.dtype)
     if not out.is_contiguous():
         raise CodecError("cuszp: expected a contiguous tensor to decode into")
+    begins = stream.data_ptr(), out.data_ptr()
+    if n and max(begins) < min(begins[0] + stream.nbytes, begins[1] + out.nbytes):
+        raise CodecError("cuszp: the stream and the tensor to decode into overlap")
     if table_n_bytes(n) != len(placed.inside) or len(stream) != placed.n_bytes:
         raise CodecError(
             f"cuszp: {n} values and {len(stream)} bytes: expected a stream of {placed.n_bytes} "

@@ -26,7 +26,7 @@ from moebound.codec.device.triton_kernels import kernels
 from moebound.codec.envelope import Envelope
 from moebound.codec.lossless import MAX_WEIGHTS
 from moebound.codec.shape import columns_of
-from moebound.types import NUMPY_DTYPES, DType
+from moebound.types import NUMPY_DTYPES, DType, as_float
 
 _LARGEST_FINITE: dict[DType, int] = {"BF16": 0x7F7F, "F16": 0x7BFF}
 _PATTERNS = 1 << 16
@@ -51,11 +51,12 @@ def encode_on(
     codec = BoundCodec(segment_weights=segment_weights)
     dtype = dtype_name(array.dtype)
     size = array.numel()
+    abs_bound = as_float(abs_bound)
     if dtype == "F32" or not 0 < size <= MAX_WEIGHTS or not 0 < abs_bound < float("inf"):
         return encode(array, abs_bound, codec=codec)
-    spec = ArraySpec(tuple(array.shape), dtype, dtype, float(abs_bound))
+    spec = ArraySpec(tuple(array.shape), dtype, dtype, abs_bound)
     flat = array.detach().contiguous().view(-1).view(torch.int16)
-    payload, values = Encoder(flat, spec, segment_weights, together).run()
+    payload, values = Encoder(flat, spec, codec.segment_weights, together).run()
     if may_be_exact(payload, spec):
         return encode(array, abs_bound, codec=codec)
     return envelope.build(

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moebound.codec.checks import whole
 from moebound.codec.device.jobs import Jobs
 from moebound.codec.device.metadata import SEGMENTS, Metadata
 from moebound.codec.device.triton_kernels import kernels, launch
-from moebound.errors import CorruptionError
+from moebound.errors import CodecError, CorruptionError
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +47,16 @@ class Schedule:
     together: int = 1
     wide: bool | None = None
 
+    def __post_init__(self) -> None:
+        if whole(self.together, "together", 1, 32).bit_count() != 1:
+            raise CodecError(f"together {self.together}: expected a power of 2")
+
 
 MOST_WIDE = 1 << 16
+
+MOST_PLACES = 1 << 26
+"""Of status words, 4 bytes each: every array has as many as the one of most segments, so that few
+bytes in many arrays would take room by their square."""
 
 DEFAULT_SCHEDULE = Schedule()
 
@@ -81,6 +90,12 @@ class PreparedDecode:
     ) -> None:
         import torch
 
+        n_places = len(jobs) * jobs.segments
+        if n_places > MOST_PLACES or len(known.metadata.block) >= 1 << 31:
+            raise CodecError(
+                f"{len(jobs)} arrays of up to {jobs.segments} segments, "
+                f"{len(known.metadata.block)} bytes of metadata: too many for one launch; split it"
+            )
         self.known, self.jobs, self.compressed, self.schedule = known, jobs, compressed, schedule
         self._jobs_there = jobs_there
         device = compressed.device
@@ -90,7 +105,6 @@ class PreparedDecode:
         self._wide = few if schedule.wide is None else schedule.wide
         slot = torch.uint32 if self._wide else torch.uint8
         self._slots = torch.empty(jobs.n_slots, dtype=slot, device=device)
-        n_places = len(jobs) * jobs.segments
         self._status = torch.empty(n_places, dtype=torch.int32, device=device)
         self._found = (
             torch.empty(n_places, dtype=torch.int32, pin_memory=True)

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from moebound.codec.checks import whole
 from moebound.codec.device import metadata
-from moebound.codec.device.batch import check_compressed, check_outs
+from moebound.codec.device.batch import check_compressed, check_offsets, check_outs
 from moebound.codec.device.jobs import FIELDS, make_jobs
 from moebound.codec.device.launch import (
     DEFAULT_SCHEDULE,
@@ -69,10 +70,11 @@ class Resident:
         """
         import torch
 
+        # An array's number is an address to the kernels: -1 would be in front of the metadata.
+        arrays = [whole(i, "arrays: number", 0, len(self._specs) - 1) for i in arrays]
+        offsets = check_offsets(offsets, len(arrays))
         ends = [at + self._sizes[i] for i, at in zip(arrays, offsets, strict=True)]
-        if min(offsets, default=0) < 0:
-            raise CodecError(f"offsets: expected none below 0; found {list(offsets)}")
-        check_outs([self._specs[i] for i in arrays], outs, compressed.device)
+        check_outs([self._specs[i] for i in arrays], outs, compressed)
         jobs = make_jobs(self._known.metadata, arrays, offsets, [out.data_ptr() for out in outs])
         check_compressed(compressed, max(ends, default=0), aligned=jobs.aligned)
         numbers = torch.empty(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from moebound import _native
 from moebound.codec import envelope
-from moebound.codec.api import decode_array
+from moebound.codec.api import check_claimed, decode_array, named_memory
 from moebound.codec.base import ArraySpec
 from moebound.codec.bound import DTYPE_CODES, EXACT, BoundCodec
 from moebound.codec.envelope import Envelope
@@ -92,29 +92,29 @@ class Stream:
         return int(-self.coded.segments[0] % 4)
 
 
-def read_stream(data: bytes | bytearray | memoryview) -> Stream:
+def read_stream(data: bytes | bytearray | memoryview, *, max_bytes: int | None = None) -> Stream:
     """Parse and check an envelope of any codec.
 
-    Raises FormatError or CorruptionError as `moebound.decode` does, except for what only decoding
-    can find: damaged states and words, which the device reports.
+    max_bytes: as of `moebound.decode`: the host takes memory in proportion to the array, and a
+    caller will take it for the array. Raises FormatError or CorruptionError as that does, except
+    for what only decoding can find: damaged states and words, which the device reports.
     """
     parsed = envelope.parse(data)
     coder = next((c for c in (BoundCodec, LosslessCodec) if c.id == parsed.codec), None)
+    n_bytes = memoryview(data).nbytes
     if coder is None or parsed.spec.size == 0:
-        return _stream(parsed, len(data), None, decode_array(parsed).reshape(-1))
+        decoded = decode_array(parsed, max_bytes=max_bytes)
+        return _stream(parsed, n_bytes, None, decoded.reshape(-1))
     if parsed.codec_version > coder.version:
         raise FormatError(
             f"codec {parsed.codec!r} version {parsed.codec_version}: "
             f"this moebound reads up to version {coder.version}"
         )
-    if parsed.spec.size > (most := coder.most_weights(len(parsed.payload))):
-        raise CorruptionError(
-            f"shape {parsed.spec.shape}: {len(parsed.payload)} bytes of codec {parsed.codec!r} "
-            f"hold at most {most} values"
-        )
+    check_claimed(parsed, max_bytes)
     # The payload is the last thing in front of the checksum.
-    begin = len(data) - 4 - len(parsed.payload)
-    return _stream(parsed, len(data), _coded(parsed, begin), None)
+    begin = n_bytes - 4 - len(parsed.payload)
+    with named_memory(f"reading shape {parsed.spec.shape} of {parsed.spec.dtype}"):
+        return _stream(parsed, n_bytes, _coded(parsed, begin), None)
 
 
 def _stream(parsed: Envelope, n_bytes: int, coded: Coded | None, decoded: Array | None) -> Stream:

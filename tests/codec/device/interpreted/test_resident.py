@@ -75,6 +75,13 @@ def test_what_does_not_fit_is_refused() -> None:
         resident.launch([3], [-1], torch.zeros(size, dtype=torch.uint8), [out], MANY)
     with pytest.raises(CodecError, match=r"outs\[0\]"):
         resident.launch([3], [0], torch.zeros(size, dtype=torch.uint8), [out[1:]], MANY)
+    for number in (-1, 7, True, 3.0):
+        with pytest.raises(CodecError, match="arrays: number"):
+            resident.launch([number], [0], torch.zeros(size, dtype=torch.uint8), [out], MANY)  # type: ignore[list-item]
+    with pytest.raises(CodecError, match="offsets: expected 2"):
+        resident.launch([3, 3], [0], torch.zeros(size, dtype=torch.uint8), [out], MANY)
+    with pytest.raises(CodecError, match=r"outs\[0\] and outs\[1\] overlap"):
+        resident.launch([3, 3], [0, 0], torch.zeros(size, dtype=torch.uint8), [out, out], MANY)
     raw = read_stream(encode(weights.gaussian((4, 4)), 0.01, codec="raw"))
     with pytest.raises(CodecError, match="array 1: codec 'raw' is not decoded on a device"):
         Resident([STREAMS[0], raw], "cpu")
