@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from moebound.methods import codec_of, weakest
@@ -96,7 +96,8 @@ class CompressSummary:
     bits per weight: bytes after, times 8, over the parameters in question.
     guarantee: what holds for every weight of them. worst: the largest measured error over promised
     error, None where nothing is promised. max_abs_error, rmse: measured, in weight units. patched:
-    weights stored verbatim.
+    weights stored verbatim. left_out: the source's files that the store does not have, by name, with
+    the reason.
     """
 
     path: str
@@ -117,6 +118,7 @@ class CompressSummary:
     patched: int
     seconds: float
     resumed: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def expert_bits_per_weight(self) -> float:

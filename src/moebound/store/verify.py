@@ -24,6 +24,7 @@ from moebound.errors import MoeboundError, StoreError
 from moebound.jobs.ordered import in_order
 from moebound.methods import RouterEdit
 from moebound.methods.blob import MatrixBlob
+from moebound.store.beside import choose_files, is_document, read_pieces
 from moebound.store.planned import broken_plan
 from moebound.store.reader import (
     EncodedExpert,
@@ -125,12 +126,30 @@ class _Originals:
                     self.matrices[matrix.name, matrix.index] = matrix
 
     def extra_problems(self, store: Store) -> Iterator[Problem]:
-        """Tensors of the original that the store lacks."""
+        """Tensors and other files of the original that the store lacks, or has others for."""
         if self.checkpoint is None:
             return
         for name in self.checkpoint.tensors:
             if name not in store.tensors:
                 yield Problem("original", name, "is in the original and not in the store")
+        expected, _ = choose_files(self.checkpoint, [shard.name for shard in store.shards])
+        stored = {file.name: file.sha256 for file in store.files}
+        for name, file in expected.items():
+            if is_document(name):
+                continue  # people edit them
+            digest = hashlib.sha256()
+            try:
+                for piece in read_pieces(file):
+                    digest.update(piece)
+            except OSError as error:
+                message = f"original: cannot be read: {error.strerror or error}"
+                yield Problem("original", name, message)
+                continue
+            if name not in stored:
+                yield Problem("original", name, "is in the original and not in the store")
+            elif stored[name] != digest.hexdigest():
+                message = f"original: {_differs(stored[name], digest.hexdigest())}"
+                yield Problem("original", name, message)
 
 
 def _check_files(store: Store) -> Iterator[Problem]:

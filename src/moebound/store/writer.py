@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from math import prod
@@ -29,6 +29,7 @@ from moebound.checkpoint import (
     read_chunks,
     read_header,
 )
+from moebound.checkpoint.shards import as_text
 from moebound.codec import thread_count
 from moebound.errors import MethodError, MoeboundError, PlanError, StoreError
 from moebound.files.durable import disk_errors
@@ -36,7 +37,7 @@ from moebound.jobs.ordered import in_order
 from moebound.methods import ExpertView, GroupView
 from moebound.methods import compress as compress_group
 from moebound.plan import Plan
-from moebound.store.beside import write_rest
+from moebound.store.beside import choose_files, write_rest
 from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CERTIFICATES_FILE,
@@ -134,16 +135,18 @@ def compress(
         recipe.plan.check((t.expert.key, [m.role for m in t.expert.matrices]) for t in tasks)
     layout = lay_out(checkpoint, group(tasks, recipe), shard_bytes=shard_bytes)
     run = describe_run(checkpoint, tasks, recipe=recipe, shard_bytes=shard_bytes)
+    copied, left_out = choose_files(checkpoint, layout.names)
     settings = Settings(
         recipe.method,
         recipe.bound,
         shared_experts,
         run_id(run),
         plan=None if recipe.plan is None else recipe.plan.sha256,
-        source=source or checkpoint.name,
+        source=as_text(source or checkpoint.name),
+        left_out=left_out,
     )
 
-    job = _Job(checkpoint, layout, settings, recipe, jobs)
+    job = _Job(checkpoint, layout, settings, recipe, jobs, copied)
     if _finished_before(dst, settings, on_existing):
         return job.summary(dst, dst, begun, resumed=True)
     with WorkFolder(dst) as work:
@@ -153,7 +156,7 @@ def compress(
         if not work.sealed:
             job.write(work.path, progress)
             work.seal()
-        _remove_parts(work.path)
+        _remove_parts(work.path, layout.names)
         summary = job.summary(work.path, dst, begun, resumed=resumed)
         work.publish()
     return replace(summary, seconds=time.monotonic() - begun)
@@ -219,9 +222,10 @@ class _Job:
         settings: Settings,
         recipe: Recipe,
         jobs: int,
+        copied: Mapping[str, Path],
     ) -> None:
         self.checkpoint, self.layout, self.settings = checkpoint, layout, settings
-        self.recipe, self.jobs = recipe, jobs
+        self.recipe, self.jobs, self.copied = recipe, jobs, copied
 
     def write(self, folder: Path, progress: ProgressCallback | None) -> None:
         """Write all that is missing; config.json comes last."""
@@ -249,7 +253,7 @@ class _Job:
                 self._write_experts(folder, shard, artifacts, meter)
         write_rest(
             folder, self.checkpoint, self.layout.names, self.settings, self.recipe.plan,
-            records=_lines(folder, self.layout.names),
+            copied=self.copied, records=_lines(folder, self.layout.names),
         )  # fmt: skip
 
     def _write_tensors(self, folder: Path, shard: TensorShard) -> None:
@@ -325,7 +329,8 @@ class _Job:
             n_parameters=sum(prod(t.shape) for t in self.checkpoint.tensors.values()),
             model_bytes_before=self.checkpoint.total_bytes,
             model_bytes_after=after,
-            store_bytes=sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
+            store_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+            left_out=dict(self.settings.left_out),
             worst=totals.worst,
             patched=totals.patched,
             seconds=time.monotonic() - begun,
@@ -354,7 +359,7 @@ def _lines(folder: Path, shards: list[str]) -> Iterator[bytes]:
                 yield line
 
 
-def _remove_parts(folder: Path) -> None:
+def _remove_parts(folder: Path, shards: list[str]) -> None:
     with disk_errors(folder):
-        for path in folder.glob("*" + _PART_SUFFIX):
-            path.unlink()
+        for shard in shards:
+            (folder / (shard + _PART_SUFFIX)).unlink(missing_ok=True)
