@@ -36,8 +36,8 @@ _CONSOLIDATED = "consolidated"
 
 @dataclass(frozen=True)
 class Inventory:
-    """carried: files that a copy takes over as they are, sorted. left_out: the others, by names made
-    text, with the reason, which begins with a verb."""
+    """carried: files that a copy takes over as they are, sorted. left_out: the others, by their
+    names as text, with the reason, which begins with a verb."""
 
     carried: tuple[Path, ...]
     left_out: Mapping[str, str]
@@ -60,9 +60,7 @@ def take_inventory(folder: Path, tensors: Mapping[str, TensorInfo]) -> Inventory
     return Inventory(tuple(carried), dict(sorted(left_out.items())))
 
 
-def _entries(
-    folder: Path, tensors: Mapping[str, TensorInfo]
-) -> Iterator[tuple[Path, str | None]]:
+def _entries(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[Path, str | None]]:
     """Each file, and why it is left out; None for one that is carried."""
     taken = {tensor.file for tensor in tensors.values()}
     own = {folder / "config.json", folder / INDEX_FILE, folder / SINGLE_FILE} | taken
@@ -120,9 +118,7 @@ def _why_not_weights(path: Path, tensors: Mapping[str, TensorInfo]) -> str | Non
     return None
 
 
-def _named_and_absent(
-    folder: Path, tensors: Mapping[str, TensorInfo]
-) -> Iterator[tuple[str, str]]:
+def _named_and_absent(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
     """What an index beside `model.safetensors` promises, and nothing keeps."""
     index = folder / INDEX_FILE
     if not ((folder / SINGLE_FILE).is_file() and index.is_file()):
@@ -135,4 +131,3 @@ def _named_and_absent(
         path = folder / shard
         why = "lacks them" if path.exists() else why_missing(path)
         yield shard, f"{why}; {INDEX_FILE} has {len(names)} tensors in it, as {names[0]!r}"
-

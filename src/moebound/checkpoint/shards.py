@@ -235,8 +235,8 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
         if repeated and len(repeated) < len(header):
             raise CheckpointError(
                 f"{folder}: {shard} shares {len(repeated)} of its {len(header)} tensors with "
-                f"{SINGLE_FILE}, as {min(repeated)!r}, so which of both counts is not known; remove "
-                "the other"
+                f"{SINGLE_FILE}, as {min(repeated)!r}, so which of both counts is not known; "
+                "remove the other"
             )
         for name, tensor in header.items():
             home = weight_map.get(name, shard)

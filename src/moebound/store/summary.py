@@ -96,8 +96,8 @@ class CompressSummary:
     bits per weight: bytes after, times 8, over the parameters in question.
     guarantee: what holds for every weight of them. worst: the largest measured error over promised
     error, None where nothing is promised. max_abs_error, rmse: measured, in weight units. patched:
-    weights stored verbatim. left_out: the source's files that the store does not have, by name, with
-    the reason.
+    weights stored verbatim. left_out: the source's files that the store does not have, with the
+    reason.
     """
 
     path: str
