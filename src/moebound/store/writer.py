@@ -30,7 +30,7 @@ from moebound.checkpoint import (
     read_header,
 )
 from moebound.checkpoint.shards import as_text
-from moebound.codec import thread_count
+from moebound.codec import stats, thread_count
 from moebound.errors import MethodError, MoeboundError, PlanError, StoreError
 from moebound.files.durable import disk_errors
 from moebound.jobs.ordered import in_order
@@ -66,7 +66,7 @@ from moebound.store.recipe import Recipe
 from moebound.store.shard import BytesShard
 from moebound.store.summary import CompressSummary, ExpertTotals, Meter, ProgressCallback
 from moebound.store.written import Written, tensor_names, written
-from moebound.types import ErrorBound
+from moebound.types import ErrorBound, TensorStats
 
 OnExisting = Literal["error", "resume", "overwrite"]
 
@@ -147,8 +147,9 @@ def compress(
     )
 
     job = _Job(checkpoint, layout, settings, recipe, jobs, copied)
+    remarks = [*job.empty_promises()]
     if _finished_before(dst, settings, on_existing):
-        return job.summary(dst, dst, begun, resumed=True)
+        return replace(job.summary(dst, dst, begun, resumed=True), remarks=remarks)
     with WorkFolder(dst) as work:
         resumed = on_existing != "overwrite" and _take_up(work, run, settings)
         if not resumed:
@@ -159,7 +160,7 @@ def compress(
         _remove_parts(work.path, layout.names)
         summary = job.summary(work.path, dst, begun, resumed=resumed)
         work.publish()
-    return replace(summary, seconds=time.monotonic() - begun)
+    return replace(summary, seconds=time.monotonic() - begun, remarks=remarks)
 
 
 def _finished_before(dst: Path, settings: Settings, on_existing: OnExisting) -> bool:
@@ -292,6 +293,28 @@ class _Job:
                 meter.add(label, n_bytes=group.n_bytes, experts=len(group.tasks))
             _write_part(folder, shard.name, records)
             out.finish()
+
+    def empty_promises(self) -> Iterator[str]:
+        """A remark where the bound allows that nothing is left of an expert. One in the middle is
+        looked at, before any work."""
+        chosen = [t.expert for s in self.layout.expert_shards for g in s.groups for t in g.tasks
+                  if not t.exact]  # fmt: skip
+        expert = chosen[len(chosen) // 2]
+        bounds = self.recipe.bounds(expert)
+        if bounds is None:
+            return
+        own = {m.role: stats(self.checkpoint.read(m)) for m in expert.matrices}
+        whole = sum(own.values(), TensorStats())
+        for role, found in own.items():
+            bound = bounds[role]
+            allowed = bound.absolute(whole if bound.scope == "expert" else found)
+            largest = max(abs(found.lowest), abs(found.highest)) if found.count else 0.0
+            if not largest or (allowed < largest if bound.pointwise else bound.value < 1):
+                return
+        yield (
+            f"the bound lets every weight of an expert become 0 (of {expert.key}, none is larger "
+            f"than {largest:.3g}, and {bound} allows {allowed:.3g}); nothing may be left of it"
+        )
 
     def _compress(self, group: Group) -> Written:
         views = []
