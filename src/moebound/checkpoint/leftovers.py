@@ -45,8 +45,10 @@ def leftover(head: bytes) -> str | None:
 
 def why_missing(path: Path) -> str:
     """Why there is no such file, as far as its folder tells; begins with a verb."""
-    if path.is_symlink():
+    if path.is_symlink() and not path.exists():
         return f"is a link to {path.readlink()}, which is not there; download it again"
+    if path.exists():
+        return "is no ordinary file"
     unfinished = [path.with_name(path.name + end) for end in _UNFINISHED]
     unfinished += sorted((path.parent / ".cache/huggingface/download").glob("*.incomplete"))
     for found in unfinished:

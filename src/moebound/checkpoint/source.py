@@ -185,7 +185,7 @@ def open_checkpoint(
     family = find_family(config)
     _refuse_stores(path, config)
     tensors = read_tensors(path)
-    _refuse_quantized(path, config, tensors)
+    _refuse_quantized(path, config, family, tensors)
     _refuse_wrapped(path, family, tensors)
     checkpoint = Checkpoint(path, config, family, tensors, name)
     if not checkpoint.experts():
@@ -271,7 +271,7 @@ def _refuse_stores(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _refuse_quantized(
-    path: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    path: Path, config: Mapping[str, Any], family: Family, tensors: Mapping[str, TensorInfo]
 ) -> None:
     """Raises CheckpointError for quantized weights, and for a config that only says they are."""
     found = _quantization(config)
@@ -287,7 +287,7 @@ def _refuse_quantized(
         return
     field, value = found
     method = _quant_method(value)
-    if tensor is None:
+    if tensor is None and any(family.match(name) for name in tensors):
         dtypes = ", ".join(sorted({t.dtype for t in tensors.values()}))
         raise CheckpointError(
             f"{path}: config.json has a {field} (quant_method {method!r}), but no tensor is "
@@ -300,8 +300,9 @@ def _refuse_quantized(
         else "; dequantize it to bfloat16 first"
     )
     raise CheckpointError(
-        f"{path}: quantized checkpoint (quant_method {method!r} in the {field} of config.json, "
-        f"tensor {tensor.name!r} is {tensor.dtype}), expected BF16, F16 or F32 weights{hint}"
+        f"{path}: quantized checkpoint (quant_method {method!r} in the {field} of config.json"
+        + ("" if tensor is None else f", tensor {tensor.name!r} is {tensor.dtype}")
+        + f"), expected BF16, F16 or F32 weights{hint}"
     )
 
 

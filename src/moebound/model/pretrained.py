@@ -112,8 +112,12 @@ def _auto_class(model_type: str) -> Any:
 
 @contextmanager
 def _in_words(src: Source, what: str) -> Iterator[None]:
-    """Errors of transformers and what it uses, which may be any, as CheckpointError."""
+    """Errors of transformers and what it uses, which may be any, as CheckpointError. A pipe or
+    device, at which transformers would wait for ever, is one before."""
     try:
+        for file in Path(src).iterdir() if Path(src).is_dir() else ():
+            if file.exists() and not (file.is_file() or file.is_dir()):
+                raise CheckpointError(f"{file}: expected an ordinary file, found a pipe or device")
         yield
     except (MoeboundError, MemoryError):
         raise

@@ -161,7 +161,7 @@ class _Originals:
             return None
         message = (
             f"this store was not made from {self.checkpoint.path}: of {len(sample)} experts looked "
-            f"at, none is the one that was compressed ({found[1]}); give the original with --against"
+            f"at, none is the one that was compressed ({found[1]}); give the one it was made from"
         )
         return Problem("original", found[0].tensor.name, message)
 
