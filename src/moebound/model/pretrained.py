@@ -36,16 +36,16 @@ class Runs(NamedTuple):
 def what_runs(config: Mapping[str, Any]) -> Runs:
     """By a config.json of a family that is known here, in the installed transformers."""
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
     named = f"transformers {transformers.__version__}"
-    if model_type not in CONFIG_MAPPING_NAMES:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         if config.get("auto_map"):
             return Runs("no", f"{named} has model_type {model_type!r} only as code in the "
                               f"checkpoint (auto_map), which is never run: {STILL}")  # fmt: skip
         return Runs("no", f"{named} does not know model_type {model_type!r}: {STILL}")
-    if _auto_class(str(model_type)) is None:
+    if _auto_class(CONFIG_MAPPING[model_type]) is None:
         return Runs("no", f"{named} has no class that makes text with model_type {model_type!r}: "
                           f"{STILL}")  # fmt: skip
     if not find_family(config).experts_functions:
@@ -71,7 +71,7 @@ def load_model(src: Source, *, config: Any = None, **options: Any) -> Any:
     class for it, and what loading a damaged store raises.
     """
     config = read_config(src) if config is None else config
-    auto = _auto_class(config.model_type)
+    auto = _auto_class(type(config))
     if auto is None:
         raise UnsupportedArchitectureError(f"{src}: {what_runs(config.to_dict()).why}")
     with _in_words(src, "a language model"), without_bars():
@@ -94,20 +94,22 @@ def _local(src: Source) -> dict[str, bool]:
     return {"local_files_only": True} if Path(src).is_dir() else {}
 
 
-def _auto_class(model_type: str) -> Any:
-    """The Auto class that has a model for it, whose output are the scores of the next token."""
+def _auto_class(config_class: Any) -> Any:
+    """The Auto class that has a model for it, whose outputs are the scores of the next token."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
-    name = str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type, ""))
-    # Some of that table fill in masked blocks of tokens (diffusion) instead.
-    is_causal = name.endswith(("ForConditionalGeneration", "ForCausalLM"))
-    return AutoModelForImageTextToText if is_causal else None
+    if config_class not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config_class.model_type, "")
+    # These fill in masked blocks of tokens instead.
+    return None if str(name).endswith("BlockDiffusion") else AutoModelForImageTextToText
 
 
 @contextmanager
