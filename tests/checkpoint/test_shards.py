@@ -460,6 +460,15 @@ def test_json_is_capped_before_it_is_read(tmp_path: Path) -> None:
         read_json(tmp_path / "config.json")
 
 
+def test_long_json_of_brackets_is_not_parsed(tmp_path: Path) -> None:
+    text = b'{"a":[' + b"[]," * 400_000 + b"[]]}"
+    with pytest.raises(CorruptionError, match="400003 lists and objects"):
+        read_header(write_raw(tmp_path / "f", text))
+    (tmp_path / "j").write_bytes(text)
+    with pytest.raises(CorruptionError, match="at most one in 8 bytes"):
+        read_json(tmp_path / "j")
+
+
 def test_why_there_are_no_weights(tmp_path: Path) -> None:
     def refused(words: str) -> None:
         with pytest.raises(CheckpointError, match=words):

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,3 +214,14 @@ def test_a_config_that_is_a_pipe_is_not_waited_for(run: Run, tmp_path: Path) -> 
         assert ran.code == 2
         assert "internal error" not in ran.stderr
     assert "config.json (it is no ordinary file)" in run("inspect", tmp_path).stderr
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path: Path, tiny: MakeTiny) -> None:
+    folder = tmp_path / os.fsdecode(b"mod\xe8le")
+    shutil.copytree(tiny("mixtral"), folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "moebound", "inspect", folder],
+        capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"mod\udce8le" in done.stdout

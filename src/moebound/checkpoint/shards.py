@@ -37,6 +37,8 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 16_000_000
 """Longest other JSON file read; a config.json has some kilobytes."""
 
+_SMALL_JSON = 1_000_000
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -98,6 +100,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
 
+    _check_density(file, text)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -157,6 +160,17 @@ def _header_text(file: Path, fd: int, file_size: int) -> bytes:
     if not text.startswith(b"{"):
         raise FormatError(f"{file}: not a safetensors file: header does not start with '{{'")
     return bytes(text)
+
+
+def _check_density(file: Path, text: bytes) -> None:
+    """Raises CorruptionError for long JSON of little but brackets: 3 bytes of it take 64 of memory.
+    A tensor's entry has 3 in 46 bytes or more."""
+    brackets = text.count(b"[") + text.count(b"{")
+    if len(text) > _SMALL_JSON and 8 * brackets > len(text):
+        raise CorruptionError(
+            f"{file}: {len(text)} bytes of JSON with {brackets} lists and objects in them, "
+            "expected at most one in 8 bytes"
+        )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -321,6 +335,7 @@ def read_json(file: Path, *, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
     if data is None:
         raise CorruptionError(f"{file}: expected at most {most} bytes, found more")
+    _check_density(file, data)
     try:
         content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
