@@ -364,6 +364,14 @@ def test_a_wrappers_prefix_is_named(prefix: str, cause: str, tmp_path: Path) -> 
         open_checkpoint(folder)
 
 
+def test_another_prefix_is_named_too(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", "qwen3_moe", ["own." + name for name in names(0, 0)])
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"would be one without 'own\.' in front"
+    ):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -191,7 +191,7 @@ def open_checkpoint(
     if not checkpoint.experts():
         raise UnsupportedArchitectureError(
             f"{path}: model_type {config.get('model_type')!r} is supported, but this checkpoint "
-            "is dense: none of its tensors is a routed expert's"
+            f"is dense: none of its tensors is a routed expert's{_nearly(family, tensors)}"
         )
     return checkpoint
 
@@ -310,6 +310,18 @@ def _is_packed(tensor: TensorInfo) -> bool:
     """Whether a matrix is of a dtype that only quantized weights have. Tables of numbers (of
     experts, by token) are I64."""
     return len(tensor.shape) > 1 and tensor.dtype not in (*NUMPY_DTYPES, "F64", "I64", "BOOL")
+
+
+def _nearly(family: Family, tensors: Mapping[str, TensorInfo]) -> str:
+    """A name that would be an expert's without what stands before it, in words; mostly none."""
+    for name in tensors:
+        head, rest = "", name
+        while "." in rest:
+            part, _, rest = rest.partition(".")
+            head += part + "."
+            if family.match(rest):
+                return f"; {name!r} would be one without {head!r} in front"
+    return ""
 
 
 def _refuse_wrapped(path: Path, family: Family, tensors: Mapping[str, TensorInfo]) -> None:
