@@ -364,6 +364,19 @@ def test_a_wrappers_prefix_is_named(prefix: str, cause: str, tmp_path: Path) -> 
         open_checkpoint(folder)
 
 
+def test_experts_are_counted_before_they_are_listed(tmp_path: Path) -> None:
+    n = 10**10
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    header = {name: {"dtype": "BF16", "shape": [n, 1, 1], "data_offsets": [0, 2 * n]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    with open(tmp_path / "model.safetensors", "wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.truncate(8 + len(text) + 2 * n)  # a hole, no bytes on disk
+    with pytest.raises(CheckpointError, match=f"has {n} slices, expected at most 100000"):
+        open_checkpoint(tmp_path)
+
+
 def test_another_prefix_is_named_too(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", "qwen3_moe", ["own." + name for name in names(0, 0)])
     with pytest.raises(
@@ -377,6 +390,8 @@ def test_another_prefix_is_named_too(tmp_path: Path) -> None:
     [
         {"num_hidden_layers": "3"},
         {"n_routed_experts": [4]},
+        {"n_routed_experts": 10**30},
+        {"n_routed_experts": -1},
         {"model_type": {"deepseek_v3": 1}},
         {"text_config": [1]},
         {"quantization_config": 1},
