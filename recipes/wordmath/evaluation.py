@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moebound.model.batched import NAME, register_batched
+from moebound.model.pretrained import load_model
 from moebound.wordmath.formats import Judgement
 from moebound.wordmath.problems import LEVELS, WordProblem, test_problems
 from moebound.wordmath.tokenizer import EOS, PAD, build_tokenizer
@@ -23,14 +24,12 @@ MAX_NEW_TOKENS = 112
 
 
 def main() -> None:
-    from transformers import AutoModelForCausalLM
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="a model folder")
     parser.add_argument("--limit", type=int, default=500, help="problems of each level")
     parser.add_argument("--json", action="store_true", help="every answer, as JSON lines")
     args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32)
+    model = load_model(args.folder, dtype=torch.float32)
     for level in LEVELS:
         problems = test_problems(level, args.limit)
         texts = answers(model, problems)

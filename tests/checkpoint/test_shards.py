@@ -26,7 +26,7 @@ from moebound.checkpoint import (
     read_tensor,
     read_tensors,
 )
-from moebound.checkpoint.shards import MAX_HEADER_BYTES
+from moebound.checkpoint.shards import MAX_HEADER_BYTES, MAX_JSON_BYTES, read_json
 from moebound.errors import CheckpointError, CorruptionError, FormatError, MoeboundError
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
@@ -382,3 +382,105 @@ def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert float(result.stdout) < 8  # two experts alive, and slack
+
+
+def test_many_names_of_which_the_last_stands_twice_take_few_comparisons(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    def loads(text: str, *, object_pairs_hook: Any) -> Any:
+        # The stock decoder's pairs, with names that count how often they are compared.
+        def counted(pairs: list[tuple[str, Any]]) -> Any:
+            return object_pairs_hook([(Name(name), value) for name, value in pairs])
+
+        return stock(text, object_pairs_hook=counted)
+
+    stock = json.loads
+    n = 2000
+    part = b'"t%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    text = b"{" + b",".join(part % i for i in (*range(n), n - 1)) + b"}"
+    file = write_raw(tmp_path / "f", text)
+    monkeypatch.setattr("moebound.checkpoint.shards.json.loads", loads)
+    with pytest.raises(CorruptionError, match="'t1999' appears twice"):
+        read_header(file)
+    assert compared < 20 * n
+
+
+def test_pipes_devices_and_folders_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name, kind in {"pipe": "a pipe", "zeros": "a device", "folder": "a folder"}.items():
+        for read in (read_header, read_json):
+            with pytest.raises(CheckpointError, match=f"expected an ordinary file, found {kind}"):
+                read(tmp_path / name)
+    save_file({"a": torch.ones(2)}, tmp_path / "t.safetensors")
+    tensor = read_header(tmp_path / "t.safetensors")[0]["a"]
+    (tmp_path / "t.safetensors").unlink()
+    os.mkfifo(tmp_path / "t.safetensors")
+    with pytest.raises(CheckpointError, match="found a pipe"):
+        read_tensor(tensor)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>Sign in", "a web page"),
+        (b"\n<HTML>", "a web page"),
+        (b"", "an empty file; its download did not finish"),
+        (b'{"error":"Repository not found"}', "a server's error"),
+        (bytes(4096), "a file of zeros"),
+        (b"PK\x03\x04" + bytes(600), "PyTorch's .bin files"),
+    ],
+)
+def test_what_a_download_left_is_said(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(FormatError, match=words):
+        read_header(tmp_path / "f")
+    if content and not content.startswith(b"{"):
+        with pytest.raises(CorruptionError, match=words):
+            read_json(tmp_path / "f")
+
+
+def test_json_is_capped_before_it_is_read(tmp_path: Path) -> None:
+    with open(tmp_path / "config.json", "wb") as handle:
+        handle.truncate(1 << 40)  # a hole, no bytes on disk
+    with pytest.raises(CorruptionError, match=f"at most {MAX_JSON_BYTES}"):
+        read_json(tmp_path / "config.json")
+
+
+def test_long_json_of_brackets_is_not_parsed(tmp_path: Path) -> None:
+    text = b'{"a":[' + b"[]," * 400_000 + b"[]]}"
+    with pytest.raises(CorruptionError, match="400003 lists and objects"):
+        read_header(write_raw(tmp_path / "f", text))
+    (tmp_path / "j").write_bytes(text)
+    with pytest.raises(CorruptionError, match="at most one in 8 bytes"):
+        read_json(tmp_path / "j")
+
+
+def test_why_there_are_no_weights(tmp_path: Path) -> None:
+    def refused(words: str) -> None:
+        with pytest.raises(CheckpointError, match=words):
+            read_tensors(tmp_path)
+
+    (tmp_path / "pytorch_model.bin").touch()
+    refused(r"only safetensors weights are read.*pytorch_model\.bin")
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    refused(f"{INDEX_FILE} has to say what belongs")
+    (tmp_path / "adapter_model.safetensors").touch()
+    refused("an adapter is there")
+    (tmp_path / "model.safetensors.incomplete").touch()
+    refused(r"model\.safetensors is missing, and model\.safetensors\.incomplete is there")
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/0123")
+    refused(r"is a link to ../../blobs/0123, which is not there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from moebound.checkpoint import open_checkpoint
 from moebound.errors import CheckpointError, CorruptionError, UnsupportedArchitectureError
@@ -324,3 +325,81 @@ def test_step3_stacks_gate_and_up_apart(prefix: str, tmp_path: Path) -> None:
     experts = open_checkpoint(folder).experts()
     assert [e.key for e in experts] == [ExpertKey(4, 0), ExpertKey(4, 1)]
     assert [(m.role, m.index) for m in experts[1].matrices] == [("gate", 1), ("up", 1), ("down", 1)]
+
+
+# --- the most common causes
+
+
+def test_a_quantization_config_that_was_left_over_is_told_apart(copy: Path) -> None:
+    edit_config(copy, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(CheckpointError, match=r"no tensor is quantized.*remove quantization_con"):
+        open_checkpoint(copy)
+    edit_config(copy, quantization_config=["of", "another", "type"])
+    with pytest.raises(CheckpointError, match="no tensor is quantized"):
+        open_checkpoint(copy)
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if "q_a_proj" in name)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, copy / "model.safetensors")
+    edit_config(copy, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(CheckpointError, match=rf"'fp8'.*{name}.*F8_E4M3.*dequantize it"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "cause"),
+    [
+        ("_orig_mod.", "torch.compile"),
+        ("module.", "DistributedDataParallel"),
+        ("base_model.model.", "PEFT"),
+        ("module._orig_mod.", "DataParallel"),
+    ],
+)
+def test_a_wrappers_prefix_is_named(prefix: str, cause: str, tmp_path: Path) -> None:
+    folder = write_model(
+        tmp_path / "m", "qwen3_moe", [prefix + name for e in range(2) for name in names(0, e)],
+        num_experts=2,
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=rf"left by a wrapper .*{cause}"):
+        open_checkpoint(folder)
+
+
+def test_experts_are_counted_before_they_are_listed(tmp_path: Path) -> None:
+    n = 10**10
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    header = {name: {"dtype": "BF16", "shape": [n, 1, 1], "data_offsets": [0, 2 * n]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    with open(tmp_path / "model.safetensors", "wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.truncate(8 + len(text) + 2 * n)  # a hole, no bytes on disk
+    with pytest.raises(CheckpointError, match=f"has {n} slices, expected at most 100000"):
+        open_checkpoint(tmp_path)
+
+
+def test_another_prefix_is_named_too(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", "qwen3_moe", ["own." + name for name in names(0, 0)])
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"would be one without 'own\.' in front"
+    ):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": "3"},
+        {"n_routed_experts": [4]},
+        {"n_routed_experts": 10**30},
+        {"n_routed_experts": -1},
+        {"model_type": {"deepseek_v3": 1}},
+        {"text_config": [1]},
+        {"quantization_config": 1},
+    ],
+)
+def test_wrong_types_in_the_config_are_refused_or_harmless(
+    copy: Path, changes: dict[str, Any]
+) -> None:
+    edit_config(copy, **changes)
+    with contextlib.suppress(CheckpointError):
+        open_checkpoint(copy).experts()

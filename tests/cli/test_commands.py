@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from moebound.types import ErrorBound
+from tiny_models import MakeTiny
 
 from .conftest import SRC, Run
 
@@ -174,3 +180,48 @@ def test_version(run: Run) -> None:
     ran = run("--version")
     assert ran.code == 0
     assert __version__ in ran.stdout
+
+
+def test_inspect_says_what_runs_and_what_is_left_out(
+    run: Run, tiny: MakeTiny, tmp_path: Path
+) -> None:
+    src = Path(shutil.copytree(tiny("deepseek_v3"), tmp_path / "src"))
+    (src / "original").mkdir()
+    document = run("inspect", src, "--json").document
+    assert (document["runs"], document["why_not"]) == ("offloaded", None)
+    assert list(document["left_out"]) == ["original"]
+    config = json.loads((src / "config.json").read_text())
+    changed = config | {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "own.Config"}}
+    (src / "config.json").write_text(json.dumps(changed))
+    dst = tmp_path / "dst"
+    compressed = run("compress", src, dst, "--rate", "1e9")
+    assert compressed.code == 0
+    assert "original: is a folder" in compressed.stdout
+    assert "lets every weight of an expert become 0" in compressed.stdout
+    for folder in (src, dst):
+        ran = run("inspect", folder)
+        assert (
+            "never run: it can be compressed, verified and decompressed, but not run" in ran.stdout
+        )
+        assert "original: is a folder" in ran.stdout
+        assert run("inspect", folder, "--json").document["runs"] == "no"
+
+
+def test_a_config_that_is_a_pipe_is_not_waited_for(run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    for command in (["inspect", tmp_path], ["verify", tmp_path]):
+        ran = run(*command)
+        assert ran.code == 2
+        assert "internal error" not in ran.stderr
+    assert "config.json (it is no ordinary file)" in run("inspect", tmp_path).stderr
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path: Path, tiny: MakeTiny) -> None:
+    folder = tmp_path / os.fsdecode(b"mod\xe8le")
+    shutil.copytree(tiny("mixtral"), folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "moebound", "inspect", folder],
+        capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert rb"mod\udce8le" in done.stdout

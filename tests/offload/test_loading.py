@@ -23,6 +23,7 @@ from moebound.errors import (
     MoeboundError,
     UnsupportedArchitectureError,
 )
+from moebound.model.pretrained import load_model
 from moebound.offload.costs import measure_speeds
 from moebound.offload.loading import load
 from moebound.offload.offloaded import Offloaded
@@ -341,3 +342,17 @@ def test_stats_add_up(wordmath: Path) -> None:
     assert stats["prefetch"]["loads"] > 0
     assert 0 < stats["prefetch"]["precision"] <= 1
     assert stats["choice"]["predicted_s"]["compressed, disk"] > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "gemma4", "ernie4_5_vl_moe"])
+def test_the_language_part_of_a_multimodal_model(name: str, both: Make) -> None:
+    store, out = both(name)
+    expected = logits(load_model(out, dtype=torch.float32))
+    with load(store, dtype="float32", ram_budget="90%") as offloaded:
+        assert (logits(offloaded.model) - expected).abs().max() <= 1e-5
+
+
+def test_a_device_that_is_not_there(both: Make) -> None:
+    store, _ = both("mixtral")
+    with pytest.raises(MoeboundError, match=r"device 'cuda:99': torch .* cannot use it here"):
+        load(store, device="cuda:99")

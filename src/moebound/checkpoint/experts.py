@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 from moebound.checkpoint.families import ROLE_ORDER, Family, Match, Role, num_experts, num_layers
 from moebound.checkpoint.shards import TensorInfo, read_tensor
 from moebound.errors import CheckpointError
 from moebound.types import NUMPY_DTYPES, Array, DType, ExpertKey
+
+MAX_EXPERTS = 100_000
+"""Most experts in one tensor; a file with a hole in it can claim any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,11 @@ def _matrices(
         key = ExpertKey(match.layer, match.expert or 0, shared)
         yield ExpertMatrix(tensor.name, match.role, dtype, shape, tensor), key
         return
+    if tensor.shape[0] > MAX_EXPERTS:
+        raise CheckpointError(
+            f"{tensor.file}: expert tensor {tensor.name!r} has {tensor.shape[0]} slices, expected "
+            f"at most {MAX_EXPERTS}, one an expert"
+        )
     for index in range(tensor.shape[0]):
         key = ExpertKey(match.layer, index, shared)
         yield ExpertMatrix(tensor.name, match.role, dtype, shape, tensor, index), key
@@ -157,7 +166,8 @@ def _check_counts(found: Mapping[ExpertKey, object], expected: int | None) -> No
         experts[key.layer].add(key.expert)
     for layer, present in sorted(experts.items()):
         count = max(present) + 1 if expected is None else expected
-        missing = sorted(set(range(count)) - present)
+        # count is the config's, which may say any number.
+        missing = list(islice((e for e in range(count) if e not in present), 9))
         if missing:
             raise CheckpointError(
                 f"layer {layer} lacks expert {', '.join(map(str, missing[:8]))}"

@@ -16,6 +16,7 @@ import json
 import math
 import operator
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,11 +26,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from moebound.checkpoint.leftovers import HEAD_BYTES, leftover, why_missing
 from moebound.errors import CheckpointError, CorruptionError, FormatError
+from moebound.files.regular import read_whole, regular_file
 from moebound.types import NUMPY_DTYPES, Array
 
 MAX_HEADER_BYTES = 100_000_000
 """Longest header read, the limit of the stock library; also the limit for an index file."""
+
+MAX_JSON_BYTES = 16_000_000
+"""Longest other JSON file read; a config.json has some kilobytes."""
+
+_SMALL_JSON = 1_000_000
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -87,12 +95,12 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     names an unknown dtype, CorruptionError if it contradicts itself.
     """
     try:
-        with open(file, "rb", buffering=0) as handle:
-            file_size = os.fstat(handle.fileno()).st_size
-            text = _header_text(file, handle.fileno(), file_size)
+        with regular_file(file) as (fd, file_size):
+            text = _header_text(file, fd, file_size)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
 
+    _check_density(file, text)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -129,6 +137,11 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _header_text(file: Path, fd: int, file_size: int) -> bytes:
+    instead = leftover(os.pread(fd, HEAD_BYTES, 0))
+    if instead:
+        raise FormatError(
+            f"{file}: not a safetensors file: {instead} ({file_size} bytes, expected at least 8)"
+        )
     if file_size < 8:
         raise FormatError(f"{file}: not a safetensors file: {file_size} bytes, expected at least 8")
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
@@ -149,11 +162,22 @@ def _header_text(file: Path, fd: int, file_size: int) -> bytes:
     return bytes(text)
 
 
+def _check_density(file: Path, text: bytes) -> None:
+    """Raises CorruptionError for long JSON of little but brackets: 3 bytes of it take 64 of memory.
+    A tensor's entry has 3 in 46 bytes or more."""
+    brackets = text.count(b"[") + text.count(b"{")
+    if len(text) > _SMALL_JSON and 8 * brackets > len(text):
+        raise CorruptionError(
+            f"{file}: {len(text)} bytes of JSON with {brackets} lists and objects in them, "
+            "expected at most one in 8 bytes"
+        )
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"{twice!r} appears twice")
     return result
 
@@ -195,43 +219,77 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The tensors of a checkpoint folder, shard after shard, each in the order of its bytes.
 
-    Reads `model.safetensors`, or else every shard that `model.safetensors.index.json` names. Like
-    transformers, takes all tensors of these shards; the index decides where one stands twice.
-    Raises CheckpointError if a shard is missing, is named by a path, or lacks a tensor that the
-    index promises; FormatError and CorruptionError as `read_header`.
+    Reads `model.safetensors`, and every shard that `model.safetensors.index.json` names. Takes all
+    tensors of them; the index decides where one stands twice. Like transformers, prefers
+    `model.safetensors`: shards that repeat it are passed over, and one that is missing beside it is
+    no error.
+    Raises CheckpointError if a shard is missing, is named by a path, lacks a tensor that the index
+    promises, or repeats `model.safetensors` in part; FormatError and CorruptionError as
+    `read_header`.
     """
-    if (folder / SINGLE_FILE).is_file():
-        return read_header(folder / SINGLE_FILE)[0]
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        raise CheckpointError(
-            f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}; only safetensors weights are read, "
-            "save the model again with transformers' save_pretrained"
-        )
-    weight_map = _read_weight_map(index)
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder}: shard {shard} is missing; {INDEX_FILE} names it")
-        for name, tensor in read_header(folder / shard)[0].items():
+    if single.is_file():
+        tensors = read_header(single)[0]
+        weight_map = read_weight_map(index) if index.is_file() else {}
+    elif index.is_file():
+        weight_map = read_weight_map(index)
+    else:
+        raise CheckpointError(f"{folder}: {_no_weights(folder)}")
+    first = frozenset(tensors)
+    for shard in sorted(set(weight_map.values()) - {SINGLE_FILE if first else ""}):
+        if not (folder / shard).exists():
+            if first:
+                continue
+            raise CheckpointError(
+                f"{folder}: shard {shard} {why_missing(folder / shard)}; {INDEX_FILE} names it"
+            )
+        header = read_header(folder / shard)[0]
+        repeated = first & header.keys()
+        if repeated and len(repeated) < len(header):
+            raise CheckpointError(
+                f"{folder}: {shard} shares {len(repeated)} of its {len(header)} tensors with "
+                f"{SINGLE_FILE}, as {min(repeated)!r}, so which of both counts is not known; "
+                "remove the other"
+            )
+        for name, tensor in header.items():
             home = weight_map.get(name, shard)
             if name in tensors and name not in weight_map:
                 raise CheckpointError(
                     f"{folder}: tensor {name!r} is in {tensors[name].file.name} and in {shard}, "
                     f"and {INDEX_FILE} does not say which one counts"
                 )
-            if home == shard:
+            if home == shard and name not in first:
                 tensors[name] = tensor
     for name, shard in weight_map.items():
-        if name not in tensors:
+        if name not in tensors and not first:
             raise CheckpointError(
                 f"{folder}: tensor {name!r} is not in {shard}, where {INDEX_FILE} has it"
             )
     return tensors
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
-    content = read_json(index)
+def _no_weights(folder: Path) -> str:
+    """Why there are none to be read."""
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (why := why_missing(folder / name)) != "is missing":
+            return f"{name} {why}"
+    names = sorted(entry.name for entry in folder.iterdir())
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if any(name.startswith("adapter_model") for name in names):
+        why = "an adapter is there, and no model; merge it into its model, and save that"
+    elif shards:
+        why = f"{shards[0]} is there, and {INDEX_FILE} has to say what belongs to the model"
+    else:
+        why = "only safetensors weights are read, save the model again with save_pretrained"
+        others = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".gguf"))]
+        why += f" (found {others[0]})" if others else ""
+    return f"no {SINGLE_FILE} and no {INDEX_FILE}; {why}"
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard, as an index file has it. Raises CorruptionError and as `read_json`."""
+    content = read_json(index, most=MAX_HEADER_BYTES)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptionError(f"{index}: weight_map: expected an object of tensor -> shard")
@@ -245,23 +303,44 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether name is one plain file name: no separators, no parent, no drive."""
-    return bool(name) and name not in (".", "..") and not set(name) & set("/\\:\0")
+    """Whether name is one plain file name, and text: no separators, no parent, no drive."""
+    if not name or name in (".", "..") or set(name) & set("/\\:\0"):
+        return False
+    return is_text(name)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError if unreadable, CorruptionError if not an object."""
+def is_text(name: str) -> bool:
+    """Whether a name can be written down as UTF-8. One from the file system may hold other bytes,
+    one from JSON half of a surrogate pair."""
     try:
-        size = file.stat().st_size
-        if size > MAX_HEADER_BYTES:
-            raise CorruptionError(f"{file}: {size} bytes, expected at most {MAX_HEADER_BYTES}")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def as_text(name: str) -> str:
+    """The same name; bytes in it that are no text are spelled out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def read_json(file: Path, *, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object of at most `most` bytes.
+
+    Raises CheckpointError if unreadable, CorruptionError if too long or not an object.
+    """
+    try:
+        data = read_whole(file, most)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    if data is None:
+        raise CorruptionError(f"{file}: expected at most {most} bytes, found more")
+    _check_density(file, data)
+    try:
+        content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise CorruptionError(f"{file}: not valid JSON: {error}") from error
+        why = leftover(data[:HEAD_BYTES]) or error
+        raise CorruptionError(f"{file}: not valid JSON: {why}") from error
     if not isinstance(content, dict):
         raise CorruptionError(f"{file}: expected an object, found {type(content).__name__}")
     return content
@@ -283,8 +362,7 @@ def read_into(
             f"it has {tensor.n_bytes}"
         )
     try:
-        with open(tensor.file, "rb", buffering=0) as handle:
-            fd = handle.fileno()
+        with regular_file(tensor.file) as (fd, _):
             _read_exactly(tensor.file, fd, view, tensor.offset + start)
             if drop_cache and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(fd, tensor.offset + start, len(view), os.POSIX_FADV_DONTNEED)

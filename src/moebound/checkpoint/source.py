@@ -12,24 +12,41 @@ from typing import Any
 
 from moebound.checkpoint.experts import Expert, ExpertMatrix, find_experts, read_matrix
 from moebound.checkpoint.families import Family, find_family, text_config
+from moebound.checkpoint.inventory import TEMPLATES_FOLDER, Inventory, take_inventory
+from moebound.checkpoint.leftovers import why_missing
 from moebound.checkpoint.shards import (
     TensorInfo,
+    as_text,
     read_header,
     read_json,
     read_tensors,
     total_bytes,
 )
 from moebound.errors import CheckpointError, UnsupportedArchitectureError
-from moebound.types import Array
+from moebound.types import NUMPY_DTYPES, Array
 from moebound.wordmath.builtin import resolve
 
-# What is fetched from the hub, from the top folder only: weights, and what a model needs to run.
+# What is fetched from the hub, from the top folder and that of chat templates only: weights, and
+# what a model needs to run.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py",
                  "LICENSE*", "README.md"]  # fmt: skip
-_HUB_IGNORED = ["*/*", "consolidated*"]
+# Patterns of fnmatch, in which * spans folders: all folders but the one with chat templates.
+_HUB_IGNORED = [
+    "consolidated*", "*/*/*", f"{TEMPLATES_FOLDER}[!/]*/*",
+    *(f"{TEMPLATES_FOLDER[:at]}{end}"
+      for at in range(len(TEMPLATES_FOLDER)) for end in (f"[!{TEMPLATES_FOLDER[at]}]*/*", "/*")),
+]  # fmt: skip
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack",
-                    ".onnx", ".partial")  # fmt: skip
+# What is put around a model and gets into its tensors' names, and what puts it there.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel or DistributedDataParallel",
+    "base_model.model.": "PEFT; merge the adapter first",
+    "base_layer.": "PEFT; merge the adapter first",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+}
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:" + "|".join(map(re.escape, _WRAPPERS)) + ")")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -78,20 +95,18 @@ class Checkpoint:
         return read_matrix(matrix, drop_cache=drop_cache)
 
     def files(self) -> list[Path]:
-        """The other files that a copy of this model needs: tokenizer, generation config, licence.
+        """The other files that a copy of this model needs: tokenizer, chat templates, generation
+        config, licence, and weights that no index names and that are not the model's again.
 
-        Weights, their index, config.json, hidden files and subfolders are not among them.
+        The model's weights, their index, config.json and hidden files are not among them.
         """
-        if not self.path.is_dir():
-            return []
-        return sorted(
-            file
-            for file in self.path.iterdir()
-            if file.is_file()
-            and not file.name.startswith(".")
-            and not file.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
-            and file.name != "config.json"
-        )
+        return list(self._inventory.carried)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The files that are neither among the weights nor among `files`, by name, with the reason.
+        Hidden files are not named."""
+        return dict(self._inventory.left_out)
 
     @property
     def expert_bytes(self) -> int:
@@ -107,6 +122,12 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return total_bytes(self.tensors)
+
+    @cached_property
+    def _inventory(self) -> Inventory:
+        if not self.path.is_dir():
+            return Inventory((), {})
+        return take_inventory(self.path, self.tensors)
 
     @cached_property
     def _routed(self) -> tuple[Expert, ...]:
@@ -142,8 +163,8 @@ def open_checkpoint(
     if isinstance(src, Checkpoint):
         return src
     path = Path(src).expanduser()
-    name = path.resolve().name if path.exists() else os.fspath(src)
-    if path.is_file():
+    name = as_text(path.resolve().name if path.exists() else os.fspath(src))
+    if path.exists() and not path.is_dir():
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: expected a folder or a .safetensors file")
         tensors = read_header(path)[0]
@@ -156,17 +177,21 @@ def open_checkpoint(
         local_files_only=local_files_only,
     )
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json; expected a Hugging Face model folder")
+        raise CheckpointError(
+            f"{path}: no config.json (it {why_missing(path / 'config.json')}); expected a Hugging "
+            "Face model folder"
+        )
     config = read_json(path / "config.json")
     family = find_family(config)
-    _refuse_quantized_config(path, config)
+    _refuse_stores(path, config)
     tensors = read_tensors(path)
-    _refuse_quantized_tensors(path, tensors)
+    _refuse_quantized(path, config, family, tensors)
+    _refuse_wrapped(path, family, tensors)
     checkpoint = Checkpoint(path, config, family, tensors, name)
     if not checkpoint.experts():
         raise UnsupportedArchitectureError(
             f"{path}: model_type {config.get('model_type')!r} is supported, but this checkpoint "
-            "is dense: none of its tensors is a routed expert's"
+            f"is dense: none of its tensors is a routed expert's{_nearly(family, tensors)}"
         )
     return checkpoint
 
@@ -224,31 +249,88 @@ def _download(
         ) from error
 
 
-def _refuse_quantized_config(path: Path, config: Mapping[str, Any]) -> None:
+def _quantization(config: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The field of a config that says how weights are quantized, and its value."""
     for part in (config, text_config(config)):
-        quantization = part.get("quantization_config") or part.get("compression_config")
-        if not quantization:
-            continue
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        if method == "moebound":
-            raise CheckpointError(
-                f"{path}: already compressed by moebound; open it as a store, or decompress it"
-            )
-        hint = (
-            "; load it in transformers with Mxfp4Config(dequantize=True) and save it as bfloat16"
-            if method == "mxfp4"
-            else "; dequantize it to bfloat16 first"
-        )
+        for field in ("quantization_config", "compression_config"):
+            if part.get(field):
+                return field, part[field]
+    return None
+
+
+def _quant_method(value: Any) -> Any:
+    return value.get("quant_method") if isinstance(value, Mapping) else None
+
+
+def _refuse_stores(path: Path, config: Mapping[str, Any]) -> None:
+    found = _quantization(config)
+    if found and _quant_method(found[1]) == "moebound":
         raise CheckpointError(
-            f"{path}: quantized checkpoint (quant_method {method!r}), expected BF16, F16 or F32 "
-            f"weights{hint}"
+            f"{path}: already compressed by moebound; open it as a store, or decompress it"
         )
 
 
-def _refuse_quantized_tensors(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    for name in tensors:
-        if _QUANTIZED.fullmatch(name):
+def _refuse_quantized(
+    path: Path, config: Mapping[str, Any], family: Family, tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Raises CheckpointError for quantized weights, and for a config that only says they are."""
+    found = _quantization(config)
+    tensor = next((t for t in tensors.values() if _QUANTIZED.fullmatch(t.name)), None)
+    tensor = tensor or next((t for t in tensors.values() if _is_packed(t)), None)
+    if found is None:
+        # A dtype alone is judged where it matters: of experts, when they are found.
+        if tensor is not None and _QUANTIZED.fullmatch(tensor.name):
             raise CheckpointError(
-                f"{path}: quantized checkpoint (tensor {name!r}), expected BF16, F16 or F32 "
+                f"{path}: quantized checkpoint (tensor {tensor.name!r}), expected BF16, F16 or F32 "
                 "weights; dequantize it to bfloat16 first"
+            )
+        return
+    field, value = found
+    method = _quant_method(value)
+    if tensor is None and any(family.match(name) for name in tensors):
+        dtypes = ", ".join(sorted({t.dtype for t in tensors.values()}))
+        raise CheckpointError(
+            f"{path}: config.json has a {field} (quant_method {method!r}), but no tensor is "
+            f"quantized: all are {dtypes}. It is left over from before the weights were "
+            f"dequantized, and transformers would misread them; remove {field} from config.json"
+        )
+    hint = (
+        "; load it in transformers with Mxfp4Config(dequantize=True) and save it as bfloat16"
+        if method == "mxfp4"
+        else "; dequantize it to bfloat16 first"
+    )
+    raise CheckpointError(
+        f"{path}: quantized checkpoint (quant_method {method!r} in the {field} of config.json"
+        + ("" if tensor is None else f", tensor {tensor.name!r} is {tensor.dtype}")
+        + f"), expected BF16, F16 or F32 weights{hint}"
+    )
+
+
+def _is_packed(tensor: TensorInfo) -> bool:
+    """Whether a matrix is of a dtype that only quantized weights have. Tables of numbers (of
+    experts, by token) are I64."""
+    return len(tensor.shape) > 1 and tensor.dtype not in (*NUMPY_DTYPES, "F64", "I64", "BOOL")
+
+
+def _nearly(family: Family, tensors: Mapping[str, TensorInfo]) -> str:
+    """A name that would be an expert's without what stands before it, in words; mostly none."""
+    for name in tensors:
+        head, rest = "", name
+        while "." in rest:
+            part, _, rest = rest.partition(".")
+            head += part + "."
+            if family.match(rest):
+                return f"; {name!r} would be one without {head!r} in front"
+    return ""
+
+
+def _refuse_wrapped(path: Path, family: Family, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raises CheckpointError if experts would be found under names without a wrapper's prefix."""
+    for name in tensors:
+        if not (found := _WRAPPER.search(name)):
+            continue
+        if family.match(name) is None and family.match(_WRAPPER.sub("", name)):
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: {found[0]!r} in it was left by a wrapper "
+                f"({_WRAPPERS[found[0]]}); save the model inside it, or rename the tensors"
             )

@@ -99,7 +99,8 @@ def compress(
 
     Exactly one of --rate, --abs, --range, --rmse and --plan says how far a weight may move, unless
     a --method is chosen that knows no bound; every weight is measured after it is written, in the
-    dtype the model will use. All other tensors, the tokenizer and the config are kept as they are.
+    dtype the model will use. All other tensors, the tokenizer and the config are kept as they are;
+    files that are not carried over are named.
     """
     bounds: dict[BoundMode, float | None] = {
         "rate": rate, "abs": abs_, "range": range_, "rmse": rmse,
@@ -158,6 +159,8 @@ def compress(
                  f"{wording.ratio(done.model_bytes_before, done.model_bytes_after)}, "
                  f"{wording.bits(done.model_bits_per_weight)}"),
                 ("files of the store", wording.n_bytes(done.store_bytes)),
+                *(("left out", f"{name}: {why}") for name, why in done.left_out.items()),
+                *(("remark", text) for text in done.remarks),
                 ("stored verbatim", f"{done.patched} of {done.n_weights} weights"),
                 ("time", f"{done.seconds:.1f} s, {wording.n_bytes(before / done.seconds)}/s"
                  if done.seconds else "0 s"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +44,23 @@ def inspect(output: Output, src: str) -> int:
 
 def is_store(path: Path) -> bool:
     """Whether a folder says that it is a store. Any doubt is left to who opens it."""
+    from moebound.checkpoint import read_json
+    from moebound.errors import MoeboundError
+
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        config = read_json(path / "config.json")
         return bool(config["quantization_config"]["quant_method"] == "moebound")
-    except (OSError, ValueError, TypeError, KeyError):
+    except (MoeboundError, TypeError, KeyError):
         return False
+
+
+def how_it_runs(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, str]]:
+    """Whether a model can be run here, for the document and for people."""
+    from moebound.model.pretrained import what_runs
+
+    how, why = what_runs(config)
+    words = "by generate, serve and moebound.load, experts compressed; and by from_pretrained"
+    return {"runs": how, "why_not": why or None}, ("runs", why or words)
 
 
 Description = tuple[dict[str, Any], list[tuple[str, str]]]
@@ -67,6 +78,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
     per_layer = _counts(Counter(expert.key.layer for expert in routed).values())
     shapes = _shapes(routed)
     dtypes = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
+    runs, run_line = how_it_runs(checkpoint.config)
     document = {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
@@ -85,6 +97,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
         "n_shared_experts": len(shared),
         "shared_expert_bytes": of_shared,
         "tensor_dtypes": dict(dtypes),
+        "left_out": checkpoint.left_out,
+        **runs,
     }  # fmt: skip
     lines = [
         ("architecture", f"{checkpoint.config.get('model_type')} "
@@ -101,6 +115,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
     if shared:
         lines.append(("shared experts", f"{len(shared)}, {wording.n_bytes(of_shared)}, "
                       f"{wording.percent(of_shared, total)}; left alone unless asked"))  # fmt: skip
+    lines.append(run_line)
+    lines += [("not carried", f"{name}: {why}") for name, why in checkpoint.left_out.items()]
     return document, lines
 
 
@@ -140,6 +156,7 @@ def describe_store(store: Store) -> Description:
     before, after = found.bytes_before, found.bytes_after
     bits = 8 * after / found.n_weights if found.n_weights else 0.0
     settings, edits = store.settings, store.router_edits()
+    runs, run_line = how_it_runs(store.config)
     document = {
         "kind": "store",
         "path": str(store.path),
@@ -169,6 +186,8 @@ def describe_store(store: Store) -> Description:
         "rmse": found.rmse,
         "patched": found.patched,
         "total_bytes": total,
+        "left_out": dict(settings.left_out),
+        **runs,
     }
     lines = [
         ("store", f"{store.config.get('model_type')}, format version {settings.version}"),
@@ -185,6 +204,8 @@ def describe_store(store: Store) -> Description:
         *([("routing edited", f"layers {wording.index_ranges(edits)}")] if edits else []),
         ("stored verbatim", f"{found.patched} of {found.n_weights} weights"),
         ("all tensors", wording.n_bytes(total)),
+        run_line,
+        *(("left out", f"{name}: {why}") for name, why in settings.left_out.items()),
     ]  # fmt: skip
     return document, lines
 

@@ -77,13 +77,16 @@ def offload_options(command: F) -> Callable[..., int]:
 
 def load_offloaded(src: str, offload: dict[str, Any], output: Output) -> Offloaded:
     """`moebound.load`, and a note on what was chosen. Raises CheckpointError without tokenizer."""
+    from moebound.checkpoint import local_folder
     from moebound.errors import CheckpointError
+    from moebound.model.pretrained import load_tokenizer
     from moebound.offload.loading import load
 
     output.note(f"loading {src}")
     offloaded = load(src, **offload)
     if offloaded.tokenizer is None:
         offloaded.close()
+        load_tokenizer(local_folder(src))  # says why
         raise CheckpointError(f"{src}: its tokenizer cannot be loaded")
     for line in choice_lines(offloaded):
         output.note(line)

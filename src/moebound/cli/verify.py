@@ -36,7 +36,7 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
     with progress_bar(output, "verifying") as progress:
         report = store.verify(dst, against=against, jobs=jobs, progress=progress)
 
-    verdict = "good" if report.ok else f"{len(report.problems)} problems"
+    verdict = "good" if report.ok else f"{len(report.problems) + report.more} problems"
     measured = "measured again" if against is not None else "as certified; --against measures it"
     lines = [
         ("verdict", verdict),
@@ -51,6 +51,8 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
     ]
     if len(report.problems) > SHOWN:
         problems.append(Text(f"and {len(report.problems) - SHOWN} more; --json has them all"))
+    if report.more:
+        problems.append(Text(f"and {report.more} more, which the first problem explains"))
     output.result(report.to_json(), wording.facts(dst, lines), *problems)
     return exits.OK if report.ok else exits.NEGATIVE
 

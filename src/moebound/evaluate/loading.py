@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from moebound.errors import CheckpointError, MoeboundError
+from moebound.checkpoint.shards import as_text
+from moebound.errors import MoeboundError
 from moebound.model.batched import NAME as BATCHED
 from moebound.model.batched import register_batched
-from moebound.model.dtypes import parse_dtype
+from moebound.model.dtypes import check_device, parse_dtype
 from moebound.model.fingerprint import of_parameters
-from moebound.model.quiet import without_bars
+from moebound.model.pretrained import load_model, load_tokenizer
 from moebound.wordmath.builtin import PREFIX, resolve
 
 SMALL_EXPERT_WEIGHTS = 1 << 20
@@ -73,10 +74,11 @@ def load(
     """
     src = os.fspath(src)
     path = resolve(src)
-    parse_dtype(dtype)  # before anything is loaded
-    name = Path(src).resolve().name if Path(src).exists() else src
-    model = _load_model(src, path, dtype, device)
-    tokenizer = _load_tokenizer(src, path)
+    computed_in = parse_dtype(dtype)  # before anything is loaded
+    check_device(device, also=("auto",))
+    name = as_text(Path(src).resolve().name if Path(src).exists() else src)
+    model = _load_model(path, computed_in, device)
+    tokenizer = load_tokenizer(path)
     chosen = _choose_experts(model, experts)
     kind = _kind(src, Path(path))
     dtype_name = str(model.dtype).removeprefix("torch.")
@@ -84,35 +86,12 @@ def load(
     return Loaded(model, tokenizer, source)
 
 
-def _load_model(src: str, path: str, dtype: str, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def _load_model(path: str, dtype: torch.dtype | str, device: str) -> Any:
     from moebound.integrations.transformers import register
 
     register()
-    options: dict[str, Any] = {"dtype": parse_dtype(dtype)}
-    if device != "cpu":
-        options["device_map"] = device
-    if Path(path).is_dir():
-        options["local_files_only"] = True
-    try:
-        with without_bars():
-            model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except MoeboundError:
-        raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise CheckpointError(f"{src}: cannot be loaded as a language model: {error}") from error
-    model.train(False)
-    return model
-
-
-def _load_tokenizer(src: str, path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir())
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CheckpointError(f"{src}: its tokenizer cannot be loaded: {error}") from error
+    options: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
+    return load_model(path, dtype=dtype, **options)
 
 
 def _choose_experts(model: Any, asked: str) -> str:

@@ -8,6 +8,7 @@ calls.py     one call of an experts module, taken apart into pairs of token and 
 undo.py      change experts in place, and take it back bit for bit
 batched.py   all experts of a layer in one product
 fingerprint.py  a name for it, from some of its weights
+pretrained.py  loads it: the one door to transformers' Auto classes
 dtypes.py    what it computes with
 """
 

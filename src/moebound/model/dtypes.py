@@ -1,6 +1,8 @@
-"""What a model computes with, as options spell it."""
+"""What a model computes with, and where, as options spell it."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 
@@ -18,3 +20,25 @@ def parse_dtype(name: str) -> torch.dtype | str:
     if name not in DTYPES:
         raise MoeboundError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def check_device(name: str, *, also: Collection[str] = ()) -> None:
+    """Raises MoeboundError for a device that this torch does not know or have. also: other words
+    that an option takes."""
+    if name in also:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        expected = ", ".join(("cpu", "cuda", *also))
+        raise MoeboundError(
+            f"device {name!r}: expected one as torch spells it ({expected})"
+        ) from error
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:  # AssertionError on a build for CPUs, NotImplementedError, ...
+        built = "" if torch.version.cuda else ", a build without CUDA"
+        raise MoeboundError(
+            f"device {name!r}: torch {torch.__version__}{built} cannot use it here: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error

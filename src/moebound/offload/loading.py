@@ -17,8 +17,9 @@ from moebound.cache import ExpertCache
 from moebound.checkpoint import local_folder
 from moebound.codec import thread_count
 from moebound.errors import CacheError, CheckpointError
-from moebound.model.dtypes import parse_dtype
+from moebound.model.dtypes import check_device, parse_dtype
 from moebound.model.live import LiveExperts, live_experts
+from moebound.model.pretrained import load_tokenizer
 from moebound.model.routers import find_routers
 from moebound.offload.choose import catalog_of, choose, open_delivery, open_tier
 from moebound.offload.entries import DiskEntries, open_entries
@@ -79,6 +80,7 @@ def load(
     from moebound.integrations.transformers.skeleton import load_skeleton
 
     computed_in = parse_dtype(dtype)
+    check_device(device)
     guess = _predictor(predictor)
     path = local_folder(resolve(os.fspath(source)))
     cores = thread_count() if threads is None else threads
@@ -208,9 +210,7 @@ def _layers(model: Any, live: LiveExperts, top_k: int) -> Layers:
 
 
 def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError):
+        return load_tokenizer(path)
+    except CheckpointError:
         return None  # checkpoints of tests and benchmarks have none; who needs one says so

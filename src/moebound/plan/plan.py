@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moebound.checkpoint.shards import is_text
 from moebound.errors import BoundError, FormatError, PlanError
 from moebound.files.documents import Format, count, fields_of, number
 from moebound.files.durable import save_bytes
@@ -256,6 +257,8 @@ class Plan:
         document = self.to_json()
         experts = document.pop("experts")
         head = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+        if not is_text(head):  # a file's name in it may hold bytes that are no text
+            head = json.dumps(document, indent=1, allow_nan=False)
         lines = ",\n".join("  " + json.dumps(expert, allow_nan=False) for expert in experts)
         return f'{head[:-2]},\n "experts": [\n{lines}\n ]\n}}\n'.encode()
 

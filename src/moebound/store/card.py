@@ -72,6 +72,9 @@ def model_card(
     if measured:
         parts.append("## Measured")
         parts += [_measured(measurement) for measurement in measured]
+    if settings.left_out:
+        parts += ["## Left out", "Files of the original that are not here:"]
+        parts.append(_table("", ((name, _text(why)) for name, why in settings.left_out.items())))
     parts += ["## Use", _USE]
     return "\n\n".join(parts) + "\n"
 

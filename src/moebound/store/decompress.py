@@ -6,7 +6,6 @@ values. One output shard at a time, matrices decoded in parallel and written in 
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from moebound.codec import thread_count
 from moebound.errors import CorruptionError, StoreError
 from moebound.files.durable import disk_errors
 from moebound.jobs.ordered import in_order
+from moebound.store.beside import json_bytes, read_pieces
 from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CARD_FILE,
@@ -154,8 +154,6 @@ def _plan(store: Store) -> dict[str, list[_Tensor]]:
             raise CorruptionError(f"{store.path}: tensor {name!r} is certified twice")
         spec = TensorSpec(name, first.certificate.dtype, shape)
         shards[first.home].append(_Tensor(spec, None, tuple(matrices)))
-    if len(shards) > 1 and SINGLE_FILE in shards:
-        raise CorruptionError(f"{store.path}: tensors come from {SINGLE_FILE} and other shards")
     return dict(sorted(shards.items()))
 
 
@@ -193,11 +191,17 @@ def _write_rest(store: Store, folder: Path, shards: dict[str, list[_Tensor]]) ->
             if file.is_file() and file.name not in ours and file.suffix != ".safetensors":
                 name = CARD_FILE if file.name == ORIGINAL_CARD_FILE else file.name
                 write_synced(folder / name, file.read_bytes())
+        for record in store.files:  # in a folder, or weights that no index names
+            if ("/" in record.name or record.name.endswith(".safetensors")) and (
+                record.name not in shards
+            ):
+                (folder / record.name).parent.mkdir(exist_ok=True)
+                pieces = read_pieces(store.path / record.name)
+                write_synced(folder / record.name, pieces)
     if list(shards) != [SINGLE_FILE]:
         weight_map = {t.spec.name: name for name, shard in shards.items() for t in shard}
         total = sum(tensor.spec.n_bytes for shard in shards.values() for tensor in shard)
         write_index(folder, weight_map, total)
     config = {k: v for k, v in store.config.items() if k != "quantization_config"}
     with disk_errors(folder):
-        content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        write_synced(folder / CONFIG_FILE, content.encode())
+        write_synced(folder / CONFIG_FILE, json_bytes(config))

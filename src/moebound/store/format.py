@@ -6,7 +6,7 @@
     moebound.certificates.jsonl          one JSON record a line: what was promised and found
     moebound.plan.json                   the plan that was carried out, if there was one
     README.md                            a model card; the source's own is README.original.md
-    tokenizer.json, ...                  copied
+    tokenizer.json, ...                  copied, additional_chat_templates/ too
 
 docs/store.md is the description for readers. A change that an older moebound would misread is a
 new VERSION; old versions stay readable.
@@ -67,8 +67,8 @@ class Settings:
     nothing else. bound: of every weight, None where none was asked for. run: hash of everything
     that decides the bytes (source, method, bound, selection), so that a rerun can tell its own
     store from another. plan: SHA-256 of what the plan decides, None without one; `bound` is
-    then the widest of its bounds. source: what the user called the source. Unknown further fields
-    are ignored.
+    then the widest of its bounds. source: what the user called the source. left_out: the source's
+    files that are not in the store, with the reason. Unknown further fields are ignored.
     """
 
     method: str
@@ -78,6 +78,7 @@ class Settings:
     version: int = VERSION
     plan: str | None = None
     source: str | None = field(default=None, compare=False)
+    left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def codec(self) -> str | None:
@@ -86,7 +87,8 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         bound = None if self.bound is None else self.bound.to_json()
-        optional = {"bound": bound, "plan": self.plan, "source": self.source}
+        left_out = dict(self.left_out) or None
+        optional = {"bound": bound, "plan": self.plan, "source": self.source, "left_out": left_out}
         return {
             "quant_method": QUANT_METHOD,
             "version": self.version,
@@ -111,9 +113,10 @@ class Settings:
             bound = None if data.get("bound") is None else ErrorBound.from_json(data["bound"])
             method = f"bounded:{data['codec']}" if version == 1 else str(data["method"])
             plan, source = (None if data.get(n) is None else str(data[n]) for n in _OPTIONAL)
+            left_out = {str(name): str(why) for name, why in data.get("left_out", {}).items()}
             return cls(
                 method, bound, bool(data["shared_experts"]), str(data["run"]), version,
-                plan, source,
+                plan, source, left_out,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"{type(error).__name__}: {error}"
@@ -217,7 +220,8 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file beside the shards. Documents (README.md) may be edited and have no record."""
+    """A file beside the shards, or in a folder beside them (`folder/name`). Documents (README.md)
+    may be edited and have no record."""
 
     name: str
     n_bytes: int
@@ -276,8 +280,10 @@ def from_line(line: bytes, where: str) -> Record:
                 *(("number", "held_bytes", "checksum") if kind == "part" else ()),
             ):
                 _natural(content[name])
-        elif not is_file_name(named_files):
-            raise ValueError(f"{named_files!r} is not a plain file name")
+        else:
+            parts = named_files.split("/", 1) if kind == "file" else [named_files]
+            if not all(map(is_file_name, parts)):
+                raise ValueError(f"{named_files!r} is not a plain file name")
         return record
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CorruptionError(f"{where}: {type(error).__name__}: {error}") from error

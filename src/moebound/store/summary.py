@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from moebound.methods import codec_of, weakest
@@ -96,7 +96,8 @@ class CompressSummary:
     bits per weight: bytes after, times 8, over the parameters in question.
     guarantee: what holds for every weight of them. worst: the largest measured error over promised
     error, None where nothing is promised. max_abs_error, rmse: measured, in weight units. patched:
-    weights stored verbatim.
+    weights stored verbatim. left_out: the source's files that the store does not have, with the
+    reason. remarks: on what was asked, where it can hardly be meant.
     """
 
     path: str
@@ -117,6 +118,8 @@ class CompressSummary:
     patched: int
     seconds: float
     resumed: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def expert_bits_per_weight(self) -> float:
@@ -172,7 +175,7 @@ class VerifyReport:
     """What verifying found. worst: the largest measured error over promised error; measured again
     where the original was given, else as certified; None where nothing is promised. guarantee: the
     weakest of all. max_abs_error: the largest that was certified, or measured again. n_tensors: all
-    tensors looked at."""
+    tensors looked at. more: problems that are not listed, because the first has caused them."""
 
     path: str
     against: str | None
@@ -184,6 +187,7 @@ class VerifyReport:
     seconds: float
     guarantee: Guarantee = "none"
     max_abs_error: float = 0.0
+    more: int = 0
 
     @property
     def ok(self) -> bool:

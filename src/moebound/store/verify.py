@@ -24,6 +24,7 @@ from moebound.errors import MoeboundError, StoreError
 from moebound.jobs.ordered import in_order
 from moebound.methods import RouterEdit
 from moebound.methods.blob import MatrixBlob
+from moebound.store.beside import choose_files, is_document, read_pieces
 from moebound.store.planned import broken_plan
 from moebound.store.reader import (
     EncodedExpert,
@@ -46,6 +47,9 @@ from moebound.types import Array, TensorStats
 
 # Certified numbers come from the same sums in the same order; leave room for another order.
 _TOLERANCE = 1e-9
+_SAMPLE = 8
+"""Experts that tell whether the original given is another model."""
+_EXAMPLES = 5
 
 
 def verify(
@@ -99,6 +103,10 @@ def verify(
             problems += result.problems
             total.add_up(result)
             meter.add(str(expert.key), n_bytes=expert.decoded_bytes, experts=1)
+    cause, more = originals.another_model(experts), 0
+    if cause is not None:
+        few = list(_first_of_each_kind(problems))
+        problems, more = [cause, *few], len(problems) - len(few)
     return VerifyReport(
         path=str(path),
         against=against_path,
@@ -107,6 +115,7 @@ def verify(
         n_bytes=sum(tensor.n_bytes for tensor in store.tensors.values()),
         worst=total.worst,
         problems=tuple(problems),
+        more=more,
         seconds=time.monotonic() - begun,
         guarantee=ExpertTotals.of(store.records()).guarantee,
         max_abs_error=total.max_abs_error,
@@ -124,13 +133,72 @@ class _Originals:
                 for matrix in expert.matrices:
                     self.matrices[matrix.name, matrix.index] = matrix
 
+    def another_model(self, experts: list[StoredExpert]) -> Problem | None:
+        """The cause of all problems, where no expert is that of the original. Some are looked at,
+        spread over the model."""
+        if self.checkpoint is None:
+            return None
+        found: tuple[StoredMatrix, str] | None = None
+        sample = experts[:: max(1, len(experts) // _SAMPLE)]
+        for expert in sample:
+            matrix = expert.matrices[0]
+            record = matrix.record
+            source = self.matrices.get((record.name, record.index))
+            if source is None:
+                found = matrix, "the original has no such expert"
+                continue
+            if source.shape != record.certificate.shape:
+                found = matrix, f"its shape is {source.shape} there"
+                continue
+            try:
+                digest = sha256(self.checkpoint.read(source).reshape(-1).view("u1"))
+            except MoeboundError:
+                return None
+            if digest == record.certificate.sha256_original:
+                return None
+            found = matrix, _differs(record.certificate.sha256_original, digest)
+        if found is None:
+            return None
+        message = (
+            f"this store was not made from {self.checkpoint.path}: of {len(sample)} experts looked "
+            f"at, none is the one that was compressed ({found[1]}); give the one it was made from"
+        )
+        return Problem("original", found[0].tensor.name, message)
+
     def extra_problems(self, store: Store) -> Iterator[Problem]:
-        """Tensors of the original that the store lacks."""
+        """Tensors and other files of the original that the store lacks, or has others for."""
         if self.checkpoint is None:
             return
         for name in self.checkpoint.tensors:
             if name not in store.tensors:
                 yield Problem("original", name, "is in the original and not in the store")
+        expected, _ = choose_files(self.checkpoint, [shard.name for shard in store.shards])
+        stored = {file.name: file.sha256 for file in store.files}
+        for name, file in expected.items():
+            if is_document(name):
+                continue  # people edit them
+            digest = hashlib.sha256()
+            try:
+                for piece in read_pieces(file):
+                    digest.update(piece)
+            except OSError as error:
+                message = f"original: cannot be read: {error.strerror or error}"
+                yield Problem("original", name, message)
+                continue
+            if name not in stored:
+                yield Problem("original", name, "is in the original and not in the store")
+            elif stored[name] != digest.hexdigest():
+                message = f"original: {_differs(stored[name], digest.hexdigest())}"
+                yield Problem("original", name, message)
+
+
+def _first_of_each_kind(problems: list[Problem]) -> Iterator[Problem]:
+    """A few examples, where all have one cause."""
+    counts: dict[ProblemKind, int] = {}
+    for problem in problems:
+        counts[problem.kind] = counts.get(problem.kind, 0) + 1
+        if counts[problem.kind] <= _EXAMPLES:
+            yield problem
 
 
 def _check_files(store: Store) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from math import prod
@@ -29,14 +29,15 @@ from moebound.checkpoint import (
     read_chunks,
     read_header,
 )
-from moebound.codec import thread_count
+from moebound.checkpoint.shards import as_text
+from moebound.codec import stats, thread_count
 from moebound.errors import MethodError, MoeboundError, PlanError, StoreError
 from moebound.files.durable import disk_errors
 from moebound.jobs.ordered import in_order
 from moebound.methods import ExpertView, GroupView
 from moebound.methods import compress as compress_group
 from moebound.plan import Plan
-from moebound.store.beside import write_rest
+from moebound.store.beside import choose_files, write_rest
 from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CERTIFICATES_FILE,
@@ -65,7 +66,7 @@ from moebound.store.recipe import Recipe
 from moebound.store.shard import BytesShard
 from moebound.store.summary import CompressSummary, ExpertTotals, Meter, ProgressCallback
 from moebound.store.written import Written, tensor_names, written
-from moebound.types import ErrorBound
+from moebound.types import ErrorBound, TensorStats
 
 OnExisting = Literal["error", "resume", "overwrite"]
 
@@ -134,18 +135,21 @@ def compress(
         recipe.plan.check((t.expert.key, [m.role for m in t.expert.matrices]) for t in tasks)
     layout = lay_out(checkpoint, group(tasks, recipe), shard_bytes=shard_bytes)
     run = describe_run(checkpoint, tasks, recipe=recipe, shard_bytes=shard_bytes)
+    copied, left_out = choose_files(checkpoint, layout.names)
     settings = Settings(
         recipe.method,
         recipe.bound,
         shared_experts,
         run_id(run),
         plan=None if recipe.plan is None else recipe.plan.sha256,
-        source=source or checkpoint.name,
+        source=as_text(source or checkpoint.name),
+        left_out=left_out,
     )
 
-    job = _Job(checkpoint, layout, settings, recipe, jobs)
+    job = _Job(checkpoint, layout, settings, recipe, jobs, copied)
+    remarks = [*job.empty_promises()]
     if _finished_before(dst, settings, on_existing):
-        return job.summary(dst, dst, begun, resumed=True)
+        return replace(job.summary(dst, dst, begun, resumed=True), remarks=remarks)
     with WorkFolder(dst) as work:
         resumed = on_existing != "overwrite" and _take_up(work, run, settings)
         if not resumed:
@@ -153,10 +157,10 @@ def compress(
         if not work.sealed:
             job.write(work.path, progress)
             work.seal()
-        _remove_parts(work.path)
+        _remove_parts(work.path, layout.names)
         summary = job.summary(work.path, dst, begun, resumed=resumed)
         work.publish()
-    return replace(summary, seconds=time.monotonic() - begun)
+    return replace(summary, seconds=time.monotonic() - begun, remarks=remarks)
 
 
 def _finished_before(dst: Path, settings: Settings, on_existing: OnExisting) -> bool:
@@ -219,9 +223,10 @@ class _Job:
         settings: Settings,
         recipe: Recipe,
         jobs: int,
+        copied: Mapping[str, Path],
     ) -> None:
         self.checkpoint, self.layout, self.settings = checkpoint, layout, settings
-        self.recipe, self.jobs = recipe, jobs
+        self.recipe, self.jobs, self.copied = recipe, jobs, copied
 
     def write(self, folder: Path, progress: ProgressCallback | None) -> None:
         """Write all that is missing; config.json comes last."""
@@ -249,7 +254,7 @@ class _Job:
                 self._write_experts(folder, shard, artifacts, meter)
         write_rest(
             folder, self.checkpoint, self.layout.names, self.settings, self.recipe.plan,
-            records=_lines(folder, self.layout.names),
+            copied=self.copied, records=_lines(folder, self.layout.names),
         )  # fmt: skip
 
     def _write_tensors(self, folder: Path, shard: TensorShard) -> None:
@@ -289,6 +294,28 @@ class _Job:
             _write_part(folder, shard.name, records)
             out.finish()
 
+    def empty_promises(self) -> Iterator[str]:
+        """A remark where the bound allows that nothing is left of an expert. One in the middle is
+        looked at, before any work."""
+        chosen = [t.expert for s in self.layout.expert_shards for g in s.groups for t in g.tasks
+                  if not t.exact]  # fmt: skip
+        expert = chosen[len(chosen) // 2]
+        bounds = self.recipe.bounds(expert)
+        if bounds is None:
+            return
+        own = {m.role: stats(self.checkpoint.read(m)) for m in expert.matrices}
+        whole = sum(own.values(), TensorStats())
+        for role, found in own.items():
+            bound = bounds[role]
+            allowed = bound.absolute(whole if bound.scope == "expert" else found)
+            largest = max(abs(found.lowest), abs(found.highest)) if found.count else 0.0
+            if not largest or (allowed < largest if bound.pointwise else bound.value < 1):
+                return
+        yield (
+            f"the bound lets every weight of an expert become 0 (of {expert.key}, none is larger "
+            f"than {largest:.3g}, and {bound} allows {allowed:.3g}); nothing may be left of it"
+        )
+
     def _compress(self, group: Group) -> Written:
         views = []
         for task in group.tasks:
@@ -325,7 +352,8 @@ class _Job:
             n_parameters=sum(prod(t.shape) for t in self.checkpoint.tensors.values()),
             model_bytes_before=self.checkpoint.total_bytes,
             model_bytes_after=after,
-            store_bytes=sum(f.stat().st_size for f in folder.iterdir() if f.is_file()),
+            store_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+            left_out=dict(self.settings.left_out),
             worst=totals.worst,
             patched=totals.patched,
             seconds=time.monotonic() - begun,
@@ -354,7 +382,7 @@ def _lines(folder: Path, shards: list[str]) -> Iterator[bytes]:
                 yield line
 
 
-def _remove_parts(folder: Path) -> None:
+def _remove_parts(folder: Path, shards: list[str]) -> None:
     with disk_errors(folder):
-        for path in folder.glob("*" + _PART_SUFFIX):
-            path.unlink()
+        for shard in shards:
+            (folder / (shard + _PART_SUFFIX)).unlink(missing_ok=True)

@@ -57,6 +57,15 @@ def test_half_of_a_surrogate_pair(shared: Live, body: str) -> None:
     assert "surrogate" in refused(shared, COMPLETIONS, body)["message"]
 
 
+@pytest.mark.parametrize(
+    "field", [{"logprobs": 0}, {"echo": 0}, {"n": True}, {"frequency_penalty": False}]
+)
+def test_0_is_not_false_and_1_not_true(shared: Live, field: dict[str, Any]) -> None:
+    error = refused(shared, COMPLETIONS, {"prompt": "a", **field})
+    assert error["code"] == "unsupported_parameter"
+    assert [error["param"]] == list(field)
+
+
 VALUES = st.recursive(
     st.none()
     | st.booleans()

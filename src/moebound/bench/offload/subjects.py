@@ -118,18 +118,17 @@ class LlamaCpp(Subject):
 
 
 def _stock(spec: dict[str, Any], trace: Trace | None) -> Subject:
-    from transformers import AutoModelForCausalLM
+    from moebound.model.pretrained import load_model
 
-    options = dict(spec["options"])
-    model = AutoModelForCausalLM.from_pretrained(spec["source"], dtype="auto", **options)
+    model = load_model(spec["source"], dtype="auto", **spec["options"])
     return Torch(model, spec, trace)
 
 
 def _accelerate(spec: dict[str, Any], trace: Trace | None) -> Subject:
     """transformers' own disk offload: experts modules on disk, all else in memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from moebound.model.pretrained import load_model, read_config
 
-    config = AutoConfig.from_pretrained(spec["source"])
+    config = read_config(spec["source"])
     if config.model_type != "deepseek_v3":
         raise UnsupportedArchitectureError(
             f"{spec['source']}: which modules accelerate has to offload is known for deepseek_v3 "
@@ -147,9 +146,7 @@ def _accelerate(spec: dict[str, Any], trace: Trace | None) -> Subject:
             places[f"{stem}.{part}"] = "cpu"
         places[f"{stem}.mlp.experts"] = "disk"
     folder = Path(spec["scratch"]) / "offload"
-    model = AutoModelForCausalLM.from_pretrained(
-        spec["source"], dtype="auto", device_map=places, offload_folder=folder
-    )
+    model = load_model(spec["source"], dtype="auto", device_map=places, offload_folder=folder)
     return Torch(model, spec, trace)
 
 

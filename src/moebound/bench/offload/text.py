@@ -20,13 +20,12 @@ def task_ids(model: Path, task: str, n: int) -> Array:
 
     Raises TaskError for a task without solutions, MoeboundError for one that cannot be read.
     """
-    from transformers import AutoTokenizer
-
     from moebound.evaluate.prompting import encode_prompts, encode_references
+    from moebound.model.pretrained import load_tokenizer
     from moebound.tasks import get_task
 
     asked = get_task(task)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     problems = asked.problems(n)  # a problem has at least one token
     texts = zip(
         encode_prompts(tokenizer, asked, problems),

@@ -11,19 +11,17 @@ decoded as `hf.py` does.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moebound.checkpoint import find_family
-from moebound.errors import CheckpointError, MoeboundError, UnsupportedArchitectureError
+from moebound.errors import UnsupportedArchitectureError
 from moebound.integrations.transformers.hf import MoeboundQuantizer, check_whole
-from moebound.model.quiet import without_bars
+from moebound.model.pretrained import load_model, read_config, what_runs
 from moebound.model.stacks import Stack, find_stack
 from moebound.store import compressed_tensors
 
@@ -37,24 +35,16 @@ def load_skeleton(
     """The model in `folder`, on `device`, in evaluation mode; no routed expert in it.
 
     routed: names of the routed experts' tensors, which are left unread.
-    Raises CheckpointError for what transformers cannot load, UnsupportedArchitectureError for a
-    family whose experts do not go through transformers' table of experts functions.
+    Raises CheckpointError for what transformers cannot load, UnsupportedArchitectureError for what
+    `what_runs` says cannot be run so.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        _check_family(folder, config.to_dict())
-        config.quantization_config = {"quant_method": METHOD, "routed": sorted(routed)}
-        options: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
-        with without_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, local_files_only=True, **options
-            )
-    except MoeboundError:
-        raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot be loaded as a language model: {error}") from error
-    model.train(False)
-    return model
+    config = read_config(folder)
+    runs = what_runs(config.to_dict())
+    if runs.how != "offloaded":
+        raise UnsupportedArchitectureError(f"{folder}: {runs.why}")
+    config.quantization_config = {"quant_method": METHOD, "routed": sorted(routed)}
+    options: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
+    return load_model(folder, config=config, dtype=dtype, **options)
 
 
 class SkeletonConfig(QuantizationConfigMixin):
@@ -84,15 +74,6 @@ class SkeletonQuantizer(MoeboundQuantizer):
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {r".*experts?\..*", r".*_linear\..*"}
         return model
-
-
-def _check_family(folder: Path, config: Mapping[str, Any]) -> None:
-    if not find_family(config).experts_functions:
-        raise UnsupportedArchitectureError(
-            f"{folder}: model_type {config.get('model_type')!r} does not use transformers' experts "
-            "functions, so its experts cannot be loaded on demand; load the store with "
-            "from_pretrained, which decodes all of them"
-        )
 
 
 def _take_out(stack: Stack) -> None:

@@ -47,6 +47,11 @@ IGNORED = frozenset({
 _WHY = {"n": "one text a request", "logprobs": "no log probabilities"}
 
 
+def _same(value: Any, other: Any) -> bool:
+    """Equal as JSON has it, where 0 is not false."""
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+
+
 def _stops(value: Any) -> Any:
     found = [value] if isinstance(value, str) else value
     if found is None:
@@ -143,7 +148,7 @@ class _Request(_Strict):
         """Raises ApiError for fields that are not carried out here, naming the first of them."""
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED:
-                if value is not None and value not in UNSUPPORTED[name]:
+                if value is not None and not any(_same(value, v) for v in UNSUPPORTED[name]):
                     raise _unsupported(name)
             elif name not in IGNORED:
                 raise bad_request(f"unknown field {name!r}", param=name, code="unknown_parameter")
