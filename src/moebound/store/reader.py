@@ -1,7 +1,8 @@
 """Read a store: which experts it has, one read per expert, and what was promised for each.
 
 Opening reads headers and certificates only, and checks that they agree: every compressed tensor
-has a certificate, every certificate a tensor, and the matrices of an expert stand together.
+has a certificate, every certificate a tensor, the matrices of an expert stand together, and names
+say the same experts and roles as records (`checks.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moebound.errors import CorruptionError, FormatError, StoreError
 from moebound.methods import FindPart, RouterEdit, Stored, router_name, shared_name
 from moebound.methods.blob import PEEK_BYTES, blob_checksum, parse_router, peek_shared
 from moebound.methods.reading import PartsFrom, no_parts
+from moebound.store.checks import check_bytes, check_surface, hashes_are_checked
 from moebound.store.folder import JOURNAL_FILE
 from moebound.store.format import (
     CERTIFICATES_FILE,
@@ -90,6 +92,11 @@ class StoredMatrix:
         """As `decode`, into a contiguous array or tensor of that shape and dtype."""
         with self._named():
             self.parse(data).decode_into(out, parts or self.find, threads=threads)
+
+    def check(self, data: memoryview) -> None:
+        """Are these the bytes that were certified? Raises CorruptionError, naming file and
+        tensor."""
+        check_bytes(self.tensor, self.record.certificate.sha256_encoded, data)
 
     def parse(self, data: memoryview) -> Stored:
         """Taken apart and checked against the certificate, not decoded."""
@@ -256,9 +263,11 @@ def read_router_edits(tensors: Iterable[TensorInfo]) -> dict[int, RouterEdit]:
     return found
 
 
-def open_store(path: Path | str) -> Store:
+def open_store(path: Path | str, *, check: bool = True) -> Store:
     """Open a store. Reads headers and certificates, and checks one against the other.
 
+    check: also names against records, and the hashes of headers, index and config; without, that
+    is left to `checks.surface_problems`.
     Raises StoreError if this is no store or not a finished one, CheckpointError if a shard is
     missing or named by a path, FormatError for a newer version, CorruptionError if it contradicts
     itself.
@@ -277,7 +286,8 @@ def open_store(path: Path | str) -> Store:
             f"{path}: {CONFIG_FILE} has no quantization_config of moebound; this is no store"
         )
     tensors = read_tensors(path)
-    records = read_certificates(path / CERTIFICATES_FILE)
+    records = read_certificates(path / CERTIFICATES_FILE, version=settings.version)
+    _check_unique(path, records)
     kept = {r.name: r for r in records if isinstance(r, TensorRecord)}
     parts = _place_parts(path, tensors, [r for r in records if isinstance(r, PartRecord)])
     routers = tuple(
@@ -291,7 +301,7 @@ def open_store(path: Path | str) -> Store:
     )
     own = {part.tensor.name for part in parts.values()} | {tensor.name for tensor, _ in routers}
     _check_complete(path, tensors, set(kept) | own, experts)
-    return Store(
+    store = Store(
         path,
         MappingProxyType(config),
         settings,
@@ -303,6 +313,20 @@ def open_store(path: Path | str) -> Store:
         routers,
         MappingProxyType(experts),
     )
+    if check and hashes_are_checked():
+        check_surface(store)
+    return store
+
+
+def _check_unique(path: Path, records: list[Record]) -> None:
+    """Tensors, files and shards have one record each; experts are counted when they are placed."""
+    seen = set[tuple[type, str]]()
+    for record in records:
+        if isinstance(record, ExpertRecord):
+            continue
+        if (type(record), record.name) in seen:
+            raise CorruptionError(f"{path}: {record.name!r} has two records")
+        seen.add((type(record), record.name))
 
 
 def _own_tensor(
@@ -396,6 +420,8 @@ def _check_complete(
     named = set(named)
     for expert in experts.values():
         for matrix in expert.matrices:
+            if matrix.tensor.name in named:
+                raise CorruptionError(f"{path}: tensor {matrix.tensor.name!r} has two records")
             named.add(matrix.tensor.name)
             if matrix.record.index is not None:
                 slices[matrix.record.name].append(matrix.record)
