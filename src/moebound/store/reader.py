@@ -22,7 +22,7 @@ from moebound.errors import CorruptionError, FormatError, StoreError
 from moebound.methods import FindPart, RouterEdit, Stored, router_name, shared_name
 from moebound.methods.blob import PEEK_BYTES, blob_checksum, parse_router, peek_shared
 from moebound.methods.reading import PartsFrom, no_parts
-from moebound.store.checks import check_bytes, check_surface, hashes_are_checked
+from moebound.store.checks import check_bytes, check_surface, check_tensor, hashes_are_checked
 from moebound.store.folder import JOURNAL_FILE
 from moebound.store.format import (
     CERTIFICATES_FILE,
@@ -52,8 +52,11 @@ class StoredPart:
     record: PartRecord
 
     def read(self) -> memoryview:
-        """Its bytes, by one positional read."""
-        return read_tensor_bytes(self.tensor)
+        """Its bytes, by one positional read. Raises CorruptionError if they are not those that
+        were certified."""
+        data = read_tensor_bytes(self.tensor)
+        check_bytes(self.tensor, self.record.sha256, data)
+        return data
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,9 @@ class EncodedExpert:
         return self.data[start : start + tensor.n_bytes]
 
     def decode(self, *, threads: int | None = None) -> dict[Role, Array]:
-        """The weights by role. Raises as `StoredMatrix.decode`."""
+        """The weights by role. Raises as `StoredMatrix.check` and `decode`."""
+        for index, stored in enumerate(self.stored.matrices):
+            stored.check(self.matrix(index))
         return {
             stored.record.role: stored.decode(self.matrix(index), threads=threads)
             for index, stored in enumerate(self.stored.matrices)
@@ -221,6 +226,17 @@ class Store:
             yield ExpertRecord(expert.key, expert.exact, matrices, expert.method, expert.group)
         yield from (part.record for part in self.parts.values())
         yield from (record for _, record in self.routers)
+
+    def hashes(self) -> dict[str, str]:
+        """The certified SHA-256 of every tensor's bytes, by name, in the order of the files. Empty
+        stand-ins have none."""
+        found = {name: record.sha256 for name, record in self.kept.items()}
+        found |= {part.tensor.name: part.record.sha256 for part in self.parts.values()}
+        found |= {tensor.name: record.sha256 for tensor, record in self.routers}
+        for expert in self.experts():
+            for matrix in expert.matrices:
+                found[matrix.tensor.name] = matrix.record.certificate.sha256_encoded
+        return {name: found[name] for name in self.tensors if name in found}
 
     def decode_expert(self, key: ExpertKey, *, threads: int | None = None) -> dict[Role, Array]:
         """Read and decode one expert: role -> [rows, cols]. Raises as read_expert and decode."""
@@ -315,6 +331,8 @@ def open_store(path: Path | str, *, check: bool = True) -> Store:
     )
     if check and hashes_are_checked():
         check_surface(store)
+        for tensor, router in routers:
+            check_tensor(tensor, router.sha256)
     return store
 
 
