@@ -102,7 +102,9 @@ def one_of_a_kind(records: list[dict[str, Any]]) -> list[int]:
     """One from the middle of each kind of record; exact, shared and other experts apart."""
     kinds: dict[Any, list[int]] = {}
     for number, record in enumerate(records):
-        kinds.setdefault((record["kind"], record.get("exact"), record.get("shared")), []).append(number)
+        kinds.setdefault((record["kind"], record.get("exact"), record.get("shared")), []).append(
+            number
+        )
     return sorted(found[len(found) // 2] for found in kinds.values())
 
 
@@ -145,9 +147,7 @@ STORES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", list(STORES))
-def test_no_field_of_a_record_can_lie(
-    kind: str, source: MakeSource, tmp_path: Path
-) -> None:
+def test_no_field_of_a_record_can_lie(kind: str, source: MakeSource, tmp_path: Path) -> None:
     register_method(Told)
     name, options = STORES[kind]
     src, dst = source(name), tmp_path / "dst"
@@ -168,9 +168,7 @@ def test_no_field_of_a_record_can_lie(
 
 
 @pytest.mark.parametrize("kind", list(STORES))
-def test_no_field_of_the_settings_can_lie(
-    kind: str, source: MakeSource, tmp_path: Path
-) -> None:
+def test_no_field_of_the_settings_can_lie(kind: str, source: MakeSource, tmp_path: Path) -> None:
     register_method(Told)
     name, options = STORES[kind]
     src, dst = source(name), tmp_path / "dst"
@@ -208,7 +206,9 @@ def exchange_layers(records: list[dict[str, Any]]) -> None:
     first["layer"], last["layer"] = last["layer"], first["layer"]
 
 
-@pytest.mark.parametrize("change", [exchange("expert"), exchange_roles, exchange_layers, exchange("group")])
+@pytest.mark.parametrize(
+    "change", [exchange("expert"), exchange_roles, exchange_layers, exchange("group")]
+)
 def test_records_that_exchange_something(
     change: Callable[[list[dict[str, Any]]], None], shared_store: MakeStore, tmp_path: Path
 ) -> None:

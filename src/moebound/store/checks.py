@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from moebound.checkpoint import INDEX_FILE, TensorInfo, find_family, read_into
 from moebound.checkpoint.families import ROLE_ORDER, Family
@@ -21,12 +21,34 @@ from moebound.codec.certificate import sha256
 from moebound.errors import CorruptionError, MoeboundError, StoreError
 from moebound.files.regular import regular_file
 from moebound.jobs.ordered import in_order
-from moebound.store.format import CONFIG_FILE, ExpertRecord, FileRecord
+from moebound.store.format import (
+    CONFIG_FILE,
+    OWN_PREFIX,
+    ExpertRecord,
+    FileRecord,
+    Record,
+    ShardRecord,
+)
 from moebound.store.shard import header_sha256
 from moebound.store.summary import Problem
 
-if TYPE_CHECKING:
-    from moebound.store.reader import Store
+
+class Store(Protocol):
+    """What is looked at of a `reader.Store`."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def shards(self) -> tuple[ShardRecord, ...]: ...
+    @property
+    def files(self) -> tuple[FileRecord, ...]: ...
+    def records(self) -> Iterator[Record]: ...
+    def hashes(self) -> dict[str, str]: ...
+
 
 CHECK_VARIABLE = "MOEBOUND_CHECK"
 _PIECE_BYTES = 4 << 20
@@ -172,9 +194,9 @@ def check_read(store: Store, *, unread: Collection[str] = ()) -> None:
 def check_parts(store: Store) -> None:
     """Shared parts and router edits: few bytes, and many experts need them. As `check_read`."""
     certified = store.hashes()
-    own = [part.tensor for part in store.parts.values()] + [tensor for tensor, _ in store.routers]
-    for tensor in own:
-        check_tensor(tensor, certified[tensor.name])
+    for name in certified:
+        if name.startswith(OWN_PREFIX):
+            check_tensor(store.tensors[name], certified[name])
 
 
 def check_hash(tensor: TensorInfo, expected: str, found: str) -> None:

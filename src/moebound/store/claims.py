@@ -122,9 +122,7 @@ def _ratio(record: MatrixRecord) -> Iterator[str]:
     else:
         return  # of RMSEs: only the original says what was promised in weight units
     if ratio != expected and (
-        ratio is None
-        or expected is None
-        or not math.isclose(ratio, expected, rel_tol=_TOLERANCE)
+        ratio is None or expected is None or not math.isclose(ratio, expected, rel_tol=_TOLERANCE)
     ):
         yield f"ratio: expected {expected}, certified {ratio}"
 

@@ -30,7 +30,13 @@ from moebound.errors import CorruptionError, StoreError
 from moebound.files.durable import disk_errors
 from moebound.jobs.ordered import in_order
 from moebound.store.beside import json_bytes, read_pieces
-from moebound.store.checks import check_files, check_hash, check_inside, check_parts, hashes_are_checked
+from moebound.store.checks import (
+    check_files,
+    check_hash,
+    check_inside,
+    check_parts,
+    hashes_are_checked,
+)
 from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CARD_FILE,
