@@ -24,14 +24,14 @@ from .conftest import MakeSource, MakeStore, run
 from .test_reader import CERTIFICATES
 
 UNCHECKED = {("config", "run"), ("config", "source")}
-"""Said in docs/checks.md not to be checked: a name of the run, and what the user called the source."""
+"""Said in docs/checks.md not to be checked: names of the run and of the source."""
 
 OTHER_WORDS = {
     "gate": "up", "up": "gate", "gate_up": "down", "down": "gate_up",
     "max_abs": "rmse", "rmse": "max_abs", "lossless": "max_abs", "none": "lossless",
     "BF16": "F16", "F16": "F32", "F32": "BF16", "bound": "cuszp", "raw": "lossless",
     "bounded:bound": "bounded:cuszp", "bounded:raw": "bounded:lossless", "rate": "abs",
-    "rmse_mode": "rate", "expert": "matrix", "matrix": "expert", "told": "rtn", "rtn:int4:g32": "rtn:int8:g32",
+    "expert": "matrix", "matrix": "expert", "told": "rtn", "rtn:int4:g32": "rtn:int8:g32",
 }  # fmt: skip
 
 
@@ -146,6 +146,7 @@ STORES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(STORES))
 def test_no_field_of_a_record_can_lie(kind: str, source: MakeSource, tmp_path: Path) -> None:
     register_method(Told)
@@ -167,6 +168,7 @@ def test_no_field_of_a_record_can_lie(kind: str, source: MakeSource, tmp_path: P
     assert believed == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(STORES))
 def test_no_field_of_the_settings_can_lie(kind: str, source: MakeSource, tmp_path: Path) -> None:
     register_method(Told)

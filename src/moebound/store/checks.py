@@ -70,8 +70,8 @@ def hashes_are_checked() -> bool:
 
 
 def surface_problems(store: Store) -> Iterator[Problem]:
-    """What headers, records and config say otherwise than each other: names against layers, experts
-    and roles, and the hashes of what opening reads."""
+    """What headers, records and config say otherwise than each other: names against layers,
+    experts and roles, and the hashes of what opening reads."""
     shards = {tensor.file.name for tensor in store.tensors.values()}
     recorded = {shard.name for shard in store.shards}
     for name in sorted(shards ^ recorded):

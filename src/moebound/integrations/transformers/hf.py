@@ -53,7 +53,6 @@ from moebound.store.checks import check_read, hashes_are_checked, hub_blobs
 from moebound.store.format import CERTIFICATES_FILE, OWN_PREFIX, QUANT_METHOD, SLICE_MARK
 from moebound.store.reader import read_router_edits, read_tensor_bytes
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -331,11 +330,12 @@ def fetch_certificates(folder: Path) -> bool:
     from huggingface_hub import hf_hub_download
 
     kind, _, name = blobs.parent.name.partition("--")
-    revision = folder.absolute().relative_to(folder.absolute().parents[0]).name
+    parts = folder.absolute().parts
+    revision, *inner = parts[len(parts) - parts[::-1].index("snapshots") :]
     try:
         if kind == "models":
             hf_hub_download(
-                name.replace("--", "/"), CERTIFICATES_FILE, revision=revision,
+                name.replace("--", "/"), "/".join([*inner, CERTIFICATES_FILE]), revision=revision,
                 cache_dir=blobs.parent.parent,
             )  # fmt: skip
     except Exception as error:  # the hub client raises its own, its HTTP library's, and OSError
