@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 
 from moebound.checkpoint import INDEX_FILE, open_checkpoint
+from moebound.errors import CorruptionError, FormatError
 from moebound.methods import Encoding, GroupView, Method, RouterEdit, SharedPayload, register_method
 from moebound.methods.base import Payload
 from moebound.store import verify
-from moebound.store.format import certificates_bytes
+from moebound.store.format import Settings, certificates_bytes, from_line
 from moebound.types import ErrorBound
 
 from .conftest import MakeSource, MakeStore, run
@@ -301,3 +303,27 @@ def test_a_config_that_chooses_more_experts(own_store: MakeStore) -> None:
     found = verify(dst, against=src, jobs=1).problems
     assert [(p.kind, p.tensor) for p in found] == [("original", "config.json")]
     assert "num_experts_per_tok" in found[0].message
+
+
+WRONG = [None, True, -1, 0.5, math.nan, math.inf, 10**400, "x", [], [[]], {}, {"a": []}]
+
+
+def test_a_field_of_a_wrong_type_is_damage(shared_store: MakeStore) -> None:
+    """Read, or refused as damaged: never another error."""
+    for kind, options in (("gpt_oss", {"experts": {0, 2}}), ("deepseek_v3", {})):
+        _, dst = shared_store(kind, **options)
+        records = records_of(dst)
+        for number in one_of_a_kind(records):
+            for path, _ in leaves(records[number]):
+                for wrong in WRONG:
+                    lied = json.loads(json.dumps(records[number]))
+                    put(lied, path, wrong)
+                    with contextlib.suppress(CorruptionError):
+                        from_line(json.dumps(lied).encode(), "here")
+        settings = json.loads((dst / "config.json").read_text())["quantization_config"]
+        for path, _ in leaves(settings):
+            for wrong in WRONG:
+                lied = json.loads(json.dumps(settings))
+                put(lied, path, wrong)
+                with contextlib.suppress(FormatError):
+                    Settings.from_json(lied)

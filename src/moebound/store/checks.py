@@ -61,8 +61,8 @@ def hashes_are_checked() -> bool:
         raise StoreError(f"{CHECK_VARIABLE}={value!r}: expected 0 or 1")
     if value == "0":
         warnings.warn(
-            f"moebound: {CHECK_VARIABLE}=0: hashes of stores are not compared; damage and exchanged "
-            "bytes may go unseen",
+            f"moebound: {CHECK_VARIABLE}=0: hashes of stores are not compared; damage and "
+            "exchanged bytes may go unseen",
             RuntimeWarning,
             stacklevel=2,
         )

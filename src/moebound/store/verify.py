@@ -160,9 +160,9 @@ class _Originals:
             message = f"left_out: expected {left_out}, found {dict(store.settings.left_out)}"
             yield Problem("original", CONFIG_FILE, message)
         ours = {CONFIG_FILE, INDEX_FILE, PLAN_FILE, *expected}
-        for file in store.files:
-            if file.name not in ours:
-                yield Problem("original", file.name, "is in the store and not in the original")
+        for record in store.files:
+            if record.name not in ours:
+                yield Problem("original", record.name, "is in the store and not in the original")
         stored = {file.name: file.sha256 for file in store.files}
         for name, file in expected.items():
             if is_document(name):
@@ -242,9 +242,9 @@ def _check_own(store: Store) -> Iterator[Problem]:
             yield Problem("decode", part.tensor.name, str(error))
             continue
         says = blob.method, blob.held_bytes
-        certified = part.record.method.split(":")[0], part.record.held_bytes
-        if says != certified:
-            message = f"expected method and held_bytes {certified}, found {says}"
+        claimed = part.record.method.split(":")[0], part.record.held_bytes
+        if says != claimed:
+            message = f"expected method and held_bytes {claimed}, found {says}"
             yield Problem("certificate", part.tensor.name, message)
     try:
         store.router_edits()
