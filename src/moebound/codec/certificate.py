@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, get_args
@@ -67,13 +68,72 @@ class Certificate:
         fields = dict(data)
         bound = fields["bound"]
         fields["bound"] = None if bound is None else ErrorBound.from_json(bound)
+        check_types(fields, list, "shape")
+        check_naturals(fields["shape"], *range(len(fields["shape"])))
+        if prod(max(extent, 1) for extent in fields["shape"]) > _MAX_SIZE:
+            raise ValueError(f"shape {fields['shape']}: out of range")
         fields["shape"] = tuple(fields["shape"])
         if "guarantee" not in fields:
             fields["method"], fields["method_version"] = f"bounded:{fields['codec']}", 1
             fields["guarantee"] = promised(fields["bound"], lossy=fields["codec"] not in _EXACT)
         if fields["guarantee"] not in get_args(Guarantee):
             raise ValueError(f"guarantee {fields['guarantee']!r}: expected {get_args(Guarantee)}")
+        check_types(fields, str, "method", "sha256_original", "sha256_encoded")
+        check_naturals(fields, "method_version", "patched", "n_bytes")
+        if fields["codec"] is not None:
+            check_types(fields, str, "codec")
+        if fields["codec_version"] is not None:
+            check_naturals(fields, "codec_version")
+        for name in ("dtype", "source_dtype"):
+            if fields[name] not in get_args(DType):
+                raise ValueError(f"{name} {fields[name]!r}: expected {get_args(DType)}")
+        if fields["abs_bound"] is not None:
+            fields["abs_bound"] = finite(fields, "abs_bound")
+        # What nothing is promised of may be off by anything.
+        measured = number if fields["guarantee"] == "none" else finite
+        for name in ("max_abs_error", "rmse"):
+            fields[name] = measured(fields, name)
         return cls(**fields)
+
+
+DAMAGED = (
+    KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
+"""What reading JSON of another form than expected raises."""
+
+_MAX_SIZE = 1 << 40
+
+
+def check_types(fields: Any, kind: type, *names: Any) -> None:
+    """Raises TypeError, naming the field, unless each of these is of exactly this type."""
+    for name in names:
+        if type(fields[name]) is not kind:
+            raise TypeError(f"{name}: expected {_SPELLED[kind]}, found {fields[name]!r:.60}")
+
+
+_SPELLED = {str: "a string", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def check_naturals(fields: Any, *names: Any) -> None:
+    """Raises ValueError, naming the field, unless each of these is a whole number from 0."""
+    for name in names:
+        if type(fields[name]) is not int or not 0 <= fields[name] < 1 << 63:
+            raise ValueError(f"{name}: expected a whole number from 0, found {fields[name]!r:.60}")
+
+
+def number(fields: Any, name: str) -> float:
+    """A field's number. Raises ValueError for what is none."""
+    if type(fields[name]) not in (int, float):
+        raise ValueError(f"{name}: expected a number, found {fields[name]!r:.60}")
+    return float(fields[name])
+
+
+def finite(fields: Any, name: str) -> float:
+    """A field's finite number from 0. Raises ValueError for anything else."""
+    value = number(fields, name)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number from 0, found {value}")
+    return value
 
 
 _EXACT = ("lossless", "raw")  # the codecs of version 1 that are

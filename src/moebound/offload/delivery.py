@@ -88,6 +88,7 @@ class CpuDelivery(Delivery):
         try:
             tier = self._tier
             if not entry.encoded and isinstance(tier, DiskTier) and tier.into_slots:
+                tier.check(entry, memoryview(b""))  # what is not encoded is read for that itself
                 read_into_slot(slot, entry, drop_cache=tier.drop_cache)
                 load.read = load.done = clock()
             else:

@@ -22,6 +22,7 @@ from moebound.checkpoint.shards import TensorInfo, read_into, read_json
 from moebound.errors import StoreError
 from moebound.methods import RouterEdit
 from moebound.store import Store, open_store
+from moebound.store.checks import check_bytes, check_tensor
 from moebound.store.format import read_settings
 from moebound.store.reader import StoredExpert, StoredMatrix, StoredPart
 from moebound.types import DType, ExpertKey
@@ -57,13 +58,15 @@ class DiskMatrix:
 @dataclass(frozen=True, slots=True)
 class DiskEntry:
     """All bytes of one expert, or of a shared part. spans: where they are, in order. needs: the
-    shared parts that decoding takes. shared: the part that this is; None for an expert."""
+    shared parts that decoding takes. shared: the part that this is; None for an expert. certified:
+    a store's tensors that these bytes are from as they are, with their SHA-256."""
 
     key: ExpertKey
     spans: tuple[TensorInfo, ...]
     matrices: tuple[DiskMatrix, ...]
     needs: tuple[ExpertKey, ...] = ()
     shared: StoredPart | None = None
+    certified: tuple[tuple[TensorInfo, str], ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -92,6 +95,18 @@ class DiskEntry:
                 return None
             at += span.n_bytes
         return first.file, first.offset, at - first.offset
+
+    def check(self, data: memoryview) -> None:
+        """Are these bytes the ones that a store's certificates say? A tensor that was left as it
+        was has one hash, and is read whole for it. Raises CorruptionError, naming file and tensor.
+        """
+        if self.shared is not None:
+            check_bytes(self.shared.tensor, self.shared.record.sha256, data)
+        for part in self.matrices:
+            if part.stored is not None:
+                part.stored.check(data[part.start : part.stop])
+        for tensor, sha256 in self.certified:
+            check_tensor(tensor, sha256)
 
     def read(self, buffer: memoryview, *, drop_cache: bool = False) -> None:
         """Fill `buffer` (n_bytes long). Raises CheckpointError if a file is gone, CorruptionError
@@ -185,7 +200,10 @@ def _of_store(store: Store) -> DiskEntries:
     kept = {name: store.tensors[name] for name in store.kept}
     for expert in find_experts(kept, family, store.config, complete=False):
         if expert.key not in entries:
-            entries[expert.key] = _plain(expert, family)
+            certified = dict.fromkeys(
+                (matrix.source, store.kept[matrix.name].sha256) for matrix in expert.matrices
+            )
+            entries[expert.key] = replace(_plain(expert, family), certified=tuple(certified))
             names |= {matrix.name for matrix in expert.matrices}
     return DiskEntries(
         store.path, True, store.config, dict(sorted(entries.items())), frozenset(names), shared,

@@ -28,11 +28,25 @@ PAGE = 4096
 
 
 class Tier(ABC):
-    """The place below the cache. held_bytes: memory it takes. buffer_bytes: that of a buffer."""
+    """The place below the cache. held_bytes: memory it takes. buffer_bytes: that of a buffer.
+
+    An entry of a store is checked against its certificates when it is first used, not at every
+    load of it.
+    """
 
     name: ClassVar[TierName]
     held_bytes: int
     buffer_bytes: int
+
+    def __init__(self) -> None:
+        self._checked = set[ExpertKey]()
+
+    def check(self, entry: DiskEntry, data: memoryview) -> None:
+        """Raises CorruptionError, naming file and tensor, for bytes that are not the certified
+        ones. Two threads may check one entry at a time, and find the same."""
+        if entry.key not in self._checked:
+            entry.check(data)
+            self._checked.add(entry.key)
 
     @abstractmethod
     def buffer(self) -> memoryview:
@@ -40,7 +54,7 @@ class Tier(ABC):
 
     @abstractmethod
     def bytes_of(self, entry: DiskEntry, buffer: memoryview) -> memoryview:
-        """The entry's bytes, in `buffer` or elsewhere. Raises as `DiskEntry.read`."""
+        """The entry's bytes, in `buffer` or elsewhere. Raises as `DiskEntry.read` and `check`."""
 
 
 class DiskTier(Tier):
@@ -51,6 +65,7 @@ class DiskTier(Tier):
     name: ClassVar[TierName] = "disk"
 
     def __init__(self, entries: Iterable[DiskEntry], *, drop_cache: bool = False) -> None:
+        super().__init__()
         self.drop_cache = drop_cache
         self.held_bytes = 0
         largest = max((entry.n_bytes for entry in entries), default=0)
@@ -65,9 +80,11 @@ class DiskTier(Tier):
         if self._direct is not None:
             found = self._direct.read(entry, buffer)
             if found is not None:
+                self.check(entry, found)
                 return found
         view = buffer[: entry.n_bytes]
         entry.read(view, drop_cache=self.drop_cache)
+        self.check(entry, view)
         return view
 
     @property
@@ -140,6 +157,7 @@ class RamTier(Tier):
     name: ClassVar[TierName] = "ram"
 
     def __init__(self, entries: Iterable[DiskEntry], *, pinned: bool = False) -> None:
+        super().__init__()
         self._bytes = dict[ExpertKey, memoryview]()
         self._entries = list(entries)
         for entry in self._entries:
@@ -161,4 +179,6 @@ class RamTier(Tier):
         return memoryview(b"")
 
     def bytes_of(self, entry: DiskEntry, buffer: memoryview) -> memoryview:
-        return self._bytes[entry.key]
+        data = self._bytes[entry.key]
+        self.check(entry, data)
+        return data

@@ -6,6 +6,7 @@ values. One output shard at a time, matrices decoded in parallel and written in 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,6 +30,13 @@ from moebound.errors import CorruptionError, StoreError
 from moebound.files.durable import disk_errors
 from moebound.jobs.ordered import in_order
 from moebound.store.beside import json_bytes, read_pieces
+from moebound.store.checks import (
+    check_files,
+    check_hash,
+    check_inside,
+    check_parts,
+    hashes_are_checked,
+)
 from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CARD_FILE,
@@ -44,10 +52,11 @@ from moebound.types import Array
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor to write: kept as it is, or decoded from one matrix or from all slices."""
+    """One tensor to write: kept as it is, or decoded from one matrix or from all slices. kept:
+    with its certified SHA-256."""
 
     spec: TensorSpec
-    kept: TensorInfo | None
+    kept: tuple[TensorInfo, str] | None
     matrices: tuple[StoredMatrix, ...]
 
 
@@ -73,6 +82,9 @@ def decompress(
     check_apart(out, store.path)
     _check_free(out, overwrite)
     _check_plain(store)
+    check_parts(store)
+    if hashes_are_checked():
+        check_files(store)
     shards = _plan(store)
     tensors = [tensor for shard in shards.values() for tensor in shard]
     meter = Meter(
@@ -139,7 +151,7 @@ def _plan(store: Store) -> dict[str, list[_Tensor]]:
     for name, record in store.kept.items():
         tensor = store.tensors[name]
         spec = TensorSpec(name, tensor.dtype, tensor.shape)
-        shards[record.home].append(_Tensor(spec, tensor, ()))
+        shards[record.home].append(_Tensor(spec, (tensor, record.sha256), ()))
     by_name: dict[str, list[StoredMatrix]] = defaultdict(list)
     for expert in store.experts():
         for matrix in expert.matrices:
@@ -168,8 +180,12 @@ def _write_shard(
     with ShardWriter(path, [tensor.spec for tensor in tensors]) as out:
         for tensor in tensors:
             if tensor.kept is not None:
-                for piece in read_chunks(tensor.kept):
+                kept, certified = tensor.kept
+                digest = hashlib.sha256()
+                for piece in read_chunks(kept):
+                    digest.update(piece)
                     out.write(tensor.spec.name, piece)
+                check_hash(kept, certified, digest.hexdigest())
                 meter.add(tensor.spec.name, n_bytes=tensor.spec.n_bytes)
         decode = partial(_decode, jobs)
         with closing(in_order(decode, [m for _, m in matrices], jobs=jobs)) as decoded:
@@ -181,6 +197,7 @@ def _write_shard(
 def _decode(jobs: int, matrix: StoredMatrix) -> Array:
     buffer = memoryview(bytearray(matrix.tensor.n_bytes))
     read_into(matrix.tensor, buffer)
+    matrix.check(buffer)
     return matrix.decode(buffer, threads=1 if jobs > 1 else None)
 
 
@@ -188,16 +205,15 @@ def _write_rest(store: Store, folder: Path, shards: dict[str, list[_Tensor]]) ->
     ours = {CERTIFICATES_FILE, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, PLAN_FILE, CARD_FILE}
     with disk_errors(folder):
         for file in sorted(store.path.iterdir()):
-            if file.is_file() and file.name not in ours and file.suffix != ".safetensors":
+            if file.name not in ours and file.suffix != ".safetensors" and not file.is_dir():
                 name = CARD_FILE if file.name == ORIGINAL_CARD_FILE else file.name
-                write_synced(folder / name, file.read_bytes())
+                _copy(store, file, folder / name)
         for record in store.files:  # in a folder, or weights that no index names
             if ("/" in record.name or record.name.endswith(".safetensors")) and (
                 record.name not in shards
             ):
                 (folder / record.name).parent.mkdir(exist_ok=True)
-                pieces = read_pieces(store.path / record.name)
-                write_synced(folder / record.name, pieces)
+                _copy(store, store.path / record.name, folder / record.name)
     if list(shards) != [SINGLE_FILE]:
         weight_map = {t.spec.name: name for name, shard in shards.items() for t in shard}
         total = sum(tensor.spec.n_bytes for shard in shards.values() for tensor in shard)
@@ -205,3 +221,9 @@ def _write_rest(store: Store, folder: Path, shards: dict[str, list[_Tensor]]) ->
     config = {k: v for k, v in store.config.items() if k != "quantization_config"}
     with disk_errors(folder):
         write_synced(folder / CONFIG_FILE, json_bytes(config))
+
+
+def _copy(store: Store, file: Path, to: Path) -> None:
+    """A file beside the shards, in pieces. Nothing from outside the store is copied."""
+    check_inside(store.path, file)
+    write_synced(to, read_pieces(file))

@@ -24,7 +24,9 @@ from typing import Any, cast, get_args
 from moebound.checkpoint import Role
 from moebound.checkpoint.shards import is_file_name
 from moebound.codec import Certificate
+from moebound.codec.certificate import DAMAGED, check_naturals, check_types, finite
 from moebound.errors import CorruptionError, FormatError, StoreError
+from moebound.files.regular import regular_file
 from moebound.methods import codec_of
 from moebound.types import ErrorBound, ExpertKey
 
@@ -104,21 +106,25 @@ class Settings:
         method, version = data.get("quant_method"), data.get("version")
         if method != QUANT_METHOD:
             raise FormatError(f"quant_method: expected {QUANT_METHOD!r}, found {method!r}")
-        if not isinstance(version, int) or not 1 <= version <= VERSION:
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise FormatError(
                 f"store version {version!r}: this moebound reads versions up to {VERSION}; "
                 "install a newer one"
             )
         try:
             bound = None if data.get("bound") is None else ErrorBound.from_json(data["bound"])
-            method = f"bounded:{data['codec']}" if version == 1 else str(data["method"])
-            plan, source = (None if data.get(n) is None else str(data[n]) for n in _OPTIONAL)
-            left_out = {str(name): str(why) for name, why in data.get("left_out", {}).items()}
+            check_types(data, str, "codec" if version == 1 else "method", "run")
+            check_types(data, bool, "shared_experts")
+            check_types(data, str, *(name for name in _OPTIONAL if data.get(name) is not None))
+            left_out = data.get("left_out", {})
+            check_types(left_out, str, *left_out)
+            method = f"bounded:{data['codec']}" if version == 1 else data["method"]
+            plan, source = (data.get(name) for name in _OPTIONAL)
             return cls(
-                method, bound, bool(data["shared_experts"]), str(data["run"]), version,
-                plan, source, left_out,
+                method, bound, data["shared_experts"], data["run"], version, plan, source,
+                dict(left_out),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except DAMAGED as error:
             what = f"{type(error).__name__}: {error}"
             raise CorruptionError(f"quantization_config: {what}") from error
 
@@ -271,60 +277,68 @@ def from_line(line: bytes, where: str) -> Record:
         if kind == "expert":
             return _expert_record(content)
         record = _KINDS[kind](**content)
-        _check_texts(content, "name", "sha256", *(["home"] if kind == "tensor" else []))
-        named_files = content["home"] if kind == "tensor" else content["name"]
-        if kind in ("part", "router"):
-            for name in (
-                "group",
-                "n_bytes",
-                *(("number", "held_bytes", "checksum") if kind == "part" else ()),
-            ):
-                _natural(content[name])
-        else:
-            parts = named_files.split("/", 1) if kind == "file" else [named_files]
+        texts = ("name", "sha256", *_TEXTS.get(kind, ()))
+        check_types(content, str, *texts)
+        check_naturals(content, *_NATURALS.get(kind, ()))
+        if kind == "router":
+            _check_router(content)
+        elif kind != "part":
+            named = content["home"] if kind == "tensor" else content["name"]
+            parts = named.split("/", 1) if kind == "file" else [named]
             if not all(map(is_file_name, parts)):
-                raise ValueError(f"{named_files!r} is not a plain file name")
+                raise ValueError(f"{named!r} is not a plain file name")
         return record
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except DAMAGED as error:
         raise CorruptionError(f"{where}: {type(error).__name__}: {error}") from error
 
 
+_TEXTS = {"tensor": ("home",), "part": ("method",)}
+_NATURALS = {
+    "part": ("group", "number", "n_bytes", "held_bytes", "checksum"),
+    "router": ("group", "layer", "n_bytes"),
+    "file": ("n_bytes",),
+}
+
+
+def _check_router(content: Mapping[str, Any]) -> None:
+    keep, alias, constants = (content[name] for name in ("keep", "alias", "constants"))
+    check_types(content, list, "constants", *(() if keep is None else ("keep",)))
+    check_types(content, dict, "alias")
+    for numbers in (keep or [], alias, constants):
+        check_naturals(numbers, *(numbers if isinstance(numbers, dict) else range(len(numbers))))
+
+
 def _expert_record(content: dict[str, Any]) -> ExpertRecord:
+    check_types(content, list, "matrices")
+    check_types(content, bool, "shared", "exact")
+    check_naturals(content, "layer", "expert")
     matrices = []
     for item in content["matrices"]:
-        _check_texts(item, "name", "home")
+        check_types(item, str, "name", "home", "role")
         if item["role"] not in get_args(Role):
             raise ValueError(f"role {item['role']!r}")
         if not is_file_name(item["home"]):
             raise ValueError(f"{item['home']!r} is not a plain file name")
-        index = item["index"]
+        uses, index = item.get("uses", []), item["index"]
+        check_types({"uses": uses}, list, "uses")
+        check_naturals(uses, *range(len(uses)))
+        if index is not None:
+            check_naturals(item, "index")
+        ratio = None if item["ratio"] is None else finite(item, "ratio")
         certificate = Certificate.from_json(item["certificate"])
-        ratio = item["ratio"]
         matrices.append(
             MatrixRecord(
-                item["name"], None if index is None else _natural(index), cast(Role, item["role"]),
-                item["home"], None if ratio is None else float(ratio), certificate,
-                tuple(_natural(use) for use in item.get("uses", ())),
+                item["name"], index, cast(Role, item["role"]), item["home"], ratio, certificate,
+                tuple(uses),
             )
         )  # fmt: skip
-    key = ExpertKey(_natural(content["layer"]), _natural(content["expert"]), content["shared"])
-    if not matrices or not isinstance(key.shared, bool):
+    if not matrices:
         raise ValueError("an expert without matrices")
-    method = str(content.get("method", matrices[0].certificate.method))
-    group = _natural(content.get("group", 0))
-    return ExpertRecord(key, bool(content["exact"]), tuple(matrices), method, group)
-
-
-def _check_texts(content: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if not isinstance(content[name], str):
-            raise TypeError(f"{name}: expected a string, found {content[name]!r}")
-
-
-def _natural(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"expected a whole number from 0, found {value!r}")
-    return value
+    key = ExpertKey(content["layer"], content["expert"], content["shared"])
+    method, group = content.get("method", matrices[0].certificate.method), content.get("group", 0)
+    check_types({"method": method}, str, "method")
+    check_naturals({"group": group}, "group")
+    return ExpertRecord(key, content["exact"], tuple(matrices), method, group)
 
 
 def _json_line(content: Mapping[str, Any]) -> bytes:
@@ -343,31 +357,38 @@ def certificates_bytes(lines: Iterable[bytes]) -> Iterator[bytes]:
     yield _json_line({"kind": "end", "lines": count, "sha256": digest.hexdigest()})
 
 
-def read_certificates(file: Path) -> list[Record]:
-    """All records of a certificates file.
+def read_certificates(file: Path, *, version: int | None = None) -> list[Record]:
+    """All records of a certificates file. version: what its first line has to say.
 
     Raises StoreError if it cannot be read, FormatError for a newer version, CorruptionError if
-    its seal does not match or a line is damaged.
+    its seal does not match, a line is damaged, or it is of another version.
     """
-    digest, records, last = hashlib.sha256(), list[Record](), b""
+    digest, records, last, number = hashlib.sha256(), list[Record](), b"", 0
     try:
-        with open(file, "rb") as handle:
+        with regular_file(file) as (fd, _), open(fd, "rb", closefd=False) as handle:
             for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b""), 1):
                 if number == 1:
-                    _check_head(file, line)
+                    found = _check_head(file, line)
+                    if version not in (None, found):
+                        raise CorruptionError(
+                            f"{file}: version {found}, {CONFIG_FILE} says {version}"
+                        )
                 elif last and number > 2:
                     records.append(from_line(last, f"{file}: line {number - 1}"))
                 digest.update(last)
                 last = line
     except OSError as error:
         raise StoreError(f"{file}: cannot be read: {error.strerror or error}") from error
-    seal = f'"sha256":"{digest.hexdigest()}"}}\n'.encode()
-    if not last.startswith(b'{"kind":"end","lines":') or not last.endswith(seal):
-        raise CorruptionError(f"{file}: its last line does not match its contents")
+    end = {"kind": "end", "lines": number - 1, "sha256": digest.hexdigest()}
+    if last != _json_line(end):
+        raise CorruptionError(
+            f"{file}: its last line does not match its contents; it was changed or is cut short"
+        )
     return records
 
 
-def _check_head(file: Path, line: bytes) -> None:
+def _check_head(file: Path, line: bytes) -> int:
+    """Its version."""
     try:
         head = json.loads(line)
         form, version = head["format"], head["version"]
@@ -375,5 +396,6 @@ def _check_head(file: Path, line: bytes) -> None:
         raise CorruptionError(f"{file}: line 1: expected a header, found {line[:60]!r}") from None
     if form != RECORDS_FORMAT:
         raise FormatError(f"{file}: expected format {RECORDS_FORMAT!r}, found {form!r}")
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise FormatError(f"{file}: version {version!r}: this moebound reads up to {VERSION}")
+    return version

@@ -1,7 +1,8 @@
 """Read a store: which experts it has, one read per expert, and what was promised for each.
 
 Opening reads headers and certificates only, and checks that they agree: every compressed tensor
-has a certificate, every certificate a tensor, and the matrices of an expert stand together.
+has a certificate, every certificate a tensor, the matrices of an expert stand together, and names
+say the same experts and roles as records (`checks.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moebound.errors import CorruptionError, FormatError, StoreError
 from moebound.methods import FindPart, RouterEdit, Stored, router_name, shared_name
 from moebound.methods.blob import PEEK_BYTES, blob_checksum, parse_router, peek_shared
 from moebound.methods.reading import PartsFrom, no_parts
+from moebound.store.checks import check_bytes, check_surface, check_tensor, hashes_are_checked
 from moebound.store.folder import JOURNAL_FILE
 from moebound.store.format import (
     CERTIFICATES_FILE,
@@ -50,8 +52,11 @@ class StoredPart:
     record: PartRecord
 
     def read(self) -> memoryview:
-        """Its bytes, by one positional read."""
-        return read_tensor_bytes(self.tensor)
+        """Its bytes, by one positional read. Raises CorruptionError if they are not those that
+        were certified."""
+        data = read_tensor_bytes(self.tensor)
+        check_bytes(self.tensor, self.record.sha256, data)
+        return data
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,11 @@ class StoredMatrix:
         """As `decode`, into a contiguous array or tensor of that shape and dtype."""
         with self._named():
             self.parse(data).decode_into(out, parts or self.find, threads=threads)
+
+    def check(self, data: memoryview) -> None:
+        """Are these the bytes that were certified? Raises CorruptionError, naming file and
+        tensor."""
+        check_bytes(self.tensor, self.record.certificate.sha256_encoded, data)
 
     def parse(self, data: memoryview) -> Stored:
         """Taken apart and checked against the certificate, not decoded."""
@@ -161,7 +171,9 @@ class EncodedExpert:
         return self.data[start : start + tensor.n_bytes]
 
     def decode(self, *, threads: int | None = None) -> dict[Role, Array]:
-        """The weights by role. Raises as `StoredMatrix.decode`."""
+        """The weights by role. Raises as `StoredMatrix.check` and `decode`."""
+        for index, stored in enumerate(self.stored.matrices):
+            stored.check(self.matrix(index))
         return {
             stored.record.role: stored.decode(self.matrix(index), threads=threads)
             for index, stored in enumerate(self.stored.matrices)
@@ -216,6 +228,17 @@ class Store:
         yield from (part.record for part in self.parts.values())
         yield from (record for _, record in self.routers)
 
+    def hashes(self) -> dict[str, str]:
+        """The certified SHA-256 of every tensor's bytes, by name, in the order of the files. Empty
+        stand-ins have none."""
+        found = {name: record.sha256 for name, record in self.kept.items()}
+        found |= {part.tensor.name: part.record.sha256 for part in self.parts.values()}
+        found |= {tensor.name: record.sha256 for tensor, record in self.routers}
+        for expert in self.experts():
+            for matrix in expert.matrices:
+                found[matrix.tensor.name] = matrix.record.certificate.sha256_encoded
+        return {name: found[name] for name in self.tensors if name in found}
+
     def decode_expert(self, key: ExpertKey, *, threads: int | None = None) -> dict[Role, Array]:
         """Read and decode one expert: role -> [rows, cols]. Raises as read_expert and decode."""
         return self.read_expert(key).decode(threads=threads)
@@ -257,9 +280,11 @@ def read_router_edits(tensors: Iterable[TensorInfo]) -> dict[int, RouterEdit]:
     return found
 
 
-def open_store(path: Path | str) -> Store:
+def open_store(path: Path | str, *, check: bool = True) -> Store:
     """Open a store. Reads headers and certificates, and checks one against the other.
 
+    check: also names against records, and the hashes of headers, index and config; without, that
+    is left to `checks.surface_problems`.
     Raises StoreError if this is no store or not a finished one, CheckpointError if a shard is
     missing or named by a path, FormatError for a newer version, CorruptionError if it contradicts
     itself.
@@ -278,7 +303,8 @@ def open_store(path: Path | str) -> Store:
             f"{path}: {CONFIG_FILE} has no quantization_config of moebound; this is no store"
         )
     tensors = read_tensors(path)
-    records = read_certificates(path / CERTIFICATES_FILE)
+    records = read_certificates(path / CERTIFICATES_FILE, version=settings.version)
+    _check_unique(path, records)
     kept = {r.name: r for r in records if isinstance(r, TensorRecord)}
     parts = _place_parts(path, tensors, [r for r in records if isinstance(r, PartRecord)])
     routers = tuple(
@@ -292,7 +318,7 @@ def open_store(path: Path | str) -> Store:
     )
     own = {part.tensor.name for part in parts.values()} | {tensor.name for tensor, _ in routers}
     _check_complete(path, tensors, set(kept) | own, experts)
-    return Store(
+    store = Store(
         path,
         MappingProxyType(config),
         settings,
@@ -304,6 +330,22 @@ def open_store(path: Path | str) -> Store:
         routers,
         MappingProxyType(experts),
     )
+    if check and hashes_are_checked():
+        check_surface(store)
+        for tensor, router in routers:
+            check_tensor(tensor, router.sha256)
+    return store
+
+
+def _check_unique(path: Path, records: list[Record]) -> None:
+    """Tensors, files and shards have one record each; experts are counted when they are placed."""
+    seen = set[tuple[type, str]]()
+    for record in records:
+        if isinstance(record, ExpertRecord):
+            continue
+        if (type(record), record.name) in seen:
+            raise CorruptionError(f"{path}: {record.name!r} has two records")
+        seen.add((type(record), record.name))
 
 
 def _own_tensor(
@@ -397,6 +439,8 @@ def _check_complete(
     named = set(named)
     for expert in experts.values():
         for matrix in expert.matrices:
+            if matrix.tensor.name in named:
+                raise CorruptionError(f"{path}: tensor {matrix.tensor.name!r} has two records")
             named.add(matrix.tensor.name)
             if matrix.record.index is not None:
                 slices[matrix.record.name].append(matrix.record)

@@ -73,7 +73,9 @@ class ExpertTotals:
         matrices = [matrix for record in chosen for matrix in record.matrices]
         found = [matrix.certificate for matrix in matrices]
         n_weights = sum(certificate.n_weights for certificate in found)
-        squares = sum(certificate.rmse**2 * certificate.n_weights for certificate in found)
+        squares = sum(
+            certificate.rmse * certificate.rmse * certificate.n_weights for certificate in found
+        )
         return cls(
             n_experts=len(chosen),
             n_weights=n_weights,

@@ -1,30 +1,44 @@
 """Is this store what was written, and does it keep what it promises?
 
 Without the original: every file's, header's and tensor's hash; every matrix decodes to the shape
-and dtype of its certificate, with the shared parts it was encoded with. With it: every tensor that
-was kept is equal, every bound is resolved anew, every error measured again on decoded weights.
-Problems are data: all are reported.
+and dtype of its certificate, with the shared parts it was encoded with; records, config, plan and
+streams say the same (`claims.py`). With it: every tensor that was kept is equal, every bound is
+resolved anew, every error measured again on decoded weights; keys, roles, places, config and files
+are the original's. docs/checks.md has the table. Problems are data: all are reported.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from moebound.checkpoint import Checkpoint, ExpertMatrix, TensorInfo, open_checkpoint, read_chunks
+from moebound.checkpoint import (
+    INDEX_FILE,
+    Checkpoint,
+    ExpertMatrix,
+    TensorInfo,
+    open_checkpoint,
+)
+from moebound.checkpoint.shards import read_json
 from moebound.codec import measure, stats, thread_count
 from moebound.codec.certificate import sha256
 from moebound.codec.measure import Distortion
 from moebound.errors import MoeboundError, StoreError
 from moebound.jobs.ordered import in_order
 from moebound.methods import RouterEdit
-from moebound.methods.blob import MatrixBlob
+from moebound.methods.blob import MatrixBlob, parse_router, parse_shared
 from moebound.store.beside import choose_files, is_document, read_pieces
+from moebound.store.checks import differs, file_problems, surface_problems, tensor_sha256
+from moebound.store.claims import contradictions
+from moebound.store.format import CERTIFICATES_FILE, CONFIG_FILE, PLAN_FILE, MatrixRecord
 from moebound.store.planned import broken_plan
 from moebound.store.reader import (
     EncodedExpert,
@@ -33,8 +47,8 @@ from moebound.store.reader import (
     StoredMatrix,
     open_store,
     read_stored,
+    read_tensor_bytes,
 )
-from moebound.store.shard import header_sha256
 from moebound.store.summary import (
     ExpertTotals,
     Meter,
@@ -43,7 +57,7 @@ from moebound.store.summary import (
     ProgressCallback,
     VerifyReport,
 )
-from moebound.types import Array, TensorStats
+from moebound.types import Array, ExpertKey, TensorStats
 
 # Certified numbers come from the same sums in the same order; leave room for another order.
 _TOLERANCE = 1e-9
@@ -71,7 +85,7 @@ def verify(
     if not path.is_dir():
         raise StoreError(f"{path}: no such folder")
     try:
-        store = open_store(path)
+        store = open_store(path, check=False)
     except MoeboundError as error:
         problem = Problem("store", "", str(error))
         return VerifyReport(
@@ -85,10 +99,8 @@ def verify(
         total_bytes=sum(expert.decoded_bytes for expert in experts) + sum(t.n_bytes for t in kept),
         total_experts=len(experts),
     )
-    problems = list(_check_files(store))
-    problems += broken_plan(store)
-    problems += originals.extra_problems(store)
-    problems += _check_own(store)
+    problems = [*surface_problems(store), *_check_files(store), *broken_plan(store)]
+    problems += [*contradictions(store), *originals.extra_problems(store), *_check_own(store)]
     total = _Checked()
     jobs = thread_count() if jobs is None else jobs
 
@@ -128,10 +140,18 @@ class _Originals:
     def __init__(self, checkpoint: Checkpoint | None) -> None:
         self.checkpoint = checkpoint
         self.matrices: dict[tuple[str, int | None], ExpertMatrix] = {}
+        self.keys: dict[tuple[str, int | None], ExpertKey] = {}
         if checkpoint is not None:
             for expert in checkpoint.experts(shared=True):
                 for matrix in expert.matrices:
                     self.matrices[matrix.name, matrix.index] = matrix
+                    self.keys[matrix.name, matrix.index] = expert.key
+
+    def place(self, record: MatrixRecord) -> tuple[str, str, str, str]:
+        """Whose matrix this is in the original, its role, dtype and shard."""
+        matrix = self.matrices[record.name, record.index]
+        key = str(self.keys[record.name, record.index])
+        return key, matrix.role, matrix.dtype, matrix.source.file.name
 
     def another_model(self, experts: list[StoredExpert]) -> Problem | None:
         """The cause of all problems, where no expert is that of the original. Some are looked at,
@@ -166,13 +186,23 @@ class _Originals:
         return Problem("original", found[0].tensor.name, message)
 
     def extra_problems(self, store: Store) -> Iterator[Problem]:
-        """Tensors and other files of the original that the store lacks, or has others for."""
+        """Tensors and other files of the original that the store lacks, or has others for; and
+        where the config is another."""
         if self.checkpoint is None:
             return
+        if self.checkpoint.family is not None:
+            yield from _other_config(store.config, self.checkpoint.config)
         for name in self.checkpoint.tensors:
             if name not in store.tensors:
                 yield Problem("original", name, "is in the original and not in the store")
-        expected, _ = choose_files(self.checkpoint, [shard.name for shard in store.shards])
+        expected, left_out = choose_files(self.checkpoint, [shard.name for shard in store.shards])
+        if left_out != dict(store.settings.left_out):
+            message = f"left_out: expected {left_out}, found {dict(store.settings.left_out)}"
+            yield Problem("original", CONFIG_FILE, message)
+        ours = {CONFIG_FILE, INDEX_FILE, PLAN_FILE, *expected}
+        for record in store.files:
+            if record.name not in ours:
+                yield Problem("original", record.name, "is in the store and not in the original")
         stored = {file.name: file.sha256 for file in store.files}
         for name, file in expected.items():
             if is_document(name):
@@ -188,7 +218,7 @@ class _Originals:
             if name not in stored:
                 yield Problem("original", name, "is in the original and not in the store")
             elif stored[name] != digest.hexdigest():
-                message = f"original: {_differs(stored[name], digest.hexdigest())}"
+                message = f"original: {differs(stored[name], digest.hexdigest())}"
                 yield Problem("original", name, message)
 
 
@@ -201,23 +231,45 @@ def _first_of_each_kind(problems: list[Problem]) -> Iterator[Problem]:
             yield problem
 
 
+def _other_config(stored: Mapping[str, Any], original: Mapping[str, Any]) -> Iterator[Problem]:
+    """Where the model's config is not the original's, beside what says that this is a store."""
+    for name in sorted((stored.keys() | original.keys()) - {"quantization_config"}):
+        ours, theirs = (
+            json.dumps(config[name], sort_keys=True) if name in config else "nothing"
+            for config in (stored, original)
+        )
+        if ours != theirs:
+            message = f"{name}: original has {theirs:.100}, store has {ours:.100}"
+            yield Problem("original", CONFIG_FILE, message)
+
+
 def _check_files(store: Store) -> Iterator[Problem]:
-    for shard in store.shards:
-        try:
-            found = header_sha256(store.path / shard.name)
-        except StoreError as error:
-            yield Problem("file", shard.name, str(error))
-            continue
-        if found != shard.sha256:
-            yield Problem("file", shard.name, f"header: {_differs(shard.sha256, found)}")
+    """Files beside the shards: those that have a record, and those that have none."""
+    opened = {CONFIG_FILE, INDEX_FILE}  # looked at with the surface
     for file in store.files:
-        try:
-            data = (store.path / file.name).read_bytes()
-        except OSError as error:
-            yield Problem("file", file.name, f"cannot be read: {error.strerror or error}")
-            continue
-        if sha256(data) != file.sha256:
-            yield Problem("file", file.name, _differs(file.sha256, sha256(data)))
+        if file.name not in opened:
+            yield from file_problems(store.path, file)
+    listed = {file.name for file in store.files} | {shard.name for shard in store.shards}
+    for name in _unlisted(store.path, listed | {CERTIFICATES_FILE}):
+        yield Problem("file", name, "is in the folder and has no record")
+    weight_map = {tensor.name: tensor.file.name for tensor in store.tensors.values()}
+    total = sum(tensor.n_bytes for tensor in store.tensors.values())
+    expected = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if (store.path / INDEX_FILE).is_file() and read_json(store.path / INDEX_FILE) != expected:
+        yield Problem("file", INDEX_FILE, "says otherwise than the shards which tensor is where")
+
+
+def _unlisted(folder: Path, listed: set[str]) -> Iterator[str]:
+    """Files and folders without a record. Documents are people's, hidden files are tools'."""
+    inner = {name.split("/")[0] for name in listed if "/" in name}
+    for entry in sorted(folder.iterdir()):
+        if entry.name in inner and entry.is_dir():
+            names = [f"{entry.name}/{inside.name}" for inside in sorted(entry.iterdir())]
+        else:
+            names = [entry.name]
+        for name in names:
+            if name not in listed and not is_document(name) and not name.startswith("."):
+                yield name
 
 
 def _check_own(store: Store) -> Iterator[Problem]:
@@ -226,22 +278,33 @@ def _check_own(store: Store) -> Iterator[Problem]:
     own += [(tensor, record.sha256) for tensor, record in store.routers]
     for tensor, certified in own:
         try:
-            found = _tensor_sha256(tensor)
+            found = tensor_sha256(tensor)
         except MoeboundError as error:
             yield Problem("hash", tensor.name, str(error))
             continue
         if found != certified:
-            yield Problem("hash", tensor.name, _differs(certified, found))
+            yield Problem("hash", tensor.name, differs(certified, found))
+    for part in store.parts.values():
+        try:
+            blob = parse_shared(part.read())
+        except MoeboundError as error:
+            yield Problem("decode", part.tensor.name, str(error))
+            continue
+        says = blob.method, blob.held_bytes
+        claimed = part.record.method.split(":")[0], part.record.held_bytes
+        if says != claimed:
+            message = f"expected method and held_bytes {claimed}, found {says}"
+            yield Problem("certificate", part.tensor.name, message)
     try:
-        edits = store.router_edits()
+        store.router_edits()
+        for tensor, record in store.routers:
+            edit = RouterEdit.from_bytes(parse_router(read_tensor_bytes(tensor)).payload)
+            says_so = edit.describe()
+            if says_so != {name: getattr(record, name) for name in says_so}:
+                message = "its record says otherwise than the tensor"
+                yield Problem("certificate", record.name, message)
     except MoeboundError as error:
         yield Problem("decode", "", str(error))
-        return
-    for _, record in store.routers:
-        edit = edits.get(record.layer, RouterEdit(record.layer))
-        says = RouterEdit(record.layer).describe() if edit.is_empty else edit.describe()
-        if says != {name: getattr(record, name) for name in says}:
-            yield Problem("certificate", record.name, "its record says otherwise than the tensor")
 
 
 def _check_tensor(store: Store, originals: _Originals, tensor: TensorInfo) -> list[Problem]:
@@ -249,9 +312,9 @@ def _check_tensor(store: Store, originals: _Originals, tensor: TensorInfo) -> li
     record = store.kept[tensor.name]
     problems = list[Problem]()
     try:
-        found = _tensor_sha256(tensor)
+        found = tensor_sha256(tensor)
         if found != record.sha256:
-            problems.append(Problem("hash", tensor.name, _differs(record.sha256, found)))
+            problems.append(Problem("hash", tensor.name, differs(record.sha256, found)))
         if originals.checkpoint is not None:
             original = originals.checkpoint.tensors.get(tensor.name)
             if original is None:
@@ -263,8 +326,11 @@ def _check_tensor(store: Store, originals: _Originals, tensor: TensorInfo) -> li
                     f"store has {tensor.dtype} {list(tensor.shape)}"
                 )
                 problems.append(Problem("original", tensor.name, message))
-            elif (theirs := _tensor_sha256(original)) != record.sha256:
-                message = f"original: {_differs(record.sha256, theirs)}"
+            elif (theirs := tensor_sha256(original)) != record.sha256:
+                message = f"original: {differs(record.sha256, theirs)}"
+                problems.append(Problem("original", tensor.name, message))
+            if original is not None and original.file.name != record.home:
+                message = f"original is in {original.file.name}, certified as from {record.home}"
                 problems.append(Problem("original", tensor.name, message))
     except MoeboundError as error:
         problems.append(Problem("hash", tensor.name, str(error)))
@@ -325,7 +391,7 @@ def _check_matrix(
     data = encoded.matrix(index)
     found = sha256(data)
     if found != certificate.sha256_encoded:
-        checked.add("hash", name, _differs(certificate.sha256_encoded, found))
+        checked.add("hash", name, differs(certificate.sha256_encoded, found))
     try:
         decoded = matrix.decode(data, threads=1)
         found_in = matrix.parse(data).found
@@ -335,16 +401,29 @@ def _check_matrix(
     says: tuple[object, ...]
     certified: tuple[object, ...]
     if isinstance(found_in, MatrixBlob):
-        says = found_in.method, found_in.method_version, None
-        certified = certificate.method.split(":")[0], certificate.method_version, certificate.codec
+        says = found_in.method, found_in.method_version, None, None, 0, found_in.dtype
+        certified = (certificate.method.split(":")[0],)
+        names = "method, version, codec, its version, patches, source dtype"
     else:
         patches, epsilon = len(found_in.misses), found_in.spec.abs_bound
-        says = found_in.codec, found_in.codec_version, patches, epsilon
-        certified = certificate.codec, certificate.codec_version, certificate.patched
+        says = (
+            f"bounded:{found_in.codec}", 1, found_in.codec, found_in.codec_version, patches,
+            found_in.spec.source_dtype, epsilon,
+        )  # fmt: skip
+        certified = (certificate.method,)
+        names = "method, version, codec, its version, patches, source dtype, bound"
+    certified += (
+        certificate.method_version, certificate.codec, certificate.codec_version,
+        certificate.patched, certificate.source_dtype,
+    )  # fmt: skip
+    if not isinstance(found_in, MatrixBlob):
         certified += (epsilon if certificate.bound is None else certificate.abs_bound,)
     if says != certified:
-        message = f"expected codec or method, version, patches, bound {certified}, found {says}"
-        checked.add("certificate", name, message)
+        checked.add("certificate", name, f"expected {names} {certified}, found {says}")
+    if certificate.guarantee == "lossless" and certificate.dtype == certificate.source_dtype:
+        own = sha256(decoded.reshape(-1).view("u1"))
+        if own != certificate.sha256_original:
+            checked.add("certificate", name, "is certified as lossless, and decodes to other bits")
     if not certificate.kept or (matrix.record.ratio or 0) > 1:
         checked.add("certificate", name, "certifies itself that its bound was not kept")
     return decoded
@@ -362,7 +441,7 @@ def _check_bound(
     name, certificate = matrix.tensor.name, matrix.record.certificate
     if sha256(original.reshape(-1).view("u1")) != certificate.sha256_original:
         checked.add("original", name, "is not the tensor that was compressed: hashes differ")
-    bound = certificate.bound
+    bound, claimed = certificate.bound, matrix.record.ratio
     if bound is None:
         _check_measured(matrix, measure(original, decoded, float("inf")), checked)
         return
@@ -371,7 +450,8 @@ def _check_bound(
         return
     promised = bound.absolute(reference)
     # An rmse bound's ε is a start for the encoder, which may have had to lower it.
-    if bound.pointwise and abs(promised - certificate.abs_bound) > _TOLERANCE * promised:
+    off = certificate.abs_bound - promised
+    if (abs(off) if bound.pointwise else off) > _TOLERANCE * promised:
         checked.add(
             "bound", name, f"{bound} is {promised:g} here, certified was {certificate.abs_bound:g}"
         )
@@ -389,6 +469,8 @@ def _check_bound(
         ratio = found.rmse / asked if asked else float(found.rmse > 0)
         if ratio > 1:
             checked.add("bound", name, f"RMSE is {found.rmse:g}, promised {asked:g}")
+    if claimed is None or not math.isclose(claimed, ratio, rel_tol=_TOLERANCE):
+        checked.add("certificate", name, f"certified error over promise {claimed}, found {ratio}")
     checked.found(ratio, found.max_abs_error)
     _check_measured(matrix, found, checked)
 
@@ -426,6 +508,11 @@ def _originals_of(
                 "original", matrix.tensor.name,
                 f"original has shape {source.shape}, the store {record.certificate.shape}",
             )  # fmt: skip
+        elif (theirs := originals.place(record)) != (
+            ours := (str(expert.key), record.role, record.certificate.source_dtype, record.home)
+        ):
+            message = f"original: expected {', '.join(theirs)}, certified as {', '.join(ours)}"
+            checked.add("original", matrix.tensor.name, message)
         elif originals.checkpoint is not None:
             try:
                 array = originals.checkpoint.read(source)
@@ -433,14 +520,3 @@ def _originals_of(
                 checked.add("original", matrix.tensor.name, str(error))
         arrays.append(array)
     return arrays
-
-
-def _tensor_sha256(tensor: TensorInfo) -> str:
-    digest = hashlib.sha256()
-    for piece in read_chunks(tensor):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _differs(expected: str, found: str) -> str:
-    return f"expected SHA-256 {expected[:16]}…, found {found[:16]}…"

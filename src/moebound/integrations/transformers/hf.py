@@ -18,7 +18,10 @@ dropped: the model is like one loaded from the decompressed checkpoint, and save
 
 from __future__ import annotations
 
+import logging
 import re
+import warnings
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -45,9 +48,12 @@ from moebound.jobs.ordered import in_order
 from moebound.methods import FindPart, RouterEdit, Stored, shared_name
 from moebound.methods.blob import MatrixBlob, blob_checksum, parse_shared
 from moebound.methods.reading import ROUTER_NAME, SHARED_NAME, PartsFrom
-from moebound.store import Settings, compressed_tensors
-from moebound.store.format import OWN_PREFIX, QUANT_METHOD, SLICE_MARK
+from moebound.store import Settings, compressed_tensors, open_store
+from moebound.store.checks import check_read, hashes_are_checked, hub_blobs
+from moebound.store.format import CERTIFICATES_FILE, OWN_PREFIX, QUANT_METHOD, SLICE_MARK
 from moebound.store.reader import read_router_edits, read_tensor_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class MoeboundConfig(QuantizationConfigMixin):
@@ -147,7 +153,8 @@ class MoeboundQuantizer(HfQuantizer):
                 f"{files[0].parent}: config.json says this is a store, but no shard has "
                 "compressed tensors"
             )
-        check_whole(self._compressed, self._own)
+        if not check_certified(files):
+            check_whole(self._compressed, self._own)
         return model
 
     def _take(self, tensors: list[TensorInfo], model: Any) -> None:
@@ -287,6 +294,53 @@ class OwnTensors:
         """By layer. Raises as `store.reader.read_router_edits`."""
         found = [t for name, t in self.tensors.items() if name.startswith(ROUTER_NAME)]
         return read_router_edits(found)
+
+
+def check_certified(files: list[Path], *, unread: Collection[str] = ()) -> bool:
+    """Check the shards that a loader was handed against the store's certificates: names, places,
+    the hashes of all tensors but those in `unread`, and of the files beside the shards. Whether
+    that was done.
+
+    A loader that fetches from a hub takes weights and config only; the certificates are fetched
+    then, and where they cannot be, a warning says what was not checked.
+    Raises as `open_store` and `check_read`.
+    """
+    if not files or not hashes_are_checked():
+        return False
+    folder = files[0].parent
+    if not fetch_certificates(folder):
+        warnings.warn(
+            f"{folder}: {CERTIFICATES_FILE} was not downloaded, and cannot be fetched now: the "
+            "weights' own checksums were checked, but not whether they are the ones that belong "
+            "there",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    check_read(open_store(folder), unread=unread)
+    return True
+
+
+def fetch_certificates(folder: Path) -> bool:
+    """Whether a store's certificates are there. Of a snapshot in a hub's cache they are fetched
+    if they are not."""
+    blobs = hub_blobs(folder)
+    if blobs is None or (folder / CERTIFICATES_FILE).exists():
+        return True  # if they are not, opening says so
+    from huggingface_hub import hf_hub_download
+
+    kind, _, name = blobs.parent.name.partition("--")
+    parts = folder.absolute().parts
+    revision, *inner = parts[len(parts) - parts[::-1].index("snapshots") :]
+    try:
+        if kind == "models":
+            hf_hub_download(
+                name.replace("--", "/"), "/".join([*inner, CERTIFICATES_FILE]), revision=revision,
+                cache_dir=blobs.parent.parent,
+            )  # fmt: skip
+    except Exception as error:  # the hub client raises its own, its HTTP library's, and OSError
+        logger.debug("moebound: %s: %s", folder, error)
+    return (folder / CERTIFICATES_FILE).exists()
 
 
 def check_whole(tensors: list[TensorInfo], own: OwnTensors) -> None:

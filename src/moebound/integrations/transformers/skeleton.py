@@ -19,11 +19,17 @@ import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moebound.checkpoint.shards import read_json
 from moebound.errors import UnsupportedArchitectureError
-from moebound.integrations.transformers.hf import MoeboundQuantizer, check_whole
+from moebound.integrations.transformers.hf import (
+    MoeboundQuantizer,
+    check_certified,
+    check_whole,
+)
 from moebound.model.pretrained import load_model, read_config, what_runs
 from moebound.model.stacks import Stack, find_stack
 from moebound.store import compressed_tensors
+from moebound.store.format import CONFIG_FILE, read_settings
 
 METHOD = "moebound-skeleton"
 """`quant_method` of the config that stands in for the checkpoint's own while a skeleton loads."""
@@ -65,7 +71,9 @@ class SkeletonQuantizer(MoeboundQuantizer):
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         routed = set(cast(SkeletonConfig, self.quantization_config).routed)
         self._take([t for t in compressed_tensors(files) if t.name not in routed], model)
-        check_whole(self._compressed, self._own)
+        config = read_json(files[0].parent / CONFIG_FILE) if files else {}
+        if read_settings(config) is None or not check_certified(files, unread=routed):
+            check_whole(self._compressed, self._own)
         for name, module in model.named_modules():
             stack = find_stack(name, module)
             if stack is not None:
