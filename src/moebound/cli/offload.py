@@ -82,9 +82,12 @@ def load_offloaded(src: str, offload: dict[str, Any], output: Output) -> Offload
 
     output.note(f"loading {src}")
     offloaded = load(src, **offload)
-    if offloaded.tokenizer is None:
+    try:
+        if offloaded.tokenizer is None:
+            raise CheckpointError(f"{src}: it has no tokenizer; expected tokenizer.json or its like")
+    except CheckpointError:
         offloaded.close()
-        raise CheckpointError(f"{src}: its tokenizer cannot be loaded")
+        raise
     for line in choice_lines(offloaded):
         output.note(line)
     return offloaded

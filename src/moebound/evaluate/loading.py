@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from moebound.errors import CheckpointError, MoeboundError
+from moebound.integrations.transformers.tokenizer import load_tokenizer
 from moebound.model.batched import NAME as BATCHED
 from moebound.model.batched import register_batched
 from moebound.model.dtypes import parse_dtype
@@ -76,7 +77,7 @@ def load(
     parse_dtype(dtype)  # before anything is loaded
     name = Path(src).resolve().name if Path(src).exists() else src
     model = _load_model(src, path, dtype, device)
-    tokenizer = _load_tokenizer(src, path)
+    tokenizer = load_tokenizer(path, name=src, local=Path(path).is_dir())
     chosen = _choose_experts(model, experts)
     kind = _kind(src, Path(path))
     dtype_name = str(model.dtype).removeprefix("torch.")
@@ -104,15 +105,6 @@ def _load_model(src: str, path: str, dtype: str, device: str) -> Any:
         raise CheckpointError(f"{src}: cannot be loaded as a language model: {error}") from error
     model.train(False)
     return model
-
-
-def _load_tokenizer(src: str, path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir())
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CheckpointError(f"{src}: its tokenizer cannot be loaded: {error}") from error
 
 
 def _choose_experts(model: Any, asked: str) -> str:

@@ -17,6 +17,7 @@ from moebound.cache import ExpertCache
 from moebound.checkpoint import local_folder
 from moebound.codec import thread_count
 from moebound.errors import CacheError, CheckpointError
+from moebound.integrations.transformers.tokenizer import load_tokenizer
 from moebound.model.dtypes import parse_dtype
 from moebound.model.live import LiveExperts, live_experts
 from moebound.model.routers import find_routers
@@ -207,10 +208,19 @@ def _layers(model: Any, live: LiveExperts, top_k: int) -> Layers:
     )
 
 
-def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json",
+)  # fmt: skip
+"""A folder with none of these has no tokenizer."""
 
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError):
+
+def _load_tokenizer(path: Path) -> Any:
+    """None without one; for one that cannot be read the error, which `Offloaded` raises to whoever
+    asks for it: logits need none."""
+    if not any((path / name).exists() for name in _TOKENIZER_FILES):
         return None  # checkpoints of tests and benchmarks have none; who needs one says so
+    try:
+        return load_tokenizer(path, name=str(path))
+    except CheckpointError as error:
+        return error
