@@ -143,7 +143,7 @@ class _Request(_Strict):
         """Raises ApiError for fields that are not carried out here, naming the first of them."""
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED:
-                if value is not None and value not in UNSUPPORTED[name]:
+                if value is not None and not _asks_nothing(value, UNSUPPORTED[name]):
                     raise _unsupported(name)
             elif name not in IGNORED:
                 raise bad_request(f"unknown field {name!r}", param=name, code="unknown_parameter")
@@ -179,6 +179,11 @@ class CompletionRequest(_Request):
     """Of /v1/completions."""
 
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+
+
+def _asks_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """0 == False, but of a completion's logprobs 0 asks for those of the tokens themselves."""
+    return any(isinstance(value, bool) == isinstance(one, bool) and value == one for one in neutral)
 
 
 def _unsupported(name: str) -> ApiError:
