@@ -89,7 +89,7 @@ def test_a_request_that_does_not_go_on_is_ended(tight: Live, first: bytes) -> No
 def test_a_head_that_comes_byte_by_byte_has_the_same_time(tight: Live) -> None:
     begun = time.monotonic()
     with closing(opened(tight)) as raw:
-        with pytest.raises(OSError, match=""):
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
             while time.monotonic() - begun < PATIENCE_S:
                 raw.sendall(b"A")
                 time.sleep(0.02)
@@ -98,7 +98,7 @@ def test_a_head_that_comes_byte_by_byte_has_the_same_time(tight: Live) -> None:
 
 def test_a_body_that_comes_byte_by_byte_gets_408(engine: PlainEngine) -> None:
     with running(engine, receive_s=SHORT_S) as live:
-        with closing(opened(live, head(CHAT, "Content-Length: 100000"))) as raw:
+        with closing(opened(live, head(CHAT, "Content-Length: 1000"))) as raw:
             ended = threading.Event()
 
             def drip() -> None:
@@ -168,11 +168,11 @@ def test_chunks_without_end_are_cut_off(engine: PlainEngine, key: str) -> None:
     with running(engine, api_key=KEY, max_body_bytes=20_000) as live:
         chunks = b"1\r\nx\r\n" * 10_000
         with closing(opened(live, head(CHAT, "Transfer-Encoding: chunked", key=key))) as raw:
-            with pytest.raises(OSError, match=""):
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
                 for _ in range(1000):
                     raw.sendall(chunks)
         until(lambda: not live.server.server_state.connections)
-        assert live.worker.state()["reading"] == 0
+        until(lambda: live.worker.state()["reading"] == 0)
 
 
 def test_a_refused_body_is_passed_over_and_the_connection_goes_on(tight: Live) -> None:
@@ -209,10 +209,11 @@ def test_a_full_queue_is_seen_before_the_body(engine: PlainEngine, gate: Gate) -
 
 def test_a_client_that_never_reads_is_cut_off(engine: PlainEngine) -> None:
     with running(engine, max_connections=4, send_s=SHORT_S) as live:
+        [listening] = live.server.servers[0].sockets
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         with closing(opened(live)) as raw:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            asks = b"GET /stats HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 100
-            with pytest.raises(OSError, match=""):
+            asks = b"GET /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 100
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
                 while True:
                     raw.sendall(asks)
         until(lambda: not live.server.server_state.connections)
@@ -234,7 +235,7 @@ def test_health_answers_while_large_bodies_come(
     engine: PlainEngine, gate: Gate, loaded: Any
 ) -> None:
     gate.close()
-    body = json.dumps({"prompt": "coins " * 300_000, "max_tokens": 1})
+    body = json.dumps({"prompt": "coins " * 100_000, "max_tokens": 1})
     with running(engine, queue=2, max_body_bytes=2 << 20) as live:
 
         def ask() -> int:
@@ -242,7 +243,7 @@ def test_health_answers_while_large_bodies_come(
                 headers = {"Content-Type": "application/json"}
                 return client.post(COMPLETIONS, content=body, headers=headers).status_code
 
-        asked = [InThread(ask) for _ in range(12)]
+        asked = [InThread(ask) for _ in range(6)]
         for _ in range(20):
             healthy(live, None)
         assert {one.result() for one in asked} <= {400, 429}
@@ -260,7 +261,7 @@ def test_a_model_that_does_not_say_how_far_it_reads(loaded: Any) -> None:
 
 
 @pytest.mark.parametrize("body", [b"1" * 10_000, b'{"prompt": ' + b"9" * 10_000 + b"}",
-                                  b'{"a":' * 30_000, b"[" * 60_000])  # fmt: skip
+                                  b'{"a":' * 12_000, b"[" * 60_000])  # fmt: skip
 def test_json_that_costs_more_than_its_bytes(shared: Live, body: bytes) -> None:
     with shared.client() as client:
         headers = {"Content-Type": "application/json"}

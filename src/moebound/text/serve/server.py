@@ -99,7 +99,7 @@ class Server(uvicorn.Server):
             log_level="error",  # anybody can cause warnings
             http=type("Limited", (Connection,), {"limits": config, "max_connections": most}),
             loop="asyncio",
-            backlog=min(128, most),
+            backlog=min(128, max(64, most)),  # a shorter one makes new clients wait
             h11_max_incomplete_event_size=config.max_header_bytes,
             ws="none",
             server_header=False,
