@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -79,6 +80,7 @@ for command in (
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
+    _prepare_output()
     try:
         # Outside standalone mode, Click returns what the command returned and raises the rest.
         code = cli.main(arguments, prog_name="moebound", standalone_mode=False)
@@ -86,6 +88,17 @@ def main(args: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         return _report(error, as_json="--json" in arguments)
     return code if isinstance(code, int) else exits.OK
+
+
+def _prepare_output() -> None:
+    """A name or a text that the terminal cannot write does not end a command, and neither does a
+    stdout or stderr that was closed before it began."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _report(error: BaseException, *, as_json: bool) -> int:
