@@ -69,7 +69,9 @@ def test_a_template_that_never_ends_is_ended(
     template: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # The same program with less time.
-    text = Path(rendering.__file__).read_text(encoding="utf-8").replace("CPU_S = 5.0", "CPU_S = 0.3")
+    text = (
+        Path(rendering.__file__).read_text(encoding="utf-8").replace("CPU_S = 5.0", "CPU_S = 0.3")
+    )
     (tmp_path / "rendering.py").write_text(text, encoding="utf-8")
     monkeypatch.setattr("moebound.text.templates.__file__", str(tmp_path / "templates.py"))
     renderer = Renderer()

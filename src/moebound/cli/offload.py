@@ -84,7 +84,9 @@ def load_offloaded(src: str, offload: dict[str, Any], output: Output) -> Offload
     offloaded = load(src, **offload)
     try:
         if offloaded.tokenizer is None:
-            raise CheckpointError(f"{src}: it has no tokenizer; expected tokenizer.json or its like")
+            raise CheckpointError(
+                f"{src}: it has no tokenizer; expected tokenizer.json or its like"
+            )
     except CheckpointError:
         offloaded.close()
         raise

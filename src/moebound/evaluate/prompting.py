@@ -47,7 +47,9 @@ def encode_references(
             raise TaskError(
                 f"task {task.name!r}, problem {problem.id!r}: no reference solution to read"
             )
-    encoded = encode_all(tokenizer, [problem.reference for problem in problems], special=False)
+    encoded = encode_all(
+        tokenizer, [problem.reference or "" for problem in problems], special=False
+    )
     if model is not None:
         for problem, ids in zip(problems, encoded, strict=True):
             check_tokens(ids, model, f"task {task.name!r}, problem {problem.id!r}: its reference")

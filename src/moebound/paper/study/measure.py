@@ -215,9 +215,7 @@ class Measurer:
         problems = self._problems_of(task)[:limit]
         prompts = encode_prompts(tokenizer, asked, problems, model=self._loaded.model)
         if all(problem.reference for problem in problems):
-            solutions = encode_references(
-                tokenizer, asked, problems, model=self._loaded.model
-            )
+            solutions = encode_references(tokenizer, asked, problems, model=self._loaded.model)
             return list(zip(prompts, solutions, strict=True)), "references"
         problems, prompts = problems[: self._setup.n_read], prompts[: self._setup.n_read]
         outputs = answer(self._loaded, asked, problems, batch=self._setup.batch)

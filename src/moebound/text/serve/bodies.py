@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import email.message
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,6 +30,10 @@ BYTES_PER_POSITION = 64
 one in up to 12 bytes."""
 LEAST_BODY_BYTES = 64 << 10
 MOST_BODY_BYTES = 4 << 20
+MOST_CONTAINERS = 50_000
+"""Lists and objects in a body; a message is one, or one and two for each of its parts."""
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def with_body_limit(config: ServeConfig, model: Any) -> ServeConfig:
@@ -72,7 +77,13 @@ class Bodies:
 def parse(kind: type[R], body: bytes) -> R:
     """Raises ApiError for a body that is no such request."""
     try:
-        found = json.loads(body)
+        text = body.decode("utf-8-sig")
+        _check_containers(text)
+        found = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise bad_request("the body has half of a surrogate pair: no text") from None
     except RecursionError:
         raise bad_request("the body is no JSON: nested too deep", code="invalid_json") from None
     except ValueError as error:  # of JSON, of its encoding, or of an integer without end
@@ -84,6 +95,15 @@ def parse(kind: type[R], body: bytes) -> R:
         return kind.model_validate(found)
     except ValidationError as error:
         raise invalid(error) from None
+
+
+def _check_containers(text: str) -> None:
+    """A list of three bytes costs 64 in memory, and building many holds up the event loop."""
+    if text.count("[") + text.count("{") <= MOST_CONTAINERS:
+        return
+    bare = _STRING.sub("", text)
+    if bare.count("[") + bare.count("{") > MOST_CONTAINERS:
+        raise bad_request(f"the body has more than {MOST_CONTAINERS} lists and objects")
 
 
 def _is_json(content_type: str) -> bool:

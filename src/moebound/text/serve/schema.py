@@ -7,10 +7,9 @@ comes is a typing error, and is refused too.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from moebound.text.generation import SEEDS
 from moebound.text.serve.errors import ApiError, bad_request
@@ -118,17 +117,6 @@ class _Request(_Strict):
     seed: int | None = Field(None, ge=SEEDS.start, lt=SEEDS.stop)
     stop: Annotated[list[str], BeforeValidator(_stops)] = []
     max_tokens: int | None = Field(None, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, value: Any) -> Any:
-        if not isinstance(value, dict):  # bytes, of a body that is no JSON
-            return value
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("the body has half of a surrogate pair: no text") from None
-        return value
 
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
