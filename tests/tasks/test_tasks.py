@@ -182,6 +182,8 @@ def test_a_users_file(tmp_path: Path) -> None:
      ('{"prompt": "a", "answer": 1, "anwser": 2}', r"p\.jsonl:1:anwser: unknown field"),
      ('{"prompt": "a", "answer": 1, "id": "x"}\n{"prompt": "a", "answer": 1, "id": "x"}',
       r"p\.jsonl:2:id: 'x' is the id of .*p\.jsonl:1 too"),
+     (r'{"prompt": "a\ud800", "answer": 1}', r"p\.jsonl:1:prompt: half of a surrogate pair"),
+     ('{"prompt": "a", "answer": 1' + "0" * 5000 + "}", r"p\.jsonl:1: not JSON"),
      ("\n \n", r"p\.jsonl: no problems"),
      ("[" * 100_000, r"p\.jsonl:1: not JSON")],
 )  # fmt: skip
@@ -190,6 +192,13 @@ def test_a_users_mistakes_are_named(tmp_path: Path, line: str, message: str) -> 
     path.write_text(line + "\n", encoding="utf-8")
     with pytest.raises(TaskError, match=message):
         get_task(str(path)).problems()
+
+
+def test_an_answer_longer_than_a_float(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "answer": 1' + "0" * 400 + "}", encoding="utf-8")
+    [problem] = get_task(str(path)).problems()
+    assert problem.answer == "1" + "0" * 400
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:

@@ -81,16 +81,13 @@ def generate(
 
 
 def _tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    from moebound.text.encoding import encode, encode_chat
+
     if not chat:
-        ids: list[int] = tokenizer(prompt)["input_ids"]
-        return ids
+        return encode(tokenizer, prompt)
     if not getattr(tokenizer, "chat_template", None):
         raise MoeboundError("--chat: this model's tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
-    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return found
+    return encode_chat(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def _times(document: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -80,9 +81,7 @@ for command in (
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
-    for stream in (sys.stdout, sys.stderr):  # a name of a file may hold bytes that are no text
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_output()
     try:
         # Outside standalone mode, Click returns what the command returned and raises the rest.
         code = cli.main(arguments, prog_name="moebound", standalone_mode=False)
@@ -90,6 +89,18 @@ def main(args: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         return _report(error, as_json="--json" in arguments)
     return code if isinstance(code, int) else exits.OK
+
+
+def _prepare_output() -> None:
+    """A name or a text that the terminal cannot write does not end a command, and neither does a
+    stdout or stderr that was closed before it began."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for good
+            setattr(sys, name, nowhere)
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _report(error: BaseException, *, as_json: bool) -> int:

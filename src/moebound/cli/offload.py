@@ -77,17 +77,19 @@ def offload_options(command: F) -> Callable[..., int]:
 
 def load_offloaded(src: str, offload: dict[str, Any], output: Output) -> Offloaded:
     """`moebound.load`, and a note on what was chosen. Raises CheckpointError without tokenizer."""
-    from moebound.checkpoint import local_folder
     from moebound.errors import CheckpointError
-    from moebound.model.pretrained import load_tokenizer
     from moebound.offload.loading import load
 
     output.note(f"loading {src}")
     offloaded = load(src, **offload)
-    if offloaded.tokenizer is None:
+    try:
+        if offloaded.tokenizer is None:
+            raise CheckpointError(
+                f"{src}: it has no tokenizer; expected tokenizer.json or its like"
+            )
+    except CheckpointError:
         offloaded.close()
-        load_tokenizer(local_folder(src))  # says why
-        raise CheckpointError(f"{src}: its tokenizer cannot be loaded")
+        raise
     for line in choice_lines(offloaded):
         output.note(line)
     return offloaded

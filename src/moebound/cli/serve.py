@@ -32,8 +32,19 @@ KEY_VARIABLE = "MOEBOUND_API_KEY"
               help="Longer prompts get 400.  [default: the model's positions]")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1), metavar="N",
               help="New tokens of a request.  [default: what the positions leave]")  # fmt: skip
-@click.option("--max-body-bytes", type=click.IntRange(min=1), default=4 << 20, show_default=True,
-              metavar="N", help="Larger requests get 413.")  # fmt: skip
+@click.option("--max-body-bytes", type=click.IntRange(min=1), metavar="N",
+              help="Larger requests get 413.  [default: what the model's positions can hold, at "
+                   "most 4 MiB]")  # fmt: skip
+@click.option("--max-header-bytes", type=click.IntRange(min=256), default=16 << 10,
+              show_default=True, metavar="N", help="Longer heads get 431.")  # fmt: skip
+@click.option("--max-connections", type=click.IntRange(min=1), default=256, show_default=True,
+              metavar="N", help="With more, the one that is idle for longest ends.")  # fmt: skip
+@click.option("--receive-timeout", type=click.FloatRange(min=0, min_open=True), default=20.0,
+              show_default=True, metavar="SECONDS",
+              help="For the head of a request to arrive, and for its body.")  # fmt: skip
+@click.option("--send-timeout", type=click.FloatRange(min=0, min_open=True), default=20.0,
+              show_default=True, metavar="SECONDS",
+              help="A client that takes nothing for so long is cut off.")  # fmt: skip
 @click.option("--grace", type=click.FloatRange(min=0), default=10.0, show_default=True,
               metavar="SECONDS", help="What the running request is given at shutdown.")  # fmt: skip
 @click.option("--chat-template", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -50,7 +61,11 @@ def serve(
     queue: int,
     max_prompt_tokens: int | None,
     max_tokens: int | None,
-    max_body_bytes: int,
+    max_body_bytes: int | None,
+    max_header_bytes: int,
+    max_connections: int,
+    receive_timeout: float,
+    send_timeout: float,
     grace: float,
     chat_template: Path | None,
     offload: dict[str, Any],
@@ -73,6 +88,10 @@ def serve(
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_tokens,
         max_body_bytes=max_body_bytes,
+        max_header_bytes=max_header_bytes,
+        max_connections=max_connections,
+        receive_s=receive_timeout,
+        send_s=send_timeout,
         grace_s=grace,
         chat_template=None if chat_template is None else _template(chat_template),
     )

@@ -12,6 +12,7 @@ from moebound.evaluate.drafts import decode_drafted
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.prompting import encode_prompts
 from moebound.tasks.base import Problem, Task
+from moebound.text.encoding import encode_all
 from moebound.text.generation import end_tokens, n_positions
 
 BATCH_BYTES = 2 << 30
@@ -69,7 +70,7 @@ def answer_in_batches(
     """Yields indices of problems with their answers, batch by batch, shortest prompts first."""
     if batch is not None and batch < 1:
         raise TaskError(f"batch {batch}: expected 1 or more")
-    prompts = encode_prompts(loaded.tokenizer, task, problems)
+    prompts = encode_prompts(loaded.tokenizer, task, problems, model=loaded.model)
     positions = n_positions(loaded.model)
     _check_fits(task, problems, prompts, positions)
     ends, pad = end_marks(loaded), _padding(loaded)
@@ -96,9 +97,7 @@ def answer_in_batches(
 
 
 def _encoded(tokenizer: Any, drafts: Sequence[str]) -> list[list[int]]:
-    if not drafts:  # which tokenizers trip over
-        return []
-    return [list(ids) for ids in tokenizer(list(drafts), add_special_tokens=False)["input_ids"]]
+    return encode_all(tokenizer, drafts, special=False)
 
 
 def end_marks(loaded: Loaded) -> frozenset[int]:

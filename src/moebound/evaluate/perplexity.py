@@ -16,7 +16,9 @@ import torch
 
 from moebound.errors import TaskError
 from moebound.evaluate.loading import Loaded
+from moebound.model.pretrained import named
 from moebound.score.statistics import ratio_stderr
+from moebound.text.encoding import check_tokens
 
 LENGTH = 1024
 
@@ -52,7 +54,9 @@ def perplexity(
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{path}: cannot be read as text: {error}") from error
-    ids = list(loaded.tokenizer(text, verbose=False)["input_ids"])[:limit]
+    with named(f"{path}: the tokenizer cannot encode it"):
+        ids = list(loaded.tokenizer(text, verbose=False)["input_ids"])[:limit]
+    check_tokens(ids, loaded.model, str(path))
     if len(ids) < 2:
         raise TaskError(f"{path}: {len(ids)} tokens; expected two or more")
     config = loaded.model.config.get_text_config(decoder=True)

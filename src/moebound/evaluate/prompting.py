@@ -7,35 +7,37 @@ from typing import Any
 
 from moebound.errors import TaskError
 from moebound.tasks.base import Problem, Task
+from moebound.text.encoding import chat_text, check_tokens, encode_all
 
 
-def encode_prompts(tokenizer: Any, task: Task, problems: Sequence[Problem]) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: Any, task: Task, problems: Sequence[Problem], *, model: Any = None
+) -> list[list[int]]:
     """The token ids that the model reads before it answers, a list a problem.
 
     A chat template brings its own special tokens and default system message; without one the
-    tokenizer adds what it adds to any text. Raises TaskError for a prompt without any token.
+    tokenizer adds what it adds to any text. model: what is to read them. Raises TaskError for a
+    prompt without any token, and CheckpointError for one that tokenizer, template or model refuse.
     """
-    if not problems:  # which tokenizers trip over
-        return []
     if task.chat and getattr(tokenizer, "chat_template", None):
         texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": problem.prompt}],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
+            chat_text(tokenizer, [{"role": "user", "content": problem.prompt}])
             for problem in problems
         ]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        encoded = encode_all(tokenizer, texts, special=False)
     else:
-        encoded = tokenizer([task.plain_prompt(problem) for problem in problems])["input_ids"]
+        encoded = encode_all(tokenizer, [task.plain_prompt(problem) for problem in problems])
     for problem, ids in zip(problems, encoded, strict=True):
         if not ids:
             raise TaskError(f"task {task.name!r}, problem {problem.id!r}: its prompt has no tokens")
-    return [list(ids) for ids in encoded]
+        if model is not None:
+            check_tokens(ids, model, f"task {task.name!r}, problem {problem.id!r}: its prompt")
+    return encoded
 
 
-def encode_references(tokenizer: Any, task: Task, problems: Sequence[Problem]) -> list[list[int]]:
+def encode_references(
+    tokenizer: Any, task: Task, problems: Sequence[Problem], *, model: Any = None
+) -> list[list[int]]:
     """The token ids of the reference solutions, each closed by the end mark if there is one.
 
     Raises TaskError for a problem without a reference.
@@ -45,9 +47,11 @@ def encode_references(tokenizer: Any, task: Task, problems: Sequence[Problem]) -
             raise TaskError(
                 f"task {task.name!r}, problem {problem.id!r}: no reference solution to read"
             )
-    if not problems:
-        return []
-    references = [problem.reference for problem in problems]
-    encoded = tokenizer(references, add_special_tokens=False)["input_ids"]
+    encoded = encode_all(
+        tokenizer, [problem.reference or "" for problem in problems], special=False
+    )
+    if model is not None:
+        for problem, ids in zip(problems, encoded, strict=True):
+            check_tokens(ids, model, f"task {task.name!r}, problem {problem.id!r}: its reference")
     end = tokenizer.eos_token_id
-    return [[*ids, end] if end is not None else list(ids) for ids in encoded]
+    return [[*ids, end] if end is not None else ids for ids in encoded]

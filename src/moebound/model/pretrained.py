@@ -121,13 +121,28 @@ def _in_words(src: Source, what: str) -> Iterator[None]:
             if file.exists() and not (file.is_file() or file.is_dir()):
                 raise CheckpointError(f"{file}: expected an ordinary file, found a pipe or device")
         yield
-    except (MoeboundError, MemoryError):
+    except (MoeboundError, *_NOT_ERRORS):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise CheckpointError(f"{src}: cannot be loaded as {what}: {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Whatever a tokenizer raises inside, as CheckpointError: `tokenizers` raises bare Exception
+    for a text that it has no token for, and panics are BaseExceptions."""
+    try:
+        yield
+    except (MoeboundError, *_NOT_ERRORS):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+_NOT_ERRORS = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)
+
+
+def _reason(error: BaseException) -> str:
     text = str(error).strip()
     if "trust_remote_code" in text:
         return f"that takes Python code which lies in the checkpoint and is never run: {STILL}"

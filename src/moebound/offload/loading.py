@@ -209,8 +209,19 @@ def _layers(model: Any, live: LiveExperts, top_k: int) -> Layers:
     )
 
 
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "tekken.json",
+)  # fmt: skip
+"""A folder with none of these has no tokenizer."""
+
+
 def _load_tokenizer(path: Path) -> Any:
+    """None without one; for one that cannot be read the error, which `Offloaded` raises to whoever
+    asks for it: logits need none."""
+    if not any((path / name).exists() for name in _TOKENIZER_FILES):
+        return None  # checkpoints of tests and benchmarks have none; who needs one says so
     try:
         return load_tokenizer(path)
-    except CheckpointError:
-        return None  # checkpoints of tests and benchmarks have none; who needs one says so
+    except CheckpointError as error:
+        return error

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from moebound.cache import ExpertCache
+from moebound.errors import CheckpointError
 from moebound.offload.choose import LoadPath
 from moebound.offload.costs import Costs, Speeds
 from moebound.offload.fetcher import Fetcher
@@ -69,13 +70,21 @@ class Offloaded:
     """
 
     def __init__(self, model: Any, tokenizer: Any, fetcher: Fetcher, choice: Choice) -> None:
-        self.model, self.tokenizer, self.choice = model, tokenizer, choice
+        self.model, self.choice = model, choice
+        self._tokenizer = tokenizer
         self._fetcher = fetcher
         self._hooks = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
         self._begun = 0.0
+
+    @property
+    def tokenizer(self) -> Any:
+        """None for a model without one. Raises CheckpointError for one that cannot be loaded."""
+        if isinstance(self._tokenizer, CheckpointError):
+            raise self._tokenizer
+        return self._tokenizer
 
     @property
     def cache(self) -> ExpertCache[Held]:

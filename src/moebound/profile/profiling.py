@@ -89,10 +89,10 @@ def _settings(loaded: Loaded, asked: Asked, text: Text) -> dict[str, Any]:
 
 def _rows(loaded: Loaded, task: Task, problems: Sequence[Problem], text: Text) -> Rows:
     """Token ids of each prompt and of what follows it, without the end mark."""
-    prompts = encode_prompts(loaded.tokenizer, task, problems)
+    prompts = encode_prompts(loaded.tokenizer, task, problems, model=loaded.model)
     ends = end_marks(loaded)
     if text == "references":
-        solutions = encode_references(loaded.tokenizer, task, problems)
+        solutions = encode_references(loaded.tokenizer, task, problems, model=loaded.model)
         return [(p, [t for t in s if t not in ends])
                 for p, s in zip(prompts, solutions, strict=True)]  # fmt: skip
     config = loaded.model.config.get_text_config(decoder=True)

@@ -176,7 +176,7 @@ class _Originals:
                 return None
             if digest == record.certificate.sha256_original:
                 return None
-            found = matrix, _differs(record.certificate.sha256_original, digest)
+            found = matrix, differs(record.certificate.sha256_original, digest)
         if found is None:
             return None
         message = (

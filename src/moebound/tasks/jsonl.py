@@ -107,7 +107,7 @@ def _problem(row: Mapping[str, Any], where: str) -> Problem:
 def _answer(row: Mapping[str, Any], where: str) -> str:
     value = row.get("answer")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise TaskError(f"{where}:answer: expected a finite number, found {value}")
         return str(value)
     return field(row, where, "answer")

@@ -94,6 +94,10 @@ def field(row: Mapping[str, Any], where: str, *names: str) -> str:
             if not isinstance(value, str) or not value.strip():
                 found = "an empty text" if isinstance(value, str) else type(value).__name__
                 raise TaskError(f"{where}:{name}: expected a text, found {found}")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise TaskError(f"{where}:{name}: half of a surrogate pair: no text") from error
             return value
     raise TaskError(
         f"{where}: no field {' or '.join(map(repr, names))}; found {', '.join(row) or 'none'}"

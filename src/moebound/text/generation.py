@@ -26,6 +26,7 @@ import torch
 
 from moebound.errors import MoeboundError
 from moebound.text.detokenize import Detokenizer
+from moebound.text.encoding import check_tokens
 from moebound.text.growing_cache import GrowingCache, arguments, supports_cache
 from moebound.text.sampling import Sampler
 from moebound.text.stops import StopTexts
@@ -110,10 +111,11 @@ def generate(
     answering it, so a space between them is part of it (see `Detokenizer`). should_stop: asked
     before every forward pass. Dropping the iterator stops too.
 
-    Raises MoeboundError for a prompt that is empty or leaves no position free, and where the
-    model's output is no number any more.
+    Raises MoeboundError for a prompt that is empty, leaves no position free or has tokens that the
+    model has not, and where the model's output is no number any more.
     """
     room = _room(model, len(prompt_ids), settings.max_new_tokens)
+    check_tokens(prompt_ids, model, "the prompt")
     return _pieces(model, tokenizer, prompt_ids, settings, room, continues, should_stop)
 
 

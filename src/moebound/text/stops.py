@@ -10,13 +10,14 @@ from moebound.errors import MoeboundError
 class StopTexts:
     """One text, cut before the stop text that is complete first (of two at once, the longer).
 
-    What goes out does not depend on how the text is cut into pieces. Raises MoeboundError for an
-    empty stop text, which would stop everything.
+    What goes out does not depend on how the text is cut into pieces. Raises MoeboundError for what
+    is no text, for one text in the place of several (which would be its characters), and for an
+    empty one, which would stop everything.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if not all(stops):
-            raise MoeboundError("stop: expected texts that are not empty")
+        if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise MoeboundError(f"stop: expected texts that are not empty, found {stops!r}")
         self._stops = tuple(stops)
         self._held = ""
 

@@ -213,9 +213,9 @@ class Measurer:
         """The first prompts with reference solutions; without those, with the model's answers."""
         asked, tokenizer = self._tasks[task], self._loaded.tokenizer
         problems = self._problems_of(task)[:limit]
-        prompts = encode_prompts(tokenizer, asked, problems)
+        prompts = encode_prompts(tokenizer, asked, problems, model=self._loaded.model)
         if all(problem.reference for problem in problems):
-            solutions = encode_references(tokenizer, asked, problems)
+            solutions = encode_references(tokenizer, asked, problems, model=self._loaded.model)
             return list(zip(prompts, solutions, strict=True)), "references"
         problems, prompts = problems[: self._setup.n_read], prompts[: self._setup.n_read]
         outputs = answer(self._loaded, asked, problems, batch=self._setup.batch)

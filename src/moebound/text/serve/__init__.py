@@ -7,7 +7,9 @@ prompts.py    a request to token ids and settings, within the limits
 worker.py     one thread that generates, and the queue before it
 stats.py      what has been served, and how fast
 answers.py    a text, as it comes, to JSON bodies and event streams
+connections.py  what one client may take before it is known: connections, heads, time
 guard.py      API key, host and size of every request
+bodies.py     bodies: read within size and time, parsed one at a time
 errors.py     error bodies
 app.py        the routes
 server.py     socket, signals, shutdown

@@ -6,13 +6,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 from fastapi import FastAPI
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from moebound.text.generation import GenerationSettings
-from moebound.text.serve.answers import Events, Format, Kind, Stream, Whole
+from moebound.text.serve.answers import CLIENT_GONE, Events, Format, Kind, Stream, Whole
+from moebound.text.serve.bodies import Bodies, parse, with_body_limit
 from moebound.text.serve.config import ServeConfig
 from moebound.text.serve.engine import Engine
 from moebound.text.serve.errors import ApiError, install_handlers
@@ -20,6 +23,9 @@ from moebound.text.serve.guard import Guard
 from moebound.text.serve.prompts import Prompts
 from moebound.text.serve.schema import ChatRequest, CompletionRequest
 from moebound.text.serve.worker import Job, Worker
+
+R = TypeVar("R", ChatRequest, CompletionRequest)
+Encoded = tuple[list[int], GenerationSettings]
 
 LAST_PASS_S = 60.0
 """What a forward pass that was running at shutdown is given to end."""
@@ -34,6 +40,8 @@ def create_app(
 ) -> FastAPI:
     """The application, for any ASGI server. hosts: see `Guard`. The worker is started and ended
     with the application's lifespan; the engine is left open."""
+    config = with_body_limit(config, engine.model)
+    bodies = Bodies(config.receive_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -41,6 +49,7 @@ def create_app(
         yield
         worker.close()
         worker.cancel_running()
+        bodies.close()
         await asyncio.to_thread(worker.join, LAST_PASS_S)
 
     # No pages of documentation: they load scripts from elsewhere.
@@ -48,11 +57,15 @@ def create_app(
         title="moebound", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.add_middleware(
-        Guard, api_key=config.api_key, hosts=hosts, max_body_bytes=config.max_body_bytes
+        Guard,
+        api_key=config.api_key,
+        hosts=hosts,
+        max_body_bytes=config.max_body_bytes,
+        max_header_bytes=config.max_header_bytes,
     )
     install_handlers(app)
     _add_facts(app, engine, config, worker)
-    _add_generation(app, config, worker, Prompts(engine, config))
+    _add_generation(app, config, worker, Prompts(engine, config), bodies)
     return app
 
 
@@ -85,27 +98,40 @@ def _add_facts(app: FastAPI, engine: Engine, config: ServeConfig, worker: Worker
         return JSONResponse(model)
 
 
-def _add_generation(app: FastAPI, config: ServeConfig, worker: Worker, prompts: Prompts) -> None:
+def _add_generation(
+    app: FastAPI, config: ServeConfig, worker: Worker, prompts: Prompts, bodies: Bodies
+) -> None:
     @app.post("/v1/chat/completions")
-    async def chat(request: ChatRequest) -> Response:
-        return await answer("chat", request, prompts.chat)
+    async def chat(request: Request) -> Response:
+        return await answer("chat", request, partial(read, ChatRequest, prompts.chat))
 
     @app.post("/v1/completions")
-    async def completion(request: CompletionRequest) -> Response:
-        return await answer("completion", request, prompts.completion)
+    async def completion(request: Request) -> Response:
+        return await answer(
+            "completion", request, partial(read, CompletionRequest, prompts.completion)
+        )
+
+    def read(type_: type[R], encode: Callable[[R], Encoded], body: bytes) -> tuple[R, Encoded]:
+        asked = parse(type_, body)
+        if asked.model is not None:
+            _check_model(asked.model, config)
+        asked.check_rest()
+        return asked, encode(asked)
 
     async def answer(
-        kind: Kind, request: Any, encode: Callable[[Any], tuple[list[int], GenerationSettings]]
+        kind: Kind, request: Request, read: Callable[[bytes], tuple[R, Encoded]]
     ) -> Response:
-        if request.model is not None:
-            _check_model(request.model, config)
-        request.check_rest()
-        ids, settings = await asyncio.to_thread(encode, request)
-        events, format_ = Events(), Format(kind, config.name)
-        job = Job(ids, settings, events.put, continues=kind == "completion")
-        worker.submit(job)
-        if request.stream:
-            return Stream(worker, job, events, format_, usage=request.wants_usage)
+        with worker.reserve() as place:  # before anything of the body is read
+            try:
+                body = await bodies.read(request)
+            except ClientDisconnect:
+                return Response(status_code=CLIENT_GONE)
+            asked, (ids, settings) = await bodies.beside(partial(read, body))
+            events, format_ = Events(), Format(kind, config.name)
+            job = Job(ids, settings, events.put, continues=kind == "completion")
+            place.submit(job)
+        if asked.stream:
+            return Stream(worker, job, events, format_, usage=asked.wants_usage)
         return Whole(worker, job, events, format_)
 
 

@@ -12,9 +12,12 @@ from moebound.errors import MoeboundError
 class ServeConfig:
     """name: of the model, in requests and answers. api_key: what every request must bear; None for
     no key. queue: requests that may wait while one runs. max_prompt_tokens, max_new_tokens: of a
-    request; None for what the model's positions allow. max_body_bytes: of a request.
-    grace_s: seconds that a running request is given when the server shuts down. chat_template:
-    Jinja, in place of the tokenizer's.
+    request; None for what the model's positions allow. max_body_bytes, max_header_bytes: of a
+    request; None for a body that can fill the model's positions (`bodies.py`). max_connections:
+    open at a time. receive_s: that the head and then the body of a request may take to arrive, and
+    an idle connection may stay. send_s: that a client may take nothing of what is sent. grace_s:
+    seconds that a running request is given when the server shuts down. chat_template: Jinja, in
+    place of the tokenizer's.
 
     Raises MoeboundError for what cannot be.
     """
@@ -24,7 +27,11 @@ class ServeConfig:
     queue: int = 16
     max_prompt_tokens: int | None = None
     max_new_tokens: int | None = None
-    max_body_bytes: int = 4 << 20
+    max_body_bytes: int | None = None
+    max_header_bytes: int = 16 << 10
+    max_connections: int = 256
+    receive_s: float = 20.0
+    send_s: float = 20.0
     grace_s: float = 10.0
     chat_template: str | None = None
 
@@ -39,9 +46,14 @@ class ServeConfig:
             )
         if self.queue < 0:
             raise MoeboundError(f"queue {self.queue}: expected 0 or more")
-        for option in ("max_prompt_tokens", "max_new_tokens", "max_body_bytes"):
+        for option in ("max_prompt_tokens", "max_new_tokens", "max_body_bytes",
+                       "max_header_bytes", "max_connections"):  # fmt: skip
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise MoeboundError(f"{option} {value}: expected 1 or more")
+        for option in ("receive_s", "send_s"):
+            value = getattr(self, option)
+            if not (math.isfinite(value) and value > 0):
+                raise MoeboundError(f"{option} {value}: expected more than 0 seconds")
         if not (math.isfinite(self.grace_s) and self.grace_s >= 0):
             raise MoeboundError(f"grace {self.grace_s}: expected 0 seconds or more")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -56,10 +55,18 @@ def failed(error: Exception) -> ApiError:
     return ApiError(500, message, kind="server_error", code="generation_failed")
 
 
+def invalid(error: ValidationError) -> ApiError:
+    """The first thing that is wrong with a request, and the field that has it."""
+    found = error.errors(include_url=False, include_input=False)[0]
+    message = str(found["msg"]).removeprefix("Value error, ")
+    if param := ".".join(map(str, found["loc"])):
+        return bad_request(f"{param}: {message}", param=param)
+    return bad_request(message)
+
+
 def install_handlers(app: FastAPI) -> None:
     """Every error of the app in this form, those of FastAPI itself too."""
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -69,21 +76,6 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     return ApiError(error.status_code, message, headers=error.headers).response()
-
-
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    found: dict[str, Any] = error.errors()[0]
-    if found["type"] == "json_invalid":
-        why = found.get("ctx", {}).get("error", "")
-        return bad_request(f"the body is no JSON: {why}", code="invalid_json").response()
-    param = ".".join(map(str, found["loc"][1:])) or None
-    message = str(found["msg"]).removeprefix("Value error, ")
-    if param is None:
-        if found["type"] != "value_error":
-            message = "the body is no JSON object; send one with Content-Type: application/json"
-        return bad_request(message).response()
-    return bad_request(f"{param}: {message}", param=param).response()
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

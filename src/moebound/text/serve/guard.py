@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import sys
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
@@ -29,12 +30,14 @@ class Guard:
         *,
         api_key: str | None,
         hosts: Collection[str] | None,
-        max_body_bytes: int,
+        max_body_bytes: int | None,
+        max_header_bytes: int = 16 << 10,
     ) -> None:
         self._app = app
         self._digest = None if api_key is None else _digest(api_key)
         self._hosts = hosts
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes = sys.maxsize if max_body_bytes is None else max_body_bytes
+        self._max_header_bytes = max_header_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -45,13 +48,25 @@ class Guard:
             return
         try:
             headers = Headers(scope=scope)
+            self._check_head(scope)
             self._check_host(headers)
             self._check_key(headers)
             self._check_length(headers)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response()(scope, receive, _closing(headers, send))
             return
-        await self._app(scope, self._counted(receive), send)
+        reading = _Counted(receive, self)
+        await self._app(scope, reading, _closing(headers, send, reading))
+
+    def _check_head(self, scope: Scope) -> None:
+        size = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
+        size += sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > self._max_header_bytes:
+            raise ApiError(
+                431,
+                f"the head is larger than the {self._max_header_bytes} bytes that are taken",
+                code="headers_too_large",
+            )
 
     def _check_host(self, headers: Headers) -> None:
         if self._hosts is None or "host" not in headers:
@@ -86,19 +101,10 @@ class Guard:
         if len(length) > 18 or int(length) > self._max_body_bytes:
             raise self._too_large()
 
-    def _counted(self, receive: Receive) -> Receive:
-        """receive, for bodies that do not say how long they are."""
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
-                raise self._too_large()
-            return message
-
-        return counted
+    def check_size(self, received: int) -> None:
+        """Raises ApiError for a body that has grown beyond the limit."""
+        if received > self._max_body_bytes:
+            raise self._too_large()
 
     def _too_large(self) -> ApiError:
         return ApiError(
@@ -106,6 +112,37 @@ class Guard:
             f"the body is larger than the {self._max_body_bytes} bytes that this server takes",
             code="request_too_large",
         )
+
+
+class _Counted:
+    """receive, for bodies that do not say how long they are. whole: all of it has come."""
+
+    def __init__(self, receive: Receive, guard: Guard) -> None:
+        self._receive, self._guard = receive, guard
+        self._n, self.whole = 0, False
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._n += len(message.get("body", b""))
+        self._guard.check_size(self._n)
+        if not message.get("more_body", False):
+            self.whole = True
+        return message
+
+
+def _closing(headers: Headers, send: Send, reading: _Counted | None = None) -> Send:
+    """send, which closes the connection behind an answer to a chunked body that has not been read:
+    nothing says how much of it is still to come. What a Content-Length announces is passed over,
+    and the connection goes on."""
+    if "transfer-encoding" not in headers:
+        return send
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start" and not (reading and reading.whole):
+            message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+        await send(message)
+
+    return closing
 
 
 def _digest(key: str) -> bytes:

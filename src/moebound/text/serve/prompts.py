@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from jinja2.exceptions import TemplateError
-
+from moebound.errors import CheckpointError
+from moebound.text.encoding import check_tokens, encode, encode_chat, n_embeddings
 from moebound.text.generation import GenerationSettings, n_positions
 from moebound.text.serve.config import ServeConfig
 from moebound.text.serve.engine import Engine
@@ -30,7 +31,7 @@ class Prompts:
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self._tokenizer = engine.tokenizer
         self._template = config.chat_template
-        self._vocabulary = int(engine.model.get_input_embeddings().weight.shape[0])
+        self._model, self._vocabulary = engine.model, n_embeddings(engine.model)
         self._positions = n_positions(engine.model)
         self._max_prompt, self._max_new = config.max_prompt_tokens, config.max_new_tokens
         # A tokenizer has settings of truncation and padding that two threads would both touch.
@@ -45,19 +46,9 @@ class Prompts:
                 code="no_chat_template",
             )
         messages = [message.for_template() for message in request.messages]
-        try:
-            with self._lock:
-                text = self._tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=self._template,
-                    add_generation_prompt=True,
-                    tokenize=False,
-                )
-                ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        except TemplateError as error:
-            raise bad_request(
-                f"messages: the model's chat template refuses them: {error}", param="messages"
-            ) from error
+        with self._lock, _refusing("messages"):
+            ids = encode_chat(self._tokenizer, messages, template=self._template)
+            check_tokens(ids, self._model, "its text")
         return ids, self._settings(request, "messages", ids, default=None)
 
     def completion(self, request: CompletionRequest) -> tuple[list[int], GenerationSettings]:
@@ -72,8 +63,9 @@ class Prompts:
                         param="prompt",
                     )
         else:
-            with self._lock:
-                ids = self._tokenizer(request.prompt)["input_ids"]
+            with self._lock, _refusing("prompt"):
+                ids = encode(self._tokenizer, request.prompt)
+                check_tokens(ids, self._model, "its text")
         return ids, self._settings(request, "prompt", ids, default=COMPLETION_TOKENS)
 
     def _settings(
@@ -128,6 +120,15 @@ class Prompts:
                 field,
             )
         return asked
+
+
+@contextmanager
+def _refusing(param: str) -> Iterator[None]:
+    """What tokenizer or template cannot take is a request that this model cannot answer."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise bad_request(f"{param}: {error}", param=param) from error
 
 
 def _too_long(message: str, param: str) -> ApiError:

@@ -7,10 +7,9 @@ comes is a typing error, and is refused too.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from moebound.text.generation import SEEDS
 from moebound.text.serve.errors import ApiError, bad_request
@@ -124,17 +123,6 @@ class _Request(_Strict):
     stop: Annotated[list[str], BeforeValidator(_stops)] = []
     max_tokens: int | None = Field(None, ge=1)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, value: Any) -> Any:
-        if not isinstance(value, dict):  # bytes, of a body that is no JSON
-            return value
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("the body has half of a surrogate pair: no text") from None
-        return value
-
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
         """(the field that says so, new tokens at most)"""
@@ -148,7 +136,7 @@ class _Request(_Strict):
         """Raises ApiError for fields that are not carried out here, naming the first of them."""
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED:
-                if value is not None and not any(_same(value, v) for v in UNSUPPORTED[name]):
+                if value is not None and not _asks_nothing(value, UNSUPPORTED[name]):
                     raise _unsupported(name)
             elif name not in IGNORED:
                 raise bad_request(f"unknown field {name!r}", param=name, code="unknown_parameter")
@@ -184,6 +172,11 @@ class CompletionRequest(_Request):
     """Of /v1/completions."""
 
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+
+
+def _asks_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """0 == False, but of a completion's logprobs 0 asks for those of the tokens themselves."""
+    return any(isinstance(value, bool) == isinstance(one, bool) and value == one for one in neutral)
 
 
 def _unsupported(name: str) -> ApiError:

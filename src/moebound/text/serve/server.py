@@ -13,7 +13,9 @@ import uvicorn
 
 from moebound.errors import MoeboundError
 from moebound.text.serve.app import LAST_PASS_S, create_app
+from moebound.text.serve.bodies import with_body_limit
 from moebound.text.serve.config import ServeConfig
+from moebound.text.serve.connections import CHECK_S, Connection, n_connections
 from moebound.text.serve.engine import Engine
 from moebound.text.serve.guard import LOOPBACK
 from moebound.text.serve.stats import Record
@@ -88,10 +90,17 @@ class Server(uvicorn.Server):
     ) -> None:
         guarded = config.api_key is not None or not is_loopback(bound)
         hosts = None if guarded else LOOPBACK | {str(bound.getsockname()[0])}
+        config = with_body_limit(config, engine.model)
+        most = n_connections(config.max_connections)
         settings = uvicorn.Config(
             create_app(engine, config, worker, hosts=hosts),
             log_config=None,  # warnings reach stderr, and stdout stays ours
             access_log=False,
+            log_level="error",  # anybody can cause warnings
+            http=type("Limited", (Connection,), {"limits": config, "max_connections": most}),
+            loop="asyncio",
+            backlog=min(128, max(64, most)),  # a shorter one makes new clients wait
+            h11_max_incomplete_event_size=config.max_header_bytes,
             ws="none",
             server_header=False,
             timeout_graceful_shutdown=math.ceil(config.grace_s + LAST_PASS_S),
@@ -102,6 +111,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._reviewing = asyncio.create_task(self._review())
         if self.started:
             self._on_ready()
 
@@ -115,6 +125,15 @@ class Server(uvicorn.Server):
         ending = asyncio.create_task(self._end_running())
         await super().shutdown(sockets)
         ending.cancel()
+        self._reviewing.cancel()
+
+    async def _review(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Connection):
+                    connection.review(loop.time())
+            await asyncio.sleep(CHECK_S)
 
     async def _end_running(self) -> None:
         loop = asyncio.get_running_loop()

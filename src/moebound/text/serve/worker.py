@@ -38,6 +38,27 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
+class Place:
+    """One reserved place of a queue; given back, unused, when its context ends."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker: Worker | None = worker
+
+    def submit(self, job: Job) -> None:
+        """Once. Raises ApiError: 503 after the worker was closed."""
+        if self._worker is not None:
+            worker, self._worker = self._worker, None
+            worker.release(job)
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._worker is not None:
+            worker, self._worker = self._worker, None
+            worker.release(None)
+
+
 class Worker:
     """engine: what generates. queue: jobs that may wait while one runs. on_record: called after
     each job, from the worker's thread."""
@@ -54,6 +75,7 @@ class Worker:
         self._changed = threading.Condition()
         self._waiting = deque[Job]()
         self._running: Job | None = None
+        self._reserved = 0
         self._closed = False
         # A daemon, so that a forward pass that hangs cannot keep the process.
         self._thread = threading.Thread(target=self._work, name="moebound-generate", daemon=True)
@@ -61,25 +83,41 @@ class Worker:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Raises ApiError: 429 with a full queue, 503 after `close`."""
+    def reserve(self) -> Place:
+        """A place for a job that is still being read. Raises ApiError: 429 with a full queue, 503
+        after `close`."""
         with self._changed:
             if self._closed:
                 raise shutting_down()
-            busy = len(self._waiting) + (self._running is not None)
+            busy = len(self._waiting) + (self._running is not None) + self._reserved
             if busy <= self._queue:
-                self._waiting.append(job)
-                self._changed.notify()
-                return
+                self._reserved += 1
+                return Place(self)
         self.stats.refuse()
         after = min(max(1, math.ceil(self.stats.mean_s())), LONGEST_RETRY_S)
         raise ApiError(
             429,
-            f"the queue is full: one request runs and {busy - 1} wait; come again in {after} s",
+            f"the queue is full: {busy} requests run, wait or arrive; come again in {after} s",
             kind="rate_limit_error",
             code="queue_full",
             headers={"Retry-After": str(after)},
         )
+
+    def submit(self, job: Job) -> None:
+        """A job that has been read. Raises what `reserve` raises."""
+        with self.reserve() as place:
+            place.submit(job)
+
+    def release(self, job: Job | None) -> None:
+        """Ends a reservation, with the job that it was for. Raises ApiError after `close`."""
+        with self._changed:
+            self._reserved -= 1
+            if job is None:
+                return
+            if self._closed:
+                raise shutting_down()
+            self._waiting.append(job)
+            self._changed.notify()
 
     def cancel(self, job: Job) -> None:
         """Idempotent; for a job that has ended, nothing."""
@@ -120,6 +158,7 @@ class Worker:
             return {
                 "alive": self._thread.is_alive() and not self._closed,
                 "running": int(self._running is not None),
+                "reading": self._reserved,
                 "waiting": len(self._waiting),
                 "queue": self._queue,
             }
