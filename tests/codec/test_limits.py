@@ -555,7 +555,7 @@ def test_other_dtypes(dtype: Any) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("codec", ["bound", "lossless", "cuszp"])
 def test_no_memory_in_a_thread_of_the_kernel_is_a_memory_error(codec: str) -> None:
-    """A little more each time, in a process of its own: it goes on, with the same bytes."""
+    """A little more each time, in a process of its own, which neither ends nor computes others."""
     script = f"""
         import resource
         import numpy as np

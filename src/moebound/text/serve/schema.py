@@ -46,11 +46,6 @@ IGNORED = frozenset({
 _WHY = {"n": "one text a request", "logprobs": "no log probabilities"}
 
 
-def _same(value: Any, other: Any) -> bool:
-    """Equal as JSON has it, where 0 is not false."""
-    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
-
-
 def _stops(value: Any) -> Any:
     found = [value] if isinstance(value, str) else value
     if found is None:
