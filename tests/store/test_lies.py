@@ -305,7 +305,7 @@ def test_a_config_that_chooses_more_experts(own_store: MakeStore) -> None:
     assert "num_experts_per_tok" in found[0].message
 
 
-WRONG = [None, True, -1, 0.5, math.nan, math.inf, 10**400, "x", [], [[]], {}, {"a": []}]
+WRONG: list[Any] = [None, True, -1, 0.5, math.nan, math.inf, 10**400, "x", [], [[]], {}, {"a": []}]
 
 
 def test_a_field_of_a_wrong_type_is_damage(shared_store: MakeStore) -> None:

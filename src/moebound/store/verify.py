@@ -196,7 +196,7 @@ class _Originals:
             if name not in store.tensors:
                 yield Problem("original", name, "is in the original and not in the store")
         expected, left_out = choose_files(self.checkpoint, [shard.name for shard in store.shards])
-        if left_out != dict(store.settings.left_out):
+        if store.settings.left_out and left_out != dict(store.settings.left_out):
             message = f"left_out: expected {left_out}, found {dict(store.settings.left_out)}"
             yield Problem("original", CONFIG_FILE, message)
         ours = {CONFIG_FILE, INDEX_FILE, PLAN_FILE, *expected}
