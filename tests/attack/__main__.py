@@ -32,12 +32,14 @@ def attack_class(kind: str) -> type[Attack]:
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--worker"]:
-        folder = Path(arguments[2])
+        module, name, folder = arguments[1], arguments[2], Path(arguments[3])
         (folder / "work").mkdir()
-        work(attack_class(arguments[1])(folder / "work"), folder / "at")
+        found: type[Attack] = getattr(importlib.import_module(module), name)
+        work(found(folder / "work"), folder / "at")
         return 0
     parser = argparse.ArgumentParser(
-        prog="python -m tests.attack", description="Mutated streams, stores, certificates, requests."
+        prog="python -m tests.attack",
+        description="Mutated streams, stores, certificates, requests.",
     )
     parser.add_argument("kind", nargs="?", default="all", choices=["all", *KINDS])
     parser.add_argument("--count", type=int, help="cases of each kind; else " + ", ".join(
@@ -58,7 +60,9 @@ def main(arguments: list[str]) -> int:
     kinds = list(KINDS) if options.kind == "all" else [options.kind]
     reports = [_run(kind, options) for kind in kinds]
     wrong = sum(sum(report.places.values()) for report in reports)
-    print(json.dumps({"ok": not wrong, "kinds": [report.to_json() for report in reports]}, indent=1))
+    print(
+        json.dumps({"ok": not wrong, "kinds": [report.to_json() for report in reports]}, indent=1)
+    )
     return 1 if wrong else 0
 
 
@@ -83,8 +87,9 @@ def _run(kind: str, options: argparse.Namespace) -> Report:
         with tempfile.TemporaryDirectory(prefix="attack-") as folder:
             write_findings(attack_class(kind)(Path(folder)), report)
     for found in report.findings:
-        print(f"{kind} {found['seed']}: {found['place']}: {found['what']}\n"
-              f"  again: python -m tests.attack --replay {found['folder']}", file=sys.stderr)  # fmt: skip
+        print(f"{kind} {found['seed']}: {found['place']}: {found['what']}", file=sys.stderr)
+        again = f"python -m tests.attack --replay {found['folder']}"
+        print(f"  again: {again}", file=sys.stderr)
     return report
 
 

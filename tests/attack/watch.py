@@ -93,17 +93,19 @@ def limit_memory(extra: int) -> None:
 class _Worker:
     """A process that tries cases, seen from outside."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, attack: type[Attack], folder: Path) -> None:
         self._at = folder / "at"
         self._at.write_bytes(bytes(8))
         self._errors = open(folder / "stderr", "w+b")  # noqa: SIM115 - as long as the process
         environment = {
-            **os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path))),
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
             "MOEBOUND_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
             "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __package__, "--worker", kind, str(folder)],
+            [sys.executable, "-m", __package__, "--worker", attack.__module__, attack.__name__,
+             str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, env=environment,
         )  # fmt: skip
         self._rest = b""
@@ -131,13 +133,20 @@ class _Worker:
     def seed(self) -> int:
         return int.from_bytes(self._at.read_bytes(), "little")
 
+    @property
+    def closed(self) -> bool:
+        """Whether `end` was called."""
+        return self._errors.closed
+
     def end(self) -> str:
         """How it ended; it is killed if it has not."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         self._process.kill()
         code = self._process.wait()
+        self._process.stdout.close()
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").strip()[-400:]
         self._errors.close()
@@ -171,7 +180,7 @@ def run(
     def late() -> bool:
         return time_limit_s is not None and time.monotonic() - begun > time_limit_s
 
-    def wrong(worker_folder: Path, at: int, place: str, what: str, keep: bool) -> None:
+    def wrong(at: int, place: str, what: str, keep: bool) -> None:
         report.places[place] += 1
         written = sum(f["place"] == place for f in report.findings)
         if not keep or written >= KEPT_A_PLACE:
@@ -179,7 +188,7 @@ def run(
         where = findings / f"{attack.name}-{at}"
         report.findings.append({"seed": at, "place": place, "what": what, "folder": str(where)})
 
-    def one_batch(worker: _Worker, folder: Path, first: int, last: int) -> int:
+    def one_batch(worker: _Worker, first: int, last: int) -> int:
         """Returns the seed to go on from; `last` unless the worker came to an end."""
         worker.send(first, last)
         seen, since = -1, time.monotonic()
@@ -196,7 +205,7 @@ def run(
                 with lock:
                     if "finding" in line:
                         f = line["finding"]
-                        wrong(folder, f["seed"], f["place"], f["what"], f["keep"])
+                        wrong(f["seed"], f["place"], f["what"], f["keep"])
                     else:
                         report.outcomes.update(line["done"])
                         report.cases += last - first
@@ -208,7 +217,7 @@ def run(
             with lock:
                 outcome = "hang" if hung else "crash"
                 place = outcome if hung else f"crash {how.split()[0]}"
-                wrong(folder, at, place, str(error) if hung else how, True)
+                wrong(at, place, str(error) if hung else how, True)
                 report.outcomes[outcome] += 1
                 report.outcomes["before a crash or hang"] += at - first
                 report.cases += at + 1 - first
@@ -228,11 +237,11 @@ def run(
                         folder = root / f"{number}-{started}"
                         folder.mkdir()
                         started += 1
-                        worker = _Worker(attack.name, folder)
+                        worker = _Worker(attack, folder)
                         if worker.line(START_S) is None:
                             raise RuntimeError(f"a worker does not start: {worker.end()}")
-                    first = one_batch(worker, folder, first, last)
-                    if first < last or worker._process.poll() is not None:
+                    first = one_batch(worker, first, last)
+                    if worker.closed:
                         worker = None
         except EOFError:
             assert worker is not None
@@ -240,7 +249,7 @@ def run(
         except BaseException as error:
             failures.append(f"{type(error).__name__}: {error}")
         finally:
-            if worker is not None and worker._process.poll() is None:
+            if worker is not None and not worker.closed:
                 worker.end()
 
     failures: list[str] = []
