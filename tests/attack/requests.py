@@ -55,8 +55,8 @@ RAW = [
 ]
 
 HEADERS = [b"", b"0", b"-1", b"1e3", b"9" * 40, b"\xff\xfe", b"a" * 5000, b"[", b"[::1",
-           b"text/plain", b"application/json; charset=utf-16", b"Basic a", b"Bearer", b"Bearer \xc3\xa9",
-           b"bearer  secret-key ", b"\xb2"]  # fmt: skip
+           b"text/plain", b"application/json; charset=utf-16", b"Basic a", b"Bearer",
+           b"Bearer \xc3\xa9", b"bearer  secret-key ", b"\xb2"]  # fmt: skip
 
 
 class _Model:

@@ -58,7 +58,9 @@ def _make_sources(folder: Path) -> list[Path]:
             pad_token_id=0,
         )  # fmt: skip
         torch.manual_seed(number)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.bfloat16
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.normal_(0, 0.3 if "expert" in name else 0.1)
@@ -132,7 +134,7 @@ class Stores(Attack):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        logging.set_verbosity(50)  # type: ignore[no-untyped-call]
+        logging.set_verbosity(50)
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         register()
         torch.set_num_threads(1)
@@ -176,10 +178,10 @@ class Stores(Attack):
                 raise Wrong(f"{name}: {self.topic(case)}", f"{name} says good: {case.how}")
             words.add("good" if good else "refused")
         for name, door in DOORS.items():
-            found, error = self._through(name, door, folder)
-            if error is None and found != original.found[name] and "load" in doors:
+            found, why = self._through(name, door, folder)
+            if why is None and found != original.found[name] and "load" in doors:
                 raise Wrong(f"{name}: {self.topic(case)}", f"{name} gives other: {case.how}")
-            words.add("refused" if error is not None else "good")
+            words.add("refused" if why is not None else "good")
         return (
             "refused" if words == {"refused"} else "refused by some" if len(words) > 1 else "same"
         )
@@ -363,9 +365,9 @@ class Certificates(Stores):
         )
         how, doors = rng.choice(ways)(rng, original, files, lines)
         for record in lines:
-            if record.get("kind") == "file" and record.get("name") in files:
-                data = files[record["name"]]
-                if data != original.files[record["name"]]:
+            if record.get("kind") == "file" and record.get("name") == CONFIG:
+                data = files[CONFIG]
+                if data != original.files[CONFIG]:
                     record |= {"n_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         files[CERTIFICATES] = sealed(lines)
         return self.case(how, index, files, {}, doors)
@@ -489,7 +491,7 @@ def change_json(
 
 def _differ(one: Any, other: Any) -> bool:
     """Not only spelled in another way, as 1 and True are."""
-    empty = (None, [], {}, "", False, 0)
+    empty: tuple[Any, ...] = (None, [], {}, "", False, 0)
     return str(one) != str(other) and one != other and not (one in empty and other in empty)
 
 

@@ -27,8 +27,9 @@ from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound, ExpertKey
 from .cases import Attack, Case, Wrong, refused
 
 Fields = list[tuple[str, bytes]]
-NUMBERS = [0, 1, 2, 3, 7, 8, 31, 32, 33, 127, 128, 255, 256, 2**16, 2**18, 2**31, 2**32 - 1, 2**32,
-           2**40, 2**40 + 1, 2**62, 2**63 - 1]  # fmt: skip
+NUMBERS = [0, 1, 2, 3, 7, 8, 31, 32, 33, 127, 128, 255, 256, 2**16, 2**18, 2**22, 2**24, 2**25,
+           2**26, 2**27, 2**28, 2**31, 2**32 - 1, 2**32, 2**40,
+           2**40 + 1, 2**62, 2**63 - 1]  # fmt: skip
 FLOATS = [0.0, -0.0, 1e-320, 2.0**-126, 1e-3, 1.0, 1e30, 1e300, -1.0, float("inf"), float("nan")]
 VARINTS = {"extent", "count", "length", "group", "uses", "number", "held"}
 
@@ -215,8 +216,8 @@ def _mutate(rng: random.Random, fields: Fields, other: Fields) -> str:
 
 
 class Streams(Attack):
-    """The largest stream has 2 KB. Codec `bound` may take 2^18 bytes for each of them, since so many
-    zeros have no more; nothing may take more than the limit below."""
+    """The largest stream has 2 KB. Codec `bound` may take 2^18 bytes for each of them, because so
+    many zeros have no more; nothing may take more than the limit below."""
 
     name: ClassVar[str] = "streams"
     limit_s: ClassVar[float] = 30
