@@ -164,10 +164,14 @@ class Stores(Attack):
         folder = self.folder / "case"
         shutil.rmtree(folder, ignore_errors=True)
         self._write(folder, case)
+        special = case.facts["special"]
         changed = {
-            name for name in {*case.files, *original.files}
+            name
+            for name in {*case.files, *original.files}
             if case.files.get(name) != original.files.get(name)
-        } | set(case.facts["special"])  # fmt: skip
+        }
+        # A link to the same bytes is how a hub's cache has every file.
+        changed |= {name for name, what in special.items() if what != "outside"}
         harmless = all(name.endswith(".md") for name in changed)
         words = set()
         for name in ("verify", "against"):
@@ -195,10 +199,8 @@ class Stores(Attack):
     ) -> tuple[bytes | None, BaseException | None]:
         try:
             return refused(lambda: door(folder))
-        except (MemoryError, KeyboardInterrupt):
-            raise
         except Exception as error:
-            # transformers has errors of its own for a config that it reads before we are asked.
+            # transformers reads some files before we are asked, and has errors of its own for them.
             if name == "from_pretrained" and not _last_is_ours(error):
                 return None, error
             raise

@@ -52,13 +52,14 @@ def told(report: Report) -> str:
 
 @pytest.mark.slow
 def test_streams(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = command.main(["streams", "--count", "3000", "--findings", str(tmp_path / "found")])
+    options = ["--seed", "100000", "--count", "1500", "--findings", str(tmp_path / "found")]
+    code = command.main(["streams", *options])
     said = json.loads(capsys.readouterr().out)
     assert (code, said["ok"]) == (0, True), said
     outcomes = said["kinds"][0]["outcomes"]
-    assert sum(outcomes.values()) == said["kinds"][0]["cases"] == 3000
+    assert sum(outcomes.values()) == said["kinds"][0]["cases"] == 1500
     # The changes reach the decoders: some are taken, and not only where nothing was changed.
-    assert outcomes["other, sealed"] > 100
+    assert outcomes["other, sealed"] > 50
     assert not (tmp_path / "found").exists()
 
 
