@@ -1,6 +1,8 @@
 # make demo   set everything up and go the whole road on a real model; leaves demo/index.html
 # make test   set everything up and run all tests
 # make check  lint, types and the quick tests; nothing is built but the package itself
+# make fuzz   the property tests with other examples each time, ROUNDS times over
+# make attack mutated streams, stores, certificates and requests: ATTACK="streams --count 1000000"
 # make lint   ruff and mypy, strict
 # make bench  the codec benchmark, a table on the terminal
 # make peers  set up what the benchmarks compare with: SZ3, ZFP, HQQ, llama.cpp; lm-eval and Ray too
@@ -15,6 +17,8 @@ DEMO ?= demo
 TEST_JOBS ?= auto
 TEST_OPTIONS ?=
 LLAMA_NATIVE ?= OFF
+ROUNDS ?= 10
+ATTACK ?= all
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -24,7 +28,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS)
 STAMPS := $(VENV)/.stamps
 NATIVE := CMakeLists.txt $(shell find native -type f)
 
-.PHONY: demo test check lint bench peers install clean
+.PHONY: demo test check fuzz attack lint bench peers install clean
 
 demo: install
 	$(BIN)/moebound demo -o $(DEMO)
@@ -34,6 +38,14 @@ test: peers
 
 check: lint
 	$(PYTEST) -m "not slow" $(TEST_OPTIONS)
+
+fuzz: install
+	for round in $$(seq $(ROUNDS)); do \
+	  $(PYTEST) -m hypothesis --hypothesis-profile=fuzz $(TEST_OPTIONS) || exit 1; \
+	done
+
+attack: install
+	$(BIN)/python -m tests.attack $(ATTACK)
 
 lint: install
 	$(BIN)/ruff check .

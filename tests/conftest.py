@@ -1,4 +1,4 @@
-"""Tiny checkpoints, each made once per test session."""
+"""Tiny checkpoints, each made once per test session; and how property tests draw."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from transformers.utils import logging
 
 from tiny_models import MakeTiny, make_tiny
+
+# What a property test finds is found again: every run draws the same examples, and however long one
+# takes is right. `make fuzz` draws others each time (--hypothesis-profile=fuzz), keeps what failed
+# in .hypothesis, and prints what reproduces it.
+settings.register_profile(
+    "fuzz", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("fixed", settings.get_profile("fuzz"), derandomize=True, database=None)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

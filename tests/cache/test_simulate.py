@@ -87,7 +87,7 @@ def test_sequences_begin_where_the_trace_says() -> None:
     assert fresh == [(0, 0), (3, 0)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(traces(), st.integers(0, 100), st.booleans(), st.integers(0, 3), st.integers(0, 2**32 - 1))
 def test_no_policy_beats_the_limit_or_the_budget(
     trace: Trace, percent: int, equal: bool, floor: int, seed: int
@@ -152,7 +152,7 @@ class Watched(Policy):
 Watched.name = "watched"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(traces(), st.integers(0, 100))
 def test_belady_is_the_optimum(trace: Trace, percent: int) -> None:
     """Against trying everything, on traces short enough for that."""

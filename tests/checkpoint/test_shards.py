@@ -153,7 +153,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
         read_header(tmp_path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_what_is_accepted_the_stock_library_accepts(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -97,7 +97,7 @@ specs = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(specs=specs, seed=st.randoms(use_true_random=False))
 def test_round_trip(specs: list[TensorSpec], seed: Any, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.mktemp("round") / "f.safetensors"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from moebound import decode, encode
 from moebound.codec import envelope
@@ -19,9 +19,7 @@ from moebound.types import NUMPY_DTYPES, Array, DType
 from .kernel import ISAS, kernel_decode, kernel_encode, using
 from .weights import DTYPES, arrays, bits, bounds, broken, every_pattern, gaussian, scaled_both_ways
 
-EXAMPLES = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+EXAMPLES = settings(max_examples=200)
 BOUNDS = (
     5e-324, 1e-45, 1e-41, 1.2e-38, 3e-30, 6e-8, 1e-6, 3e-5, 2.0**-11, 7e-4, 0.003, 0.011, 0.1,
     0.25, 1.0, 7.3, 100.0, 3e4, 65504.0, 1e20, 3.4e38, 1e300,

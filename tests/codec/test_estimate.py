@@ -32,7 +32,7 @@ def bounds_of(x: Array, rates: list[float]) -> list[float]:
     return [rate * mean for rate in rates]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(32, 160),
     columns=st.integers(64, 160),

@@ -9,7 +9,7 @@ import textwrap
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from moebound import codec_ids, decode, encode
 from moebound.codec.cuszp import MODES, CuszpCodec
@@ -21,9 +21,7 @@ from moebound.types import Array, DType
 from .weights import arrays, bits, bounds, broken, every_pattern, gaussian
 
 BOUNDS = (1e-45, 1e-40, 1e-20, 1e-7, 1e-4, 0.003, 0.1, 1.0, 7.0, 1e4, 1e20, 3e38)
-EXAMPLES = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+EXAMPLES = settings(max_examples=200)
 
 
 def _names() -> list[str]:

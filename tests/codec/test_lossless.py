@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from moebound import decode, encode
 from moebound.codec import envelope
@@ -14,9 +14,7 @@ from moebound.types import NUMPY_DTYPES, Array, DType
 from .kernel import ISAS, using
 from .weights import arrays, bits, every_pattern, gaussian
 
-EXAMPLES = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+EXAMPLES = settings(max_examples=200)
 
 
 def _there_and_back(array: Array) -> int:

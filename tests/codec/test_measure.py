@@ -16,7 +16,7 @@ from moebound.types import NUMPY_DTYPES, Array
 
 from .weights import DTYPES, arrays, bounds, broken, every_pattern
 
-PAIRS = settings(max_examples=300, deadline=None, derandomize=True)
+PAIRS = settings(max_examples=300)
 
 
 @st.composite

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebound import _native, encode
@@ -28,9 +28,7 @@ from moebound.types import NUMPY_DTYPES, Array, DType
 from .kernel import ISAS, SEGMENT_WEIGHTS, kernel_decode, kernel_encode, using
 from .weights import DTYPES, arrays, bits, every_pattern, gaussian
 
-EXAMPLES = settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+EXAMPLES = settings(max_examples=120)
 
 
 # --- the same bytes and the same values ---------------------------------------------------------

@@ -59,7 +59,6 @@ def layer(n: int = 3) -> GroupView:
     dtype=st.sampled_from(DTYPES), bits=st.integers(2, 8), group=st.integers(2, 64),
     coded=st.booleans(),
 )  # fmt: skip
-@settings(deadline=None)
 def test_bytes_decode_to_what_was_measured(
     rows: int, columns: int, seed: int, dtype: Any, bits: int, group: int, coded: bool
 ) -> None:
@@ -237,7 +236,7 @@ def test_every_flipped_byte_is_noticed(setting: str) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_damaged_payloads_with_a_good_checksum_never_crash(data: st.DataObject) -> None:
     setting = data.draw(st.sampled_from(["rtn:int3:g5", "rtn:int8:g4", "rtn:int4:g8:coded"]))
     made = compress_expert(get_method(setting), ExpertView(KEY, {"up": weights(4, 7)}))

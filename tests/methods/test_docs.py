@@ -61,7 +61,7 @@ def test_the_example(capsys: pytest.CaptureFixture[str], read_rtn: Any) -> None:
     group=st.integers(2, 200),
     dtype=st.sampled_from(["BF16", "F16", "F32"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_reader_reads_what_is_written(
     read_rtn: Any, seed: int, rows: int, cols: int, bits: int, group: int, dtype: DType
 ) -> None:

@@ -170,8 +170,10 @@ def test_everything_resident_reads_nothing_more(both: Make) -> None:
     assert (stats["hit_ratio"], stats["loads"], stats["bytes_moved"]) == (1, 0, 0)
 
 
-@settings(max_examples=15, deadline=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@settings(
+    max_examples=15,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     share=st.integers(60, 100),
     policy=st.sampled_from(["lru", "lfu", "lfru", "hobbit", "activation-aware", "greedy-dual"]),

@@ -31,7 +31,7 @@ def total(table: Table, choice: Ints) -> tuple[int, float]:
     return int(table[0][rows, choice].sum()), float(table[1][rows, choice].sum())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(table=tables(), share=st.floats(0, 1))
 def test_bytes_against_brute_force(table: Table, share: float) -> None:
     sizes, loss = table
@@ -45,7 +45,7 @@ def test_bytes_against_brute_force(table: Table, share: float) -> None:
     assert best - 1e-9 <= lost <= best + (loss[:, -1] - loss[:, 0]).max() + 1e-9
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(table=tables(), share=st.floats(0, 1))
 def test_loss_against_brute_force(table: Table, share: float) -> None:
     sizes, loss = table

@@ -49,7 +49,7 @@ def predicted(plan: Plan) -> float:
     return plan.kl
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     factor=st.floats(0.02, 50),
     power=st.floats(0.6, 1.5),

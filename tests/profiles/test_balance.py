@@ -6,13 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moebound.errors import MoeboundError
 from moebound.profile.balance import Balance, balance, by_chance
 
-unhurried = settings(deadline=None, derandomize=True)  # others may be at work on this machine
 counts = st.lists(st.integers(0, 10_000), min_size=1, max_size=40).filter(any)
 
 
@@ -34,13 +33,11 @@ def close(a: Balance, b: Balance) -> None:
     assert a.to_json() == pytest.approx(b.to_json(), abs=1e-9)
 
 
-@unhurried
 @given(counts)
 def test_formulas(c: list[int]) -> None:
     close(balance(c), as_defined(c))
 
 
-@unhurried
 @given(counts)
 def test_ranges(c: list[int]) -> None:
     found = balance(c)
@@ -51,7 +48,6 @@ def test_ranges(c: list[int]) -> None:
     assert found.peak_load >= 1 - 1e-12
 
 
-@unhurried
 @given(counts, st.integers(2, 9), st.randoms())
 def test_neither_order_nor_scale_matters(c: list[int], factor: int, random: object) -> None:
     shuffled = c.copy()
@@ -74,7 +70,6 @@ def test_always_the_same_experts(n: int, k: int) -> None:
     )
 
 
-@unhurried
 @given(st.lists(st.integers(0, 10_000), max_size=30), st.integers(0, 9_000), st.integers(2, 900))
 def test_taking_from_the_rich_is_more_even(others: list[int], poor: int, gap: int) -> None:
     before = balance([*others, poor + gap, poor])

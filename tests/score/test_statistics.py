@@ -84,14 +84,13 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-@settings(deadline=None)
 @given(lost=st.integers(0, 60), gained=st.integers(0, 60))
 def test_sign_flip_of_one_seed_is_mcnemar(lost: int, gained: int) -> None:
     scores = np.array([-1] * lost + [1] * gained + [0] * 5)
     assert sign_flip(scores) == pytest.approx(mcnemar(lost, gained), abs=1e-12)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=9))
 def test_sign_flip_counts_every_assignment_of_signs(scores: list[int]) -> None:
     observed = abs(sum(scores))

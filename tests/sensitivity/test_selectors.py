@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moebound.errors import MoeboundError
@@ -56,7 +56,6 @@ def test_groups_may_overlap() -> None:
     assert set(meant("group:1-4")) & set(meant("group:2-5")) == {(2, 3), (4, 0)}
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(["expert:1:3", "5.0", "most-used:2", "least-used:2", "top:3:1",
                                  "layer:4", "group:1-5", "all"]), min_size=1))  # fmt: skip
 def test_the_text_of_a_selector_means_the_same(parts: list[str]) -> None:

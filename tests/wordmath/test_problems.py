@@ -91,7 +91,7 @@ def test_training_never_shows_a_test_prompt_or_a_new_wording(level: Level) -> No
 
 
 @given(st.integers(0, 2**32), st.sampled_from(TEMPLATES))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_splits_are_apart_by_pair_and_by_numbers(seed: int, template: object) -> None:
     """Whatever the seed: what one split draws, the other cannot."""
     for split in ("train", "test"):

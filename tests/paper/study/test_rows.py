@@ -25,7 +25,7 @@ def lines(path: Path) -> list[str]:
     return [json.loads(line)["condition"] for line in path.read_text().splitlines()]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cut=st.integers(0, 200), names=st.lists(st.text(min_size=1), min_size=1, unique=True))
 def test_a_file_cut_anywhere_is_gone_on_with(
     tmp_path_factory: pytest.TempPathFactory, cut: int, names: list[str]

@@ -80,7 +80,7 @@ def test_every_layer_has_a_curve_for_plans(name: str) -> None:
     assert all(len(found) >= 2 for found in rates.values())
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     layers=st.sets(st.integers(0, 60), min_size=1, max_size=30),
     n_experts=st.integers(1, 9),

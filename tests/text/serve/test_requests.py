@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moebound.evaluate.loading import Loaded
@@ -82,7 +82,7 @@ FIELDS = st.sampled_from([*ChatRequest.model_fields, *UNSUPPORTED, *IGNORED, "pr
 
 
 @given(st.dictionaries(FIELDS, VALUES, max_size=4), st.sampled_from([CHAT, COMPLETIONS]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @example({"prompt": [5], "messages": None}, COMPLETIONS)
 def test_no_body_is_too_strange(shared: Live, fields: dict[str, Any], path: str) -> None:
     usual = {"prompt": "a"} if path == COMPLETIONS else {"messages": [USER]}
