@@ -16,7 +16,7 @@ ORDER = [
     *("checkpoint", "codec", "model", "methods", "plan", "store", "cache", "integrations"),
     *("offload", "text"),
     # what measures
-    *("tasks", "evaluate", "profile", "sensitivity", "page", "paper", "bench", "demo"),
+    *("tasks", "evaluate", "calibrate", "profile", "sensitivity", "page", "paper", "bench", "demo"),
     *("cli", "__main__"),
 ]
 

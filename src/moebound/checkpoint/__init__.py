@@ -9,6 +9,7 @@
 safetensors files, `writer` writes them.
 """
 
+from moebound.checkpoint.corners import experts_name
 from moebound.checkpoint.experts import Expert, ExpertMatrix, read_matrix
 from moebound.checkpoint.families import (
     FAMILIES,
@@ -50,6 +51,7 @@ __all__ = [
     "ShardWriter",
     "TensorInfo",
     "TensorSpec",
+    "experts_name",
     "find_family",
     "local_folder",
     "open_checkpoint",

@@ -25,7 +25,8 @@ class ExpertMatrix:
     """One weight matrix of an expert, as it is stored: nothing transposed, nothing split.
 
     name: of the tensor in the checkpoint. index: which leading slice of it, or None for all of it.
-    shape: of the matrix, 2-D. source: where the (whole) tensor's bytes are.
+    shape: of the matrix, 2-D. source: where the (whole) tensor's bytes are. transposed: whether it
+    is [in, out] rather than [out, in]; None where only the shape tells (`Layout`).
     """
 
     name: str
@@ -34,6 +35,7 @@ class ExpertMatrix:
     shape: tuple[int, int]
     source: TensorInfo
     index: int | None = None
+    transposed: bool | None = False
 
     @property
     def size(self) -> int:
@@ -135,10 +137,10 @@ def _matrices(
             f"{tensor.file}: expert tensor {tensor.name!r} has shape {list(tensor.shape)}, "
             f"expected {2 + sliced} dimensions"
         )
-    shape = cast(tuple[int, int], tensor.shape[-2:])
+    shape, turned = cast(tuple[int, int], tensor.shape[-2:]), match.layout.transposed
     if not sliced:
         key = ExpertKey(match.layer, match.expert or 0, shared)
-        yield ExpertMatrix(tensor.name, match.role, dtype, shape, tensor), key
+        yield ExpertMatrix(tensor.name, match.role, dtype, shape, tensor, None, turned), key
         return
     if tensor.shape[0] > MAX_EXPERTS:
         raise CheckpointError(
@@ -147,7 +149,7 @@ def _matrices(
         )
     for index in range(tensor.shape[0]):
         key = ExpertKey(match.layer, index, shared)
-        yield ExpertMatrix(tensor.name, match.role, dtype, shape, tensor, index), key
+        yield ExpertMatrix(tensor.name, match.role, dtype, shape, tensor, index, turned), key
 
 
 def _missing_roles(key: ExpertKey, by_role: Mapping[Role, ExpertMatrix], family: Family) -> str:

@@ -61,8 +61,16 @@ if TYPE_CHECKING:
     "--method",
     type=MethodSetting(),
     default=None,
-    help="Instead of a codec, a method: rtn:int4:g64, hqq:int4:g64, or another package's. One that "
-    "knows no bound promises nothing; what it leaves is measured, and certified as that.",
+    help="Instead of a codec, a method: calibrated, rtn:int4:g64, hqq:int4:g64, or another "
+    "package's. One that knows no bound promises nothing; what it leaves is measured, and "
+    "certified as that.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="STATS",
+    help="What `moebound calibrate` wrote of this model; --method calibrated rounds by it.",
 )
 @click.option("--layers", type=IndexSet(), help="Only these layers, as in 0-3,7.")
 @click.option("--experts", type=IndexSet(), help="Only these experts of each layer.")
@@ -88,6 +96,7 @@ def compress(
     scope: BoundScope | None,
     codec: str | None,
     method: str | None,
+    calibration: Path | None,
     layers: set[int] | None,
     experts: set[int] | None,
     shared_experts: bool,
@@ -129,6 +138,7 @@ def compress(
                 bound=bound,
                 codec=codec,
                 method=method,
+                calibration=calibration,
                 layers=layers,
                 experts=experts,
                 shared_experts=shared_experts,

@@ -14,6 +14,7 @@ from moebound import __version__
 from moebound.cli import exits
 from moebound.cli.bench import bench
 from moebound.cli.cache import cache
+from moebound.cli.calibrate import calibrate
 from moebound.cli.card import card
 from moebound.cli.compress import compress
 from moebound.cli.decompress import decompress
@@ -43,6 +44,7 @@ def cli() -> None:
     moebound study SRC --suite S --task T -o DIR   what errors in experts do to the model
     moebound report DIR                      a page of what a study found
     moebound sensitivity SRC --task T -o MAP what an error in each expert does to the model
+    moebound calibrate SRC --task T -o STATS what experts get as inputs, to round with regard to it
     moebound plan SRC --bpw 3 -o FILE        a bound for each expert, for compress --plan FILE
     moebound verify DST --against SRC        check the promise
     moebound decompress DST OUT              back to an ordinary checkpoint
@@ -63,6 +65,7 @@ for command in (
     study,
     report,
     sensitivity,
+    calibrate,
     plan,
     compress,
     verify,

@@ -248,24 +248,38 @@ def _matrix(
         decoded = decode_payload(type(method), payload, spec, [opened[part] for part in found.uses])
         blob = MatrixBlob(method.id, method.version, spec.shape, dtype, number, uses, payload)
         data = blob.build()
-    certificate = measured_certificate(method, original, decoded, data)
+    certificate = measured_certificate(method, original, decoded, data, found)
     if method.lossless and certificate.max_abs_error:
         raise BoundViolatedError(
             f"{where}: says it is lossless, and a weight is off by {certificate.max_abs_error:g}"
+        )
+    if not certificate.kept:
+        raise BoundViolatedError(
+            f"{where}: promises {certificate.bound} ({certificate.abs_bound:g}), and a weight is "
+            f"off by {certificate.max_abs_error:g}"
         )
     return MatrixArtifact(data, decoded, certificate, found.uses)
 
 
 def measured_certificate(
-    method: Method, original: Array, decoded: Array, data: bytes
+    method: Method, original: Array, decoded: Array, data: bytes, payload: Payload
 ) -> Certificate:
-    """Of a matrix of which nothing is promised, or everything (a lossless method)."""
-    error = measure(original, decoded, 0.0 if method.lossless else float("inf"))
+    """Of a matrix that is no codec's: what its payload promises, or nothing, or everything (a
+    lossless method)."""
+    promised = payload.abs_bound if payload.promise is not None else None
+    error = measure(
+        original,
+        decoded,
+        0.0 if method.lossless else float("inf") if promised is None else promised,
+    )
+    guarantee: Guarantee = "none" if promised is None else "max_abs"
+    if method.lossless and not error.broken:
+        guarantee = "lossless"
     dtype = dtype_name(original.dtype)
     return Certificate(
-        guarantee="lossless" if method.lossless and not error.broken else "none",
-        bound=None,
-        abs_bound=None,
+        guarantee=guarantee,
+        bound=payload.promise,
+        abs_bound=promised,
         max_abs_error=error.max_abs_error,
         rmse=error.rmse,
         method=method.setting,
@@ -275,7 +289,7 @@ def measured_certificate(
         dtype=dtype,
         source_dtype=dtype,
         shape=original.shape,
-        patched=0,
+        patched=payload.patched,
         n_bytes=len(data),
         sha256_original=sha256(np.ascontiguousarray(original).reshape(-1).view(np.uint8)),
         sha256_encoded=sha256(data),

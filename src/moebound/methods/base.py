@@ -33,11 +33,13 @@ Scope = Literal["expert", "layer"]
 class ExpertView:
     """One expert. matrices: by role, [rows, cols], C-contiguous, BF16, F16 or F32, as the
     checkpoint has them ("gate_up" where it keeps both in one). bounds: of each, None where none
-    was given; one of scope "expert" is relative to all of them together."""
+    was given; one of scope "expert" is relative to all of them together. transposed: roles that the
+    checkpoint has as [in, out]; the others are [out, in]."""
 
     key: ExpertKey
     matrices: Mapping[Role, Array]
     bounds: Mapping[Role, ErrorBound] | None = None
+    transposed: frozenset[Role] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +59,17 @@ class GroupView:
 
 @dataclass(frozen=True)
 class Payload:
-    """One matrix, encoded. uses: numbers of the shared parts that decoding it needs."""
+    """One matrix, encoded. uses: numbers of the shared parts that decoding it needs.
+
+    promise: the bound that every weight keeps after the cast, None where nothing is promised;
+    abs_bound: the same in weight units. Both are checked. patched: weights stored verbatim.
+    """
 
     data: bytes
     uses: tuple[int, ...] = ()
+    promise: ErrorBound | None = None
+    abs_bound: float | None = None
+    patched: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,8 @@ class Method(ABC):
     id: names the payloads' format, for ever. [a-z0-9_]+
     version: of the payloads; the decoder takes this and every earlier one.
     scope: what `encode` sees at a time. lossless: whether every weight comes back bit for bit,
-        which is then checked. What is no `Encoded` and not lossless has the guarantee "none".
+        which is then checked. What is no `Encoded`, not lossless, and promises nothing
+        (`Payload.promise`) has the guarantee "none".
     takes_bound, needs_bound: whether a bound may, or must, be given.
     statistics: names of those that `encode` needs.
     edits_router: whether an Encoding may have a router edit.

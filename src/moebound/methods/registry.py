@@ -17,6 +17,7 @@ METHODS = Plugins(
     group="moebound.methods",
     built_in={
         BOUNDED: "moebound.methods.bounded:Bounded",
+        "calibrated": "moebound.methods.calibrated:Calibrated",
         "hqq": "moebound.methods.hqq:Hqq",
         "rtn": "moebound.methods.rtn:Rtn",
     },

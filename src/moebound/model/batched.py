@@ -74,7 +74,7 @@ def batched_experts(
         outputs = _together(self, rows, routed)
     else:
         slots = torch.arange(len(tokens), device=tokens.device)
-        outputs = _one_by_one(self, hidden_states.index_select(0, tokens), routed)
+        _, outputs = one_by_one(self, hidden_states.index_select(0, tokens), routed)
     if getattr(self, "has_post_expert_norm", False):
         outputs = self.post_expert_norm(outputs)
 
@@ -172,8 +172,9 @@ def _together(self: Any, rows: torch.Tensor, routed: Routed) -> torch.Tensor:
     return project(inner, self.down_proj, self.down_proj_bias if self.has_bias else None)
 
 
-def _one_by_one(self: Any, rows: torch.Tensor, routed: Routed) -> torch.Tensor:
-    """rows: [pairs, H], sorted by expert. Returns the experts' outputs, of the same shape."""
+def one_by_one(self: Any, rows: torch.Tensor, routed: Routed) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows: [pairs, H], sorted by expert. Returns what the down projections get, [pairs, I], and
+    what they give, [pairs, H]."""
     loads = [routed.loads[expert] for expert in routed.used]
 
     def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -185,4 +186,4 @@ def _one_by_one(self: Any, rows: torch.Tensor, routed: Routed) -> torch.Tensor:
         return torch.cat(parts)
 
     inner = _activate(self, project(rows, *_first(self)))
-    return project(inner, self.down_proj, self.down_proj_bias if self.has_bias else None)
+    return inner, project(inner, self.down_proj, self.down_proj_bias if self.has_bias else None)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moebound.checkpoint.corners import name_of
 from moebound.codec.arrays import to_numpy
 from moebound.model.live import LiveExperts
 
@@ -33,6 +34,16 @@ def of_state(model: torch.nn.Module) -> str:
         values = _some(tensor, 64)
         digest.update((values.float() if values.is_floating_point() else values).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def of_corners(live: LiveExperts) -> str:
+    """Of calibration statistics: what `checkpoint.corners` says of the model's checkpoint."""
+    values: list[float] = []
+    for expert in live.values():
+        matrices = expert.matrices
+        first, down = next(iter(matrices.values())), matrices["down"]
+        values += [float(first[0, 0]), float(down[0, 0]), float(down[-1, -1])]
+    return name_of(values)
 
 
 def of_experts(live: LiveExperts) -> str:

@@ -145,6 +145,11 @@ class Plan:
         return self[key].method or self.method
 
     @property
+    def methods(self) -> set[str]:
+        """The settings of all experts' methods."""
+        return {expert.method or self.method for expert in self.experts}
+
+    @property
     def n_weights(self) -> int:
         return sum(expert.n_weights for expert in self.experts)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import get_args
 
 from moebound.checkpoint import Expert, Role
 from moebound.errors import MethodError, PlanError
+from moebound.files.formats.statistics import Side, Statistics
 from moebound.methods import Method, get_method
 from moebound.plan import Plan
-from moebound.types import ErrorBound, ExpertKey
+from moebound.types import Array, ErrorBound, ExpertKey
 
 
 @dataclass(frozen=True)
@@ -21,17 +23,35 @@ class Recipe:
     method: str
     bound: ErrorBound | None
     plan: Plan | None = None
+    calibration: Statistics | None = None
 
     @classmethod
-    def of(cls, bound: ErrorBound | Plan | None, method: str | None) -> Recipe:
-        """Raises MethodError for an unknown method, and for one that a bound does not go with;
-        PlanError for another than the plan's; BackendUnavailable where a method's library is
-        not installed."""
+    def of(
+        cls,
+        bound: ErrorBound | Plan | None,
+        method: str | None,
+        calibration: Statistics | None = None,
+    ) -> Recipe:
+        """Raises MethodError for an unknown method, for one that a bound does not go with, and for
+        one that needs statistics where there are none; PlanError for another than the plan's;
+        BackendUnavailable where a method's library is not installed."""
+        made = cls._of(bound, method)
+        settings = {made.method} if made.plan is None else made.plan.methods
+        for setting in sorted(settings):
+            if get_method(setting).statistics and calibration is None:
+                raise MethodError(
+                    f"method {setting!r} needs statistics of the model's inputs: make them with "
+                    "`moebound calibrate`, and give the folder with --calibration"
+                )
+        return replace(made, calibration=calibration)
+
+    @classmethod
+    def _of(cls, bound: ErrorBound | Plan | None, method: str | None) -> Recipe:
         if isinstance(bound, Plan):
             if method is not None and get_method(method).setting != bound.method:
                 raise PlanError(f"method {method!r}: the plan was made for {bound.method!r}")
             made = cls(bound.method, bound.widest, bound)
-            for setting in {bound.method_of(key) for key in bound.keys}:
+            for setting in bound.methods:
                 get_method(setting).check_installed()
             return made
         chosen = get_method(method or "bounded:bound")
@@ -61,6 +81,17 @@ class Recipe:
         planned = self.plan[expert.key].bounds
         return {role: planned[role] for role in roles} if planned else None
 
+    def statistics(
+        self, method: Method, keys: Iterable[ExpertKey]
+    ) -> dict[str, dict[ExpertKey, Array]]:
+        """What this method asks for, of these experts. Raises FormatError for damaged files."""
+        if self.calibration is None:
+            return {}
+        sides: tuple[Side, ...] = get_args(Side)
+        wanted = [side for side in sides if side in method.statistics]
+        keys = tuple(keys)
+        return {side: {k: self.calibration.moments(k, side) for k in keys} for side in wanted}
+
     def group_of(self, key: ExpertKey) -> tuple[object, ...]:
         """Experts with equal ones are seen together by their method."""
         method = self.method_of(key)
@@ -71,15 +102,14 @@ class Recipe:
 
     def describe(self) -> dict[str, object]:
         """Everything that decides what is done, as JSON."""
-        settings: Iterable[str] = {self.method}
-        if self.plan is not None:
-            settings = {self.plan.method_of(key) for key in self.plan.keys}
+        settings: Iterable[str] = {self.method} if self.plan is None else self.plan.methods
         versions = {name: get_method(name).versions for name in sorted(settings)}
         return {
             "method": self.method,
             "versions": {name: list(found) for name, found in versions.items()},
             "bound": None if self.bound is None else self.bound.to_json(),
             **({} if self.plan is None else {"plan": self.plan.sha256}),
+            **({} if self.calibration is None else {"calibration": self.calibration.of.to_json()}),
         }
 
     @property

@@ -25,6 +25,7 @@ from moebound.checkpoint import (
     Checkpoint,
     ShardWriter,
     TensorSpec,
+    experts_name,
     open_checkpoint,
     read_chunks,
     read_header,
@@ -33,6 +34,7 @@ from moebound.checkpoint.shards import as_text
 from moebound.codec import stats, thread_count
 from moebound.errors import MethodError, MoeboundError, PlanError, StoreError
 from moebound.files.durable import disk_errors
+from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.jobs.ordered import in_order
 from moebound.methods import ExpertView, GroupView
 from moebound.methods import compress as compress_group
@@ -80,6 +82,7 @@ def compress(
     bound: ErrorBound | Plan | None = None,
     method: str | None = None,
     codec: str | None = None,
+    calibration: Statistics | Path | str | None = None,
     layers: set[int] | None = None,
     experts: set[int] | None = None,
     shared_experts: bool = False,
@@ -97,6 +100,8 @@ def compress(
         checkpoint. None for a method that knows none.
     method: a setting, as "rtn:int4:g64", see `methods.get_method`; None for the plan's, or the one
         that keeps bounds with our own codec. codec: the method that keeps bounds, with this codec.
+    calibration: statistics of the model's inputs (`moebound calibrate`), or their folder, for
+        methods that need them.
     layers, experts: which ones, None for all; experts counts routed experts only. The others stay
         as they are (bit for bit, as `raw` envelopes, where they share a 3-D tensor with chosen
         ones). shared_experts: compress those of the chosen layers too.
@@ -119,12 +124,16 @@ def compress(
         if method is not None:
             raise MethodError(f"method {method!r} and codec {codec!r}: expected one of them")
         method = f"bounded:{codec}"
-    recipe = Recipe.of(bound, method)  # an unknown method before any work
+    if isinstance(calibration, (str, Path)):
+        calibration = read_statistics(Path(calibration))
+    recipe = Recipe.of(bound, method, calibration)  # an unknown method before any work
     jobs = thread_count() if jobs is None else jobs
     if jobs < 1 or shard_bytes < 1:
         raise StoreError(f"jobs {jobs}, shard_bytes {shard_bytes}: expected at least 1")
     checkpoint = open_checkpoint(checkpoint)
     check_apart(dst, checkpoint.path)
+    if calibration is not None:
+        calibration.check_model(experts_name(checkpoint), checkpoint.name)
     if recipe.plan is not None and not (layers is None and experts is None):
         raise PlanError(
             "a plan says itself which experts: expected no layers and experts beside it"
@@ -321,11 +330,12 @@ class _Job:
         for task in group.tasks:
             matrices = {m.role: self.checkpoint.read(m) for m in task.expert.matrices}
             bounds = self.recipe.bounds(task.expert)
-            views.append(ExpertView(task.expert.key, matrices, bounds))
+            transposed = frozenset(m.role for m in task.expert.matrices if m.transposed)
+            views.append(ExpertView(task.expert.key, matrices, bounds, transposed))
         try:
-            artifact = compress_group(
-                group.method, GroupView(tuple(views)), number=group.number, threads=1
-            )
+            keys = [view.key for view in views]
+            seen = GroupView(tuple(views), self.recipe.statistics(group.method, keys))
+            artifact = compress_group(group.method, seen, number=group.number, threads=1)
         except MoeboundError as error:
             first = group.tasks[0].expert.matrices[0]
             raise type(error)(f"{first.source.file}: tensor {first.name!r}: {error}") from error

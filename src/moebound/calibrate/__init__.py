@@ -1,0 +1,20 @@
+"""Calibration statistics: what every expert gets as inputs on a text, for methods that round with
+regard to it.
+
+text (a task or a file -> token ids) -> collect (token ids -> sums, some experts at a time) -> a
+folder (`files/formats/statistics.py`), which methods and plans read.
+"""
+
+from moebound.calibrate.collect import Settings, collect
+from moebound.calibrate.text import Text, of_file, of_task
+from moebound.files.formats.statistics import Statistics, read_statistics
+
+__all__ = [
+    "Settings",
+    "Statistics",
+    "Text",
+    "collect",
+    "of_file",
+    "of_task",
+    "read_statistics",
+]

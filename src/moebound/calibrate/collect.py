@@ -1,0 +1,330 @@
+"""Read a text, and sum up what every expert gets: a folder of statistics, in bounded memory.
+
+H of all experts does not fit: 64 experts of 2048 and 1408 channels take 1.6 GB a layer. So the text
+is read several times, each time for as many experts as `memory` allows, in the order of the model,
+and no further than their last layer. What is finished is on disk; a run that was interrupted goes
+on behind it, and a run with another model, text or setting begins anew.
+
+H = Σ g² x xᵀ over the tokens sent to an expert: then tr((W - Ŵ) H (W - Ŵ)ᵀ) is the squared error of
+what the layer adds to the residual stream, summed over the text (GPTQ, 2210.17323, section 3, with
+the routing weight g in it). With routed=False every expert gets every token with g = 1: experts
+that a text seldom uses are seen as well, at E/K times the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moebound.calibrate.text import Text
+from moebound.errors import MoeboundError
+from moebound.evaluate.loading import Loaded
+from moebound.files.documents import load_json, save_json
+from moebound.files.formats.statistics import (
+    FILE,
+    Chunk,
+    Moments,
+    Of,
+    Part,
+    Statistics,
+    packed_size,
+    read_statistics,
+    save_statistics,
+)
+from moebound.model.calls import Pairs, listen
+from moebound.model.fingerprint import of_corners
+from moebound.model.inner import inner
+from moebound.model.live import ExpertsModule, live_experts
+
+UNFINISHED = "unfinished.json"
+MEMORY = 1 << 30
+READ_TOKENS = 4096
+"""Tokens read at once, padding counted."""
+
+Say = Callable[[str, int, int], None]
+"""Called with what is done, sequences read, and sequences to be read in all passes."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """routed: experts see the tokens sent to them, else all. moments: all of H, or its diagonal.
+    memory: bytes of H that are held at once; one expert's at least."""
+
+    routed: bool = True
+    moments: Moments = "full"
+    memory: int = MEMORY
+
+
+def collect(
+    loaded: Loaded,
+    text: Text,
+    out: Path,
+    settings: Settings = Settings(),
+    say: Say = lambda *_: None,
+) -> Statistics:
+    """Write the statistics of a model's routed experts on a text to the folder `out`.
+
+    Raises MoeboundError for a folder that holds something else, UnsupportedArchitectureError for a
+    dense model or a family whose experts cannot be heard, StoreError for a full disk.
+    """
+    live = live_experts(loaded.model)
+    shapes = {tuple(entry.stack.view("down", 0).shape) for entry in live.stacks}
+    if len(shapes) > 1:
+        raise MoeboundError(
+            f"{loaded.source.name}: layers with experts of different sizes {sorted(shapes)}; "
+            "statistics are of one size"
+        )
+    width, hidden = shapes.pop()
+    of = Of(
+        model=loaded.source.name,
+        fingerprint=of_corners(live),
+        text=text.name,
+        text_sha256=text.sha256,
+        n_sequences=len(text.rows),
+        n_tokens=text.n_tokens,
+        routed=settings.routed,
+        moments=settings.moments,
+        width=width,
+        inner=hidden,
+    )
+    run = _Run(loaded, text, out, of, _begin(out, of, settings.memory))
+    if (out / FILE).is_file():
+        return read_statistics(out)
+    spans, n = list(_spans(live.stacks, of, settings.memory)), len(text.rows)
+    for at, some in enumerate(spans):
+
+        def done(sequences: int, at: int = at) -> None:
+            say(_named(spans[at]), at * n + sequences, len(spans) * n)
+
+        run.read(some, done)
+    return run.finish(spans)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some experts of one layer: those from `first` on, counted within its module."""
+
+    entry: ExpertsModule
+    first: int
+    n: int
+
+    @property
+    def part(self) -> Part:
+        at = self.entry.first + self.first
+        name = f"layer-{self.entry.layer:05d}-{at:05d}.safetensors"
+        return Part(self.entry.layer, at, self.n, name)
+
+
+def _spans(stacks: Sequence[ExpertsModule], of: Of, memory: int) -> Iterator[tuple[Span, ...]]:
+    """What each pass sums up: as many experts as fit, in the order of the model."""
+    numbers = sum(packed_size(n) if of.moments == "full" else n for n in (of.width, of.inner))
+    # While they are summed up they are whole matrices.
+    held = 4 * (of.width**2 + of.inner**2 if of.moments == "full" else numbers)
+    room = max(1, memory // held)
+    taken: list[Span] = []
+    left = room
+    for entry in stacks:
+        first = 0
+        while first < entry.stack.n_experts:
+            n = min(left, entry.stack.n_experts - first)
+            taken.append(Span(entry, first, n))
+            first, left = first + n, left - n
+            if left == 0:
+                yield tuple(taken)
+                taken, left = [], room
+    if taken:
+        yield tuple(taken)
+
+
+def _named(spans: Sequence[Span]) -> str:
+    first, last = spans[0].entry.layer, spans[-1].entry.layer
+    return f"layer {first}" if first == last else f"layers {first} to {last}"
+
+
+def _begin(out: Path, of: Of, memory: int) -> set[str]:
+    """Make the folder, or look what is finished in it. Returns the names of finished files."""
+    if out.exists() and not out.is_dir():
+        raise MoeboundError(f"{out}: exists and is no folder; statistics are a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    # Which experts a file has depends on the memory: what is unfinished goes on with the same.
+    wanted = {FILE: of.to_json(), UNFINISHED: of.to_json() | {"memory": memory}}
+    marks = [name for name in wanted if (out / name).is_file()]
+    if not marks and any(out.iterdir()):
+        raise MoeboundError(
+            f"{out}: not empty, and not of `moebound calibrate`; give a folder of its own"
+        )
+    for mark in marks:
+        found = load_json(out / mark)
+        for name, value in wanted[mark].items():
+            there = found.get(name) if isinstance(found, dict) else None
+            if there != value:
+                raise MoeboundError(
+                    f"{out / mark}: of another run ({name} is {there!r}, asked is {value!r}); "
+                    "give another folder, or remove this one"
+                )
+    if FILE in marks:
+        return set()
+    save_json(out / UNFINISHED, wanted[UNFINISHED])
+    return {path.name for path in out.glob("layer-*.safetensors")}
+
+
+class _Stop(Exception):
+    """Nothing behind this layer is needed."""
+
+
+@dataclass
+class _Run:
+    loaded: Loaded
+    text: Text
+    out: Path
+    of: Of
+    finished: set[str]
+
+    @torch.no_grad()
+    def read(self, spans: Sequence[Span], done: Callable[[int], None]) -> None:
+        """Read the text once for these experts, and write their files."""
+        if all(span.part.file in self.finished for span in spans):
+            done(len(self.text.rows))
+            return
+        sums = [_Sums(span, self.of, self.loaded.device) for span in spans]
+        model = self.loaded.model
+        mask = torch.zeros(0, dtype=torch.bool)
+        with ExitStack() as hooks:
+            for at, some in enumerate(sums):
+                last = at == len(sums) - 1
+
+                def heard(pairs: Pairs, output: torch.Tensor, some: _Sums = some,
+                          last: bool = last) -> None:  # fmt: skip
+                    some.add(pairs, output, mask)
+                    if last:
+                        raise _Stop
+
+                handle = listen(some.span.entry.stack, lambda: mask.numel(), heard)
+                hooks.callback(handle.remove)
+            n = 0
+            for rows in _batches(self.text.rows):
+                ids, mask = _padded(rows, self.loaded.device)
+                with suppress(_Stop):
+                    model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+                n += len(rows)
+                done(n)
+        for some in sums:
+            some.chunk().save(self.out)
+
+    def finish(self, spans: Sequence[Sequence[Span]]) -> Statistics:
+        save_statistics(self.out, self.of, [span.part for some in spans for span in some])
+        (self.out / UNFINISHED).unlink(missing_ok=True)
+        return read_statistics(self.out)
+
+
+class _Sums:
+    """Of some experts of one layer, while the text is read. On the model's device."""
+
+    def __init__(self, span: Span, of: Of, device: torch.device) -> None:
+        self.span, self.of, self.checked = span, of, False
+        full = of.moments == "full"
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.tokens = zeros(span.n, dtype=torch.int64)
+        self.gates = zeros(span.n, dtype=torch.float64)
+        self.inputs = zeros(span.n, of.width, *([of.width] if full else []))
+        self.hidden = zeros(span.n, of.inner, *([of.inner] if full else []))
+        self.outputs = zeros(span.n, 2, of.width)
+
+    def add(self, pairs: Pairs, output: torch.Tensor, mask: torch.Tensor) -> None:
+        """pairs: all of a call. mask: [B, T] bool, tokens that are no padding."""
+        if not self.checked:
+            inner(pairs).check(pairs.stack, output)
+            self.checked = True
+        real = mask.flatten().to(pairs.token.device)
+        first, n = self.span.first, self.span.n
+        some = pairs.among(real) if self.of.routed else _everywhere(pairs, real)
+        mine = (some.expert >= first) & (some.expert < first + n)
+        found = inner(_keep(some, mine))
+        loads = [found.routed.loads[expert] for expert in found.routed.used]
+        columns = (found.weights, found.inputs, found.hidden, found.outputs)
+        for expert, g, x, h, y in zip(
+            found.routed.used, *(torch.split(c.float(), loads) for c in columns), strict=True
+        ):
+            at = expert - first
+            self.tokens[at] += len(g)
+            self.gates[at] += g.double().sum()
+            for into, values in ((self.inputs, g[:, None] * x), (self.hidden, g[:, None] * h)):
+                if self.of.moments == "full":
+                    into[at].addmm_(values.T, values)
+                else:
+                    into[at] += values.square().sum(0)
+            share = g[:, None] * y
+            self.outputs[at, 0] += share.sum(0)
+            self.outputs[at, 1] += share.square().sum(0)
+
+    def chunk(self) -> Chunk:
+        part = self.span.part
+        return Chunk(
+            part.layer,
+            part.first,
+            tokens=self.tokens.cpu().numpy(),
+            gates=self.gates.cpu().numpy(),
+            inputs=_packed(self.inputs),
+            hidden=_packed(self.hidden),
+            outputs=self.outputs.cpu().numpy(),
+        )
+
+
+def _packed(sums: torch.Tensor) -> Any:
+    """[E, N, N] -> [E, N(N+1)/2]; diagonals as they are."""
+    if sums.dim() == 2:
+        return sums.cpu().numpy()
+    rows, columns = np.triu_indices(sums.shape[-1])
+    return np.stack([matrix.cpu().numpy()[rows, columns] for matrix in sums])
+
+
+def _keep(pairs: Pairs, keep: torch.Tensor) -> Pairs:
+    weights = None if pairs.weights is None else pairs.weights[keep]
+    return replace(pairs, token=pairs.token[keep], expert=pairs.expert[keep], weights=weights)
+
+
+def _everywhere(pairs: Pairs, real: torch.Tensor) -> Pairs:
+    """Every real token, sent to every expert with weight 1."""
+    if pairs.weights is None:
+        raise MoeboundError(
+            f"{pairs.stack.name}: its experts get their inputs scaled by the routing, so there are "
+            "no inputs of tokens that were not sent to them; leave --all-tokens out"
+        )
+    tokens, n = real.nonzero()[:, 0], pairs.stack.n_experts
+    expert = torch.arange(n, device=tokens.device).repeat_interleave(len(tokens))
+    weights = torch.ones(len(expert), dtype=pairs.weights.dtype, device=tokens.device)
+    return replace(pairs, token=tokens.repeat(n), expert=expert, weights=weights)
+
+
+def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """All rows, those of like length together."""
+    taken: list[Sequence[int]] = []
+    for row in sorted(rows, key=len):
+        if taken and len(row) * (len(taken) + 1) > READ_TOKENS:
+            yield taken
+            taken = []
+        taken.append(row)
+    if taken:
+        yield taken
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, T], padded on the right with 0, and which of them are there."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)] = torch.tensor(row)
+        mask[at, : len(row)] = True
+    return ids.to(device), mask.to(device)

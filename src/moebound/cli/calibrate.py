@@ -1,0 +1,141 @@
+"""`moebound calibrate`: what every expert gets as inputs on a text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moebound.cli import exits, wording
+from moebound.cli.output import Output, output_options
+from moebound.cli.steps import step_bar
+
+if TYPE_CHECKING:
+    from moebound.calibrate import Statistics
+    from moebound.tasks.base import Task
+
+FEW_TOKENS = 128
+"""Experts that saw fewer are counted: their H says little."""
+HELD_OUT = 500
+
+
+@click.command()
+@click.argument("src")
+@click.option("--task", metavar="TASK",
+              help="Read its problems with their solutions: wordmath, wordmath-hard, gsm8k, math, "
+              "or a file of problems.")  # fmt: skip
+@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              metavar="FILE", help="Read this file, UTF-8, window by window.")  # fmt: skip
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True,
+              metavar="STATS", help="The folder to write.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), metavar="N",
+              help="N problems of the task, or N windows of the file.")  # fmt: skip
+@click.option("--skip", type=click.IntRange(min=0), metavar="N",
+              help="Leave the first N problems for measuring.  [default: 500 where --limit "
+              "problems are left behind them, else 0]")  # fmt: skip
+@click.option("--window", type=click.IntRange(min=1), metavar="TOKENS",
+              help="Tokens of a window of --text.  [default: 512]")  # fmt: skip
+@click.option("--diagonal", is_flag=True,
+              help="Keep the diagonal of H alone: smaller by a factor of a thousand, enough for "
+              "steps by input channel.")  # fmt: skip
+@click.option("--all-tokens", is_flag=True,
+              help="Show every token to every expert, not only to those that it is sent to: slow, "
+              "and no expert is left without.")  # fmt: skip
+@click.option("--memory", metavar="SIZE", default="1GiB", show_default=True,
+              help="Hold so much of H at once; less: the text is read more often.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+              default="float32", show_default=True, help="What to compute with.")  # fmt: skip
+@click.option("--device", default="cpu", show_default=True,
+              help="Where: cpu, cuda, or auto for all there are.")  # fmt: skip
+@output_options
+def calibrate(
+    output: Output,
+    src: str,
+    task: str | None,
+    text: Path | None,
+    out: Path,
+    limit: int | None,
+    skip: int | None,
+    window: int | None,
+    diagonal: bool,
+    all_tokens: bool,
+    memory: str,
+    dtype: str,
+    device: str,
+) -> int:
+    """Sum up what the experts of SRC, a checkpoint or a store, get as inputs on a text.
+
+    For every routed expert: how many tokens it gets, and the second moments of what its
+    projections get (H, which methods that round by activations need). The text is read several
+    times where H does not fit in memory.
+
+    Killed and started again, it goes on from where it was.
+    """
+    if (task is None) == (text is None):
+        raise click.UsageError("give one of --task and --text")
+    if task is None and skip is not None:
+        raise click.UsageError("--skip goes with --task")
+    if text is None and window is not None:
+        raise click.UsageError("--window goes with --text")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from moebound.calibrate import Settings, collect, of_file, of_task
+    from moebound.evaluate.loading import load
+    from moebound.offload.budget import parse_size
+    from moebound.tasks import get_task
+
+    room = parse_size(memory, what="--memory")
+    asked = None if task is None else get_task(task)
+    loaded = load(src, dtype=dtype, device=device)
+    if text is not None:
+        read = of_file(loaded, text, limit, window=window)
+    else:
+        assert asked is not None
+        read = of_task(loaded, asked, limit, skip=_held_out(asked, limit) if skip is None else skip)
+    settings = Settings(not all_tokens, "diagonal" if diagonal else "full", room)
+    with step_bar(output) as say:
+        found = collect(loaded, read, out, settings, say)
+    output.result(_document(found), _table(found))
+    return exits.OK
+
+
+def _held_out(task: Task, limit: int | None) -> int:
+    """Problems in front that are left for measuring, as `eval` and `bench` begin with the first."""
+    return HELD_OUT if len(task.problems(HELD_OUT + (limit or 1))) >= HELD_OUT + (limit or 1) else 0
+
+
+def _document(found: Statistics) -> dict[str, Any]:
+    tokens = sorted(found.tokens().values())
+    return found.of.to_json() | {
+        "ok": True,
+        "output": str(found.folder),
+        "n_bytes": found.n_bytes,
+        "experts": len(tokens),
+        "experts_without_tokens": sum(n == 0 for n in tokens),
+        "experts_with_few_tokens": sum(0 < n < FEW_TOKENS for n in tokens),
+        "tokens_an_expert": {
+            "least": tokens[0],
+            "median": tokens[len(tokens) // 2],
+            "most": tokens[-1],
+        },
+    }
+
+
+def _table(found: Statistics) -> Any:
+    said, of = _document(found), found.of
+    tokens = said["tokens_an_expert"]
+    return wording.facts(
+        of.model,
+        [
+            ("text", f"{of.text}: {of.n_sequences} sequences, {of.n_tokens} tokens"),
+            ("text's hash", of.text_sha256[:16]),
+            ("experts", f"{said['experts']}, inputs of {of.width} channels, hidden {of.inner}"),
+            ("tokens an expert", f"{tokens['least']} to {tokens['most']}, median "
+                                 f"{tokens['median']}"),
+            ("without any token", str(said["experts_without_tokens"])),
+            (f"with fewer than {FEW_TOKENS}", str(said["experts_with_few_tokens"])),
+            ("second moments", "whole" if of.moments == "full" else "diagonals"),
+            ("written", f"{found.folder}, {wording.n_bytes(found.n_bytes)}"),
+        ]
+    )  # fmt: skip
