@@ -43,7 +43,7 @@ def test_the_example(capsys: pytest.CaptureFixture[str], read_rtn: Any) -> None:
     names: dict[str, Any] = {}
     exec(EXAMPLE, names)
     assert capsys.readouterr().out.strip() in TEXT
-    table = TEXT.split("## 6.")[1].split("## 7.")[0]
+    table = TEXT.split("## 7.")[1].split("## 8.")[0]
     cells = re.findall(r"^\| `([0-9a-f ]+)` \|", table, re.MULTILINE)
     assert " ".join(cells) == names["blob"].hex(" ")
     dtype, found = read_rtn(names["blob"])

@@ -170,7 +170,9 @@ def test_a_part_of_another_store_is_refused(made: Made, tmp_path: Path) -> None:
         MoeboundError, match=r"moebound\.shared\.0\.0.*not the part that was written"
     ):
         open_store(dst)
-    with pytest.raises(MoeboundError, match=r"moebound\.shared\.0\.0.*not the one it was encoded"):
+    with pytest.raises(
+        MoeboundError, match=r"moebound\.shared\.0\.0.*not the part that was written"
+    ):
         loaded(dst)
 
 

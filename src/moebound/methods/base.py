@@ -193,6 +193,12 @@ class Method(ABC):
         return payload
 
     @classmethod
+    def verbatim(cls, payload: memoryview, spec: MatrixSpec) -> int:
+        """How many weights of a payload are stored as they were (`Payload.patched`). Raises as
+        `decode`."""
+        return 0
+
+    @classmethod
     def most_weights(cls, n_bytes: int) -> int:
         """How many weights a payload of n_bytes can stand for at most, whoever made it.
 

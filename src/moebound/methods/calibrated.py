@@ -18,6 +18,7 @@ What is promised is the bound, whatever the text. That the outputs are near is m
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -164,9 +165,43 @@ class Calibrated(Method):
 
     @classmethod
     def decode(cls, payload: memoryview, spec: MatrixSpec, shared: Sequence[Any]) -> Array:
+        found = _Parts.of(payload, spec)
+        envelope = parse(found.codes)
+        if envelope.spec.shape != spec.shape or envelope.spec.dtype != "F32":
+            raise CorruptionError(f"codes of shape {envelope.spec.shape}")
+        codes = np.rint(decode_array(envelope, threads=1))
+        with np.errstate(over="ignore", invalid="ignore"):
+            steps = _steps(found.base, found.levels)
+            weights: Array = codes * (steps[:, None] if found.transposed else steps)
+            # The cast of what is verbatim is exact; that of the others is the model's.
+            cast = weights.astype(NUMPY_DTYPES[spec.dtype])
+        n = len(found.verbatim)
+        if n:
+            cast.reshape(-1)[unpack_positions(found.positions, spec.size, n)] = found.verbatim
+        return cast
+
+    @classmethod
+    def verbatim(cls, payload: memoryview, spec: MatrixSpec) -> int:
+        return len(_Parts.of(payload, spec).verbatim)
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """A payload, taken apart: docs/format-method.md, section 5."""
+
+    transposed: bool
+    base: np.float32
+    levels: Array
+    positions: memoryview
+    verbatim: Array
+    codes: memoryview
+
+    @classmethod
+    def of(cls, payload: memoryview, spec: MatrixSpec) -> Self:
+        """Raises CorruptionError for what `encode` cannot have written."""
         read = FieldReader(payload, 0)
         flags, kappa, base, bits = _HEAD.unpack(bytes(read.take(_HEAD.size)))
-        if flags > 1 or bits > 8 or len(spec.shape) != 2 or not (np.isfinite(base) and base > 0):
+        if flags > 1 or bits > 8 or len(spec.shape) != 2 or not (math.isfinite(base) and base > 0):
             raise CorruptionError(f"flags {flags}, steps of {bits} bits, base {base:g}")
         if not 1 <= kappa <= 16:
             raise CorruptionError(f"half steps {kappa:g}: expected 1 to 16")
@@ -174,23 +209,12 @@ class Calibrated(Method):
         levels = np.zeros(n, np.int64)
         if bits:
             levels += unpack(read.take(packed_bytes(n, bits)), n, bits)
-        n_misses, dtype = read.varint(), NUMPY_DTYPES[spec.dtype]
-        if n_misses > spec.size:
-            raise CorruptionError(f"{n_misses} weights verbatim of {spec.size}")
-        positions = read.take(positions_n_bytes(spec.size, n_misses) if n_misses else 0)
-        verbatim = np.frombuffer(read.take(n_misses * dtype.itemsize), dtype)
-        envelope = parse(read.take(read.left))
-        if envelope.spec.shape != spec.shape or envelope.spec.dtype != "F32":
-            raise CorruptionError(f"codes of shape {envelope.spec.shape}")
-        codes = np.rint(decode_array(envelope, threads=1))
-        with np.errstate(over="ignore"):
-            steps = _steps(np.float32(base), levels)
-            weights: Array = codes * (steps[:, None] if flags else steps)
-            # The cast of what is verbatim is exact; that of the others is the model's.
-            found = weights.astype(dtype)
-        if n_misses:
-            found.reshape(-1)[unpack_positions(positions, spec.size, n_misses)] = verbatim
-        return found
+        n_verbatim, dtype = read.varint(), NUMPY_DTYPES[spec.dtype]
+        if n_verbatim > spec.size:
+            raise CorruptionError(f"{n_verbatim} weights verbatim of {spec.size}")
+        positions = read.take(positions_n_bytes(spec.size, n_verbatim) if n_verbatim else 0)
+        verbatim = np.frombuffer(read.take(n_verbatim * dtype.itemsize), dtype)
+        return cls(bool(flags), np.float32(base), levels, positions, verbatim, read.take(read.left))
 
 
 @dataclass(frozen=True, eq=False)

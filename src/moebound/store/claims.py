@@ -91,6 +91,8 @@ def _unfounded(record: MatrixRecord, setting: str, method: Method) -> Iterator[s
             expected = "none" if lossy else "lossless"
         else:
             expected = promised(bound, lossy=lossy)
+    elif bound is not None and method.takes_bound:
+        expected = promised(bound, lossy=not method.lossless)
     elif bound is not None:
         yield f"bound {bound} of a method that knows none"
     if method.id == BOUNDED and certificate.method != named:

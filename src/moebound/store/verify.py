@@ -33,7 +33,7 @@ from moebound.codec.certificate import sha256
 from moebound.codec.measure import Distortion
 from moebound.errors import MoeboundError, StoreError
 from moebound.jobs.ordered import in_order
-from moebound.methods import RouterEdit
+from moebound.methods import MatrixSpec, RouterEdit, method_class
 from moebound.methods.blob import MatrixBlob, parse_router, parse_shared
 from moebound.store.beside import choose_files, is_document, read_pieces
 from moebound.store.checks import differs, file_problems, surface_problems, tensor_sha256
@@ -401,7 +401,9 @@ def _check_matrix(
     says: tuple[object, ...]
     certified: tuple[object, ...]
     if isinstance(found_in, MatrixBlob):
-        says = found_in.method, found_in.method_version, None, None, 0, found_in.dtype
+        spec = MatrixSpec(found_in.shape, found_in.dtype)
+        verbatim = method_class(found_in.method).verbatim(found_in.payload, spec)
+        says = found_in.method, found_in.method_version, None, None, verbatim, found_in.dtype
         certified = (certificate.method.split(":")[0],)
         names = "method, version, codec, its version, patches, source dtype"
     else:
