@@ -45,7 +45,7 @@ def qwen(tiny: MakeTiny) -> Path:
 
 def arrays(found: Statistics) -> dict[Any, np.ndarray[Any, Any]]:
     return {
-        (key, side): found.moments(key, side)  # type: ignore[arg-type]
+        (key, side): found.moments(key, side)
         for key in found.keys for side in ("inputs", "hidden")
     }  # fmt: skip
 

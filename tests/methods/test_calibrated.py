@@ -214,7 +214,7 @@ def _payload() -> bytes:
     weights[0, 0] = np.nan
     view = group(weights.astype(BF16), moments(10), ErrorBound(0.5, "rate"))
     found = Calibrated().encode(view).matrices[KEY]["up"]
-    return found.data  # type: ignore[union-attr]
+    return found.data
 
 
 @pytest.fixture(scope="module")

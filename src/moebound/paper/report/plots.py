@@ -91,7 +91,7 @@ def relative_depth(suites: Sequence[Suite], task: int) -> str:
     wanted = [[suite.simulation, suite.codec] for suite in suites]
     found = [
         {key[1:]: at for key, at in whole_layers(suite).items()
-         if key[0] == suite.study.tasks[task]}
+         if key[0] == suite.study.tasks[task] and len(at) > 1}
         for suite in suites
     ]  # fmt: skip
     shared = set.intersection(*({rate for _, rate in of} for of in found))
