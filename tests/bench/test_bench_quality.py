@@ -8,7 +8,9 @@ import pytest
 
 from moebound.bench.quality import run
 from moebound.bench.quality_table import render_quality
+from moebound.calibrate import collect, of_task
 from moebound.errors import MoeboundError
+from moebound.evaluate.loading import load
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import MODELS
 from untrained import untrained
@@ -49,3 +51,16 @@ def test_bounded_ways_get_the_bytes_of_the_quantizer_within_a_percent_or_two(
 def test_an_unknown_quantizer_is_found_before_any_work() -> None:
     with pytest.raises(MoeboundError, match="rtn:int99:g64"):
         run("builtin:nothing", get_task("wordmath"), quantizers=["rtn:int99:g64"])
+
+
+@pytest.mark.slow
+def test_calibrated_rows_have_the_bytes_of_the_quantizer_too(tmp_path: Path) -> None:
+    source, task = str(untrained(tmp_path, MODELS[1])), get_task("wordmath")
+    loaded = load(source)
+    found = collect(loaded, of_task(loaded, task, 4, skip=500), tmp_path / "stats")
+    report = run(source, task, quantizers=["rtn:int4:g64"], calibration=found, limit=4)
+    quantizer, *_, calibrated = report.rows
+    assert calibrated.method == "calibrated"
+    assert calibrated.n_bytes == pytest.approx(quantizer.n_bytes, rel=0.01)
+    assert calibrated.largest_rate is not None
+    assert calibrated.max_abs_error > 0

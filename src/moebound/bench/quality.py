@@ -2,8 +2,8 @@
 
 Quantizers set the sizes: each comes to so many bytes, all of them counted. Then every bounded way
 is given the bytes of one of them, to within a percent: `bound`, `sz3` and `cuszp` with one rate for
-all experts, and `bound` with a plan. All are real stores, written, checked and loaded, and compared
-to the original on the same problems.
+all experts, `bound` with a plan, and `calibrated` with statistics. All are real stores, written,
+checked and loaded, and compared to the original on the same problems.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moebound.bench.at_size import rate_at
 from moebound.bench.environment import describe
-from moebound.checkpoint import Checkpoint, open_checkpoint
+from moebound.checkpoint import Checkpoint, experts_name, open_checkpoint
 from moebound.errors import BoundViolatedError
 from moebound.evaluate.candidate import Original, in_folder, score, stored
 from moebound.evaluate.evaluation import Evaluation, compare_to, with_answers
@@ -25,11 +26,13 @@ from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.text import solved_rows
+from moebound.files.formats.statistics import Statistics
 from moebound.methods import get_method
 from moebound.plan import Budget, Document, Evidence, ExpertSizes, Plan, Scheme, make_plan
 from moebound.score import Score
 from moebound.store import measure_sizes
 from moebound.tasks import Task
+from moebound.types import ErrorBound
 
 QUANTIZERS = (
     "rtn:int4:g64",
@@ -63,6 +66,7 @@ UNIFORM = (
     Way("cuszp", "cuszp:fixed", "uniform"),
 )
 PLANNED = Way("bound, planned", "bound", "sensitivity")
+CALIBRATED = "calibrated"
 
 
 @dataclass(frozen=True)
@@ -131,20 +135,24 @@ def run(
     *,
     quantizers: Sequence[str] = QUANTIZERS,
     sensitivity: Document | None = None,
+    calibration: Statistics | None = None,
     limit: int | None = None,
     say: Say = lambda what, done, total: None,
 ) -> QualityReport:
     """Measure every quantizer, and every bounded way at its size.
 
-    sensitivity: a map to plan with; no planned rows without one. limit: problems of the task.
+    sensitivity: a map to plan with; no planned rows without one. calibration: statistics of the
+    model's inputs, for rows of `calibrated`. limit: problems of the task.
     Raises BoundViolatedError if a store breaks its promise, and what the parts raise: unknown
     quantizers before any work.
     """
     methods = [get_method(name).setting for name in quantizers]
     ways = [*UNIFORM, *([PLANNED] if sensitivity is not None else [])]
-    total = len(methods) * (1 + len(ways))
+    total = len(methods) * (1 + len(ways) + (calibration is not None))
     say("loading", 0, total)
     checkpoint = open_checkpoint(src)
+    if calibration is not None:
+        calibration.check_model(experts_name(checkpoint), src)
     loaded = load(src)
     problems = task.problems(limit)
     original = Original(
@@ -154,8 +162,8 @@ def run(
     sizes: dict[str, list[ExpertSizes]] = {}
     rows: list[QualityRow] = []
 
-    def measure(name: str, size_of: str, what: Plan | str) -> QualityRow:
-        with in_a_store(checkpoint, what) as (folder, about):
+    def measure(name: str, size_of: str, what: Plan | str, **options: Any) -> QualityRow:
+        with in_a_store(checkpoint, what, **options) as (folder, about):
             found = score(
                 in_folder(folder), original, ask=lambda one: evaluate(one, task, limit=limit)
             )
@@ -179,25 +187,35 @@ def run(
                 scheme=way.scheme,
             )
             measure(way.name, method, plan)
+        if calibration is not None:
+            say(f"{CALIBRATED} at {bits:.2f} bits", len(rows), total)
+            rate = rate_at(checkpoint, CALIBRATED, calibration, bits)
+            bound = ErrorBound(rate, "rate", "expert")
+            measure(CALIBRATED, method, CALIBRATED, bound=bound, calibration=calibration)
     return QualityReport(src, task.name, len(problems), answers, tuple(rows), describe())
 
 
 @contextmanager
-def in_a_store(checkpoint: Checkpoint, what: Plan | str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def in_a_store(
+    checkpoint: Checkpoint, what: Plan | str, *, bound: ErrorBound | None = None, **options: Any
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A store on disk, checked, for as long as the `with` lasts; and what it came to. what: a plan,
-    or the setting of a method that knows no bound."""
+    or the setting of a method, with the bound that it keeps if it knows one. options: further ones
+    of `compress`."""
     plan = what if isinstance(what, Plan) else None
-    options = {} if plan is not None else {"method": what}
+    if plan is None:
+        options["method"] = what
     work = Path(tempfile.mkdtemp(prefix="moebound-quality-"))
     try:
-        made = stored(checkpoint, work / "store", plan, **options)
+        made = stored(checkpoint, work / "store", bound if plan is None else plan, **options)
         if not made.checked.ok:
             found = made.checked.problems[0]
             raise BoundViolatedError(
                 f"{made.summary.method}: a store breaks its promise or is damaged: {found.tensor}: "
                 f"{found.message}"
             )
-        widest = None if plan is None or plan.widest is None else plan.widest.value
+        asked = bound if plan is None else plan.widest
+        widest = None if asked is None else asked.value
         yield (
             made.path,
             {

@@ -122,6 +122,12 @@ def _progress(output: Output) -> Iterator[Callable[[Step], None] | None]:
     help="What `moebound sensitivity` measured; adds planned rows.",
 )
 @click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="STATS",
+    help="What `moebound calibrate` wrote, of other text; adds rows of method calibrated.",
+)
+@click.option(
     "--quantizers",
     metavar="LIST",
     help="Whose sizes to compare at.  [default: round to nearest and HQQ, 4 and 3 bits]",
@@ -133,6 +139,7 @@ def bench_quality(
     src: str,
     task: str,
     sensitivity: Path | None,
+    calibration: Path | None,
     quantizers: str | None,
     limit: int | None,
 ) -> int:
@@ -144,14 +151,17 @@ def bench_quality(
     from moebound.bench.quality import QUANTIZERS, run
     from moebound.bench.quality_table import render_quality
     from moebound.files.formats import sensitivity_map
+    from moebound.files.formats.statistics import read_statistics
     from moebound.tasks import get_task
 
+    statistics = None if calibration is None else read_statistics(calibration)
     document = None if sensitivity is None else sensitivity_map.FORMAT.read(sensitivity)
     names = QUANTIZERS if quantizers is None else tuple(quantizers.split(","))
     with step_bar(output) as say:
         report = run(
-            src, get_task(task), quantizers=names, sensitivity=document, limit=limit, say=say
-        )
+            src, get_task(task), quantizers=names, sensitivity=document, calibration=statistics,
+            limit=limit, say=say,
+        )  # fmt: skip
     output.result(report.to_json(), render_quality(report))
     return exits.OK
 
