@@ -201,10 +201,12 @@ class SlotPool:
                 return self._free[kind].pop()
             self._shrink(kind.n_bytes)
             self.made_bytes += kind.n_bytes
-        weights = {
-            name: torch.empty(shape, dtype=kind.dtype, device=self.device)
-            for name, shape in kind.shapes
-        }
+        # Whoever asks may be in inference mode; what is made there could not be overwritten later.
+        with torch.inference_mode(False):
+            weights = {
+                name: torch.empty(shape, dtype=kind.dtype, device=self.device)
+                for name, shape in kind.shapes
+            }
         return Slot(kind, weights)
 
     def give(self, slot: Slot) -> None:
