@@ -133,8 +133,8 @@ def test_a_cast_model_is_that_of_the_cast_weights(
     dtype: torch.dtype, offloaded: Offloaded, store: Path
 ) -> None:
     logits(offloaded.model)
-    cast = AutoModelForCausalLM.from_pretrained(store, experts_implementation="eager").to(dtype)
-    expected = logits(cast)
+    stock: Any = AutoModelForCausalLM.from_pretrained(store, experts_implementation="eager")
+    expected = logits(stock.to(dtype))
     found = logits(offloaded.model.to(dtype))
     assert found.dtype == dtype
     assert (found - expected).abs().max() <= 1e-5

@@ -8,8 +8,9 @@ on the order of arrival or on threads. It is that of `moebound-batched` computin
 the order of additions that of the model's own implementation. All of that with the same number of
 torch's threads: a product of torch's may be summed otherwise with another.
 
-Slots are overwritten when they are used again. So what autograd keeps for `backward` is a copy:
-while a gradient is recorded, every expert that was computed stays in memory, decoded.
+Slots are overwritten when they are used again, and autograd keeps what was computed with. So while
+a gradient is recorded, experts are copied as they arrive and computed after that, in the order of
+their numbers: checkpointing asks for the same operations in the same order a second time.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class LayerExperts:
             else:
                 outputs[part] = expert_output(module, expert, slot, rows[part], self.dtype)
 
-        self._visit(chosen, weights, x, compute)
+        self._visit(module, chosen, weights, x, compute)
         outputs = _normed(module, outputs)
         place = torch.empty_like(routed.order)
         place[routed.order] = torch.arange(len(place), device=place.device)
@@ -166,16 +167,34 @@ class LayerExperts:
             else:
                 outputs[place] = expert_output(module, expert, slot, x, self.dtype)[0]
 
-        self._visit(chosen, weights, x, compute)
+        self._visit(module, chosen, weights, x, compute)
         outputs = _normed(module, outputs)
         return (outputs * weights[0].unsqueeze(-1)).sum(0, keepdim=True).to(x.dtype)
 
     def _visit(
-        self, chosen: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, compute: Compute
+        self,
+        module: Any,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        x: torch.Tensor,
+        compute: Compute,
     ) -> None:
-        self._fetcher.visit(
-            self.layer, self.first, chosen, weights, x, compute, absent=self._absent
-        )
+        kept = dict[int, Slot | None]()
+
+        def keep(expert: int, slot: Slot | None) -> None:
+            kept[expert] = None if slot is None else slot.copy()
+
+        seen = keep if _records_gradient(module, x) else compute
+        self._fetcher.visit(self.layer, self.first, chosen, weights, x, seen, absent=self._absent)
+        for expert in sorted(kept):
+            compute(expert, kept.pop(expert))
+
+
+def _records_gradient(module: Any, x: torch.Tensor) -> bool:
+    """Whether autograd will keep weights of the experts that x is computed with."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
+    )
 
 
 def _normed(module: Any, outputs: torch.Tensor) -> torch.Tensor:
@@ -189,7 +208,7 @@ def expert_output(
     module: Any, expert: int, slot: Slot, rows: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """One expert's output for its tokens. rows: [n, H]. dtype: to compute in.
-    Returns [n, H], which holds on to no memory of the slot's."""
+    Returns [n, H]."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _project(module, rows, slot.first, first, expert, dtype)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
@@ -204,10 +223,7 @@ def _project(
     expert: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    if dtype != weight.dtype:
-        weight = weight.to(dtype)
-    elif torch.is_grad_enabled() and x.requires_grad:
-        weight = weight.clone()  # autograd keeps it, and the slot will be overwritten
+    weight = weight.to(dtype)  # itself, but for a model that was cast
     matrix = weight.t() if module.is_transposed else weight
     out = linear(x.to(weight.dtype), matrix)
     return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out

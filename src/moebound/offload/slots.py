@@ -76,6 +76,10 @@ class Slot:
     def down(self) -> torch.Tensor:
         return self.weights["down_proj"]
 
+    def copy(self) -> Slot:
+        """The same weights in memory of their own, which no pool knows."""
+        return Slot(self.kind, {name: weights.clone() for name, weights in self.weights.items()})
+
     def after_use(self) -> None:
         """What overwrites the weights will wait for what has been computed until now."""
         if self.down.device.type == "cuda":

@@ -129,10 +129,10 @@ def _refuse_experts(inside: dict[str, nn.Module]) -> Callable[..., None]:
 def _cast(module: nn.Module, inside: dict[str, nn.Module]) -> Callable[..., Any]:
     """`module._apply`, which `to`, `half`, `float`, `cuda` and the like end in: experts follow to
     another dtype when they are computed, and nowhere else."""
-    apply = module._apply
+    apply: Callable[..., Any] = module._apply
 
     def cast(change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        layers = [owner.moebound for owner in inside.values()]
+        layers: list[Any] = [owner.moebound for owner in inside.values()]
         for layer in layers:
             before = torch.empty(0, dtype=layer.dtype, device=layer.device)
             after = change(before)
