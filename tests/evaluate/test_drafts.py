@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moebound.evaluate import drafts as drafts_module
@@ -47,6 +47,8 @@ def tiny() -> Any:
 
 
 @settings(max_examples=40, deadline=None)
+@example(drafts=[[], [], [], []], kept=LIMIT, ends=frozenset({0, 90}), positions=None)
+@example(drafts=[[96], [-1], [1 << 40], [95]], kept=3, ends=frozenset(), positions=None)
 @given(
     drafts=st.lists(st.lists(st.integers(0, 95), max_size=12), min_size=4, max_size=4),
     kept=st.integers(0, LIMIT),
@@ -65,6 +67,39 @@ def test_any_draft_is_harmless(
     plain = decode(tiny, prompts_of(5), pad=0, **limits)
     begun = [[*one.tokens[:kept], *more] for one, more in zip(plain, drafts, strict=True)]
     assert decode_drafted(tiny, prompts_of(5), begun, pad_token=0, **limits) == plain
+
+
+def test_an_answer_at_its_limit_is_cut_off_whatever_comes_next(tiny: Any) -> None:
+    prompts = prompts_of(5)
+    longer = decode(tiny, prompts, max_new_tokens=LIMIT + 1, ends=frozenset(), pad=0)
+    ends = frozenset({longer[0].tokens[LIMIT]} - set(longer[0].tokens[:LIMIT]))
+    assert ends
+    options: dict[str, Any] = {"max_new_tokens": LIMIT, "ends": ends}
+    plain = decode(tiny, prompts, pad=0, **options)
+    assert not plain[0].finished
+    drafts = [list(one.tokens) for one in plain]
+    assert decode_drafted(tiny, prompts, drafts, pad_token=0, **options) == plain
+
+
+def test_no_room_is_no_answer(tiny: Any) -> None:
+    limits: dict[str, Any] = {"max_new_tokens": LIMIT, "ends": frozenset(), "positions": 9}
+    plain = decode(tiny, prompts_of(5), pad=0, **limits)
+    assert [len(one.tokens) for one in plain] == [4, 0, 8, 0]
+    drafts = [[7, 8, 9] for _ in plain]
+    assert decode_drafted(tiny, prompts_of(5), drafts, pad_token=0, **limits) == plain
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_positions_that_depend_on_the_length_take_no_draft(
+    nested: bool, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = decode(tiny, prompts_of(5), max_new_tokens=LIMIT, ends=frozenset(), pad=0)
+    rope = {"rope_type": "longrope"}
+    monkeypatch.setattr(tiny.config, "rope_parameters", {"full": rope} if nested else rope)
+    monkeypatch.setattr(drafts_module, "_agreement", None)  # not called
+    options: dict[str, Any] = {"max_new_tokens": LIMIT, "ends": frozenset(), "pad_token": 0}
+    drafts = [list(one.tokens) for one in plain]
+    assert decode_drafted(tiny, prompts_of(5), drafts, **options) == plain
 
 
 def test_only_what_was_guessed_wrong_is_written(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

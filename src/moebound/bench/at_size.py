@@ -12,7 +12,7 @@ from moebound.methods import ExpertView, GroupView, compress, get_method
 from moebound.store.recipe import Recipe
 from moebound.types import ErrorBound
 
-SAMPLE = 8
+SAMPLE = 16
 TOLERANCE = 0.003
 _STEPS = 12
 
@@ -25,7 +25,9 @@ def rate_at(
     few steps."""
     recipe = Recipe.of(ErrorBound(1.0, "rate", "expert"), method, calibration)
     experts = list(checkpoint.experts())
-    sample = experts[:: max(1, len(experts) // SAMPLE)][:SAMPLE]
+    # Spread so that neither one expert of every layer is taken, nor all of one layer.
+    chosen = np.unique(np.linspace(0, len(experts) - 1, SAMPLE).round().astype(int))
+    sample = [experts[at] for at in chosen]
     made = get_method(method)
     statistics = recipe.statistics(made, [expert.key for expert in sample])
     read = [

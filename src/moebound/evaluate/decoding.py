@@ -47,7 +47,7 @@ def decode(
 
     prompts: token ids. max_new_tokens: of every answer, or of each. ends: the end marks. pad: any
     token id, for padding (never seen). positions: of prompt and answer together, at most; None for
-    no such limit.
+    no such limit. An answer without room is empty, and not finished.
     """
     room = rooms(prompts, max_new_tokens, positions)
     if not supports_cache(model):
@@ -65,7 +65,9 @@ def decode(
     rows = list(range(len(prompts)))  # the row of the batch -> the prompt
     new: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
-    at_work = [True] * len(prompts)
+    at_work = [limit > 0 for limit in room]
+    if not any(at_work):
+        return [Decoded((), False) for _ in prompts]
     while True:
         logits = _last_logits(model, ids, mask if padded else None, places, growing, taken)
         best, chosen = logits.max(dim=-1)
@@ -103,11 +105,10 @@ def rooms(
     limits = (
         [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     )
-    if positions is None:
-        return limits
-    return [
-        min(limit, positions - len(prompt)) for limit, prompt in zip(limits, prompts, strict=True)
-    ]
+    if positions is not None:
+        free = [positions - len(prompt) for prompt in prompts]
+        limits = [min(limit, left) for limit, left in zip(limits, free, strict=True)]
+    return [max(0, limit) for limit in limits]
 
 
 def _last_logits(
@@ -139,6 +140,9 @@ def _generate(
     """The same by transformers' own loop, one prompt at a time: slow, right for every family."""
     found = []
     for prompt, limit in zip(prompts, room, strict=True):
+        if limit < 1:  # which `generate` refuses
+            found.append(Decoded((), False))
+            continue
         ids = torch.tensor([list(prompt)], device=model.device)
         out = model.generate(
             ids,

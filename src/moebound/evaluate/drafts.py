@@ -5,6 +5,8 @@ draft: one pass over prompt and draft says, at every place, which token the mode
 the tokens before. Up to the first place where that is another token the draft is the model's own
 greedy answer; from there on it is written as usual (`decoding.py`). So the answers are the same
 with any draft, up to ties of two tokens that rounding decides; a good one saves most of the time.
+A model whose positions depend on how much is read at once gets no draft: to it, what comes before
+would be another text.
 
 Speculative decoding (Leviathan et al., 2211.17192) with a draft that is there already.
 """
@@ -12,6 +14,7 @@ Speculative decoding (Leviathan et al., 2211.17192) with a draft that is there a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -39,10 +42,17 @@ def decode_drafted(
     other arguments are those of `decode`.
     """
     room = rooms(prompts, max_new_tokens, positions)
-    rows = [(list(p), list(d[:r])) for p, d, r in zip(prompts, drafts, room, strict=True)]
+    if _positions_depend_on_length(model):
+        return decode(model, prompts, max_new_tokens=room, ends=ends, pad=pad_token)
+    n_known = model.get_input_embeddings().num_embeddings
+    rows = [
+        (list(prompt), _readable(draft, n_known)[: max(0, limit)])
+        for prompt, draft, limit in zip(prompts, drafts, room, strict=True)
+    ]
     agreed, ended = _agreement(model, rows, ends=ends, pad_token=pad_token)
+    # An answer at its limit is cut off, whatever would have come next: nobody asks for that token.
     found: list[Decoded | None] = [
-        Decoded(tuple(draft[:n]), end) if end or n == limit else None
+        Decoded(tuple(draft[:n]), end and n < limit) if end or n >= limit else None
         for (_, draft), n, end, limit in zip(rows, agreed, ended, room, strict=True)
     ]
     left = [index for index, one in enumerate(found) if one is None]
@@ -58,6 +68,19 @@ def decode_drafted(
         for index, tokens, more in zip(left, written, rest, strict=True):
             found[index] = Decoded((*tokens, *more.tokens), more.finished)
     return [one for one in found if one is not None]
+
+
+def _readable(draft: Sequence[int], n_known: int) -> list[int]:
+    """Up to the first token that the model has no embedding for."""
+    return list(takewhile(lambda token: 0 <= token < n_known, draft))
+
+
+def _positions_depend_on_length(model: Any) -> bool:
+    """Whether rotary angles change with the longest position of a pass."""
+    config = model.config.get_text_config(decoder=True)
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found, *(each for each in found.values() if isinstance(each, dict))]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
 @torch.inference_mode()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from itertools import chain
@@ -29,7 +32,9 @@ Compute = Callable[[int, Slot | None], None]
 class Fetcher:
     """The cache, the loader and the predictor of one model. One forward pass at a time.
 
-    decoding: whether the pass under way computes one token a text, as opposed to a prompt.
+    decoding: whether the pass under way computes one token a text, as opposed to a prompt. Nothing
+    that it holds may hold it: dropped without `close`, it ends its threads as soon as Python
+    collects it. A forked child has none of these threads, and is refused.
     """
 
     def __init__(
@@ -46,9 +51,27 @@ class Fetcher:
         self.foresight = foresight
         self.decoding = False
         self._grades, self._coarse = grades, coarse
+        self._process = os.getpid()
+        dropped = weakref.finalize(self, _end_aside, self._process, cache, coarse, loader)
+        dropped.atexit = False  # then daemon threads end by themselves
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a forked child, which must not wait for a thread or a lock."""
+        return os.getpid() != self._process
+
+    def check_process(self) -> None:
+        """Raises CacheError in a forked child."""
+        if self.forked:
+            raise CacheError(
+                f"this model was loaded by process {self._process}, and this is a forked child of "
+                "it, without the threads that load experts: call moebound.load in the child, or "
+                "start it by multiprocessing's 'spawn'"
+            )
 
     def begin_sequence(self) -> None:
         """A new text begins."""
+        self.check_process()
         self.cache.begin_sequence()
         self.foresight.begin_sequence()
 
@@ -69,8 +92,9 @@ class Fetcher:
         first: number of the module's first expert in its layer. chosen, weights: [T, K], the
         router's. absent: numbers of experts that there is nothing to compute with. x: [T, H], what
         the experts will be computed with. Raises what loading raises, an error of moebound's own
-        with the expert's name in front; nothing stays pinned then.
+        with the expert's name in front; nothing stays pinned then. CacheError in a forked child.
         """
+        self.check_process()
         index = chosen.cpu().numpy()
         gates: Array = weights.detach().float().cpu().numpy()
         if len(index) == 1 and len(set(index[0].tolist())) == index.shape[1]:
@@ -183,8 +207,28 @@ class Fetcher:
         return slot
 
     def close(self) -> None:
-        """End the loading threads; visits from now on raise CacheError."""
-        self.cache.close()  # first: a thread may wait for room in it
-        if self._coarse is not None:
-            self._coarse.close()
-        self.loader.close()
+        """End the loading threads; visits from now on raise CacheError. A forked child has no such
+        threads, and nothing is done."""
+        _end(self._process, self.cache, self._coarse, self.loader)
+
+
+def _end(
+    process: int, cache: ExpertCache[Held], coarse: CoarseCopies | None, loader: Loader
+) -> None:
+    if os.getpid() != process:
+        return
+    cache.close()  # first: a thread may wait for room in it
+    if coarse is not None:
+        coarse.close()
+    loader.close()
+
+
+def _end_aside(
+    process: int, cache: ExpertCache[Held], coarse: CoarseCopies | None, loader: Loader
+) -> None:
+    """In a thread of its own: Python may collect in any thread, in a loading one too, which cannot
+    wait for itself, and while any lock is held."""
+    if os.getpid() == process:
+        threading.Thread(
+            target=_end, args=(process, cache, coarse, loader), name="moebound-end", daemon=True
+        ).start()

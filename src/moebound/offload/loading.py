@@ -32,6 +32,7 @@ from moebound.offload.on_demand import NAME, LayerExperts, register_on_demand
 from moebound.offload.predictors import PREDICTORS, Foresight, Layers, Predictor
 from moebound.offload.slots import SlotKind, SlotPool
 from moebound.offload.tiers import TierName
+from moebound.offload.whole import guard_whole
 from moebound.types import ExpertKey
 from moebound.wordmath.builtin import resolve
 
@@ -70,8 +71,11 @@ def load(
         `coarse` is a store of the same model under a wider bound.
 
     Guarantee: logits are those of the decoded weights; bit for bit the same whatever the budget,
-    tier, policy, predictor and timing; within float rounding those of stock transformers. With a
-    graded fallback none of this holds, beyond the bound of the coarse store.
+    tier, policy, predictor, timing and `threads`, with the same number of torch's threads
+    (`torch.set_num_threads`, OMP_NUM_THREADS), which is not moebound's to choose; within float
+    rounding those of stock transformers. Gradients, of all that is not experts, are right too: a
+    copy of each expert is kept for them until `backward`. With a graded fallback none of this
+    holds, beyond the bound of the coarse store.
 
     Raises CacheError for a budget below the least (the message has it), CheckpointError and
     UnsupportedArchitectureError for a model that cannot be run so, and what opening a damaged
@@ -122,6 +126,15 @@ def load(
     )
     waiting = open_tier(chosen.tier, chosen.entries.everything, place, drop_cache=drop_cache)
     delivery = open_delivery(waiting, chosen.entries, place, cores=cores)
+    copies = None
+    if coarser is not None:
+        disk = open_tier("disk", coarser, place, drop_cache=drop_cache)
+        copies = CoarseCopies(
+            coarser.by_key, kinds, open_delivery(disk, coarser, place, cores=cores), place
+        )
+    layers = _layers(model, live, chosen.costs.top_k)
+    tokenizer = _load_tokenizer(path)
+    # Its threads begin here: what may fail stands before, and what ends them behind.
     loader = Loader(
         cache,
         {entry.key: entry for entry in chosen.entries.everything},
@@ -131,13 +144,6 @@ def load(
         meter,
         n_threads=delivery.threads,
     )
-    copies = None
-    if coarser is not None:
-        disk = open_tier("disk", coarser, place, drop_cache=drop_cache)
-        copies = CoarseCopies(
-            coarser.by_key, kinds, open_delivery(disk, coarser, place, cores=cores), place
-        )
-    layers = _layers(model, live, chosen.costs.top_k)
     fetcher = Fetcher(
         cache,
         loader,
@@ -148,11 +154,17 @@ def load(
     )
     for owner in live.stacks:
         owner.module.moebound = LayerExperts(  # type: ignore[assignment]  # no submodule
-            owner.layer, owner.first, fetcher, chosen.entries.edits.get(owner.layer)
+            owner.layer,
+            owner.first,
+            fetcher,
+            chosen.entries.edits.get(owner.layer),
+            device=place,
+            dtype=model.dtype,
         )
     buffers = delivery.threads * delivery.buffer_bytes + delivery.kept_bytes
     choice = Choice.of(load_paths, policy=policy, predictor=predictor, buffer_bytes=buffers)
-    return Offloaded(model, _load_tokenizer(path), fetcher, choice)
+    guard_whole(model, live, loader, choice)
+    return Offloaded(model, tokenizer, fetcher, choice)
 
 
 def _predictor(name: str) -> Predictor | None:

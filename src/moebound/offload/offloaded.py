@@ -65,8 +65,9 @@ class Choice:
 class Offloaded:
     """A stock transformers model that fetches its experts; its tokenizer; its numbers.
 
-    Use `model` as any other (`generate`, forward), for one batch at a time. Close it, or use it as
-    a context: its threads end, and the model can no longer be called.
+    Use `model` as any other (`generate`, forward, `backward`), for one batch at a time. Close it,
+    or use it as a context: its threads end, and the model can no longer be called. The same happens
+    once both are dropped and collected. What needs all experts is in `whole.py`.
     """
 
     def __init__(self, model: Any, tokenizer: Any, fetcher: Fetcher, choice: Choice) -> None:
@@ -74,6 +75,8 @@ class Offloaded:
         self._tokenizer = tokenizer
         self._fetcher = fetcher
         self._hooks = [
+            # Before anything is computed: torch's own threads hang in a forked child, too.
+            model.base_model.register_forward_pre_hook(lambda *_: fetcher.check_process()),
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
@@ -105,6 +108,7 @@ class Offloaded:
 
     def stats(self) -> dict[str, Any]:
         """Everything counted since loading, or since `meter.reset()`, as one JSON-able document."""
+        self._fetcher.check_process()
         found = self.meter.to_json()
         accesses, hits = found["accesses"], found["hits"]
         cache = self.cache.stats
@@ -153,6 +157,7 @@ class Offloaded:
         self.close()
 
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._fetcher.check_process()
         inputs = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
         past = kwargs.get("past_key_values")
         n_past = past.get_seq_length() if past is not None else 0
@@ -164,7 +169,8 @@ class Offloaded:
         self._begun = clock()
 
     def _end(self, module: Any, args: Any, output: Any) -> None:
-        self.meter.add(steps=1, step_s=clock() - self._begun)
+        if not self._fetcher.forked:
+            self.meter.add(steps=1, step_s=clock() - self._begun)
 
 
 def _share(part: float, whole: float) -> float | None:

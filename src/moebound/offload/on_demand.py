@@ -5,7 +5,12 @@ are computed while misses are read and decoded; each expert is computed with all
 once and let go. Outputs wait in a table, one row for each (token, expert) pair, and are added up in
 the order of the router's choice: so the result does not depend, to the bit, on what was resident,
 on the order of arrival or on threads. It is that of `moebound-batched` computing one by one, up to
-the order of additions that of the model's own implementation.
+the order of additions that of the model's own implementation. All of that with the same number of
+torch's threads: a product of torch's may be summed otherwise with another.
+
+Slots are overwritten when they are used again, and autograd keeps what was computed with. So while
+a gradient is recorded, experts are copied as they arrive and computed after that, in the order of
+their numbers: checkpointing asks for the same operations in the same order a second time.
 """
 
 from __future__ import annotations
@@ -61,13 +66,22 @@ class LayerExperts:
 
     layer, first: its experts are keys (layer, first), (layer, first + 1), and so on. edit: what
     becomes of the routing: aliases are mapped here, and experts that put out constants are not
-    loaded (`integrations/transformers/router_edits.py` adds the constants).
+    loaded (`integrations/transformers/router_edits.py` adds the constants). device: where they are
+    computed. dtype: in which; that of their slots, until the model is cast (`whole.py`).
     """
 
     def __init__(
-        self, layer: int, first: int, fetcher: Fetcher, edit: RouterEdit | None = None
+        self,
+        layer: int,
+        first: int,
+        fetcher: Fetcher,
+        edit: RouterEdit | None = None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.layer, self.first = layer, first
+        self.device, self.dtype = device, dtype
         self._fetcher = fetcher
         self._alias = {} if edit is None else dict(edit.alias)
         self._absent = frozenset() if edit is None else frozenset(edit.constants)
@@ -83,6 +97,22 @@ class LayerExperts:
         result = (self._one_token if one else self._many)(module, x, chosen, weights)
         self._fetcher.meter.add(experts_s=clock() - begin)
         return result
+
+    def whole(self, module: Any) -> dict[str, torch.Tensor]:
+        """The module's parameters, as if all experts were in it: each is loaded once and copied."""
+        found = dict[str, torch.Tensor]()
+        n_experts = module.num_experts
+
+        def copy(expert: int, slot: Slot | None) -> None:
+            for name, weights in ({} if slot is None else slot.weights).items():
+                if name not in found:
+                    found[name] = weights.new_empty((n_experts, *weights.shape), dtype=self.dtype)
+                found[name][expert] = weights
+
+        every = torch.arange(n_experts).unsqueeze(1)
+        self._fetcher.decoding = False
+        self._fetcher.visit(self.layer, self.first, every, torch.ones_like(every), every, copy)
+        return found
 
     def _aliased(
         self, chosen: torch.Tensor, weights: torch.Tensor, n_experts: int
@@ -111,9 +141,12 @@ class LayerExperts:
 
         def compute(expert: int, slot: Slot | None) -> None:
             part = slice(ends[expert] - routed.loads[expert], ends[expert])
-            outputs[part] = 0 if slot is None else expert_output(module, expert, slot, rows[part])
+            if slot is None:
+                outputs[part] = 0
+            else:
+                outputs[part] = expert_output(module, expert, slot, rows[part], self.dtype)
 
-        self._visit(chosen, weights, x, compute)
+        self._visit(module, chosen, weights, x, compute)
         outputs = _normed(module, outputs)
         place = torch.empty_like(routed.order)
         place[routed.order] = torch.arange(len(place), device=place.device)
@@ -129,18 +162,39 @@ class LayerExperts:
 
         def compute(expert: int, slot: Slot | None) -> None:
             place = places[expert]
-            outputs[place] = 0 if slot is None else expert_output(module, expert, slot, x)[0]
+            if slot is None:
+                outputs[place] = 0
+            else:
+                outputs[place] = expert_output(module, expert, slot, x, self.dtype)[0]
 
-        self._visit(chosen, weights, x, compute)
+        self._visit(module, chosen, weights, x, compute)
         outputs = _normed(module, outputs)
         return (outputs * weights[0].unsqueeze(-1)).sum(0, keepdim=True).to(x.dtype)
 
     def _visit(
-        self, chosen: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, compute: Compute
+        self,
+        module: Any,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        x: torch.Tensor,
+        compute: Compute,
     ) -> None:
-        self._fetcher.visit(
-            self.layer, self.first, chosen, weights, x, compute, absent=self._absent
-        )
+        kept = dict[int, Slot | None]()
+
+        def keep(expert: int, slot: Slot | None) -> None:
+            kept[expert] = None if slot is None else slot.copy()
+
+        seen = keep if _records_gradient(module, x) else compute
+        self._fetcher.visit(self.layer, self.first, chosen, weights, x, seen, absent=self._absent)
+        for expert in sorted(kept):
+            compute(expert, kept.pop(expert))
+
+
+def _records_gradient(module: Any, x: torch.Tensor) -> bool:
+    """Whether autograd will keep weights of the experts that x is computed with."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
+    )
 
 
 def _normed(module: Any, outputs: torch.Tensor) -> torch.Tensor:
@@ -150,17 +204,26 @@ def _normed(module: Any, outputs: torch.Tensor) -> torch.Tensor:
     return outputs
 
 
-def expert_output(module: Any, expert: int, slot: Slot, rows: torch.Tensor) -> torch.Tensor:
-    """One expert's output for its tokens. rows: [n, H]. Returns [n, H]."""
+def expert_output(
+    module: Any, expert: int, slot: Slot, rows: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """One expert's output for its tokens. rows: [n, H]. dtype: to compute in.
+    Returns [n, H]."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _project(module, rows, slot.first, first, expert)
+    inner = _project(module, rows, slot.first, first, expert, dtype)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    return _project(module, inner, slot.down, "down_proj", expert)
+    return _project(module, inner, slot.down, "down_proj", expert, dtype)
 
 
 def _project(
-    module: Any, x: torch.Tensor, weight: torch.Tensor, name: str, expert: int
+    module: Any,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    name: str,
+    expert: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
+    weight = weight.to(dtype)  # itself, but for a model that was cast
     matrix = weight.t() if module.is_transposed else weight
     out = linear(x.to(weight.dtype), matrix)
     return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out

@@ -76,6 +76,10 @@ class Slot:
     def down(self) -> torch.Tensor:
         return self.weights["down_proj"]
 
+    def copy(self) -> Slot:
+        """The same weights in memory of their own, which no pool knows."""
+        return Slot(self.kind, {name: weights.clone() for name, weights in self.weights.items()})
+
     def after_use(self) -> None:
         """What overwrites the weights will wait for what has been computed until now."""
         if self.down.device.type == "cuda":
@@ -201,10 +205,12 @@ class SlotPool:
                 return self._free[kind].pop()
             self._shrink(kind.n_bytes)
             self.made_bytes += kind.n_bytes
-        weights = {
-            name: torch.empty(shape, dtype=kind.dtype, device=self.device)
-            for name, shape in kind.shapes
-        }
+        # Whoever asks may be in inference mode; what is made there could not be overwritten later.
+        with torch.inference_mode(False):
+            weights = {
+                name: torch.empty(shape, dtype=kind.dtype, device=self.device)
+                for name, shape in kind.shapes
+            }
         return Slot(kind, weights)
 
     def give(self, slot: Slot) -> None:
