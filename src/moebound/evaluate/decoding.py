@@ -145,7 +145,7 @@ def _generate(
     """
     found, own = list[Decoded](), model.generation_config
     try:
-        model.generation_config = GenerationConfig()
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         for prompt, limit in zip(prompts, room, strict=True):
             found.append(_generate_one(model, prompt, limit, ends=ends, pad=pad))
     finally:
