@@ -41,6 +41,20 @@ def test_every_family_writes_what_it_writes_without(name: str) -> None:
         assert found == plain
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "minimax"])
+def test_a_generation_config_that_asks_for_more_changes_nothing(name: str) -> None:
+    model: Any = tiny_model(name, dtype=torch.float32, seed=3)
+    options: dict[str, Any] = {"max_new_tokens": LIMIT, "ends": frozenset()}
+    plain = decode(model, prompts_of(5), pad=0, **options)
+    model.generation_config.repetition_penalty = 50.0
+    model.generation_config.eos_token_id = plain[0].tokens[2]
+    own = model.generation_config
+    assert decode(model, prompts_of(5), pad=0, **options) == plain
+    drafts = [list(one.tokens[:3]) for one in plain]
+    assert decode_drafted(model, prompts_of(5), drafts, pad_token=0, **options) == plain
+    assert model.generation_config is own
+
+
 @pytest.fixture(scope="module")
 def tiny() -> Any:
     return tiny_model("qwen3_moe", dtype=torch.float32, seed=3)

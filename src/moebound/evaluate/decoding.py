@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from moebound.text.growing_cache import GrowingCache, arguments, supports_cache
 
@@ -137,22 +138,35 @@ def _generate(
     ends: frozenset[int],
     pad: int,
 ) -> list[Decoded]:
-    """The same by transformers' own loop, one prompt at a time: slow, right for every family."""
-    found = []
-    for prompt, limit in zip(prompts, room, strict=True):
-        if limit < 1:  # which `generate` refuses
-            found.append(Decoded((), False))
-            continue
-        ids = torch.tensor([list(prompt)], device=model.device)
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=limit,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=sorted(ends) or None,
-        )
-        tokens = out[0, len(prompt) :].tolist()
-        end = next((i for i, token in enumerate(tokens) if token in ends), None)
-        found.append(Decoded(tuple(tokens[:end]), end is not None))
+    """The same by transformers' own loop, one prompt at a time: slow, right for every family.
+
+    The model's own generation config is set aside: it may ask for penalties, and for anything but
+    the most likely token.
+    """
+    found, own = list[Decoded](), model.generation_config
+    try:
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        for prompt, limit in zip(prompts, room, strict=True):
+            found.append(_generate_one(model, prompt, limit, ends=ends, pad=pad))
+    finally:
+        model.generation_config = own
     return found
+
+
+def _generate_one(
+    model: Any, prompt: Sequence[int], limit: int, *, ends: frozenset[int], pad: int
+) -> Decoded:
+    if limit < 1:  # which `generate` refuses
+        return Decoded((), False)
+    ids = torch.tensor([list(prompt)], device=model.device)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=limit,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=sorted(ends) or None,
+    )
+    tokens = out[0, len(prompt) :].tolist()
+    end = next((i for i, token in enumerate(tokens) if token in ends), None)
+    return Decoded(tuple(tokens[:end]), end is not None)
