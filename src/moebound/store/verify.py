@@ -9,21 +9,17 @@ are the original's. docs/checks.md has the table. Problems are data: all are rep
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from moebound.checkpoint import (
     INDEX_FILE,
     Checkpoint,
-    ExpertMatrix,
     TensorInfo,
     open_checkpoint,
 )
@@ -35,10 +31,11 @@ from moebound.errors import MoeboundError, StoreError
 from moebound.jobs.ordered import in_order
 from moebound.methods import MatrixSpec, RouterEdit, method_class
 from moebound.methods.blob import MatrixBlob, parse_router, parse_shared
-from moebound.store.beside import choose_files, is_document, read_pieces
+from moebound.store.beside import is_document
 from moebound.store.checks import differs, file_problems, surface_problems, tensor_sha256
 from moebound.store.claims import contradictions
-from moebound.store.format import CERTIFICATES_FILE, CONFIG_FILE, PLAN_FILE, MatrixRecord
+from moebound.store.format import CERTIFICATES_FILE, CONFIG_FILE
+from moebound.store.originals import Originals, first_of_each_kind
 from moebound.store.planned import broken_plan
 from moebound.store.reader import (
     EncodedExpert,
@@ -57,13 +54,10 @@ from moebound.store.summary import (
     ProgressCallback,
     VerifyReport,
 )
-from moebound.types import Array, ExpertKey, TensorStats
+from moebound.types import Array, TensorStats
 
 # Certified numbers come from the same sums in the same order; leave room for another order.
 _TOLERANCE = 1e-9
-_SAMPLE = 8
-"""Experts that tell whether the original given is another model."""
-_EXAMPLES = 5
 
 
 def verify(
@@ -91,7 +85,7 @@ def verify(
         return VerifyReport(
             str(path), against_path, 0, 0, 0, None, (problem,), time.monotonic() - begun
         )
-    originals = _Originals(against)
+    originals = Originals(against)
     experts = store.experts()
     kept = [store.tensors[name] for name in store.kept]
     meter = Meter(
@@ -117,7 +111,7 @@ def verify(
             meter.add(str(expert.key), n_bytes=expert.decoded_bytes, experts=1)
     cause, more = originals.another_model(experts), 0
     if cause is not None:
-        few = list(_first_of_each_kind(problems))
+        few = list(first_of_each_kind(problems))
         problems, more = [cause, *few], len(problems) - len(few)
     return VerifyReport(
         path=str(path),
@@ -132,115 +126,6 @@ def verify(
         guarantee=ExpertTotals.of(store.records()).guarantee,
         max_abs_error=total.max_abs_error,
     )
-
-
-class _Originals:
-    """The original checkpoint, by the names that a store knows. May be none."""
-
-    def __init__(self, checkpoint: Checkpoint | None) -> None:
-        self.checkpoint = checkpoint
-        self.matrices: dict[tuple[str, int | None], ExpertMatrix] = {}
-        self.keys: dict[tuple[str, int | None], ExpertKey] = {}
-        if checkpoint is not None:
-            for expert in checkpoint.experts(shared=True):
-                for matrix in expert.matrices:
-                    self.matrices[matrix.name, matrix.index] = matrix
-                    self.keys[matrix.name, matrix.index] = expert.key
-
-    def place(self, record: MatrixRecord) -> tuple[str, str, str, str]:
-        """Whose matrix this is in the original, its role, dtype and shard."""
-        matrix = self.matrices[record.name, record.index]
-        key = str(self.keys[record.name, record.index])
-        return key, matrix.role, matrix.dtype, matrix.source.file.name
-
-    def another_model(self, experts: list[StoredExpert]) -> Problem | None:
-        """The cause of all problems, where no expert is that of the original. Some are looked at,
-        spread over the model."""
-        if self.checkpoint is None:
-            return None
-        found: tuple[StoredMatrix, str] | None = None
-        sample = experts[:: max(1, len(experts) // _SAMPLE)]
-        for expert in sample:
-            matrix = expert.matrices[0]
-            record = matrix.record
-            source = self.matrices.get((record.name, record.index))
-            if source is None:
-                found = matrix, "the original has no such expert"
-                continue
-            if source.shape != record.certificate.shape:
-                found = matrix, f"its shape is {source.shape} there"
-                continue
-            try:
-                digest = sha256(self.checkpoint.read(source).reshape(-1).view("u1"))
-            except MoeboundError:
-                return None
-            if digest == record.certificate.sha256_original:
-                return None
-            found = matrix, differs(record.certificate.sha256_original, digest)
-        if found is None:
-            return None
-        message = (
-            f"this store was not made from {self.checkpoint.path}: of {len(sample)} experts looked "
-            f"at, none is the one that was compressed ({found[1]}); give the one it was made from"
-        )
-        return Problem("original", found[0].tensor.name, message)
-
-    def extra_problems(self, store: Store) -> Iterator[Problem]:
-        """Tensors and other files of the original that the store lacks, or has others for; and
-        where the config is another."""
-        if self.checkpoint is None:
-            return
-        if self.checkpoint.family is not None:
-            yield from _other_config(store.config, self.checkpoint.config)
-        for name in self.checkpoint.tensors:
-            if name not in store.tensors:
-                yield Problem("original", name, "is in the original and not in the store")
-        expected, left_out = choose_files(self.checkpoint, [shard.name for shard in store.shards])
-        if store.settings.left_out and left_out != dict(store.settings.left_out):
-            message = f"left_out: expected {left_out}, found {dict(store.settings.left_out)}"
-            yield Problem("original", CONFIG_FILE, message)
-        ours = {CONFIG_FILE, INDEX_FILE, PLAN_FILE, *expected}
-        for record in store.files:
-            if record.name not in ours:
-                yield Problem("original", record.name, "is in the store and not in the original")
-        stored = {file.name: file.sha256 for file in store.files}
-        for name, file in expected.items():
-            if is_document(name):
-                continue  # people edit them
-            digest = hashlib.sha256()
-            try:
-                for piece in read_pieces(file):
-                    digest.update(piece)
-            except OSError as error:
-                message = f"original: cannot be read: {error.strerror or error}"
-                yield Problem("original", name, message)
-                continue
-            if name not in stored:
-                yield Problem("original", name, "is in the original and not in the store")
-            elif stored[name] != digest.hexdigest():
-                message = f"original: {differs(stored[name], digest.hexdigest())}"
-                yield Problem("original", name, message)
-
-
-def _first_of_each_kind(problems: list[Problem]) -> Iterator[Problem]:
-    """A few examples, where all have one cause."""
-    counts: dict[ProblemKind, int] = {}
-    for problem in problems:
-        counts[problem.kind] = counts.get(problem.kind, 0) + 1
-        if counts[problem.kind] <= _EXAMPLES:
-            yield problem
-
-
-def _other_config(stored: Mapping[str, Any], original: Mapping[str, Any]) -> Iterator[Problem]:
-    """Where the model's config is not the original's, beside what says that this is a store."""
-    for name in sorted((stored.keys() | original.keys()) - {"quantization_config"}):
-        ours, theirs = (
-            json.dumps(config[name], sort_keys=True) if name in config else "nothing"
-            for config in (stored, original)
-        )
-        if ours != theirs:
-            message = f"{name}: original has {theirs:.100}, store has {ours:.100}"
-            yield Problem("original", CONFIG_FILE, message)
 
 
 def _check_files(store: Store) -> Iterator[Problem]:
@@ -307,7 +192,7 @@ def _check_own(store: Store) -> Iterator[Problem]:
         yield Problem("decode", "", str(error))
 
 
-def _check_tensor(store: Store, originals: _Originals, tensor: TensorInfo) -> list[Problem]:
+def _check_tensor(store: Store, originals: Originals, tensor: TensorInfo) -> list[Problem]:
     """A tensor that was kept as it was."""
     record = store.kept[tensor.name]
     problems = list[Problem]()
@@ -358,7 +243,7 @@ class _Checked:
         self.found(other.worst, other.max_abs_error)
 
 
-def _check_expert(originals: _Originals, expert: StoredExpert) -> _Checked:
+def _check_expert(originals: Originals, expert: StoredExpert) -> _Checked:
     checked = _Checked()
     try:
         encoded = read_stored(expert)
@@ -497,7 +382,7 @@ def _check_measured(matrix: StoredMatrix, found: Distortion, checked: _Checked) 
 
 
 def _originals_of(
-    originals: _Originals, expert: StoredExpert, checked: _Checked
+    originals: Originals, expert: StoredExpert, checked: _Checked
 ) -> list[Array | None]:
     arrays = list[Array | None]()
     for matrix in expert.matrices:
