@@ -151,6 +151,7 @@ INTERRUPTED = """
 import os, signal, sys
 from moebound.cli.main import main
 from moebound.store import folder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in a background job
 really = folder.write_synced
 def write(path, data):
     really(path, data)
