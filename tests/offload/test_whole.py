@@ -56,6 +56,7 @@ Act = Callable[[Any, Path], Any]
 @pytest.mark.parametrize(
     ("act", "message"),
     [
+        (lambda model, _: model.model.layers[0]._replicate_for_data_parallel(), "DataParallel: "),
         (lambda model, out: model.save_pretrained(out), "save_pretrained: .*moebound decompress"),
         (lambda model, out: model.model.save_pretrained(out), "save_pretrained: .*copy the store"),
         (lambda model, out: model.push_to_hub("me/it"), "push_to_hub: .*moebound decompress"),
@@ -142,3 +143,28 @@ def test_a_cast_model_is_that_of_the_cast_weights(
     assert {t.dtype for t in offloaded.model.state_dict().values() if t.is_floating_point()} == {
         dtype
     }
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_keeps_no_experts_of_one_text(offloaded: Offloaded) -> None:
+    experts = offloaded.model.model.layers[0].mlp
+    x = torch.randn(1, 4, offloaded.model.config.hidden_size).to(offloaded.model.dtype)
+    with torch.no_grad():
+        before = experts(x)
+        with pytest.raises(CacheError, match=r"torch\.jit\.trace: .*every other text"):
+            torch.jit.trace(experts, x, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
+        torch.testing.assert_close(experts(x), before)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap], ids=["grad", "vmap"])
+def test_transforms_are_refused_in_words(transform: Any, offloaded: Offloaded) -> None:
+    module = offloaded.model.model.layers[0].mlp.experts
+    chosen, weights = torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = module(x, chosen, weights).sum()
+        return found
+
+    x = torch.randn(4, offloaded.model.config.hidden_size)
+    with pytest.raises(CacheError, match=r"torch\.func: .*backward"):
+        transform(total)(x[None] if transform is torch.func.vmap else x)

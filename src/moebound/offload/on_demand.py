@@ -90,6 +90,7 @@ class LayerExperts:
         self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """As `on_demand_experts`."""
+        _check_computes_now()
         begin = clock()
         if self._alias:
             chosen, weights = self._aliased(chosen, weights, module.num_experts)
@@ -188,6 +189,20 @@ class LayerExperts:
         self._fetcher.visit(self.layer, self.first, chosen, weights, x, seen, absent=self._absent)
         for expert in sorted(kept):
             compute(expert, kept.pop(expert))
+
+
+def _check_computes_now() -> None:
+    """Raises CacheError where experts would become constants, or cannot be read."""
+    if torch._C._get_tracing_state() is not None:
+        raise CacheError(
+            "torch.jit.trace: it would keep the experts that this text chose, and use them for "
+            "every other text; call the model from moebound.load itself"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise CacheError(
+            "torch.func: inside of its transforms (grad, vmap, jvp) a model from moebound.load "
+            "cannot read which experts are chosen; call backward() or torch.autograd.grad instead"
+        )
 
 
 def _records_gradient(module: Any, x: torch.Tensor) -> bool:

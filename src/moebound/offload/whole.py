@@ -44,7 +44,10 @@ def guard_whole(model: Any, live: LiveExperts, loader: Loader, choice: Choice) -
         if not inside:
             continue
         vars(module).update(
-            __deepcopy__=_refuse_copy, __reduce_ex__=_refuse_pickle, _apply=_cast(module, inside)
+            __deepcopy__=_refuse_copy,
+            __reduce_ex__=_refuse_pickle,
+            _replicate_for_data_parallel=_refuse_replicas,
+            _apply=_cast(module, inside),
         )
         module.register_state_dict_pre_hook(_check_memory(inside))
         if name in experts:
@@ -70,6 +73,13 @@ def _refuse_copy(*_: Any) -> Never:
     raise CacheError(
         "deepcopy: an offloaded model's experts and threads cannot be copied; call moebound.load "
         "again for another model, or from_pretrained(STORE) for one with all experts in memory"
+    )
+
+
+def _refuse_replicas(*_: Any) -> Never:
+    raise CacheError(
+        "DataParallel: an offloaded model's experts are on one device, and serve one batch at a "
+        "time; call moebound.load in a process for each device"
     )
 
 
