@@ -25,6 +25,7 @@ import torch
 from moebound.calibrate.text import Text
 from moebound.errors import MoeboundError
 from moebound.evaluate.loading import Loaded
+from moebound.evaluate.text import batches, pad
 from moebound.files.documents import load_json, save_json
 from moebound.files.formats.statistics import (
     FILE,
@@ -33,7 +34,6 @@ from moebound.files.formats.statistics import (
     Of,
     Part,
     Statistics,
-    packed_size,
     read_statistics,
     save_statistics,
 )
@@ -116,17 +116,14 @@ class Span:
 
     @property
     def part(self) -> Part:
-        at = self.entry.first + self.first
-        name = f"layer-{self.entry.layer:05d}-{at:05d}.safetensors"
-        return Part(self.entry.layer, at, self.n, name)
+        return Part.of(self.entry.layer, self.entry.first + self.first, self.n)
 
 
 def _spans(stacks: Sequence[ExpertsModule], of: Of, memory: int) -> Iterator[tuple[Span, ...]]:
     """What each pass sums up: as many experts as fit, in the order of the model."""
-    numbers = sum(packed_size(n) if of.moments == "full" else n for n in (of.width, of.inner))
-    # While they are summed up they are whole matrices.
-    held = 4 * (of.width**2 + of.inner**2 if of.moments == "full" else numbers)
-    room = max(1, memory // held)
+    # While it is summed up, H is a whole matrix.
+    power = 2 if of.moments == "full" else 1
+    room = max(1, memory // (4 * (of.width**power + of.inner**power)))
     taken: list[Span] = []
     left = room
     for entry in stacks:
@@ -207,12 +204,17 @@ class _Run:
 
                 handle = listen(some.span.entry.stack, lambda: mask.numel(), heard)
                 hooks.callback(handle.remove)
-            n = 0
-            for rows in _batches(self.text.rows):
-                ids, mask = _padded(rows, self.loaded.device)
+            n, rows = 0, [(row, ()) for row in self.text.rows]
+            for indices in batches(rows, READ_TOKENS):
+                batch = pad([rows[index] for index in indices], 0)
+                mask = batch.attention_mask.bool()
                 with suppress(_Stop):
-                    model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-                n += len(rows)
+                    model(
+                        input_ids=batch.input_ids.to(self.loaded.device),
+                        attention_mask=batch.attention_mask.to(self.loaded.device),
+                        use_cache=False,
+                    )
+                n += len(indices)
                 done(n)
         for some in sums:
             some.chunk().save(self.out)
@@ -248,7 +250,7 @@ class _Sums:
         first, n = self.span.first, self.span.n
         some = pairs.among(real) if self.of.routed else _everywhere(pairs, real)
         mine = (some.expert >= first) & (some.expert < first + n)
-        found = inner(_keep(some, mine))
+        found = inner(some.where(mine))
         loads = [found.routed.loads[expert] for expert in found.routed.used]
         columns = (found.weights, found.inputs, found.hidden, found.outputs)
         for expert, g, x, h, y in zip(
@@ -267,10 +269,8 @@ class _Sums:
             self.outputs[at, 1] += share.square().sum(0)
 
     def chunk(self) -> Chunk:
-        part = self.span.part
         return Chunk(
-            part.layer,
-            part.first,
+            self.span.part,
             tokens=self.tokens.cpu().numpy(),
             gates=self.gates.cpu().numpy(),
             inputs=_packed(self.inputs),
@@ -287,11 +287,6 @@ def _packed(sums: torch.Tensor) -> Any:
     return np.stack([matrix.cpu().numpy()[rows, columns] for matrix in sums])
 
 
-def _keep(pairs: Pairs, keep: torch.Tensor) -> Pairs:
-    weights = None if pairs.weights is None else pairs.weights[keep]
-    return replace(pairs, token=pairs.token[keep], expert=pairs.expert[keep], weights=weights)
-
-
 def _everywhere(pairs: Pairs, real: torch.Tensor) -> Pairs:
     """Every real token, sent to every expert with weight 1."""
     if pairs.weights is None:
@@ -303,28 +298,3 @@ def _everywhere(pairs: Pairs, real: torch.Tensor) -> Pairs:
     expert = torch.arange(n, device=tokens.device).repeat_interleave(len(tokens))
     weights = torch.ones(len(expert), dtype=pairs.weights.dtype, device=tokens.device)
     return replace(pairs, token=tokens.repeat(n), expert=expert, weights=weights)
-
-
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """All rows, those of like length together."""
-    taken: list[Sequence[int]] = []
-    for row in sorted(rows, key=len):
-        if taken and len(row) * (len(taken) + 1) > READ_TOKENS:
-            yield taken
-            taken = []
-        taken.append(row)
-    if taken:
-        yield taken
-
-
-def _padded(
-    rows: Sequence[Sequence[int]], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T], padded on the right with 0, and which of them are there."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for at, row in enumerate(rows):
-        ids[at, : len(row)] = torch.tensor(row)
-        mask[at, : len(row)] = True
-    return ids.to(device), mask.to(device)

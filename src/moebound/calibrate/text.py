@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moebound.errors import MoeboundError, TaskError
 from moebound.evaluate.loading import Loaded
-from moebound.evaluate.text import solved_rows
+from moebound.evaluate.text import encode_file, solved_rows
 from moebound.tasks.base import Task
+from moebound.text.generation import n_positions
 
 WINDOW = 512
 """Tokens of one window of a file, unless the model has fewer positions or another is asked."""
@@ -60,15 +59,11 @@ def of_file(
 
     window: tokens of each. Raises TaskError for a file that cannot be read as text or fills none.
     """
-    positions = _positions(loaded.model)
+    positions = n_positions(loaded.model)
     size = min(WINDOW, positions or WINDOW) if window is None else window
     if positions is not None and size > positions:
         raise MoeboundError(f"--window {size}: the model has positions for {positions} tokens")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path}: cannot be read as text: {error}") from error
-    ids: Sequence[int] = list(loaded.tokenizer(text, verbose=False)["input_ids"])
+    ids = encode_file(loaded, path)
     n = len(ids) // size
     if n == 0:
         raise TaskError(
@@ -78,9 +73,3 @@ def of_file(
     n = n if limit is None else min(n, limit)
     rows = tuple(tuple(ids[at * size : (at + 1) * size]) for at in range(n))
     return Text(path.name, rows)
-
-
-def _positions(model: Any) -> int | None:
-    config = model.config.get_text_config(decoder=True)
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) else None

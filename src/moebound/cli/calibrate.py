@@ -96,13 +96,15 @@ def calibrate(
     settings = Settings(not all_tokens, "diagonal" if diagonal else "full", room)
     with step_bar(output) as say:
         found = collect(loaded, read, out, settings, say)
-    output.result(_document(found), _table(found))
+    document = _document(found)
+    output.result(document, _table(found, document))
     return exits.OK
 
 
 def _held_out(task: Task, limit: int | None) -> int:
     """Problems in front that are left for measuring, as `eval` and `bench` begin with the first."""
-    return HELD_OUT if len(task.problems(HELD_OUT + (limit or 1))) >= HELD_OUT + (limit or 1) else 0
+    wanted = HELD_OUT + (limit or 1)
+    return HELD_OUT if len(task.problems(wanted)) == wanted else 0
 
 
 def _document(found: Statistics) -> dict[str, Any]:
@@ -122,9 +124,8 @@ def _document(found: Statistics) -> dict[str, Any]:
     }
 
 
-def _table(found: Statistics) -> Any:
-    said, of = _document(found), found.of
-    tokens = said["tokens_an_expert"]
+def _table(found: Statistics, said: dict[str, Any]) -> Any:
+    of, tokens = found.of, said["tokens_an_expert"]
     return wording.facts(
         of.model,
         [

@@ -16,9 +16,9 @@ import torch
 
 from moebound.errors import TaskError
 from moebound.evaluate.loading import Loaded
-from moebound.model.pretrained import named
+from moebound.evaluate.text import encode_file
 from moebound.score.statistics import ratio_stderr
-from moebound.text.encoding import check_tokens
+from moebound.text.generation import n_positions
 
 LENGTH = 1024
 
@@ -50,18 +50,10 @@ def perplexity(
     what the model has positions for. Raises TaskError for a file that cannot be read, or is too
     short to predict anything.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path}: cannot be read as text: {error}") from error
-    with named(f"{path}: the tokenizer cannot encode it"):
-        ids = list(loaded.tokenizer(text, verbose=False)["input_ids"])[:limit]
-    check_tokens(ids, loaded.model, str(path))
+    ids = encode_file(loaded, path, limit)
     if len(ids) < 2:
         raise TaskError(f"{path}: {len(ids)} tokens; expected two or more")
-    config = loaded.model.config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None) or length
-    length = min(length, positions, len(ids))
+    length = min(length, n_positions(loaded.model) or length, len(ids))
     step = max(1, length // 2)
     sums: list[float] = []
     counts: list[int] = []

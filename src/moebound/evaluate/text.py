@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moebound.errors import TaskError
+from moebound.evaluate.loading import Loaded
 from moebound.evaluate.prompting import encode_prompts, encode_references
+from moebound.model.pretrained import named
 from moebound.tasks.base import Problem, Task
+from moebound.text.encoding import check_tokens
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Token ids of (prompt, solution), the end mark included."""
@@ -64,6 +68,19 @@ def answered_rows(
         for p, text in zip(problems, texts, strict=True)
     ]
     return solved_rows(tokenizer, task, answered)
+
+
+def encode_file(loaded: Loaded, path: Path, limit: int | None = None) -> list[int]:
+    """The first `limit` tokens of a UTF-8 file. Raises TaskError for a file that cannot be read as
+    text, CheckpointError for one that the tokenizer or the model cannot take."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path}: cannot be read as text: {error}") from error
+    with named(f"{path}: the tokenizer cannot encode it"):
+        ids = list(loaded.tokenizer(text, verbose=False)["input_ids"])[:limit]
+    check_tokens(ids, loaded.model, str(path))
+    return ids
 
 
 def batches(rows: Rows, tokens: int) -> Iterator[list[int]]:

@@ -55,25 +55,36 @@ class Pairs:
             parts.append(module(rows, self.expert[some, None], self.weights[some, None]))
         return torch.cat(parts) if parts else self.inputs[:0]
 
-    def among(self, tokens: torch.Tensor) -> Pairs:
-        """Those whose token counts. tokens: [T] bool."""
-        keep = tokens[self.token]
+    def where(self, keep: torch.Tensor) -> Pairs:
+        """Some of them. keep: [P] bool."""
         weights = None if self.weights is None else self.weights[keep]
         return replace(self, token=self.token[keep], expert=self.expert[keep], weights=weights)
 
+    def among(self, tokens: torch.Tensor) -> Pairs:
+        """Those whose token counts. tokens: [T] bool."""
+        return self.where(tokens[self.token])
+
     def check(self, output: torch.Tensor) -> None:
         """Raises UnsupportedArchitectureError unless all shares add up to the module's output."""
-        shares = self.outputs().float()
-        total = torch.zeros(len(output), shares.shape[-1], device=shares.device)
-        total.index_add_(0, self.token, shares)
-        eps = torch.finfo(output.dtype).eps
-        allowed = (64 * eps * output.float().abs().max()).clamp_min(1e-12)
-        off = (total - output.float()).abs().max() if output.numel() else allowed * 0
-        if not off <= allowed:
-            raise UnsupportedArchitectureError(
-                f"{self.stack.name}: its output is not the sum of its experts' outputs (off by "
-                f"{float(off):g}): experts cannot be looked at one by one"
-            )
+        check_sum(self.stack, self.token, self.outputs(), output)
+
+
+def check_sum(
+    stack: Stack, token: torch.Tensor, shares: torch.Tensor, output: torch.Tensor
+) -> None:
+    """Raises UnsupportedArchitectureError unless the shares of all pairs [P, H] add up to what the
+    module gave, [T, H]. token: [P], whose each is."""
+    shares = shares.float()
+    total = torch.zeros(len(output), shares.shape[-1], device=shares.device)
+    total.index_add_(0, token, shares)
+    eps = torch.finfo(output.dtype).eps
+    allowed = (64 * eps * output.float().abs().max()).clamp_min(1e-12)
+    off = (total - output.float()).abs().max() if output.numel() else allowed * 0
+    if not off <= allowed:
+        raise UnsupportedArchitectureError(
+            f"{stack.name}: its output is not the sum of its experts' outputs (off by "
+            f"{float(off):g}): experts cannot be looked at one by one"
+        )
 
 
 Heard = Callable[[Pairs, torch.Tensor], torch.Tensor | None]

@@ -13,7 +13,7 @@ import torch
 
 from moebound.errors import UnsupportedArchitectureError
 from moebound.model.batched import Routed, one_by_one, sort_by_expert
-from moebound.model.calls import Pairs
+from moebound.model.calls import Pairs, check_sum
 from moebound.model.stacks import Stack
 
 
@@ -34,19 +34,9 @@ class Inner:
     outputs: torch.Tensor
 
     def check(self, stack: Stack, given: torch.Tensor) -> None:
-        """Raises UnsupportedArchitectureError unless all shares add up to what the module gave.
-
-        given: [T, H]. To be asked of the pairs of all experts and tokens.
-        """
-        total = torch.zeros(given.shape, dtype=torch.float32, device=given.device)
-        total.index_add_(0, self.token, self.outputs.float() * self.weights.float()[:, None])
-        allowed = 64 * torch.finfo(given.dtype).eps * given.float().abs().max().clamp_min(1e-12)
-        off = (total - given.float()).abs().max() if given.numel() else allowed * 0
-        if not off <= allowed:
-            raise UnsupportedArchitectureError(
-                f"{stack.name}: what its experts compute on the way could not be found out (their "
-                f"outputs, done again, are off by {float(off):g}): no statistics of this family"
-            )
+        """As `Pairs.check`, of what was computed here. given: [T, H]. To be asked of the pairs of
+        all experts and tokens."""
+        check_sum(stack, self.token, self.outputs.float() * self.weights.float()[:, None], given)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from moebound.files.documents import load_json, save_json
 from moebound.profile.profile import Profile, TaskUse
 from moebound.profile.routing import Recorder
 from moebound.tasks import Problem, Task
+from moebound.text.generation import n_positions
 
 Text = Literal["answers", "references"]
 Asked = Sequence[tuple[Task, Sequence[Problem]]]
@@ -95,14 +96,13 @@ def _rows(loaded: Loaded, task: Task, problems: Sequence[Problem], text: Text) -
         solutions = encode_references(loaded.tokenizer, task, problems, model=loaded.model)
         return [(p, [t for t in s if t not in ends])
                 for p, s in zip(prompts, solutions, strict=True)]  # fmt: skip
-    config = loaded.model.config.get_text_config(decoder=True)
     answers = decode(
         loaded.model,
         prompts,
         max_new_tokens=task.max_new_tokens,
         ends=ends,
         pad=loaded.tokenizer.pad_token_id or 0,
-        positions=getattr(config, "max_position_embeddings", None),
+        positions=n_positions(loaded.model),
         stopped=_stopped(loaded.tokenizer, task.stop),
     )
     return [(p, answer.tokens) for p, answer in zip(prompts, answers, strict=True)]

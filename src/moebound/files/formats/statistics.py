@@ -41,40 +41,36 @@ Side = Literal["inputs", "hidden"]
 _MOST = 1 << 24
 
 
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """Some experts of one layer, as one file has them: arrays as in the module's docstring."""
+@dataclass(frozen=True)
+class Part:
+    """One file: whose experts it has. first: the first of them."""
 
     layer: int
     first: int
+    n_experts: int
+    file: str
+
+    @classmethod
+    def of(cls, layer: int, first: int, n_experts: int) -> Part:
+        """With the name that is given to it."""
+        return cls(layer, first, n_experts, f"layer-{layer:05d}-{first:05d}.safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """What one file has: arrays as in the module's docstring."""
+
+    part: Part
     tokens: Array
     gates: Array
     inputs: Array
     hidden: Array
     outputs: Array
 
-    @property
-    def n_experts(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def file(self) -> str:
-        return f"layer-{self.layer:05d}-{self.first:05d}.safetensors"
-
     def save(self, folder: Path) -> None:
         """Raises StoreError if the disk refuses."""
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _SPELLED}
-        save_bytes(folder / self.file, to_safetensors(arrays))
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file, by what it holds."""
-
-    layer: int
-    first: int
-    n_experts: int
-    file: str
+        save_bytes(folder / self.part.file, to_safetensors(arrays))
 
 
 @dataclass(frozen=True)
