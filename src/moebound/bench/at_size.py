@@ -9,7 +9,7 @@ import numpy as np
 
 from moebound.checkpoint import Checkpoint, Expert
 from moebound.files.formats.statistics import Statistics
-from moebound.methods import ExpertView, GroupView, compress, get_method
+from moebound.methods import compress, get_method
 from moebound.store.recipe import Recipe
 from moebound.types import ErrorBound
 
@@ -26,7 +26,6 @@ def rate_at(
     Found on a sample, then set right by one pass over all: halving a rate costs about a bit a
     weight.
     """
-    recipe = Recipe.of(ErrorBound(1.0, "rate", "expert"), method, calibration)
     experts = list(checkpoint.experts())
     # Spread so that neither one expert of every layer is taken, nor all of one layer.
     chosen = np.unique(np.linspace(0, len(experts) - 1, SAMPLE).round().astype(int))
@@ -34,14 +33,10 @@ def rate_at(
     made = get_method(method)
 
     def bits(of: Sequence[Expert], rate: float) -> float:
-        n_bytes = 0
-        for expert in of:
-            matrices = {m.role: checkpoint.read(m) for m in expert.matrices}
-            bounds = dict.fromkeys(matrices, ErrorBound(rate, "rate", "expert"))
-            transposed = frozenset(m.role for m in expert.matrices if m.transposed)
-            view = ExpertView(expert.key, matrices, bounds, transposed)
-            seen = GroupView((view,), recipe.statistics(made, [expert.key]))
-            n_bytes += compress(made, seen).n_bytes
+        recipe = Recipe.of(ErrorBound(rate, "rate", "expert"), method, calibration)
+        n_bytes = sum(
+            compress(made, recipe.seen(checkpoint, [expert], made)).n_bytes for expert in of
+        )
         return 8 * n_bytes / sum(expert.size for expert in of)
 
     at, found = 0.0, bits(sample, 1.0)

@@ -62,14 +62,14 @@ class Bounded(Method):
 
     def _encode(self, expert: ExpertView, threads: int) -> dict[Role, Encoded]:
         codec, bounds = get_codec(self.codec), expert.bounds
-        whole = _reference(expert.matrices, bounds)
+        whole = reference(expert.matrices, bounds)
         found: dict[Role, Encoded] = {}
         for role, array in expert.matrices.items():
             bound = _EXACT if bounds is None else bounds[role]
-            reference = whole if bound.scope == "expert" else None
+            together = whole if bound.scope == "expert" else None
             with named(f"{expert.key}, {role}"):
                 encoded = encode_certified(
-                    array, bound, codec=codec, reference=reference, threads=threads
+                    array, bound, codec=codec, reference=together, threads=threads
                 )
             if bounds is None:
                 free = replace(encoded.certificate, bound=None, abs_bound=None)
@@ -97,10 +97,11 @@ class Bounded(Method):
         raise CorruptionError("envelopes stand for themselves; no blob has this method")
 
 
-def _reference(
+def reference(
     matrices: Mapping[Role, Array], bounds: Mapping[Role, ErrorBound] | None
 ) -> TensorStats | None:
-    """Statistics cost a pass over the weights: only where a bound is relative to them."""
+    """What bounds of scope "expert" are relative to: all matrices together. Costs a pass over the
+    weights, and is None where no bound asks for it."""
     if bounds is None or all(bound.scope != "expert" for bound in bounds.values()):
         return None
     return sum((stats(array) for array in matrices.values()), TensorStats())

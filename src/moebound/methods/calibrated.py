@@ -30,13 +30,14 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from moebound.checkpoint import Role
-from moebound.codec import decode_array, encode_certified, parse, stats
+from moebound.codec import stats
 from moebound.codec.fields import FieldReader, put_varint
 from moebound.codec.patch import pack_positions, positions_n_bytes, unpack_positions
 from moebound.errors import CorruptionError, MethodError
 from moebound.methods.base import Encoding, ExpertView, GroupView, MatrixSpec, Method, Payload
-from moebound.methods.packing import pack, packed_bytes, unpack
-from moebound.types import NUMPY_DTYPES, Array, ErrorBound, TensorStats
+from moebound.methods.bounded import reference
+from moebound.methods.packing import code, pack, packed_bytes, uncode, unpack
+from moebound.types import NUMPY_DTYPES, Array, ErrorBound
 
 KAPPA = 2.0
 _OPTIONS = re.compile(r"k(\d+(?:\.\d+)?)")
@@ -45,7 +46,8 @@ _OCTAVE = 4
 _QUARTERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
 _WIDEST = 8 * _OCTAVE
 """Steps of a matrix differ by at most eight octaves; columns beyond get less than they could."""
-_WHOLE = ErrorBound(0.49)  # of whole numbers: nothing is lost
+_HALF = 0.49
+"""The bound that the codes are encoded with."""
 _LARGEST = 1 << 20
 """Codes beyond make a step too small for the float32 they are computed in."""
 _HEAD = struct.Struct("<BffB")
@@ -88,9 +90,7 @@ class Calibrated(Method):
     def _expert(self, expert: ExpertView, group: GroupView) -> dict[Role, Payload]:
         if expert.bounds is None:
             raise MethodError(f"{expert.key}: no bound was given")
-        whole: TensorStats | None = None
-        if any(bound.scope == "expert" for bound in expert.bounds.values()):
-            whole = sum((stats(array) for array in expert.matrices.values()), TensorStats())
+        whole = reference(expert.matrices, expert.bounds)
         geometry: dict[str, _Geometry] = {}
         found: dict[Role, Payload] = {}
         for role, array in expert.matrices.items():
@@ -100,8 +100,8 @@ class Calibrated(Method):
             side = "hidden" if role == "down" else "inputs"
             if side not in geometry:
                 geometry[side] = _Geometry.of(group.statistics[side][expert.key])
-            reference = whole if bound.scope == "expert" and whole is not None else stats(array)
-            epsilon = bound.absolute(reference)
+            own = whole if whole is not None and bound.scope == "expert" else stats(array)
+            epsilon = bound.absolute(own)
             n = len(geometry[side].levels)
             by_shape = array.shape[1] != n and array.shape[0] == n  # of families that have both
             transposed = role in expert.transposed or by_shape
@@ -160,16 +160,13 @@ class Calibrated(Method):
         if len(misses):
             out += pack_positions(misses.astype(np.uint64), array.size)
             out += array.reshape(-1)[misses].tobytes()
-        out += encode_certified(codes, _WHOLE, codec="bound").data
+        out += code(codes, _HALF)
         return Payload(bytes(out), promise=bound, abs_bound=epsilon, patched=len(misses))
 
     @classmethod
     def decode(cls, payload: memoryview, spec: MatrixSpec, shared: Sequence[Any]) -> Array:
         found = _Parts.of(payload, spec)
-        envelope = parse(found.codes)
-        if envelope.spec.shape != spec.shape or envelope.spec.dtype != "F32":
-            raise CorruptionError(f"codes of shape {envelope.spec.shape}")
-        codes = np.rint(decode_array(envelope, threads=1))
+        codes = uncode(found.codes, spec.shape)
         with np.errstate(over="ignore", invalid="ignore"):
             steps = _steps(found.base, found.levels)
             weights: Array = codes * (steps[:, None] if found.transposed else steps)

@@ -1,11 +1,17 @@
-"""Integers of a few bits, one behind the other: the lowest bit first, no padding between."""
+"""Integers as bytes: of a few bits each, one behind the other, or entropy-coded.
+
+Packed, the lowest bit comes first, and there is no padding between. Coded, they are an array of
+codec `bound`, F32, whose values are rounded to the nearest integer when they are read.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+from moebound.codec import decode_array, encode_certified, parse
 from moebound.errors import CorruptionError
+from moebound.types import Array, ErrorBound
 
 _PIECE = 1 << 16
 """Integers whose bits are spread over bytes at a time; a multiple of 8."""
@@ -48,4 +54,21 @@ def unpack(data: memoryview, count: int, bits: int) -> Codes:
         some = raw[at * bits // 8 :][: packed_bytes(len(here), bits)]
         planes = np.unpackbits(some, count=len(here) * bits, bitorder="little")
         (planes.reshape(-1, bits) * weights).sum(axis=1, dtype=np.uint8, out=here)
+    return found
+
+
+def code(integers: Array, half: float) -> bytes:
+    """integers: of any dtype that float32 holds exactly. half: the bound that they are encoded
+    with, below 0.5, so that nothing is lost."""
+    values = np.ascontiguousarray(integers, np.float32)
+    return encode_certified(values, ErrorBound(half), codec="bound").data
+
+
+def uncode(data: memoryview, shape: tuple[int, ...]) -> Array:
+    """float32 of this shape, the integers again. Raises CorruptionError for another array."""
+    envelope = parse(data)
+    if envelope.spec.shape != shape or envelope.spec.dtype != "F32":
+        raise CorruptionError(f"integers of shape {envelope.spec.shape} as {envelope.spec.dtype}")
+    found = decode_array(envelope, threads=1, max_bytes=envelope.spec.n_bytes)
+    np.rint(found, out=found)
     return found

@@ -19,17 +19,17 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from moebound.codec import decode_array, encode_certified, parse
 from moebound.codec.bound import BoundCodec
 from moebound.codec.envelope import MAX_SIZE
 from moebound.codec.fields import FieldReader, put_varint
 from moebound.errors import CorruptionError, MethodError
 from moebound.methods.base import Encoding, GroupView, MatrixSpec, Method, Payload
-from moebound.methods.packing import Codes, pack, packed_bytes, unpack
-from moebound.types import Array, ErrorBound
+from moebound.methods.packing import Codes, code, pack, packed_bytes, uncode, unpack
+from moebound.types import Array
 
 _OPTIONS = re.compile(r"int([2-8]):g([0-9]{1,13})(:coded)?")
-_HALF = ErrorBound(0.25)  # integers that differ by one are farther apart than 2 ε: nothing is lost
+_HALF = 0.25
+"""The bound that coded integers have had since version 1."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Grouped(Method):
         """codes: [rows, cols]."""
         if not self.coded:
             return pack(codes, self.bits)
-        return encode_certified(codes.astype(np.float32), _HALF, codec="bound").data
+        return code(codes, _HALF)
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,7 @@ class Head:
         """[n_groups, group] float32; zeros behind the last weight."""
         data = read.take(read.left)
         if self.coded:
-            envelope = parse(data)
-            if envelope.spec.shape != spec.shape:
-                raise CorruptionError(f"integers of shape {envelope.spec.shape}")
-            decoded = decode_array(envelope, threads=1, max_bytes=envelope.spec.n_bytes)
-            codes = decoded.astype(np.float32, copy=False).reshape(-1)
-            np.rint(codes, out=codes)
+            codes = uncode(data, spec.shape).reshape(-1)
         else:
             codes = unpack(data, spec.size, self.bits).astype(np.float32)
         if behind := -len(codes) % self.group:

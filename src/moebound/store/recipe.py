@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import get_args
 
-from moebound.checkpoint import Expert, Role
+from moebound.checkpoint import Checkpoint, Expert, Role
 from moebound.errors import MethodError, PlanError
 from moebound.files.formats.statistics import Side, Statistics
-from moebound.methods import Method, get_method
+from moebound.methods import ExpertView, GroupView, Method, get_method
 from moebound.plan import Plan
 from moebound.types import Array, ErrorBound, ExpertKey
 
@@ -81,15 +81,27 @@ class Recipe:
         planned = self.plan[expert.key].bounds
         return {role: planned[role] for role in roles} if planned else None
 
-    def statistics(
-        self, method: Method, keys: Iterable[ExpertKey]
+    def seen(self, checkpoint: Checkpoint, experts: Iterable[Expert], method: Method) -> GroupView:
+        """These experts, read, with their bounds and what this method asks for. Raises as reading
+        does, FormatError for damaged statistics."""
+        views = tuple(
+            ExpertView(
+                expert.key,
+                {m.role: checkpoint.read(m) for m in expert.matrices},
+                self.bounds(expert),
+                frozenset(m.role for m in expert.matrices if m.transposed),
+            )
+            for expert in experts
+        )
+        return GroupView(views, self._statistics(method, [view.key for view in views]))
+
+    def _statistics(
+        self, method: Method, keys: Sequence[ExpertKey]
     ) -> dict[str, dict[ExpertKey, Array]]:
-        """What this method asks for, of these experts. Raises FormatError for damaged files."""
         if self.calibration is None:
             return {}
         sides: tuple[Side, ...] = get_args(Side)
         wanted = [side for side in sides if side in method.statistics]
-        keys = tuple(keys)
         return {side: {k: self.calibration.moments(k, side) for k in keys} for side in wanted}
 
     def group_of(self, key: ExpertKey) -> tuple[object, ...]:

@@ -36,7 +36,6 @@ from moebound.errors import MethodError, MoeboundError, PlanError, StoreError
 from moebound.files.durable import disk_errors
 from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.jobs.ordered import in_order
-from moebound.methods import ExpertView, GroupView
 from moebound.methods import compress as compress_group
 from moebound.plan import Plan
 from moebound.store.beside import choose_files, write_rest
@@ -326,20 +325,15 @@ class _Job:
         )
 
     def _compress(self, group: Group) -> Written:
-        views = []
-        for task in group.tasks:
-            matrices = {m.role: self.checkpoint.read(m) for m in task.expert.matrices}
-            bounds = self.recipe.bounds(task.expert)
-            transposed = frozenset(m.role for m in task.expert.matrices if m.transposed)
-            views.append(ExpertView(task.expert.key, matrices, bounds, transposed))
+        seen = self.recipe.seen(
+            self.checkpoint, (task.expert for task in group.tasks), group.method
+        )
         try:
-            keys = [view.key for view in views]
-            seen = GroupView(tuple(views), self.recipe.statistics(group.method, keys))
             artifact = compress_group(group.method, seen, number=group.number, threads=1)
         except MoeboundError as error:
             first = group.tasks[0].expert.matrices[0]
             raise type(error)(f"{first.source.file}: tensor {first.name!r}: {error}") from error
-        return written(group, views, artifact)
+        return written(group, seen.experts, artifact)
 
     def summary(self, folder: Path, dst: Path, begun: float, *, resumed: bool) -> CompressSummary:
         totals = ExpertTotals.of(read_certificates(folder / CERTIFICATES_FILE))

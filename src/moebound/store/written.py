@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moebound.codec import Certificate, stats
@@ -35,7 +35,7 @@ class Written:
         return [*self.own_records, *(record for record, _ in self.experts)]
 
 
-def written(group: Group, views: list[ExpertView], artifact: Artifact) -> Written:
+def written(group: Group, views: Sequence[ExpertView], artifact: Artifact) -> Written:
     method, number = group.method, group.number
     names = iter(group.own_names)
     own_records: list[Record] = [
