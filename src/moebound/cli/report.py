@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from moebound.paper.report import Models, Report
 
 PAGE_FILE, MODELS_FILE = "report.html", "models.html"
-_WORDS = {
-    "conclusion": {"supports": "supported", "contradicts": "contradicted", "open": "left open"},
-    "question": {"supports": "yes", "contradicts": "no", "open": "left open"},
-}
 _TOGETHER = {"all": "in all", "none": "in none", "differ": "differs", "open": ""}
 
 
@@ -68,15 +64,17 @@ def report(output: Output, folders: Sequence[Path], page: Path | None) -> int:
 
 def _beside(models: Models) -> list[RenderableType]:
     """Verdicts with simulated errors, then those with the real codec where they differ."""
+    from moebound.paper.report.claims import WORDS
+
     rows = []
     for entry in models.judged:
-        words = _WORDS[entry.claim.kind]
+        words = WORDS[entry.claim.kind]
         cells = [
             words[outcome] + ("" if real in (None, outcome) else f" (codec: {words[real]})")
             for outcome, real in zip(entry.outcomes, entry.real, strict=True)
         ]
         rows.append([entry.claim.id, *cells, _TOGETHER[entry.together]])
-    answer = _WORDS["question"][models.generalises]
+    answer = WORDS["question"][models.generalises]
     return [
         wording.grid(["", *models.names, "together"], rows),
         Text(f"Do the paper's three patterns hold in all of these models: {answer}."),
@@ -84,11 +82,13 @@ def _beside(models: Models) -> list[RenderableType]:
 
 
 def _summary(found: Report) -> list[RenderableType]:
+    from moebound.paper.report.claims import WORDS
+
     rows = [
         [
             v.claim.id,
-            _WORDS[v.claim.kind][v.outcome],
-            "" if v.real is None else _WORDS[v.claim.kind][v.real.outcome],
+            WORDS[v.claim.kind][v.outcome],
+            "" if v.real is None else WORDS[v.claim.kind][v.real.outcome],
         ]
         for v in found.verdicts
     ]

@@ -29,6 +29,13 @@ class Claim:
     rule: str
 
 
+WORDS: dict[Kind, dict[str, str]] = {
+    "conclusion": {"supports": "supported", "contradicts": "contradicted", "open": "left open"},
+    "question": {"supports": "yes", "contradicts": "no", "open": "left open"},
+}
+"""What an outcome is called: conclusions are supported or not, questions answered."""
+
+
 def _says(name: str, where: str, text: str, rule: str) -> Claim:
     return Claim(name, "conclusion", where, text, rule)
 

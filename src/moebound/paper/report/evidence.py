@@ -10,7 +10,7 @@ Whatever is left, mixed evidence included, leaves the claim open.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,6 +64,14 @@ def some(evidence: Sequence[Evidence]) -> Outcome:
     if "for" in favours:
         return "supports"
     return "contradicts" if favours == {"against"} else "open"
+
+
+def together(outcomes: Iterable[Outcome]) -> Outcome:
+    """A claim of several parts: it stands if all do, and falls if one does."""
+    found = set(outcomes)
+    if "contradicts" in found:
+        return "contradicts"
+    return "supports" if found == {"supports"} else "open"
 
 
 def balance(evidence: Sequence[Evidence]) -> Outcome:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from moebound.errors import MoeboundError
 from moebound.files.formats.study import METRICS
+from moebound.paper.report import evidence
 from moebound.paper.report.by_layer import Contrast, contrasts
 from moebound.paper.report.claims import Claim
 from moebound.paper.report.evidence import Outcome
@@ -163,10 +164,7 @@ class Models:
     @property
     def generalises(self) -> Outcome:
         """Supported: every pattern by every model. Contradicted: one pattern by one model."""
-        outcomes = [outcome for entry in self.patterns for outcome in entry.outcomes]
-        if "contradicts" in outcomes:
-            return "contradicts"
-        return "supports" if set(outcomes) == {"supports"} else "open"
+        return evidence.together(o for entry in self.patterns for o in entry.outcomes)
 
     @property
     def effects(self) -> tuple[Effect, ...]:

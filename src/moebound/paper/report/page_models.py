@@ -10,7 +10,7 @@ from html import escape
 from moebound.page import document
 from moebound.paper.report import paper, plots
 from moebound.paper.report.cells import source_name
-from moebound.paper.report.claims import PTS
+from moebound.paper.report.claims import PTS, WORDS
 from moebound.paper.report.evidence import factor
 from moebound.paper.report.models import Depth, Effect, Facts, Judged, Models
 from moebound.paper.report.page import style
@@ -18,10 +18,6 @@ from moebound.paper.report.page_tables import MARKS, number
 from moebound.paper.report.tables import Accuracy, Measured
 from moebound.score import KL
 
-SAYS = {
-    "conclusion": {"supports": "supported", "contradicts": "contradicted", "open": "left open"},
-    "question": {"supports": "yes", "contradicts": "no", "open": "left open"},
-}
 TOGETHER = {
     "conclusion": {"all": "holds in all", "none": "in none", "differ": "differs", "open": ""},
     "question": {"all": "yes in all", "none": "no in all", "differ": "differs", "open": ""},
@@ -51,7 +47,7 @@ def _opening(models: Models) -> str:
     items = "".join(
         f"<li><b>{escape(entry.claim.text)}</b> "
         + "; ".join(
-            f"{escape(name)}: {SAYS['conclusion'][outcome]}"
+            f"{escape(name)}: {WORDS['conclusion'][outcome]}"
             for name, outcome in zip(models.names, entry.outcomes, strict=True)
         )
         + ".</li>"
@@ -99,13 +95,13 @@ def _baselines(facts: Sequence[Facts]) -> list[tuple[str, list[str]]]:
         rows.append(
             (
                 f"PIA without an error, {', '.join(tasks)}",
-                [f"{share(found[0][1].pia)}" if found else "" for found in of],
+                [f"{_share(found[0][1].pia)}" if found else "" for found in of],
             )
         )
     return rows
 
 
-def share(found: Accuracy) -> str:
+def _share(found: Accuracy) -> str:
     return f"{100 * found.share:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
@@ -132,7 +128,7 @@ def _verdicts(models: Models) -> str:
 
 
 def _badges(entry: Judged, at: int) -> str:
-    words, real = SAYS[entry.claim.kind], entry.real[at]
+    words, real = WORDS[entry.claim.kind], entry.real[at]
     outcome = entry.outcomes[at]
     badges = f'<span class="badge {outcome}">{words[outcome]}</span>'
     if real is not None:

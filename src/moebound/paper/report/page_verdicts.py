@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from html import escape
 
 from moebound.paper.report.cells import source_name
+from moebound.paper.report.claims import WORDS
 from moebound.paper.report.evidence import Evidence, Finding
 from moebound.paper.report.report import Report
 from moebound.paper.report.verdicts import Verdict
 
 MOST_EVIDENCE = 12
 """Pieces shown for one finding, the decisive first; the JSON has all."""
-_SAYS = {"supports": "supported", "contradicts": "contradicted", "open": "left open"}
-_ANSWERS = {"supports": "yes", "contradicts": "no", "open": "left open"}
 
 
 def conclusions(report: Report) -> str:
@@ -42,10 +41,7 @@ def questions(report: Report) -> str:
 
 def cards(verdicts: Sequence[Verdict]) -> str:
     """A card for each: conclusions are supported or not, questions answered yes or no."""
-    each = [
-        _card(verdict, _SAYS if verdict.claim.kind == "conclusion" else _ANSWERS)
-        for verdict in verdicts
-    ]
+    each = [_card(verdict, WORDS[verdict.claim.kind]) for verdict in verdicts]
     return f'<div class="cards">\n{"".join(each)}</div>'
 
 

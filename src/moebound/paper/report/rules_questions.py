@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from moebound.files.formats.study import METRICS
 from moebound.paper.report import evidence as ev
 from moebound.paper.report.cells import Cell
+from moebound.paper.report.claims import WORDS
 from moebound.paper.report.compare import NEAR
 from moebound.paper.report.evidence import Evidence, Finding, factor
 from moebound.paper.report.rules_conclusions import GAINS, gain
@@ -105,14 +106,9 @@ PATTERNS = ("shallow-harmless", "middle-most-sensitive", "deep-errors-help")
 def generalises(found: Mapping[str, Finding]) -> Finding:
     """By the verdicts on the three patterns."""
     outcomes = [found[name].outcome for name in PATTERNS]
-    outcome: ev.Outcome = (
-        "contradicts" if "contradicts" in outcomes
-        else "supports" if set(outcomes) == {"supports"} else "open"
-    )  # fmt: skip
-    words = {"supports": "supported", "contradicts": "contradicted", "open": "left open"}
-    shallow, middle, deep_ = (words[outcome] for outcome in outcomes)
+    shallow, middle, deep_ = (WORDS["conclusion"][outcome] for outcome in outcomes)
     return Finding(
-        outcome,
+        ev.together(outcomes),
         f"Robust shallow layers: {shallow}. Sensitive middle: {middle}. Gains from deep errors: "
         f"{deep_}.",
     )

@@ -15,11 +15,11 @@ from moebound.paper.report.evidence import (
     Evidence,
     Favours,
     Finding,
-    Outcome,
     balance,
     factor,
     points,
     tally,
+    together,
 )
 from moebound.paper.report.suite import DEEP, SHALLOW, Suite
 
@@ -116,14 +116,9 @@ def middle(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def all_of(*findings: Finding) -> Finding:
-    """A claim of several parts: it stands if all do, and falls if one does."""
-    outcomes = {finding.outcome for finding in findings}
-    outcome: Outcome = (
-        "contradicts" if "contradicts" in outcomes
-        else "supports" if outcomes == {"supports"} else "open"
-    )  # fmt: skip
+    """Of a claim of several parts (`evidence.together`), with all that was found."""
     return Finding(
-        outcome,
+        together(finding.outcome for finding in findings),
         " ".join(finding.why for finding in findings),
         tuple(piece for finding in findings for piece in finding.evidence),
     )
