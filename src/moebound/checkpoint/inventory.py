@@ -12,7 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moebound.checkpoint.leftovers import HEAD_BYTES, LFS_POINTER, leftover, why_missing
+from moebound.checkpoint.leftovers import (
+    HEAD_BYTES,
+    LFS_POINTER,
+    UNFINISHED,
+    leftover,
+    why_missing,
+)
 from moebound.checkpoint.shards import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -29,7 +35,6 @@ TEMPLATES_FOLDER = "additional_chat_templates"
 """The one folder that is part of a model: a tokenizer's chat templates, but for the default."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_UNFINISHED = (".partial", ".incomplete", ".part", ".crdownload", ".aria2")
 _CONSOLIDATED = "consolidated"
 """How Mistral's own files begin: the weights again, under other names."""
 
@@ -87,7 +92,7 @@ def _why_not(path: Path, tensors: Mapping[str, TensorInfo]) -> str | None:
         return why_missing(path)
     if not stat.S_ISREG(path.stat().st_mode):
         return "is no ordinary file"
-    if name.endswith(_UNFINISHED):
+    if name.endswith(UNFINISHED):
         return "is an unfinished download"
     if name.endswith(".safetensors"):
         return _why_not_weights(path, tensors)

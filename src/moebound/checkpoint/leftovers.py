@@ -26,7 +26,8 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"pk\x03\x04", "a zip archive, as PyTorch's .bin files are; save the model as safetensors"),
     (b"gguf", "a GGUF file; only safetensors weights are read"),
 )  # fmt: skip
-_UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", ".download", ".tmp")
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
+"""How names of unfinished downloads end, whatever else is in the folder."""
 
 
 def leftover(head: bytes) -> str | None:
@@ -49,7 +50,7 @@ def why_missing(path: Path) -> str:
         return f"is a link to {path.readlink()}, which is not there; download it again"
     if path.exists():
         return "is no ordinary file"
-    unfinished = [path.with_name(path.name + end) for end in _UNFINISHED]
+    unfinished = [path.with_name(path.name + end) for end in (*UNFINISHED, ".download", ".tmp")]
     unfinished += sorted((path.parent / ".cache/huggingface/download").glob("*.incomplete"))
     for found in unfinished:
         if found.is_file():

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, get_args
 
+from moebound.codec.envelope import shape_fault
 from moebound.types import DType, ErrorBound, Guarantee
 
 
@@ -70,8 +71,8 @@ class Certificate:
         fields["bound"] = None if bound is None else ErrorBound.from_json(bound)
         check_types(fields, list, "shape")
         check_naturals(fields["shape"], *range(len(fields["shape"])))
-        if prod(max(extent, 1) for extent in fields["shape"]) > _MAX_SIZE:
-            raise ValueError(f"shape {fields['shape']}: out of range")
+        if fault := shape_fault(tuple(fields["shape"])):
+            raise ValueError(fault)
         fields["shape"] = tuple(fields["shape"])
         if "guarantee" not in fields:
             fields["method"], fields["method_version"] = f"bounded:{fields['codec']}", 1
@@ -100,8 +101,6 @@ DAMAGED = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError
 )  # fmt: skip
 """What reading JSON of another form than expected raises."""
-
-_MAX_SIZE = 1 << 40
 
 
 def check_types(fields: Any, kind: type, *names: Any) -> None:
