@@ -7,8 +7,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -39,8 +37,9 @@ from moebound.codec.cuszp import decode_stream, encode_stream
 from moebound.codec.envelope import MAX_DIMS, build, shape_fault
 from moebound.codec.fields import checksum
 from moebound.codec.registry import CODECS
-from moebound.errors import BoundError, CodecError, CorruptionError, FormatError, MoeboundError
+from moebound.errors import BoundError, CodecError, CorruptionError, FormatError
 from moebound.types import NUMPY_DTYPES, Array, BoundMode
+from peak_memory import peak_bytes
 
 from .weights import DTYPES, bits, broken, gaussian
 
@@ -50,19 +49,6 @@ every_codec = pytest.mark.parametrize("codec", codec_ids())
 
 def kind(value: object) -> str:
     return type(value).__name__
-
-
-def peak_bytes(action: Callable[[], object]) -> int:
-    """The most that Python and NumPy held at a time for it, whether it raises or not."""
-    tracemalloc.start()
-    try:
-        action()
-    except MoeboundError:
-        pass
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    return peak
 
 
 def forged(data: bytes, shape: tuple[int, ...]) -> bytes:

@@ -3,8 +3,6 @@ written can be read again."""
 
 from __future__ import annotations
 
-import tracemalloc
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 
 from moebound import encode
 from moebound.codec.fields import FieldReader, put_varint
-from moebound.errors import CorruptionError, FormatError, MethodError, MoeboundError
+from moebound.errors import CorruptionError, FormatError, MethodError
 from moebound.methods import ExpertView, MatrixSpec, Payload, compress_expert, get_method
 from moebound.methods.artifact import named
 from moebound.methods.blob import MatrixBlob, RouterBlob, SharedBlob, Use, parse_matrix
@@ -22,20 +20,9 @@ from moebound.methods.reading import Stored
 from moebound.methods.router_edit import RouterEdit
 from moebound.methods.rtn import Rtn
 from moebound.types import NUMPY_DTYPES, ExpertKey
+from peak_memory import peak_bytes
 
 MB = 1 << 20
-
-
-def peak_bytes(action: Callable[[], object]) -> int:
-    tracemalloc.start()
-    try:
-        action()
-    except MoeboundError:
-        pass
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    return peak
 
 
 def rtn_payload(group: int, rest: bytes, *, bits: int = 4, coded: bool = False) -> memoryview:

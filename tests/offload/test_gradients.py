@@ -57,14 +57,6 @@ def test_slots_that_are_used_again_do_not_reach_backward(
             assert offloaded.stats()["evictions"] > 0
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixtral")
-    src = make_tiny("mixtral", folder / "src")
-    compress(open_checkpoint(src), folder / "dst", bound=ErrorBound(0.3, "rate"))
-    return folder / "dst"
-
-
 def test_a_pass_in_between_changes_no_gradient(store: Path) -> None:
     """One text, one token, and other texts computed before `backward` is called."""
     ids = IDS[:1, :1]

@@ -15,23 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from moebound.checkpoint import open_checkpoint
 from moebound.errors import CacheError
 from moebound.offload import loading
 from moebound.offload.loading import load
-from moebound.store import compress
-from moebound.types import ErrorBound
-from tiny_models import make_tiny
 
 IDS = torch.arange(5, 25).view(2, 10)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixtral")
-    src = make_tiny("mixtral", folder / "src")
-    compress(open_checkpoint(src), folder / "dst", bound=ErrorBound(0.3, "rate"))
-    return folder / "dst"
 
 
 def in_child(act: Callable[[], Any]) -> str:
