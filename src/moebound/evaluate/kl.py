@@ -18,7 +18,8 @@ import torch
 
 from moebound.evaluate.text import Batch
 from moebound.score import Score
-from moebound.score.statistics import ratio_stderr
+from moebound.score.record import QUANTILES
+from moebound.score.statistics import quantile_of, ratio_stderr
 
 WHOLE_VOCABULARY = 4096
 """Up to so many tokens the whole distribution is kept."""
@@ -113,12 +114,13 @@ class Predicted:
 
 class Sums:
     """Sums of each problem, float64: KL, agreements and positions, of all tokens and of those of
-    the solution."""
+    the solution. For quantiles, the KL of every token, float32."""
 
     def __init__(self, n_problems: int) -> None:
         self._read, self._answers = torch.zeros(2, 3, n_problems, dtype=torch.float64)
         self._reproduced = torch.zeros(n_problems, dtype=torch.bool)
         self._exact, self._knows_targets = True, True
+        self._each: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def add(
         self, rows: torch.Tensor, batch: Batch, before: list[Predicted], logits: torch.Tensor
@@ -130,6 +132,9 @@ class Sums:
         for part in before:
             far[part.at], agrees[part.at] = part.compare(logits)
             self._exact &= part.tokens is None
+        read = batch.predicts
+        of = rows[:, None].expand(read.shape)[read]
+        self._each.append((far[read].float(), of, batch.answers[read]))
         for mask, sums in ((batch.predicts, self._read), (batch.answers, self._answers)):
             for values, total in zip((far, agrees, mask), sums, strict=True):
                 total[rows] = torch.where(mask, values.double(), 0.0).sum(1)
@@ -156,5 +161,17 @@ class Sums:
             n_tokens=int(n.sum()),
             n_answer_tokens=int(answer_n.sum()),
             exact=self._exact,
+            **self._quantiles(),
             per_problem=tuple(zip(each, reproduced, strict=True)),
         )
+
+    def _quantiles(self) -> dict[str, float]:
+        far, of, answers = (torch.cat(parts).numpy() for parts in zip(*self._each, strict=True))
+        found = {}
+        for prefix, chosen in (("kl", slice(None)), ("answer_kl", answers)):
+            values, problems = far[chosen], of[chosen]
+            for name, share in QUANTILES.items() if len(values) else ():
+                value, stderr = quantile_of(values, problems, share)
+                found[f"{prefix}_{name}_nats"] = max(0.0, value)
+                found[f"{prefix}_{name}_stderr"] = stderr
+        return found

@@ -10,6 +10,8 @@ from typing import Any
 from moebound.errors import FormatError
 from moebound.score.statistics import Interval, mcnemar, wilson
 
+QUANTILES = {"median": 0.5, "p99": 0.99, "p999": 0.999}
+"""Of KL by token: as a Score's fields call them."""
 DOWN_SHARE = 0.1
 """With fewer valid outputs than this share, a condition is down."""
 
@@ -52,7 +54,8 @@ class Score:
 
     kl_nats: KL(original || model), the mean over all tokens read, prompts included. answer_kl_nats:
     over the tokens of the solutions and their ends. Each with its standard error, problems (not
-    tokens, which are not independent) being the sample. top1_agreement, answer_top1_agreement:
+    tokens, which are not independent) being the sample; so have the quantiles of the same KL by
+    token: the median, 99 % (p99) and 99.9 % (p999). top1_agreement, answer_top1_agreement:
     share of those tokens where both hold the same one for the most likely. reproduced: problems
     whose solution is, token for token, what greedy decoding gives. n_problems, n_tokens,
     n_answer_tokens: what was read. exact: False where the rare tokens of a large vocabulary were
@@ -86,6 +89,18 @@ class Score:
     gained: int | None = None
     per_problem: tuple[tuple[float, bool | None], ...] = ()
     where: Mapping[str, Any] | None = None
+    kl_median_nats: float = math.nan
+    kl_median_stderr: float = math.nan
+    kl_p99_nats: float = math.nan
+    kl_p99_stderr: float = math.nan
+    kl_p999_nats: float = math.nan
+    kl_p999_stderr: float = math.nan
+    answer_kl_median_nats: float = math.nan
+    answer_kl_median_stderr: float = math.nan
+    answer_kl_p99_nats: float = math.nan
+    answer_kl_p99_stderr: float = math.nan
+    answer_kl_p999_nats: float = math.nan
+    answer_kl_p999_stderr: float = math.nan
 
     @property
     def ica(self) -> Interval | None:

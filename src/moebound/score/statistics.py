@@ -156,3 +156,34 @@ def ratio_stderr(sums: Sequence[float], counts: Sequence[float]) -> float:
         return math.nan
     residuals = a - a.sum() / b.sum() * b
     return float(residuals.std(ddof=1) * math.sqrt(len(a)) / b.sum())
+
+
+def quantile_of(
+    values: Sequence[float] | Array, problems: Sequence[int] | Array, share: float
+) -> tuple[float, float]:
+    """A quantile of values that come in clusters, and its standard error: the least value that at
+    least this share of them do not exceed.
+
+    problems: of which cluster each value is; clusters are the sample. The error is Woodruff's
+    (1952): that of the share of values up to the quantile, read off the values themselves. NaN for
+    fewer than two clusters, and where a value in that interval is infinite. Raises ValueError
+    without values.
+    """
+    found, of = np.asarray(values, dtype=np.float64), np.asarray(problems)
+    if not len(found):
+        raise ValueError("expected values, found none")
+    ordered = np.sort(found)
+
+    def at(part: float) -> float:
+        # 0.99 of 100 values is 99 of them: what floating point adds is taken off.
+        rank = math.ceil(part * len(ordered) - 1e-9)
+        return float(ordered[min(max(rank, 1), len(ordered)) - 1])
+
+    here = at(share)
+    _, cluster = np.unique(of, return_inverse=True)
+    below, counts = np.bincount(cluster, found <= here), np.bincount(cluster)
+    error = ratio_stderr(below.tolist(), counts.tolist())
+    if math.isnan(error):
+        return here, math.nan
+    spread = (at(min(1.0, share + error)) - at(max(0.0, share - error))) / 2
+    return here, spread if math.isfinite(spread) else math.nan
