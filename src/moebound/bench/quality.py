@@ -1,31 +1,40 @@
 """At equal bytes: what a model loses to each way of making its experts small.
 
-Quantizers set the sizes: each comes to so many bytes, all of them counted. Then every bounded way
-is given the bytes of one of them, to within a percent: `bound`, `sz3` and `cuszp` with one rate for
-all experts, `bound` with a plan, and `calibrated` with statistics. All are real stores, written,
-checked and loaded, and compared to the original on the same problems.
+Quantizers and peers set the sizes: each comes to so many bytes, all of them counted. Then every
+bounded way is given the bytes of one of them: of a quantizer to within a percent of its experts',
+of a peer to within a thousandth of the whole model's. `bound` has one rate for all experts, with
+a map a plan, too; `calibrated` has statistics; `sz3` and `cuszp` stand beside quantizers only. All
+of ours are real stores, written, checked and loaded; a peer's weights are what its own library
+makes of what it stored (`peers/`). What is no routed expert's is bit for bit the original's in all
+of them. They are compared to the original on the same problems.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moebound.bench.at_size import rate_at
 from moebound.bench.environment import describe
+from moebound.bench.kept import KeptRows
+from moebound.bench.peers import CalibrationText, Peer, get_peer, is_answered, run_peer, text_of
+from moebound.bench.peers.environments import python_of
 from moebound.checkpoint import Checkpoint, experts_name, open_checkpoint
-from moebound.errors import BoundViolatedError
+from moebound.errors import BoundViolatedError, MoeboundError
 from moebound.evaluate.candidate import Original, in_folder, score, stored
-from moebound.evaluate.evaluation import Evaluation, compare_to, with_answers
+from moebound.evaluate.evaluation import Evaluation, Scored, compare_to, with_answers
 from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.text import solved_rows
+from moebound.files.documents import fields_of
 from moebound.files.formats.statistics import Statistics
 from moebound.methods import get_method
 from moebound.plan import Budget, Document, Evidence, ExpertSizes, Plan, Scheme, make_plan
@@ -67,29 +76,43 @@ UNIFORM = (
 )
 PLANNED = Way("bound, planned", "bound", "sensitivity")
 CALIBRATED = "calibrated"
+OF_THE_WHOLE = 1e-3
+"""How near to a peer's the whole model's bytes are brought."""
+OF_EXPERTS = 1e-2
+"""How near to a quantizer's the experts' are."""
+_TRIES = 5
 
 
 @dataclass(frozen=True)
 class QualityRow:
     """One way at one size.
 
-    size_of: the quantizer whose bytes are the budget. n_bytes: of all routed experts, everything
-    counted. largest_rate: the widest bound, in mean |weight| of its expert; None where nothing is
-    promised. max_abs_error: in weight units, over all experts.
+    size_of: the quantizer or peer whose bytes are the budget. n_bytes: of all routed experts,
+    everything counted; n_bytes_whole: of all tensors. n_weights, n_parameters: of the same.
+    largest_rate: the widest bound, in mean |weight| of its expert; None where nothing is promised.
+    max_abs_error: in weight units, over all experts. about: of a peer, its library, version and
+    settings.
     """
 
     method: str
     size_of: str
     n_bytes: int
     n_weights: int
+    n_bytes_whole: int
+    n_parameters: int
     largest_rate: float | None
     max_abs_error: float
     score: Score
     evaluation: Evaluation
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.n_bytes / self.n_weights
+
+    @property
+    def whole_bits_per_weight(self) -> float:
+        return 8 * self.n_bytes_whole / self.n_parameters
 
     def to_json(self, baseline: Evaluation) -> dict[str, Any]:
         return {
@@ -97,17 +120,49 @@ class QualityRow:
             "size_of": self.size_of,
             "n_bytes": self.n_bytes,
             "bits_per_weight": self.bits_per_weight,
+            "n_bytes_whole": self.n_bytes_whole,
+            "whole_bits_per_weight": self.whole_bits_per_weight,
             "largest_rate": self.largest_rate,
             "max_abs_error": self.max_abs_error,
             "fidelity": self.score.to_json(),
             "total": self.evaluation.total.to_json(),
             "to_original": compare_to(baseline, self.evaluation).to_json(),
+            **({"peer": self.about} if self.about else {}),
         }
+
+    def to_kept(self) -> dict[str, Any]:
+        """All of it, for `of_kept`."""
+        of = self.evaluation
+        return {
+            **{name: getattr(self, name) for name in _PLAIN},
+            "score": self.score.to_json(),
+            "evaluation": {"source": of.source, "rows": [row.to_json() for row in of.rows]},
+        }
+
+    @classmethod
+    def of_kept(cls, data: Mapping[str, Any], task: str) -> QualityRow:
+        """Raises FormatError."""
+        with fields_of("rows that are kept"):
+            of = data["evaluation"]
+            rows = tuple(Scored(**row) for row in of["rows"])
+            return cls(
+                **{name: data[name] for name in _PLAIN},
+                score=Score.from_json(data["score"]),
+                evaluation=Evaluation(of["source"], task, rows),
+            )
+
+
+_PLAIN = (
+    "method", "size_of", "n_bytes", "n_weights", "n_bytes_whole", "n_parameters", "largest_rate",
+    "max_abs_error", "about",
+)  # fmt: skip
+"""Fields of a row that JSON has as they are."""
 
 
 @dataclass(frozen=True)
 class QualityReport:
-    """baseline: the original's answers. rows: by size, in the order measured."""
+    """baseline: the original's answers. calibration: what statistics and peers were made on; None
+    without. rows: by size, in the order measured."""
 
     source: str
     task: str
@@ -115,6 +170,7 @@ class QualityReport:
     baseline: Evaluation
     rows: tuple[QualityRow, ...]
     environment: dict[str, Any]
+    calibration: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -123,10 +179,23 @@ class QualityReport:
             "source": self.source,
             "task": self.task,
             "n_problems": self.n_problems,
+            "calibration": self.calibration,
             "baseline": asdict(self.baseline.total),
             "rows": [row.to_json(self.baseline) for row in self.rows],
             "environment": self.environment,
         }
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What the rows of peers take. settings: as `peers.get_peer` knows them. environments: the
+    folder with theirs. work: where their checkpoints are kept. text: the file that the statistics
+    are of, if it is no task's."""
+
+    settings: Sequence[str]
+    work: Path
+    environments: Path | None = None
+    text: Path | None = None
 
 
 def run(
@@ -134,65 +203,249 @@ def run(
     task: Task,
     *,
     quantizers: Sequence[str] = QUANTIZERS,
+    peers: Peers | None = None,
     sensitivity: Document | None = None,
     calibration: Statistics | None = None,
     limit: int | None = None,
+    rows: Path | None = None,
     say: Say = lambda what, done, total: None,
 ) -> QualityReport:
-    """Measure every quantizer, and every bounded way at its size.
+    """Measure every quantizer and peer, and every bounded way at its size.
 
     sensitivity: a map to plan with; no planned rows without one. calibration: statistics of the
-    model's inputs, for rows of `calibrated`. limit: problems of the task.
+    model's inputs, for rows of `calibrated`, and for peers, which read the same text. limit:
+    problems of the task. rows: a folder where rows are kept, so that the same call goes on after
+    an interruption.
+
     Raises BoundViolatedError if a store breaks its promise, and what the parts raise: unknown
-    quantizers before any work.
+    quantizers and peers, and environments that are not there, before any work.
     """
+    asked = [] if peers is None else [get_peer(setting) for setting in peers.settings]
     methods = [get_method(name).setting for name in quantizers]
-    ways = [*UNIFORM, *([PLANNED] if sensitivity is not None else [])]
-    total = len(methods) * (1 + len(ways) + (calibration is not None))
-    say("loading", 0, total)
-    checkpoint = open_checkpoint(src)
-    if calibration is not None:
-        calibration.check_model(experts_name(checkpoint), src)
-    loaded = load(src)
-    problems = task.problems(limit)
-    original = Original(
-        loaded.model, Baseline.of(loaded.model, solved_rows(loaded.tokenizer, task, problems))
-    )
-    answers = evaluate(loaded, task, limit=limit)
-    sizes: dict[str, list[ExpertSizes]] = {}
-    rows: list[QualityRow] = []
+    names = [*methods, *(peer.setting for peer in asked)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise MoeboundError(f"{', '.join(twice)}: asked twice; rows go by this name")
+    if peers is not None:
+        if calibration is None:
+            raise MoeboundError("peers read the text that statistics are of: give --calibration")
+        for peer in asked:
+            if not is_answered(peer, peers.work):
+                python_of(peer.environment, peers.environments, f"peer {peer.setting}")
+    run_ = _Run(src, task, limit, sensitivity, calibration, peers, say)
+    with KeptRows(rows, run_.identity()) as kept:
+        return run_.all(methods, asked, kept)
 
-    def measure(name: str, size_of: str, what: Plan | str, **options: Any) -> QualityRow:
-        with in_a_store(checkpoint, what, **options) as (folder, about):
-            found = score(
-                in_folder(folder), original, ask=lambda one: evaluate(one, task, limit=limit)
+
+class _Run:
+    """One comparison: the original, what it is compared on, and what is measured beside it."""
+
+    def __init__(
+        self,
+        src: str,
+        task: Task,
+        limit: int | None,
+        sensitivity: Document | None,
+        calibration: Statistics | None,
+        peers: Peers | None,
+        say: Say,
+    ) -> None:
+        self.src, self.task, self.limit, self.peers, self.say = src, task, limit, peers, say
+        self.sensitivity, self.calibration = sensitivity, calibration
+        self.checkpoint = open_checkpoint(src)
+        if calibration is not None:
+            calibration.check_model(experts_name(self.checkpoint), src)
+        self.experts = self.checkpoint.experts()
+        self.n_weights = sum(expert.size for expert in self.experts)
+        self.rest = self.checkpoint.passthrough()
+        self.rest_bytes = sum(tensor.n_bytes for tensor in self.rest)
+        self.n_parameters = self.n_weights + sum(math.prod(tensor.shape) for tensor in self.rest)
+        self.sizes: dict[str, list[ExpertSizes]] = {}
+        self.done = self.made = self.total = 0
+        self.began = 0.0
+
+    def identity(self) -> dict[str, Any]:
+        """What rows are of: those of another are not mixed in."""
+        of = None if self.calibration is None else self.calibration.of
+        return {
+            "model": experts_name(self.checkpoint),
+            "task": self.task.name,
+            "limit": self.limit,
+            "calibration": of and {"text_sha256": of.text_sha256, "moments": of.moments,
+                                   "routed": of.routed},
+            "sensitivity": self.sensitivity and self.sensitivity.sha256,
+        }  # fmt: skip
+
+    def all(self, methods: Sequence[str], asked: Sequence[Peer], kept: KeptRows) -> QualityReport:
+        planned = [PLANNED] if self.sensitivity is not None else []
+        calibrated = self.calibration is not None
+        beside = [UNIFORM[0], *planned]
+        self.total = len(methods) * (1 + len(UNIFORM) + len(planned) + calibrated)
+        self.total += len(asked) * (1 + len(beside) + calibrated)
+        self.say("loading", 0, self.total)
+        loaded = load(self.src)
+        problems = self.task.problems(self.limit)
+        rows = solved_rows(loaded.tokenizer, self.task, problems)
+        self.original = Original(loaded.model, Baseline.of(loaded.model, rows))
+        self.answers = evaluate(loaded, self.task, limit=self.limit, answers=kept.answers)
+        found: list[QualityRow] = []
+        self.began = time.monotonic()
+        for method in methods:
+            row = self.row(kept, method, method, lambda method=method: self.store(method))
+            found.append(row)
+            room = OF_EXPERTS * row.n_bytes
+            found += self.ways(kept, row, [*UNIFORM, *planned], room)
+        if asked:
+            assert self.peers is not None
+            assert self.calibration is not None
+            text = text_of(loaded, self.checkpoint, self.calibration, self.peers.text)
+        for peer in asked:
+            row = self.row(
+                kept, peer.setting, peer.setting, lambda peer=peer: self.peer(peer, text)
             )
-        scored = with_answers(found.score, answers, found.asked)
-        rows.append(QualityRow(name, size_of, **about, score=scored, evaluation=found.asked))
-        return rows[-1]
+            found.append(row)
+            found += self.ways(kept, row, beside, OF_THE_WHOLE * row.n_bytes_whole, among=found)
+        of = None if self.calibration is None else self.calibration.of.to_json()
+        return QualityReport(
+            self.src, self.task.name, len(problems), self.answers, tuple(found), describe(), of
+        )
 
-    for method in methods:
-        say(method, len(rows), total)
-        bits = measure(method, method, method).bits_per_weight
-        for way in ways:
-            say(f"{way.name} at {bits:.2f} bits", len(rows), total)
-            if way.codec not in sizes:
-                sizes[way.codec] = measure_sizes(checkpoint, codec=way.codec)
+    def ways(
+        self,
+        kept: KeptRows,
+        like: QualityRow,
+        ways: Sequence[Way],
+        room: float,
+        among: Sequence[QualityRow] = (),
+    ) -> list[QualityRow]:
+        """Ours at the bytes of a row, give or take `room`. among: rows of ours that are taken for
+        it where they are as near."""
+        makers: dict[str, Callable[[], QualityRow]] = {
+            way.name: lambda way=way: self.at_size(like, room, self.planned(way)) for way in ways
+        }
+        if self.calibration is not None:
+            makers[CALIBRATED] = lambda: self.at_size(like, room, self.calibrated())
+        found = []
+        for name, make in makers.items():
+            near = [
+                row for row in among
+                if row.method == name and abs(row.n_bytes - like.n_bytes) <= room
+            ]  # fmt: skip
+            if near:
+                self.done += 1
+                found.append(replace(near[0], size_of=like.method))
+            else:
+                found.append(self.row(kept, name, like.method, make))
+        return found
+
+    def row(
+        self, kept: KeptRows, method: str, size_of: str, make: Callable[[], QualityRow]
+    ) -> QualityRow:
+        """A row that is kept already, or made and kept."""
+        key = f"{method} at {size_of}"
+        at = "" if method == size_of else f" at the size of {size_of}"
+        self.say(f"{method}{at}{self.left()}", self.done, self.total)
+        before = kept.get(key)
+        if before is not None:
+            row = QualityRow.of_kept(before, self.task.name)
+        else:
+            row = replace(make(), method=method, size_of=size_of)
+            kept.add(key, row.to_kept())
+            self.made += 1
+        self.done += 1
+        return row
+
+    def left(self) -> str:
+        """How long the rest takes, by the rows that were made so far."""
+        if not self.made:
+            return ""
+        seconds = (time.monotonic() - self.began) / self.made * (self.total - self.done)
+        return f"; {seconds / 60:.0f} min left" if seconds >= 100 else f"; {seconds:.0f} s left"
+
+    def store(self, what: Plan | str, **options: Any) -> QualityRow:
+        """A store of ours, measured."""
+        with in_a_store(self.checkpoint, what, **options) as (folder, about):
+            return self.measured(folder, **about)
+
+    def peer(self, peer: Peer, text: CalibrationText) -> QualityRow:
+        assert self.peers is not None
+        made = run_peer(
+            peer, self.checkpoint, text, self.peers.work, environments=self.peers.environments
+        )
+        return self.measured(
+            made.checkpoint, n_bytes=made.n_bytes, n_weights=self.n_weights, largest_rate=None,
+            max_abs_error=made.max_abs_error, about=dict(made.about),
+        )  # fmt: skip
+
+    def measured(self, folder: Path, *, n_bytes: int, **about: Any) -> QualityRow:
+        """The model in a folder, beside the original."""
+        found = score(
+            in_folder(folder),
+            self.original,
+            ask=lambda one: evaluate(one, self.task, limit=self.limit),
+        )
+        return QualityRow(
+            "", "", n_bytes=n_bytes, n_bytes_whole=n_bytes + self.rest_bytes,
+            n_parameters=self.n_parameters, evaluation=found.asked,
+            score=with_answers(found.score, self.answers, found.asked), **about,
+        )  # fmt: skip
+
+    def planned(self, way: Way) -> Callable[[float], tuple[Plan, dict[str, Any]]]:
+        """Stores of a codec, by bits a weight."""
+
+        def make(bits: float) -> tuple[Plan, dict[str, Any]]:
+            if way.codec not in self.sizes:
+                self.sizes[way.codec] = measure_sizes(self.checkpoint, codec=way.codec)
             plan = make_plan(
-                sizes[way.codec],
-                Evidence(sensitivity if way.scheme == "sensitivity" else None),
+                self.sizes[way.codec],
+                Evidence(self.sensitivity if way.scheme == "sensitivity" else None),
                 Budget(bpw=bits),
-                source=src,
+                source=self.src,
                 codec=way.codec,
                 scheme=way.scheme,
             )
-            measure(way.name, method, plan)
-        if calibration is not None:
-            say(f"{CALIBRATED} at {bits:.2f} bits", len(rows), total)
-            rate = rate_at(checkpoint, CALIBRATED, calibration, bits)
+            return plan, {}
+
+        return make
+
+    def calibrated(self) -> Callable[[float], tuple[str, dict[str, Any]]]:
+        """Stores of `calibrated`, by bits a weight."""
+        statistics = self.calibration
+        assert statistics is not None
+        last: list[tuple[float, float]] = []
+
+        def make(bits: float) -> tuple[str, dict[str, Any]]:
+            if last:  # halving a rate costs a bit
+                rate = last[-1][1] * 2 ** (last[-1][0] - bits)
+            else:
+                rate = rate_at(self.checkpoint, CALIBRATED, statistics, bits)
+            last.append((bits, rate))
             bound = ErrorBound(rate, "rate", "expert")
-            measure(CALIBRATED, method, CALIBRATED, bound=bound, calibration=calibration)
-    return QualityReport(src, task.name, len(problems), answers, tuple(rows), describe())
+            return CALIBRATED, {"bound": bound, "calibration": statistics}
+
+        return make
+
+    def at_size(
+        self,
+        like: QualityRow,
+        room: float,
+        make: Callable[[float], tuple[Plan | str, dict[str, Any]]],
+    ) -> QualityRow:
+        """A store that takes the bytes of a row, give or take `room`: what is asked is set right by
+        what came of it. The nearest of a few is taken if none is near enough."""
+        wanted = asked = like.bits_per_weight
+        best: tuple[float, float] | None = None
+        for _ in range(_TRIES):
+            what, options = make(asked)
+            with in_a_store(self.checkpoint, what, **options) as (folder, about):
+                off = about["n_bytes"] - like.n_bytes
+                if abs(off) <= room:
+                    return self.measured(folder, **about)
+            if best is None or abs(off) < best[0]:
+                best = abs(off), asked
+            asked += wanted - 8 * about["n_bytes"] / self.n_weights
+        assert best is not None
+        what, options = make(best[1])
+        return self.store(what, **options)
 
 
 @contextmanager

@@ -130,7 +130,32 @@ def _progress(output: Output) -> Iterator[Callable[[Step], None] | None]:
 @click.option(
     "--quantizers",
     metavar="LIST",
-    help="Whose sizes to compare at.  [default: round to nearest and HQQ, 4 and 3 bits]",
+    help="Whose sizes to compare at.  [default: round to nearest and HQQ, 4 and 3 bits; none where "
+    "--peers are given]",
+)
+@click.option(
+    "--peers",
+    metavar="LIST",
+    help="Calibrated quantizers of others, by their own libraries, on the text of --calibration: "
+    " gptq:int4:g128,awq:int4:g128,autoround:int3:g128,hqq:int3:g64,gguf:iq3_s.",
+)
+@click.option(
+    "--peer-environments",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="What `python -m moebound.bench.peers.environments FOLDER` made.",
+)
+@click.option(
+    "--calibration-text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What --calibration was made of with --text, for --peers to read.",
+)
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Keep rows and the peers' checkpoints here: the same command goes on from them.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N problems only.")
 @output_options
@@ -141,14 +166,22 @@ def bench_quality(
     sensitivity: Path | None,
     calibration: Path | None,
     quantizers: str | None,
+    peers: str | None,
+    peer_environments: Path | None,
+    calibration_text: Path | None,
+    work: Path | None,
     limit: int | None,
 ) -> int:
     """What a model loses to quantizers, and to bounded codecs at the same bytes.
 
     A quantizer is METHOD:intBITS:gGROUP, as rtn:int4:g64 (round to nearest) or hqq:int3:g64
     (pip install 'moebound[peers]'); with :coded behind it, rtn's integers are entropy-coded.
+
+    A peer is gptq, awq, autoround or hqq:intBITS:gGROUP, with :sym or :asym for another grid than
+    its library's preset has, or gguf:TYPE, a file type of llama.cpp. Peers need --calibration,
+    --peer-environments and --work.
     """
-    from moebound.bench.quality import QUANTIZERS, run
+    from moebound.bench.quality import QUANTIZERS, Peers, run
     from moebound.bench.quality_table import render_quality
     from moebound.files.formats import sensitivity_map
     from moebound.files.formats.statistics import read_statistics
@@ -156,11 +189,18 @@ def bench_quality(
 
     statistics = None if calibration is None else read_statistics(calibration)
     document = None if sensitivity is None else sensitivity_map.FORMAT.read(sensitivity)
-    names = QUANTIZERS if quantizers is None else tuple(quantizers.split(","))
+    asked = None
+    if peers is not None:
+        if work is None:
+            raise click.UsageError("--peers needs --work, a folder for their checkpoints")
+        asked = Peers(_names(peers), work, peer_environments, calibration_text)
+    names = QUANTIZERS if peers is None else ()
+    if quantizers is not None:
+        names = _names(quantizers)
     with step_bar(output) as say:
         report = run(
-            src, get_task(task), quantizers=names, sensitivity=document, calibration=statistics,
-            limit=limit, say=say,
+            src, get_task(task), quantizers=names, peers=asked, sensitivity=document,
+            calibration=statistics, limit=limit, rows=work, say=say,
         )  # fmt: skip
     output.result(report.to_json(), render_quality(report))
     return exits.OK

@@ -43,6 +43,11 @@ class Made:
     about: Mapping[str, Any]
 
 
+def is_answered(peer: Peer, work: Path) -> bool:
+    """Whether there is an answer in `work`, whatever it is of."""
+    return (_folder(peer, work) / "answer" / "peer.json").exists()
+
+
 def run_peer(
     peer: Peer,
     checkpoint: Checkpoint,
@@ -57,7 +62,7 @@ def run_peer(
     experts that the checkpoint keeps in one tensor, and MethodError if it fails or gives something
     else than was asked, such as other weights where no expert is.
     """
-    folder = work / peer.setting.replace(":", "-")
+    folder = _folder(peer, work)
     request = _request(peer, checkpoint, text)
     answer = folder / "answer"
     if not _kept(folder, request):
@@ -69,6 +74,10 @@ def run_peer(
         save_json(folder / "request.json", request)
         _run([str(python), str(peer.program), str(folder), str(answer)], folder / "log.txt", peer)
     return _checked(peer, checkpoint, answer)
+
+
+def _folder(peer: Peer, work: Path) -> Path:
+    return work / peer.setting.replace(":", "-")
 
 
 def _request(peer: Peer, checkpoint: Checkpoint, text: CalibrationText) -> dict[str, Any]:

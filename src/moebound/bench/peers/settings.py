@@ -54,7 +54,7 @@ _KINDS = {
         "autoround", "run_auto_round.py", {"symmetric": True, "iters": 200},
         _SIGNS | {f"i{n}": {"iters": n} for n in (50, 1000)},
     ),
-    "hqq-own": _Kind("hqq", "run_hqq.py", {}, {}),
+    "hqq": _Kind("hqq", "run_hqq.py", {}, {}),
 }  # fmt: skip
 _GGUF = "gguf"
 KNOWN = (*_KINDS, _GGUF)

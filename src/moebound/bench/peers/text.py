@@ -78,8 +78,7 @@ def _candidates(loaded: Loaded, statistics: Statistics, file: Path | None) -> It
         missing = [at for at in range(skip, skip + n) if at not in rows]
         solved = solved_rows(loaded.tokenizer, task, [problems[at] for at in missing])
         rows |= {
-            at: (*prompt, *solution)
-            for at, (prompt, solution) in zip(missing, solved, strict=True)
+            at: (*prompt, *solution) for at, (prompt, solution) in zip(missing, solved, strict=True)
         }
         yield Text(of.text, tuple(rows[at] for at in range(skip, skip + n)))
 

@@ -33,9 +33,9 @@ def run(request: Request, answer: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(request.checkpoint)
     length = max(map(len, request.rows))
     asked = {
-        **{"bits": setting["bits"], "group_size": setting["group"], "sym": setting["symmetric"]},
-        **{"iters": setting["iters"], "nsamples": len(request.rows), "seqlen": length},
-    }
+        "bits": setting["bits"], "group_size": setting["group"], "sym": setting["symmetric"],
+        "iters": setting["iters"], "nsamples": len(request.rows), "seqlen": length,
+    }  # fmt: skip
     kept = {
         name: {"bits": 16}
         for name, module in model.named_modules()

@@ -96,8 +96,8 @@ def run(request: Request, answer: Path) -> dict[str, Any]:
         "library": "llmcompressor",
         "library_version": version("llmcompressor"),
         "settings": {
-            **{"method": setting["method"], "weights": weights, "n_sequences": len(request.rows)},
-            **{"n_tokens": tokens, "moe_calibrate_all_experts": not setting["routed"]},
+            "method": setting["method"], "weights": weights, "n_sequences": len(request.rows),
+            "n_tokens": tokens, "moe_calibrate_all_experts": not setting["routed"],
         },
         "parts": parts,
         "remarks": [

@@ -1,0 +1,68 @@
+"""Rows of the quality comparison in a folder, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from moebound.errors import MoeboundError
+from moebound.files.documents import Format, load_json, save_json
+from moebound.files.rows import KEY, Rows
+
+FORMAT = Format("moebound.bench.quality.rows", 1)
+
+
+class KeptRows:
+    """Rows by key. Open it in a `with`.
+
+    folder: where they are kept; None for nowhere. identity: what they are of. answers: a file for
+    the original's answers.
+
+    Raises MoeboundError if the folder's rows are of something else, or another run has it open;
+    FormatError for damage.
+    """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+        self.answers: Path | None = None
+        self._rows: Rows | None = None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        about, said = folder / "rows.json", {**FORMAT.header, **identity}
+        if about.exists():
+            before = load_json(about)
+            FORMAT.check(before, str(about))
+            other = [name for name in said if before.get(name) != said[name]]
+            if other:
+                raise MoeboundError(
+                    f"{about}: its rows are of another {', '.join(other)}: expected "
+                    f"{ {name: said[name] for name in other} }, found "
+                    f"{ {name: before.get(name) for name in other} }; give another --work, or take "
+                    "rows.json and rows.jsonl away"
+                )
+        else:
+            save_json(about, said)
+        self.answers = folder / "original.jsonl"
+        self._rows = Rows(folder / "rows.jsonl")
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return None if self._rows is None else self._rows.found.get(key)
+
+    def add(self, key: str, row: Mapping[str, Any]) -> None:
+        """On disk when this returns. Raises StoreError if the disk refuses."""
+        if self._rows is not None:
+            self._rows.append({KEY: key, **row})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._rows is not None:
+            self._rows.close()
