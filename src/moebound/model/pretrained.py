@@ -107,6 +107,18 @@ def load_tokenizer(src: Source) -> Any:
         return AutoTokenizer.from_pretrained(src, trust_remote_code=False, **_local(src))
 
 
+def empty_model(config: Any, name: str) -> Any:
+    """The model of a config, all of it on `meta`: names and shapes. name: for messages. Raises
+    UnsupportedArchitectureError where transformers has no class for it."""
+    import torch
+
+    auto = _auto_class(type(config))
+    if auto is None:
+        raise UnsupportedArchitectureError(f"{name}: {what_runs(config.to_dict()).why}")
+    with _in_words(name, "a language model"), torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=False)
+
+
 def _dequantized(src: Source, config: Any) -> dict[str, Any] | None:
     """The weights of a quantized checkpoint, by name, read when transformers takes them; `config`
     no longer says that they are quantized. None for any other model."""
