@@ -20,7 +20,7 @@ FILES = sorted(str(file.relative_to(HERE)) for file in HERE.glob("**/interpreted
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.slow
 def test_under_the_interpreter(file: str) -> None:
-    pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
+    pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",
          str(HERE / file)],

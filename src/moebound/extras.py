@@ -53,4 +53,6 @@ def unavailable(what: str, *modules: str, reason: ImportError | None = None) -> 
     packages = " and ".join(PACKAGES[module][0] for module in modules)
     extra = PACKAGES[modules[0]][1]
     said = "" if reason is None else f" ({reason})"
-    return BackendUnavailable(f"{what} needs {packages}: pip install 'moebound[{extra}]'{said}")
+    return BackendUnavailable(
+        f"{what} needs {packages}: pip install '.[{extra}]' in a checkout of moebound{said}"
+    )

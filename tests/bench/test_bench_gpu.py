@@ -17,7 +17,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 @without_gpu
 def test_without_a_gpu_it_says_so_before_doing_anything() -> None:
-    pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
+    pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
     said: list[str] = []
     with pytest.raises(BackendUnavailable, match="no CUDA device"):
         run(GpuSettings(rates=(0.3,)), say=said.append)

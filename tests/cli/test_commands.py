@@ -148,7 +148,7 @@ def test_decompress(run: Run, store: Path, tmp_path: Path) -> None:
 
 
 def test_bench_gpu_needs_a_gpu(run: Run) -> None:
-    pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
+    pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     ran = run("bench", "gpu", "--json", "--rates", "0.3", "--experts", "1,2")

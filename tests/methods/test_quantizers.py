@@ -73,7 +73,7 @@ def test_entropy_coding_keeps_the_weights_and_counts_real_bytes() -> None:
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 @pytest.mark.slow
 def test_hqq_is_the_library_and_beats_rounding_to_nearest() -> None:
-    pytest.importorskip("hqq.core.quantize", reason="pip install 'moebound[peers]'")
+    pytest.importorskip("hqq.core.quantize", reason="pip install '.[peers]'")
     matrix = weights(64, 128)
     hqq, rtn = (apply(f"{method}:int3:g64", matrix) for method in ("hqq", "rtn"))
     assert 0 < (hqq.n_bytes or 0) - (3 + 32 / 64) * matrix.numel() / 8 < 32

@@ -36,7 +36,7 @@ def test_its_results_are_read() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # its own, and those of what it loads
 def test_it_scores_the_model_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = pytest.importorskip("lm_eval.tasks", reason="pip install 'moebound[lm-eval]'")
+    tasks = pytest.importorskip("lm_eval.tasks", reason="pip install '.[lm-eval]'")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     problems = get_task("wordmath").problems(5)
     rows = [{"question": p.prompt, "choices": [p.reference, "Ava Ava Ava"], "gold": int(n == 3)}

@@ -81,7 +81,7 @@ def test_gsm8k(tmp_path: Path) -> None:
 
 
 def test_parquet_has_the_same_problems(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow", reason="pip install 'moebound[parquet]'")
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install '.[parquet]'")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist([GSM, GSM]), tmp_path / "g.parquet")
     lines = Gsm8k(write(tmp_path / "g.jsonl", GSM, GSM))

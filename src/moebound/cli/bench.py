@@ -175,7 +175,7 @@ def bench_quality(
     """What a model loses to quantizers, and to bounded codecs at the same bytes.
 
     A quantizer is METHOD:intBITS:gGROUP, as rtn:int4:g64 (round to nearest) or hqq:int3:g64
-    (pip install 'moebound[peers]'); with :coded behind it, rtn's integers are entropy-coded.
+    (pip install '.[peers]'); with :coded behind it, rtn's integers are entropy-coded.
 
     A peer is gptq, awq, autoround or hqq:intBITS:gGROUP, with :sym or :asym for another grid than
     its library's preset has, or gguf:TYPE, a file type of llama.cpp. Peers need --calibration,
@@ -225,7 +225,7 @@ def bench_gpu(
     """Decoding on a GPU: bits compared with the CPU's first, then kernels and copies timed.
 
     The experts are synthetic ones of Moonlight's size. Needs a CUDA device and
-    pip install 'moebound[gpu]'.
+    pip install '.[gpu]'.
     """
     from moebound.bench.gpu import GpuSettings, render_gpu, run
 
@@ -271,7 +271,7 @@ def bench_gpu(
               help="Tokens timed behind it.")  # fmt: skip
 @click.option("--peers", default="stock,accelerate", show_default=True,
               help="What to run beside it: stock, accelerate, llama.cpp (own routing; "
-                   "pip install 'moebound[peers]'); an empty list for nothing.")  # fmt: skip
+                   "pip install '.[peers]'); an empty list for nothing.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 @output_options
 def bench_offload(

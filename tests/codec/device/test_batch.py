@@ -165,7 +165,7 @@ def test_many_small_arrays_beside_a_large_one_take_no_room_by_their_square(
 
 
 def test_the_cpu_is_no_device() -> None:
-    pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
+    pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
     with pytest.raises(BackendUnavailable, match="on the CPU use"):
         decode_to(envelopes(), "cpu")
 

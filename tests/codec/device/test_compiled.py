@@ -13,7 +13,7 @@ MOST_REGISTERS = 64
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.kernel}-{v.name}")
 def test_compiles_without_spills(variant: Variant, capability: int) -> None:
-    pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
+    pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
     compiled = compile_variant(variant, capability)
     assert compiled.spilled_bytes == 0
     if variant.kernel in ("decode_segments", "encode_segments"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="needs triton: pip install 'moebound[gpu]'")
+triton = pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled where triton interprets", allow_module_level=True)
 

@@ -78,7 +78,7 @@ def test_without_ray_the_command_to_install_it_is_told(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*command, "--ray", "local"]) == 2
-    assert "pip install 'moebound[ray]'" in capsys.readouterr().err
+    assert "pip install '.[ray]'" in capsys.readouterr().err
 
 
 def test_without_the_library_of_a_codec_nothing_is_begun(
@@ -89,7 +89,7 @@ def test_without_the_library_of_a_codec_nothing_is_begun(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pysz", None)
     assert main(command) == 2
-    assert "codec:sz3 needs pysz: pip install 'moebound[peers]'" in capsys.readouterr().err
+    assert "codec:sz3 needs pysz: pip install '.[peers]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -97,7 +97,7 @@ def test_without_the_library_of_a_codec_nothing_is_begun(
 def test_a_cluster_gives_the_same_rows(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("ray", reason="pip install 'moebound[ray]'")
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
     other = str(tmp_path / "ray")
     assert main(command) == 0
     assert main([*command[:-1], other, "--workers", "2", "--ray", "local"]) == 0
