@@ -16,6 +16,7 @@ from moebound.cli.bench import bench
 from moebound.cli.cache import cache
 from moebound.cli.calibrate import calibrate
 from moebound.cli.card import card
+from moebound.cli.compare import compare
 from moebound.cli.compress import compress
 from moebound.cli.decompress import decompress
 from moebound.cli.demo import demo
@@ -49,6 +50,7 @@ def cli() -> None:
     moebound calibrate SRC --task T -o STATS what experts get as inputs, to round with regard to it
     moebound plan SRC --bpw 3 -o FILE        a bound for each expert, for compress --plan FILE
     moebound verify DST --against SRC        check the promise
+    moebound compare SRC DST --task T        how far its predictions moved, with every byte counted
     moebound decompress DST OUT              back to an ordinary checkpoint
     moebound generate DST --prompt TEXT      text, with experts decoded as they are needed
     moebound serve DST                       answer requests, through the OpenAI API
@@ -72,6 +74,7 @@ for command in (
     plan,
     compress,
     verify,
+    compare,
     decompress,
     card,
     cache,
