@@ -36,16 +36,13 @@ from moebound.codec.patch import pack_positions, positions_n_bytes, unpack_posit
 from moebound.errors import CorruptionError, MethodError
 from moebound.methods.base import Encoding, ExpertView, GroupView, MatrixSpec, Method, Payload
 from moebound.methods.bounded import reference
+from moebound.methods.geometry import OCTAVE, Geometry
 from moebound.methods.packing import code, pack, packed_bytes, uncode, unpack
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound
 
 KAPPA = 2.0
 _OPTIONS = re.compile(r"k(\d+(?:\.\d+)?)")
-_OCTAVE = 4
-"""Steps are base · 2^(k/4): 8 of them are exact, and no machine rounds the others otherwise."""
 _QUARTERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
-_WIDEST = 8 * _OCTAVE
-"""Steps of a matrix differ by at most eight octaves; columns beyond get less than they could."""
 _HALF = 0.49
 """The bound that the codes are encoded with."""
 _LARGEST = 1 << 20
@@ -91,7 +88,7 @@ class Calibrated(Method):
         if expert.bounds is None:
             raise MethodError(f"{expert.key}: no bound was given")
         whole = reference(expert.matrices, expert.bounds)
-        geometry: dict[str, _Geometry] = {}
+        geometry: dict[str, Geometry] = {}
         found: dict[Role, Payload] = {}
         for role, array in expert.matrices.items():
             bound = expert.bounds[role]
@@ -99,7 +96,7 @@ class Calibrated(Method):
                 raise MethodError(f"bound {bound}: an average promise; expected one on each weight")
             side = "hidden" if role == "down" else "inputs"
             if side not in geometry:
-                geometry[side] = _Geometry.of(group.statistics[side][expert.key])
+                geometry[side] = Geometry.of(group.statistics[side][expert.key])
             own = whole if whole is not None and bound.scope == "expert" else stats(array)
             epsilon = bound.absolute(own)
             n = len(geometry[side].levels)
@@ -109,7 +106,7 @@ class Calibrated(Method):
         return found
 
     def _matrix(
-        self, array: Array, transposed: bool, geometry: _Geometry, bound: ErrorBound, epsilon: float
+        self, array: Array, transposed: bool, geometry: Geometry, bound: ErrorBound, epsilon: float
     ) -> Payload:
         import torch
 
@@ -125,7 +122,7 @@ class Calibrated(Method):
         finite = np.isfinite(weights)
         # The widest step is such that the bound asked is the widest bound of a column.
         widest = geometry.levels.max()
-        base = np.float32(2 * epsilon / self.kappa / 2.0 ** (widest / _OCTAVE))
+        base = np.float32(2 * epsilon / self.kappa / 2.0 ** (widest / OCTAVE))
         while _steps(base, geometry.levels).max() * self.kappa / 2 > epsilon and base > 0:
             base = np.nextafter(base, np.float32(0))
         steps = _steps(base, geometry.levels)
@@ -214,43 +211,9 @@ class _Parts:
         return cls(bool(flags), np.float32(base), levels, positions, verbatim, read.take(read.left))
 
 
-@dataclass(frozen=True, eq=False)
-class _Geometry:
-    """What H says of the columns. order: [N], in which they are rounded. upper: of `feedback`, in
-    that order, torch float64. levels: [N] integers, log2 of each step in quarters of an octave, the
-    smallest 0."""
-
-    order: Array
-    upper: Any
-    levels: Array
-
-    @classmethod
-    def of(cls, moments: Array) -> _Geometry:
-        import torch
-
-        from moebound.methods.feedback import damped, inverse_factor
-
-        if moments.ndim == 1:
-            h = damped(torch.from_numpy(np.diag(moments)))
-        else:
-            h = damped(torch.from_numpy(np.ascontiguousarray(moments, np.float64)))
-        order = h.diagonal().argsort(descending=True, stable=True)
-        upper = inverse_factor(h[order][:, order])
-        logs = torch.empty(len(h), dtype=torch.float64)
-        logs[order] = upper.diagonal().log2()
-        levels = (logs * _OCTAVE).round().long().numpy()
-        levels = levels - levels.min()
-        return cls(order.numpy(), upper, np.minimum(levels, _WIDEST))
-
-    @property
-    def bits(self) -> int:
-        """Of each level."""
-        return int(self.levels.max()).bit_length()
-
-
 def _steps(base: np.float32, levels: Array) -> Array:
     """[N] float32, the same on every machine: products of one rounding each."""
-    octaves, quarters = np.divmod(levels, _OCTAVE)
+    octaves, quarters = np.divmod(levels, OCTAVE)
     factors = np.ldexp(np.array(_QUARTERS)[quarters], octaves)
     steps: Array = (np.float64(base) * factors).astype(np.float32)
     return steps

@@ -1,0 +1,76 @@
+"""What the second moments of a matrix's inputs say of its columns: order, steps, and a promise.
+
+H' = (H + what shrinkage added) / mean + damping, in the order of rounding, is M Mᵀ with M upper
+triangular (`feedback.py`). Steps go in proportion to 1/M_jj (WaterSIC, ICML 2026, section 3), so that
+every column of the error e = (W - Ŵ) M is spread alike.
+
+The promise for outputs. H is at most mean · H', in the sense of semidefinite matrices: what was
+added, shrinkage and damping, is none of it negative. So
+
+    tr((W - Ŵ) H (W - Ŵ)ᵀ) <= mean · |(W - Ŵ) M|² = mean · Σ_ij e_ij²
+
+  lattice   A column that goes to the point nearest to its target has |e_ij| <= Δ_j M_jj / 2, for e_ij
+            is M_jj times its distance from that target. If all do, a row's share is at most
+            Σ_j (Δ_j M_jj / 2)². Not so where the clamp keeps a weight from that point, or the cast
+            moves it: those go past it, one in a hundred or so, and the mean square of all the others
+            is a third of the largest.
+  box       |W - Ŵ|_ij <= ε_j, always and after the cast, is all that it takes for a row's share to
+            be at most Σ_jk ε_j |H_jk| ε_k. True whatever was clamped, and N times too wide.
+
+So the lattice's is what is promised where the measured error is within it, else the box's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moebound.types import Array
+
+OCTAVE = 4
+"""Steps are base · 2^(k/4)."""
+WIDEST = 8 * OCTAVE
+"""Steps of a matrix differ by at most eight octaves; columns beyond get less than they could."""
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """What H says of the columns. order: [N], in which they are rounded. upper: M of `feedback`, in
+    that order, torch float64. levels: [N] integers, log2 of each step in quarters of an octave, the
+    smallest 0. mean: of H's diagonal, what H' was divided by."""
+
+    order: Array
+    upper: Any
+    levels: Array
+    mean: float
+
+    @classmethod
+    def of(cls, moments: Array) -> Geometry:
+        """moments: H [N, N], or its diagonal [N]."""
+        import torch
+
+        from moebound.methods.feedback import damped, upper_factor
+
+        given = torch.from_numpy(np.ascontiguousarray(moments, np.float64))
+        h = damped(given.diag() if given.dim() == 1 else given)
+        order = h.diagonal().argsort(descending=True, stable=True)
+        upper = upper_factor(h[order][:, order])
+        logs = torch.empty(len(h), dtype=torch.float64)
+        logs[order] = -upper.diagonal().log2()
+        levels = (logs * OCTAVE).round().long().numpy()
+        levels = levels - levels.min()
+        mean = float(given.mean() if given.dim() == 1 else given.diagonal().mean())
+        return cls(order.numpy(), upper, np.minimum(levels, WIDEST), mean)
+
+    @property
+    def bits(self) -> int:
+        """Of each level."""
+        return int(self.levels.max()).bit_length()
+
+    def lattice(self, steps: Array, rows: int) -> float:
+        """What the outputs' error is at most if every column goes to its nearest point, over `rows`
+        rows. steps: [N]."""
+        ends = steps[self.order] * self.upper.diagonal().numpy() / 2
+        return self.mean * rows * float(np.square(ends).sum())
