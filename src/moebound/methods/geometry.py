@@ -1,21 +1,22 @@
 """What the second moments of a matrix's inputs say of its columns: order, steps, and a promise.
 
 H' = (H + what shrinkage added) / mean + damping, in the order of rounding, is M Mᵀ with M upper
-triangular (`feedback.py`). Steps go in proportion to 1/M_jj (WaterSIC, ICML 2026, section 3), so that
-every column of the error e = (W - Ŵ) M is spread alike.
+triangular (`feedback.py`). Steps go in proportion to 1/M_jj (WaterSIC, 2603.04956), so that every
+column of the error e = (W - Ŵ) M is spread alike.
 
-The promise for outputs. H is at most mean · H', in the sense of semidefinite matrices: what was
-added, shrinkage and damping, is none of it negative. So
+The promise for outputs. mean · H' - H is positive semidefinite: shrinkage and damping add what is.
+So
 
     tr((W - Ŵ) H (W - Ŵ)ᵀ) <= mean · |(W - Ŵ) M|² = mean · Σ_ij e_ij²
 
-  lattice   A column that goes to the point nearest to its target has |e_ij| <= Δ_j M_jj / 2, for e_ij
-            is M_jj times its distance from that target. If all do, a row's share is at most
-            Σ_j (Δ_j M_jj / 2)². Not so where the clamp keeps a weight from that point, or the cast
-            moves it: those go past it, one in a hundred or so, and the mean square of all the others
-            is a third of the largest.
-  box       |W - Ŵ|_ij <= ε_j, always and after the cast, is all that it takes for a row's share to
-            be at most Σ_jk ε_j |H_jk| ε_k. True whatever was clamped, and N times too wide.
+  lattice   A weight that goes to the point nearest to its target has |e_ij| <= Δ_j M_jj / 2, for
+            e_ij is M_jj times its distance from that target. If all do, a row's share is at most
+            Σ_j (Δ_j M_jj / 2)². Where the clamp or the cast keeps a weight from that point, its
+            e_ij may be larger. Few are, and the mean square of the others is a third of the
+            largest, so the sum stays below all the same; but that is found, not proved.
+  box       |W - Ŵ|_ij <= ε_j, which holds for every weight and after the cast, is enough for a
+            row's share of Σ_jk ε_j |H_jk| ε_k at most: |E_ij H_jk E_ik| <= ε_j |H_jk| ε_k. True
+            whatever was clamped, and up to N times wider than needed.
 
 So the lattice's is what is promised where the measured error is within it, else the box's.
 """

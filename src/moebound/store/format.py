@@ -26,6 +26,7 @@ from moebound.checkpoint.shards import is_file_name
 from moebound.codec import Certificate
 from moebound.codec.certificate import DAMAGED, check_naturals, check_types, finite
 from moebound.errors import CorruptionError, FormatError, StoreError
+from moebound.files.formats.statistics import Of
 from moebound.files.regular import regular_file
 from moebound.methods import codec_of
 from moebound.types import ErrorBound, ExpertKey
@@ -70,7 +71,8 @@ class Settings:
     that decides the bytes (source, method, bound, selection), so that a rerun can tell its own
     store from another. plan: SHA-256 of what the plan decides, None without one; `bound` is
     then the widest of its bounds. source: what the user called the source. left_out: the source's
-    files that are not in the store, with the reason. Unknown further fields are ignored.
+    files that are not in the store, with the reason. calibration: what the statistics are of that
+    experts were rounded by. Unknown further fields are ignored.
     """
 
     method: str
@@ -81,6 +83,7 @@ class Settings:
     plan: str | None = None
     source: str | None = field(default=None, compare=False)
     left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
+    calibration: Of | None = None
 
     @property
     def codec(self) -> str | None:
@@ -90,7 +93,11 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         bound = None if self.bound is None else self.bound.to_json()
         left_out = dict(self.left_out) or None
-        optional = {"bound": bound, "plan": self.plan, "source": self.source, "left_out": left_out}
+        calibration = None if self.calibration is None else self.calibration.to_json()
+        optional = {
+            "bound": bound, "plan": self.plan, "source": self.source, "left_out": left_out,
+            "calibration": calibration,
+        }  # fmt: skip
         return {
             "quant_method": QUANT_METHOD,
             "version": self.version,
@@ -123,6 +130,7 @@ class Settings:
             return cls(
                 method, bound, data["shared_experts"], data["run"], version, plan, source,
                 dict(left_out),
+                None if data.get("calibration") is None else Of.from_json(data["calibration"]),
             )  # fmt: skip
         except DAMAGED as error:
             what = f"{type(error).__name__}: {error}"

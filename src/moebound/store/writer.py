@@ -152,6 +152,7 @@ def compress(
         plan=None if recipe.plan is None else recipe.plan.sha256,
         source=as_text(source or checkpoint.name),
         left_out=left_out,
+        calibration=recipe.calibrated_by,
     )
 
     job = _Job(checkpoint, layout, settings, recipe, jobs, copied)
@@ -326,7 +327,7 @@ class _Job:
 
     def _compress(self, group: Group) -> Written:
         seen = self.recipe.seen(
-            self.checkpoint, (task.expert for task in group.tasks), group.method
+            self.checkpoint, (task.expert for task in group.tasks), group.method, certify=True
         )
         try:
             artifact = compress_group(group.method, seen, number=group.number, threads=1)
@@ -360,6 +361,7 @@ class _Job:
             left_out=dict(self.settings.left_out),
             worst=totals.worst,
             patched=totals.patched,
+            outputs=totals.outputs,
             seconds=time.monotonic() - begun,
             resumed=resumed,
         )
