@@ -10,9 +10,9 @@ Of each matrix W [out, in], with H the second moments of its inputs on a calibra
   coding    the whole numbers as an array of codec `bound`, entropy-coded by rows and columns
 
 H is that of an expert shrunk toward its layer's (`shrinkage.py`), which an expert that no token
-reached has whole. Weights whose cast to the model's dtype leaves ε_j, and those that are not finite,
-are stored verbatim. Where only the diagonal of H is known, steps follow it (Δ_j in proportion to
-H_jj^(-1/2)) and every weight goes to the nearest.
+reached has whole. Weights whose cast to the model's dtype leaves ε_j, and those that are not
+finite, are stored verbatim. Where only the diagonal of H is known, steps follow it (Δ_j in
+proportion to H_jj^(-1/2)) and every weight goes to the nearest.
 
 What is promised is the bound, whatever the text. That the outputs are near is measured, on text.
 """

@@ -44,21 +44,24 @@ def output_error(original: Array, decoded: Array, second_moments: Array) -> floa
     return output_power(error, second_moments)
 
 
-def output_power(weights: Array, second_moments: Array) -> float:
-    """tr(W H Wᵀ), the squares of W x summed over the text that H is of. As `output_error`."""
+def output_power(weights: Array, second_moments: Array, *, exact: bool = True) -> float:
+    """tr(W H Wᵀ), the squares of W x summed over the text that H is of. As `output_error`; unless
+    exact, products are of float32, half the work: of weights, little cancels out."""
     import torch
 
-    h = torch.from_numpy(np.ascontiguousarray(second_moments, np.float64))
-    w = torch.from_numpy(np.array(weights, np.float64, order="C")).nan_to_num_(0, 0, 0)
+    kind = np.float64 if exact else np.float32
+    h = torch.from_numpy(np.ascontiguousarray(second_moments, kind))
+    w = torch.from_numpy(np.array(weights, kind, order="C")).nan_to_num_(0, 0, 0)
     if h.dim() == 1:
-        return float(w.square().sum(0) @ h)
+        return float(w.square().sum(0, dtype=torch.float64) @ h.double())
     total = 0.0
     for start in range(0, len(h), _BLOCK):  # H is symmetric: half of it, and the blocks on it
         stop = min(start + _BLOCK, len(h))
         own = w[:, start:stop]
-        total += float((own @ h[start:stop, start:stop]).mul_(own).sum())
+        products = own @ h[start:stop, start:stop]
         if start:
-            total += 2 * float((w[:, :start] @ h[:start, start:stop]).mul_(own).sum())
+            products += 2 * (w[:, :start] @ h[:start, start:stop])
+        total += float(products.mul_(own).sum(dtype=torch.float64))
     return total
 
 
@@ -97,7 +100,7 @@ def outputs_kept(
     """What became of a matrix's outputs on the text that `moments` is of, and what was promised."""
     w, approximated = (a.T if bounds.transposed else a for a in (original, decoded))
     with one_thread():
-        error, power = output_error(w, approximated, moments), output_power(w, moments)
+        error, power = output_error(w, approximated, moments), output_power(w, moments, exact=False)
     lattice, box = promises(moments, geometry, bounds, len(w))
     return Outputs(tokens, error, lattice if error <= lattice else box, power)
 

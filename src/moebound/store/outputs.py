@@ -23,7 +23,7 @@ from moebound.store.reader import Store, StoredExpert, StoredMatrix
 from moebound.store.summary import Problem
 from moebound.types import Array
 
-_TOLERANCE = 1e-6
+_TOLERANCE = 1e-5
 """Of sums that machines' matrix products add up in another order, with much that cancels out."""
 _EXACT = 1e-9
 
