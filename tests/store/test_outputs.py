@@ -1,4 +1,4 @@
-"""Outputs on the text that a store was made by: certified, computed again, and no figure can lie."""
+"""Outputs on the text that a store was made by: certified, computed again; no figure can lie."""
 
 from __future__ import annotations
 

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import torch
 
+from moebound.methods.shrinkage import DAMPING
+
 BLOCK = 64
 """Columns that are rounded one by one before a product brings the errors of all before them."""
-DAMPING = 0.1
-"""Of the mean of H's diagonal, added to it."""
 
 
 def damped(second_moments: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """[N, N] float64, positive definite: H over the mean of its diagonal, and `damping` on it. An
-    expert that no token reached has the identity: plain rounding."""
+    """[N, N] float64, positive definite: H over the mean of its diagonal, and `damping` on it. H
+    of no token at all is the identity: plain rounding."""
     h = second_moments.double()
     mean = h.diagonal().mean()
     if not mean > 0:

@@ -62,7 +62,7 @@ def output_power(weights: Array, second_moments: Array, *, exact: bool = True) -
         if start:
             products += 2 * (w[:, :start] @ h[:start, start:stop])
         total += float(products.mul_(own).sum(dtype=torch.float64))
-    return total
+    return max(total, 0.0)  # sums of next to nothing may fall below
 
 
 def promises(

@@ -216,6 +216,8 @@ class Statistics:
             raise FormatError(f"{path}: cannot be read: {error}") from error
         if not np.isfinite(found).all():
             raise FormatError(f"{path}, {name}: has values that are not finite")
+        if name in ("tokens", "gates") and (found < 0).any():
+            raise FormatError(f"{path}, {name}: has values below 0")
         return found
 
     def _shape(self, part: Part, name: str) -> tuple[int, ...]:
