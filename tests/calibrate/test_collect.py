@@ -217,10 +217,14 @@ def test_damage_is_named(made: Statistics, damage: str) -> None:
     else:
         document["parts"][0]["file"] = "../elsewhere.safetensors"
         path.write_text(json.dumps(document))
-    with pytest.raises(FormatError, match=str(made.folder)):
+
+    def read() -> None:
         found = read_statistics(made.folder)
         found.tokens()
         found.moments(made.keys[0], "inputs")
+
+    with pytest.raises(FormatError, match=str(made.folder)):
+        read()
 
 
 def test_compressing_by_damaged_statistics(qwen: Path, made: Statistics, tmp_path: Path) -> None:
@@ -241,9 +245,7 @@ def test_compressing_by_damaged_statistics(qwen: Path, made: Statistics, tmp_pat
 
 def test_statistics_computed_in_a_coarser_dtype(qwen: Path, tmp_path: Path) -> None:
     """The weights were others: what they are of is said, and they are refused."""
-    model = model_class(AutoConfig.from_pretrained(qwen)).from_pretrained(
-        qwen, dtype=torch.float32
-    )
+    model = model_class(AutoConfig.from_pretrained(qwen)).from_pretrained(qwen, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data = (parameter.data / 3).to(torch.float8_e5m2).float() * 3
     rounded = Loaded(model.train(False), None, Source("q", "checkpoint", "float8", "its own"))

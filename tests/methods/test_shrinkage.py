@@ -1,4 +1,4 @@
-"""Moments of few tokens lean on their layer's, those of many hardly at all; all damped by tokens."""
+"""Moments of few tokens lean on their layer's, those of many hardly; all damped by tokens."""
 
 from __future__ import annotations
 
