@@ -17,8 +17,7 @@ from moebound.files.formats.statistics import (
     read_statistics,
     save_statistics,
 )
-from moebound.methods.feedback import DAMPING
-from moebound.methods.shrinkage import MOST_DAMPING, PSEUDO_TOKENS, TOKENS_A_CHANNEL, Shrinkage
+from moebound.methods.shrinkage import RULE, Rule, Shrinkage
 from moebound.types import Array, ExpertKey
 
 N, TOKENS = 6, (0, 3, 5000)
@@ -59,8 +58,9 @@ def test_few_tokens_lean_on_the_layer(layer: int, tmp_path: Path) -> None:
     for expert, tokens in enumerate(TOKENS):
         key = ExpertKey(layer, expert)
         raw = found.moments(key, "inputs")
-        share = min(N / (TOKENS_A_CHANNEL * max(tokens, 1)), MOST_DAMPING) - DAMPING
-        wanted = raw + PSEUDO_TOKENS * mean(found, layer)
+        share = min(N / (RULE.tokens_a_channel * max(tokens, 1)), RULE.most_damping)
+        share -= RULE.least_damping
+        wanted = raw + RULE.pseudo_tokens * mean(found, layer)
         wanted = wanted + max(share, 0) * np.diag(wanted).mean() * np.eye(N)
         np.testing.assert_allclose(shrunk.moments(key, "inputs"), wanted, rtol=1e-6)
         # What is added is positive semidefinite: promises for outputs rest on that.
@@ -106,3 +106,10 @@ def test_what_is_unpacked_is_symmetric(tmp_path: Path) -> None:
     whole = found.whole(packed, "inputs")
     assert (whole == whole.T).all()
     assert (whole[np.triu_indices(n)] == packed).all()
+
+
+def test_another_rule(tmp_path: Path) -> None:
+    found, key = made(tmp_path), ExpertKey(0, 0)
+    none = Rule(pseudo_tokens=0, most_damping=0)
+    assert (Shrinkage(found, none).moments(key, "inputs") == 0).all()  # it saw no token
+    assert Rule.from_json(none.to_json()) == none

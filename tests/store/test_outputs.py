@@ -59,7 +59,8 @@ def test_outputs_are_certified_and_computed_again(made: tuple[Path, Statistics, 
     assert plain.ok
     assert plain.calibration is None
     settings = open_store(dst).settings
-    assert settings.calibration == stats.of
+    assert settings.calibration is not None
+    assert settings.calibration.of == stats.of
     for expert in open_store(dst).experts():
         for matrix in expert.matrices:
             outputs = matrix.record.certificate.outputs

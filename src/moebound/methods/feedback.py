@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import torch
 
-from moebound.methods.shrinkage import DAMPING
+from moebound.methods.shrinkage import RULE
 
 BLOCK = 64
 """Columns that are rounded one by one before a product brings the errors of all before them."""
 
 
-def damped(second_moments: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+def damped(second_moments: torch.Tensor, damping: float = RULE.least_damping) -> torch.Tensor:
     """[N, N] float64, positive definite: H over the mean of its diagonal, and `damping` on it. H
     of no token at all is the identity: plain rounding."""
     h = second_moments.double()
@@ -45,7 +45,8 @@ def upper_factor(h: torch.Tensor) -> torch.Tensor:
     while True:
         lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
         if not failed:
-            return lower.flip(0, 1)
+            upper: torch.Tensor = lower.flip(0, 1)
+            return upper
         more = more * 10 or 0.01
         h = h + more * torch.eye(len(h), dtype=h.dtype, device=h.device)
 

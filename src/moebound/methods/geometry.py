@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from moebound.methods.shrinkage import RULE
 from moebound.types import Array
 
 OCTAVE = 4
@@ -48,14 +49,14 @@ class Geometry:
     mean: float
 
     @classmethod
-    def of(cls, moments: Array) -> Geometry:
+    def of(cls, moments: Array, damping: float = RULE.least_damping) -> Geometry:
         """moments: H [N, N], or its diagonal [N]."""
         import torch
 
         from moebound.methods.feedback import damped, upper_factor
 
         given = torch.from_numpy(np.ascontiguousarray(moments, np.float64))
-        h = damped(given.diag() if given.dim() == 1 else given)
+        h = damped(given.diag() if given.dim() == 1 else given, damping)
         order = h.diagonal().argsort(descending=True, stable=True)
         upper = upper_factor(h[order][:, order])
         logs = torch.empty(len(h), dtype=torch.float64)

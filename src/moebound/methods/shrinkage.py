@@ -1,15 +1,15 @@
 """Second moments to round by: those of an expert, shrunk toward its layer's, and damped.
 
 An expert that saw few tokens has an H of few directions, and rounding by it alone gives up all
-others. So its layer speaks for it, as if it had seen `pseudo` tokens more, of the layer's mean; and
+others. So its layer speaks for it, as if it had seen P tokens more, of the layer's mean; and
 its diagonal is raised by a share d of its mean, the more, the fewer tokens T there were for its N
 channels:
 
-    H'_e = H_e + pseudo · Σ H / Σ tokens     (sums over the layer's experts)
-    H''_e = H'_e + d · mean(diag H'_e) · I     d = N / (10 T), from DAMPING to MOST_DAMPING
+    H'_e = H_e + P · Σ H / Σ tokens     (sums over the layer's experts)
+    H''_e = H'_e + d · mean(diag H'_e) · I     d = N / (10 T), from 0.1 to 0.3, and P = 4
 
 which is nearly H_e after many tokens, and the layer's where none came. Both numbers are those with
-the least error of outputs on text held out, from 59 tokens an expert on; less damping than DAMPING
+the least error of outputs on text held out, from 59 tokens an expert on; less damping than 0.1
 would have less of it still after thousands, and more KL (docs/log.md). Statistics on disk stay what
 was seen.
 """
@@ -17,18 +17,36 @@ was seen.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from threading import Lock
+from typing import Any, Self
 
 import numpy as np
 
+from moebound.files.documents import number
 from moebound.files.formats.statistics import Side, Statistics
 from moebound.types import Array, ExpertKey
 
-DAMPING = 0.1
-"""What is added to every H before it is factored (`feedback.py`): the least."""
-PSEUDO_TOKENS = 4.0
-TOKENS_A_CHANNEL = 10.0
-MOST_DAMPING = 0.3
+
+@dataclass(frozen=True)
+class Rule:
+    """The numbers above, as a store says them: d goes from least_damping to most_damping."""
+
+    pseudo_tokens: float = 4.0
+    tokens_a_channel: float = 10.0
+    least_damping: float = 0.1
+    most_damping: float = 0.3
+
+    def to_json(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Raises FormatError for numbers that are none, and as reading JSON of another form."""
+        return cls(**{name: number(value, name) for name, value in data.items()})
+
+
+RULE = Rule()
 _LAYERS = 2
 """Layers whose means are kept: experts are asked for in the order of the model."""
 
@@ -36,20 +54,23 @@ _LAYERS = 2
 class Shrinkage:
     """Shrunk moments of one folder of statistics. From any thread."""
 
-    def __init__(self, statistics: Statistics, pseudo: float = PSEUDO_TOKENS) -> None:
-        self.statistics, self.pseudo = statistics, pseudo
+    def __init__(self, statistics: Statistics, rule: Rule = RULE) -> None:
+        self.statistics, self.rule = statistics, rule
         self._means: OrderedDict[tuple[int, Side], Array] = OrderedDict()
         self._lock = Lock()
 
     def moments(self, key: ExpertKey, side: Side) -> Array:
         """H'' of one expert, float64, as `Statistics.moments`. Raises as that."""
         found = self.statistics.packed(key, side)
-        if self.pseudo:
-            found += self.pseudo * self._mean(key.layer, side)
+        if self.rule.pseudo_tokens:
+            found += self.rule.pseudo_tokens * self._mean(key.layer, side)
         whole = self.statistics.whole(found, side)
         diagonal = whole if whole.ndim == 1 else np.einsum("ii->i", whole)  # a view
-        share = len(whole) / (TOKENS_A_CHANNEL * max(self.statistics.tokens_of(key), 1))
-        share = min(share, MOST_DAMPING) - DAMPING  # which is added anyway
+        tokens = max(self.statistics.tokens_of(key), 1)
+        share = len(whole) / max(self.rule.tokens_a_channel * tokens, 1)
+        share = (
+            min(share, self.rule.most_damping) - self.rule.least_damping
+        )  # of all, `Geometry.of`
         if share > 0:
             diagonal += share * diagonal.mean()
         return whole

@@ -70,7 +70,7 @@ def model_card(
     ]
     if settings.calibration is not None and totals.outputs is not None:
         parts += ["## Calibrated", _CALIBRATED]
-        parts.append(_table("", _calibrated(settings.calibration, totals.outputs)))
+        parts.append(_table("", _calibrated(settings.calibration.of, totals.outputs)))
     if plan is not None:
         parts += ["## Planned", _planned_text(plan), _table("", _planned(plan, totals))]
     if measured:

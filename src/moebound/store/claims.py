@@ -68,7 +68,8 @@ def _unlike_settings(store: Store, expert: StoredExpert) -> Iterator[Problem]:
 
 def _outputs(store: Store, expert: StoredExpert) -> Iterator[str]:
     """Outputs are certified of what was rounded by a text, and of nothing else."""
-    text, tokens = store.settings.calibration, set[int]()
+    by, tokens = store.settings.calibration, set[int]()
+    text = None if by is None else by.of
     for matrix in expert.matrices:
         certificate = matrix.record.certificate
         outputs = certificate.outputs

@@ -29,6 +29,7 @@ from moebound.errors import CorruptionError, FormatError, StoreError
 from moebound.files.formats.statistics import Of
 from moebound.files.regular import regular_file
 from moebound.methods import codec_of
+from moebound.methods.shrinkage import Rule
 from moebound.types import ErrorBound, ExpertKey
 
 VERSION = 2
@@ -63,6 +64,22 @@ def stored_name(name: str, index: int | None) -> str:
 
 
 @dataclass(frozen=True)
+class CalibratedBy:
+    """of: what the statistics are of that experts were rounded by. rule: how they were shrunk and
+    damped, without which the promises for outputs could not be computed again."""
+
+    of: Of
+    rule: Rule
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.of.to_json(), "rule": self.rule.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> CalibratedBy:
+        return cls(Of.from_json(data), Rule.from_json(data["rule"]))
+
+
+@dataclass(frozen=True)
 class Settings:
     """The `quantization_config` of config.json.
 
@@ -71,8 +88,8 @@ class Settings:
     that decides the bytes (source, method, bound, selection), so that a rerun can tell its own
     store from another. plan: SHA-256 of what the plan decides, None without one; `bound` is
     then the widest of its bounds. source: what the user called the source. left_out: the source's
-    files that are not in the store, with the reason. calibration: what the statistics are of that
-    experts were rounded by. Unknown further fields are ignored.
+    files that are not in the store, with the reason. calibration: what experts were rounded by.
+    Unknown further fields are ignored.
     """
 
     method: str
@@ -83,7 +100,7 @@ class Settings:
     plan: str | None = None
     source: str | None = field(default=None, compare=False)
     left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
-    calibration: Of | None = None
+    calibration: CalibratedBy | None = None
 
     @property
     def codec(self) -> str | None:
@@ -130,7 +147,7 @@ class Settings:
             return cls(
                 method, bound, data["shared_experts"], data["run"], version, plan, source,
                 dict(left_out),
-                None if data.get("calibration") is None else Of.from_json(data["calibration"]),
+                None if (by := data.get("calibration")) is None else CalibratedBy.from_json(by),
             )  # fmt: skip
         except DAMAGED as error:
             what = f"{type(error).__name__}: {error}"

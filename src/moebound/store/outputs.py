@@ -46,7 +46,7 @@ class Text:
             message = f"{found.folder}: this store was not made by statistics"
             self.problems.append(Problem("calibration", CONFIG_FILE, message))
             return
-        there, here = certified.to_json(), found.of.to_json()
+        there, here = certified.of.to_json(), found.of.to_json()
         differing = [
             f"{name} is {here[name]!r}, certified {there[name]!r}"
             for name in here if here[name] != there[name]
@@ -59,7 +59,7 @@ class Text:
             self.problems.append(Problem("calibration", CONFIG_FILE, message))
         else:
             self.statistics = found
-            self._shrunk = Shrinkage(found)
+            self._shrunk = Shrinkage(found, certified.rule)
 
     def of(self, expert: StoredExpert) -> Expected | None:
         """Figures of one expert to compare with; None without statistics of it."""
@@ -88,7 +88,9 @@ class Expected:
         if side not in self._geometry:
             self._moments[side] = self._raw.moments(self._key, side)
             with one_thread():
-                self._geometry[side] = Geometry.of(self._shrunk.moments(self._key, side))
+                self._geometry[side] = Geometry.of(
+                    self._shrunk.moments(self._key, side), self._shrunk.rule.least_damping
+                )
         moments, geometry = self._moments[side], self._geometry[side]
         if len(moments) != len(bounds.epsilon):
             yield f"inputs of {len(bounds.epsilon)} channels, and statistics of {len(moments)}"

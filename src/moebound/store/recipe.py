@@ -12,7 +12,7 @@ from moebound.errors import MethodError, PlanError
 from moebound.files.formats.statistics import Of, Side, Statistics
 from moebound.methods import ExpertView, GroupView, Method, get_method
 from moebound.methods.base import Seen
-from moebound.methods.shrinkage import Shrinkage
+from moebound.methods.shrinkage import RULE, Rule, Shrinkage
 from moebound.plan import Plan
 from moebound.types import Array, ErrorBound, ExpertKey
 
@@ -143,15 +143,23 @@ class Recipe:
             "versions": {name: list(found) for name, found in versions.items()},
             "bound": None if self.bound is None else self.bound.to_json(),
             **({} if self.plan is None else {"plan": self.plan.sha256}),
-            **({} if self.calibration is None else {"calibration": self.calibration.of.to_json()}),
+            **(
+                {}
+                if self.calibration is None
+                else {
+                    "calibration": self.calibration.of.to_json(),
+                    "shrinkage": RULE.to_json(),
+                }
+            ),
         }
 
     @property
-    def calibrated_by(self) -> Of | None:
-        """What the statistics are of that anything here is made by."""
+    def calibrated_by(self) -> tuple[Of, Rule] | None:
+        """What the statistics are of that anything here is made by, and how they are shrunk."""
         methods = [self.method] if self.plan is None else self.plan.methods
         asked = any(_sides(get_method(setting)) for setting in methods)
-        return self.calibration.of if self.calibration is not None and asked else None
+        shrunk = self._shrinkage
+        return (shrunk.statistics.of, shrunk.rule) if shrunk is not None and asked else None
 
     @property
     def with_shared(self) -> bool:

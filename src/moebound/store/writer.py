@@ -43,6 +43,7 @@ from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CERTIFICATES_FILE,
     CONFIG_FILE,
+    CalibratedBy,
     Record,
     Settings,
     TensorRecord,
@@ -152,7 +153,7 @@ def compress(
         plan=None if recipe.plan is None else recipe.plan.sha256,
         source=as_text(source or checkpoint.name),
         left_out=left_out,
-        calibration=recipe.calibrated_by,
+        calibration=None if (by := recipe.calibrated_by) is None else CalibratedBy(*by),
     )
 
     job = _Job(checkpoint, layout, settings, recipe, jobs, copied)
