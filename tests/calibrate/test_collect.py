@@ -187,7 +187,9 @@ def test_statistics_of_another_model(made: Statistics) -> None:
         made.check_model("0" * 16, "another")
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "nan", "shape", "json", "path"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "gone", "nan", "shape", "dtype", "tokens", "json", "path"]
+)
 def test_damage_is_named(made: Statistics, damage: str) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -204,13 +206,53 @@ def test_damage_is_named(made: Statistics, damage: str) -> None:
             content["inputs"] > 0, np.nan, content["inputs"]
         ).astype(np.float32)  # fmt: skip
         save_file(content, file)
+    elif damage == "dtype":
+        content = load_file(file)
+        save_file(content | {"inputs": content["inputs"].astype(np.float64)}, file)
+    elif damage == "tokens":
+        content = load_file(file)
+        save_file(content | {"tokens": -1 - content["tokens"]}, file)
     elif damage == "json":
         path.write_text(json.dumps(document | {"width": "many"}))
     else:
         document["parts"][0]["file"] = "../elsewhere.safetensors"
         path.write_text(json.dumps(document))
+
+    def read() -> None:
+        found = read_statistics(made.folder)
+        found.tokens()
+        found.moments(made.keys[0], "inputs")
+
     with pytest.raises(FormatError, match=str(made.folder)):
-        read_statistics(made.folder).moments(made.keys[0], "inputs")
+        read()
+
+
+def test_compressing_by_damaged_statistics(qwen: Path, made: Statistics, tmp_path: Path) -> None:
+    """Named, and nothing is left in the place of the store."""
+    from moebound import store
+    from moebound.types import ErrorBound
+
+    file = made.folder / made.parts[-1].file
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    asked: Any = {"bound": ErrorBound(0.5, "rate", "expert"), "method": "calibrated"}
+    with pytest.raises(FormatError, match=str(file)):
+        store.compress(qwen, tmp_path / "dst", calibration=made.folder, **asked)
+    assert not (tmp_path / "dst").exists()
+    file.write_bytes(whole)
+    assert store.compress(qwen, tmp_path / "dst", calibration=made.folder, **asked).worst
+
+
+def test_statistics_computed_in_a_coarser_dtype(qwen: Path, tmp_path: Path) -> None:
+    """The weights were others: what they are of is said, and they are refused."""
+    model = model_class(AutoConfig.from_pretrained(qwen)).from_pretrained(qwen, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = (parameter.data / 3).to(torch.float8_e5m2).float() * 3
+    rounded = Loaded(model.train(False), None, Source("q", "checkpoint", "float8", "its own"))
+    found = collect(rounded, TEXT, tmp_path / "s")
+    checkpoint = open_checkpoint(qwen)
+    with pytest.raises(MoeboundError, match="in float32 or the checkpoint's dtype"):
+        found.check_model(experts_name(checkpoint), "q")
 
 
 def test_what_is_no_folder_of_statistics(tmp_path: Path) -> None:

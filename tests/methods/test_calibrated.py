@@ -19,7 +19,7 @@ from moebound.errors import CorruptionError, FormatError, MethodError, MoeboundE
 from moebound.evaluate.loading import Loaded, Source
 from moebound.methods import ExpertView, GroupView, MatrixSpec, compress, get_method
 from moebound.methods.calibrated import Calibrated
-from moebound.methods.feedback import damped, inverse_factor, round_with_feedback
+from moebound.methods.feedback import damped, round_with_feedback, upper_factor
 from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound, ExpertKey
 from tiny_models import MakeTiny, model_class
 
@@ -103,8 +103,9 @@ def test_outputs_are_nearer_at_fewer_bytes() -> None:
 def test_feedback_is_babai_when_it_is_free() -> None:
     """Without a clamp, column by column against the textbook's loop."""
     w, h = torch.from_numpy(weights_of(5, 70, "F32")), damped(torch.from_numpy(moments(70)))
-    steps, upper = torch.full((70,), 0.01), inverse_factor(h)
-    found = round_with_feedback(w, steps, upper, 1000.0)
+    steps = torch.full((70,), 0.01)
+    upper = torch.linalg.inv(upper_factor(h))  # H⁻¹ = Uᵀ U, as GPTQ has it
+    found = round_with_feedback(w, steps, upper_factor(h), 1000.0)
     work, wanted = w.double().clone(), torch.empty(5, 70, dtype=torch.float64)
     for j in range(70):
         wanted[:, j] = (work[:, j] / 0.01).round()
@@ -116,7 +117,7 @@ def test_feedback_is_babai_when_it_is_free() -> None:
 def test_at_kappa_1_it_is_rounding_to_nearest() -> None:
     w, h = torch.from_numpy(weights_of(5, 70, "F32")), damped(torch.from_numpy(moments(70)))
     steps = torch.full((70,), 0.01)
-    found = round_with_feedback(w, steps, inverse_factor(h), 1.0)
+    found = round_with_feedback(w, steps, upper_factor(h), 1.0)
     assert torch.equal(found, (w / steps).round())
 
 

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from moebound.checkpoint import Role, open_checkpoint
+from moebound.checkpoint import Role, experts_name, open_checkpoint
+from moebound.files.formats.statistics import (
+    Chunk,
+    Of,
+    Part,
+    Statistics,
+    read_statistics,
+    save_statistics,
+)
 from moebound.methods import (
     Encoding,
     GroupView,
@@ -88,11 +96,33 @@ def stores(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "rtn": {"method": "rtn:int4:g64"},
         "merged": {"method": "merged_for_schemas"},
         "planned": {"bound": plan_of(source)},
+        "calibrated": {"bound": RATE, "method": "calibrated", "calibration": statistics_of(source)},
     }
     for name, options in asked.items():
         compress(source, folder / name, **options)
     patch.undo()
     return {name: folder / name for name in asked}
+
+
+def statistics_of(source: Path) -> Statistics:
+    """Made up: no model is run."""
+    checkpoint = open_checkpoint(source)
+    experts = checkpoint.experts()
+    inner, width = next(m.shape for m in experts[0].matrices if m.role == "gate")
+    of = Of("tiny", experts_name(checkpoint), "t", "0" * 64, 1, 9, True, "diagonal", width, inner)
+    folder = source.parent / "stats"
+    folder.mkdir()
+    parts = []
+    for layer in sorted({e.key.layer for e in experts}):
+        n = sum(e.key.layer == layer for e in experts)
+        parts.append(Part.of(layer, 0, n))
+        Chunk(
+            parts[-1], np.full(n, 9, np.int64), np.ones(n),
+            np.ones((n, width), np.float32), np.ones((n, inner), np.float32),
+            np.ones((n, 2, width), np.float32),
+        ).save(folder)  # fmt: skip
+    save_statistics(folder, of, parts)
+    return read_statistics(folder)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -138,6 +168,13 @@ def test_lines_of_every_kind(stores: dict[str, Path]) -> None:
         for m in record["matrices"]
     }
     assert guarantees == {"max_abs", "rmse", "lossless", "none"}
+    certificates = [
+        m["certificate"]
+        for record in found["calibrated"]
+        if record["kind"] == "expert"
+        for m in record["matrices"]
+    ]
+    assert all({"columns", "outputs"} <= set(certificate) for certificate in certificates)
 
 
 def test_an_open_store_has_the_records_that_were_written(stores: dict[str, Path]) -> None:

@@ -34,10 +34,11 @@ from moebound.files.formats.statistics import (
     Of,
     Part,
     Statistics,
+    packed_size,
     read_statistics,
     save_statistics,
 )
-from moebound.model.calls import Pairs, listen
+from moebound.model.calls import Pairs, listen_early
 from moebound.model.fingerprint import of_corners
 from moebound.model.inner import inner
 from moebound.model.live import ExpertsModule, live_experts
@@ -46,6 +47,8 @@ UNFINISHED = "unfinished.json"
 MEMORY = 1 << 30
 READ_TOKENS = 4096
 """Tokens read at once, padding counted."""
+_BLOCK = 512
+"""Rows of H that are added to at once; what is left of them below the diagonal is not."""
 
 Say = Callable[[str, int, int], None]
 """Called with what is done, sequences read, and sequences to be read in all passes."""
@@ -196,13 +199,16 @@ class _Run:
             for at, some in enumerate(sums):
                 last = at == len(sums) - 1
 
-                def heard(pairs: Pairs, output: torch.Tensor, some: _Sums = some,
+                def heard(pairs: Pairs, output: torch.Tensor | None, some: _Sums = some,
                           last: bool = last) -> None:  # fmt: skip
                     some.add(pairs, output, mask)
                     if last:
                         raise _Stop
 
-                handle = listen(some.span.entry.stack, lambda: mask.numel(), heard)
+                def early(some: _Sums = some, last: bool = last) -> bool:
+                    return last and some.checked  # nobody needs what it gives
+
+                handle = listen_early(some.span.entry.stack, lambda: mask.numel(), heard, early)
                 hooks.callback(handle.remove)
             n, rows = 0, [(row, ()) for row in self.text.rows]
             for indices in batches(rows, READ_TOKENS):
@@ -237,13 +243,15 @@ class _Sums:
 
         self.tokens = zeros(span.n, dtype=torch.int64)
         self.gates = zeros(span.n, dtype=torch.float64)
-        self.inputs = zeros(span.n, of.width, *([of.width] if full else []))
-        self.hidden = zeros(span.n, of.inner, *([of.inner] if full else []))
+        # One by one, so that each can go when it is packed. Of a whole H, only the upper half.
+        self.inputs = [zeros(of.width, *([of.width] if full else [])) for _ in range(span.n)]
+        self.hidden = [zeros(of.inner, *([of.inner] if full else [])) for _ in range(span.n)]
         self.outputs = zeros(span.n, 2, of.width)
 
-    def add(self, pairs: Pairs, output: torch.Tensor, mask: torch.Tensor) -> None:
-        """pairs: all of a call. mask: [B, T] bool, tokens that are no padding."""
-        if not self.checked:
+    def add(self, pairs: Pairs, output: torch.Tensor | None, mask: torch.Tensor) -> None:
+        """pairs: all of a call. output: of the call, None once it was compared. mask: [B, T] bool,
+        tokens that are no padding."""
+        if output is not None and not self.checked:
             inner(pairs).check(pairs.stack, output)
             self.checked = True
         real = mask.flatten().to(pairs.token.device)
@@ -261,7 +269,7 @@ class _Sums:
             self.gates[at] += g.double().sum()
             for into, values in ((self.inputs, g[:, None] * x), (self.hidden, g[:, None] * h)):
                 if self.of.moments == "full":
-                    into[at].addmm_(values.T, values)
+                    _add_moments(into[at], values)
                 else:
                     into[at] += values.square().sum(0)
             share = g[:, None] * y
@@ -279,12 +287,22 @@ class _Sums:
         )
 
 
-def _packed(sums: torch.Tensor) -> Any:
-    """[E, N, N] -> [E, N(N+1)/2]; diagonals as they are."""
-    if sums.dim() == 2:
-        return sums.cpu().numpy()
-    rows, columns = np.triu_indices(sums.shape[-1])
-    return np.stack([matrix.cpu().numpy()[rows, columns] for matrix in sums])
+def _add_moments(into: torch.Tensor, values: torch.Tensor) -> None:
+    """Xᵀ X of values X [T, N] onto the upper half of `into` [N, N], and some of the lower."""
+    n = len(into)
+    for start in range(0, n, _BLOCK):
+        some = slice(start, min(start + _BLOCK, n))
+        into[some, start:].addmm_(values[:, some].T, values[:, start:])
+
+
+def _packed(sums: list[torch.Tensor]) -> Any:
+    """[N, N] of each expert -> [E, N(N+1)/2]; diagonals as they are. Empties the list."""
+    n, full = sums[0].shape[-1], sums[0].dim() == 2
+    found = np.empty((len(sums), packed_size(n) if full else n), np.float32)
+    rows = np.triu_indices(n) if full else (np.arange(n),)
+    for at in range(len(sums)):
+        found[at] = sums.pop(0).cpu().numpy()[rows]
+    return found
 
 
 def _everywhere(pairs: Pairs, real: torch.Tensor) -> Pairs:

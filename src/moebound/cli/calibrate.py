@@ -11,13 +11,12 @@ import click
 from moebound.cli import exits, wording
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
+from moebound.files.formats.statistics import FEW_TOKENS
 
 if TYPE_CHECKING:
     from moebound.calibrate import Statistics
     from moebound.tasks.base import Task
 
-FEW_TOKENS = 128
-"""Experts that saw fewer are counted: their H says little."""
 HELD_OUT = 500
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.text import Text
@@ -12,6 +13,9 @@ from moebound.cli.output import Output, output_options
 from moebound.cli.progress import progress_bar
 from moebound.errors import StoreError
 
+if TYPE_CHECKING:
+    from moebound.store.summary import VerifyReport
+
 SHOWN = 20
 
 
@@ -19,14 +23,23 @@ SHOWN = 20
 @click.argument("dst", type=click.Path(file_okay=False))
 @click.option("--against", metavar="SRC", help="The original, to measure every error again.")
 @click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="STATS",
+    help="The statistics that it was made by, to compute again what became of outputs.",
+)
+@click.option(
     "--jobs",
     type=click.IntRange(min=1),
     default=None,
     help="Experts to work on at a time.  [default: one a CPU]",
 )
 @output_options
-def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> int:
-    """Check a store: every hash, every certificate and, with --against, every bound.
+def verify(
+    output: Output, dst: str, against: str | None, calibration: Path | None, jobs: int | None
+) -> int:
+    """Check a store: every hash, every certificate, with --against every bound, and with
+    --calibration what became of outputs on the text that it was made by.
 
     Exit code 1 if anything is not as promised.
     """
@@ -34,7 +47,9 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
 
     require_store(Path(dst))
     with progress_bar(output, "verifying") as progress:
-        report = store.verify(dst, against=against, jobs=jobs, progress=progress)
+        report = store.verify(
+            dst, against=against, calibration=calibration, jobs=jobs, progress=progress
+        )
 
     verdict = "good" if report.ok else f"{len(report.problems) + report.more} problems"
     measured = "measured again" if against is not None else "as certified; --against measures it"
@@ -43,6 +58,7 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
         ("looked at", f"{report.n_experts} experts, {report.n_tensors} tensors, "
          f"{wording.n_bytes(report.n_bytes)}"),
         *wording.promise(report.guarantee, report.worst, report.max_abs_error, measured),
+        *wording.outputs(report.outputs, _computed(report)),
         ("time", f"{report.seconds:.1f} s"),
     ]  # fmt: skip
     problems = [
@@ -55,6 +71,15 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
         problems.append(Text(f"and {report.more} more, which the first problem explains"))
     output.result(report.to_json(), wording.facts(dst, lines), *problems)
     return exits.OK if report.ok else exits.NEGATIVE
+
+
+def _computed(report: VerifyReport) -> str:
+    """How much of the outputs' figures was looked at."""
+    if report.calibration is None:
+        return "not checked: --calibration STATS with --against computes them again"
+    if report.against is None:
+        return "tokens and promises computed again; --against has the errors"
+    return "computed again"
 
 
 def require_store(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
@@ -12,8 +13,11 @@ from rich.text import Text
 from moebound.demo.columns import kept_over_asked
 from moebound.types import ErrorBound, Guarantee
 
+if TYPE_CHECKING:
+    from moebound.store.summary import OutputTotals
+
 __all__ = ["bits", "bound", "facts", "grid", "index_ranges", "kept_over_asked", "n_bytes",
-           "percent", "promise", "ratio"]  # fmt: skip
+           "outputs", "percent", "promise", "ratio"]  # fmt: skip
 
 EXACT = ErrorBound(math.ulp(0.0))
 """The smallest bound there is; what exact codecs are given when none is asked for."""
@@ -58,6 +62,16 @@ def promise(
         lines.append(("worst kept / asked", kept_over_asked(worst) + end))
     lines.append(("largest error", f"{max_abs_error:.3g} in weight units{end}"))
     return lines
+
+
+def outputs(found: OutputTotals | None, how: str = "") -> list[tuple[str, str]]:
+    """What became of outputs on the text that experts were rounded by."""
+    if found is None or found.median is None or found.largest is None:
+        return []
+    middle, most = f"{100 * found.median:.3g} %", f"{100 * found.largest:.3g} %"
+    end = f" ({how})" if how else ""
+    said = f"median {middle}, largest {most} of their power on the calibration text{end}"
+    return [("error of outputs", said)]
 
 
 GUARANTEES: dict[Guarantee, str] = {

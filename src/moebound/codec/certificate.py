@@ -13,6 +13,37 @@ from moebound.types import DType, ErrorBound, Guarantee
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Where every input channel has a bound of its own: the narrowest and the widest of them, in
+    weight units, and `kept`, the largest error over its channel's bound, at most 1."""
+
+    narrowest: float
+    widest: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What became of a matrix's outputs on a text that it was rounded by.
+
+    tokens: that the expert saw there. error: tr((W - Ŵ) H (W - Ŵ)ᵀ), measured in float64 on the
+    decoded weights, with H = Σ g² x xᵀ over these tokens: the squared error of what the matrix puts
+    out, weighted as the routing weights it. promised: what that is at most (`methods/geometry.py`).
+    power: tr(W H Wᵀ), the same sum of the outputs themselves.
+    """
+
+    tokens: int
+    error: float
+    promised: float
+    power: float
+
+    @property
+    def relative(self) -> float | None:
+        """Error over power; None where nothing was put out."""
+        return self.error / self.power if self.power > 0 else None
+
+
+@dataclass(frozen=True)
 class Certificate:
     """What was promised for one matrix (or tensor), and what was found. JSON in, JSON out.
 
@@ -24,7 +55,8 @@ class Certificate:
     None where the method is no codec. patched: weights stored verbatim. n_bytes: of the encoded
     bytes; shared parts (store format, version 2) are counted with their own records.
     sha256_original: of the original values' bytes in their own dtype, little-endian;
-    sha256_encoded: of the encoded bytes.
+    sha256_encoded: of the encoded bytes. columns, outputs: None, and not in the JSON, where there
+    are no bounds by channel, or no text.
     """
 
     guarantee: Guarantee
@@ -43,6 +75,8 @@ class Certificate:
     n_bytes: int
     sha256_original: str
     sha256_encoded: str
+    columns: Columns | None = None
+    outputs: Outputs | None = None
 
     @property
     def n_weights(self) -> int:
@@ -55,13 +89,21 @@ class Certificate:
     @property
     def kept(self) -> bool:
         """Whether what was measured is within what was promised."""
+        if self.columns is not None and self.columns.kept > 1:
+            return False
+        if self.outputs is not None and self.outputs.error > self.outputs.promised:
+            return False
         if self.guarantee == "max_abs":
             return self.abs_bound is not None and self.max_abs_error <= self.abs_bound
         return self.guarantee != "lossless" or self.max_abs_error == 0
 
     def to_json(self) -> dict[str, Any]:
         bound = None if self.bound is None else self.bound.to_json()
-        return {**asdict(self), "bound": bound, "shape": list(self.shape)}
+        found = {**asdict(self), "bound": bound, "shape": list(self.shape)}
+        for name in _OPTIONAL:
+            if found[name] is None:
+                del found[name]
+        return found
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Certificate:
@@ -94,7 +136,22 @@ class Certificate:
         measured = number if fields["guarantee"] == "none" else finite
         for name in ("max_abs_error", "rmse"):
             fields[name] = measured(fields, name)
+        for name, kind in _OPTIONAL.items():
+            if name in fields:
+                fields[name] = _numbers(kind, fields[name])
         return cls(**fields)
+
+
+_OPTIONAL: dict[str, type[Columns] | type[Outputs]] = {"columns": Columns, "outputs": Outputs}
+
+
+def _numbers(kind: type[Columns] | type[Outputs], data: Any) -> Columns | Outputs:
+    """Raises ValueError or TypeError for what `to_json` cannot have written."""
+    read: dict[str, Any] = {name: finite(data, name) for name in data}
+    if "tokens" in data:
+        check_naturals(data, "tokens")
+        read["tokens"] = data["tokens"]
+    return kind(**read)
 
 
 DAMAGED = (

@@ -9,6 +9,8 @@ artifact.py  what compressing comes to: bytes, decoded weights, certificates
 blob.py      the bytes around a payload; reading.py takes them apart again
 registry.py  methods by id, those of other packages included
 bounded.py   a bound on every weight, by any codec
+calibrated.py   a bound on every weight, rounded by what experts see: shrinkage.py (H), geometry.py
+             (steps), feedback.py (errors handed on), outputs.py (what is certified)
 rtn.py, hqq.py   quantizers of groups
 """
 

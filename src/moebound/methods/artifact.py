@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from moebound.checkpoint import Role
-from moebound.codec import Certificate, Encoded, measure
+from moebound.codec import Certificate, Encoded, measure, parse
 from moebound.codec.arrays import dtype_name
 from moebound.codec.certificate import sha256
 from moebound.errors import BoundViolatedError, MethodError, MoeboundError
@@ -30,7 +30,16 @@ from moebound.methods.base import (
     Method,
     Payload,
 )
-from moebound.methods.blob import MatrixBlob, RouterBlob, SharedBlob, Use, blob_checksum
+from moebound.methods.blob import (
+    MatrixBlob,
+    RouterBlob,
+    SharedBlob,
+    Use,
+    blob_checksum,
+    is_blob,
+    parse_matrix,
+)
+from moebound.methods.outputs import columns_kept, outputs_kept, side_of
 from moebound.methods.router_edit import RouterEdit
 from moebound.types import NUMPY_DTYPES, Array, DType, ExpertKey, Guarantee
 
@@ -134,6 +143,9 @@ def compress(method: Method, group: GroupView, *, number: int = 0, threads: int 
             )
             for role, original in expert.matrices.items()
         }  # fmt: skip
+        with named(f"{where}: {expert.key}"):
+            certified = _certified(method, group, encoding, expert, experts[expert.key])
+            experts[expert.key] = certified
     edit, blob = encoding.router, None
     if method.edits_router:
         edit = RouterEdit(group.layer) if edit is None else edit
@@ -259,6 +271,39 @@ def _matrix(
             f"off by {certificate.max_abs_error:g}"
         )
     return MatrixArtifact(data, decoded, certificate, found.uses)
+
+
+def _certified(
+    method: Method,
+    group: GroupView,
+    encoding: Encoding,
+    expert: ExpertView,
+    found: Mapping[Role, MatrixArtifact],
+) -> dict[Role, MatrixArtifact]:
+    """With what was kept by input channel, and of the outputs, where that is known."""
+    if not method.statistics:
+        return dict(found)
+    certified: dict[Role, MatrixArtifact] = {}
+    for role, matrix in found.items():
+        data = matrix.data
+        bounds = method.column_bounds(parse_matrix(data) if is_blob(data) else parse(data))
+        certificate = matrix.certificate
+        if bounds is not None:
+            original, seen = expert.matrices[role], group.seen.get(expert.key)
+            columns = columns_kept(original, matrix.decoded, bounds)
+            outputs, side = None, side_of(role)
+            if seen is not None and expert.key in encoding.geometry:
+                outputs = outputs_kept(
+                    original, matrix.decoded, bounds, seen.moments[side], seen.tokens,
+                    encoding.geometry[expert.key][side],
+                )  # fmt: skip
+            certificate = replace(certificate, columns=columns, outputs=outputs)
+            if not certificate.kept:
+                raise BoundViolatedError(
+                    f"{role}: a weight is off by {columns.kept:g} times its channel's bound"
+                )
+        certified[role] = replace(matrix, certificate=certificate)
+    return certified
 
 
 def measured_certificate(

@@ -19,9 +19,12 @@ from math import prod
 from typing import Any, ClassVar, Literal, Self
 
 from moebound.checkpoint import Role
-from moebound.codec import Encoded
+from moebound.codec import Encoded, Envelope
 from moebound.errors import MethodError
 from moebound.extras import check
+from moebound.files.formats.statistics import Side
+from moebound.methods.blob import MatrixBlob
+from moebound.methods.geometry import Geometry
 from moebound.methods.router_edit import RouterEdit
 from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound, ExpertKey
 
@@ -43,14 +46,24 @@ class ExpertView:
 
 
 @dataclass(frozen=True, eq=False)
+class Seen:
+    """What one expert saw of a text, as it was summed up. moments: H of either side."""
+
+    tokens: int
+    moments: Mapping[Side, Array]
+
+
+@dataclass(frozen=True, eq=False)
 class GroupView:
     """The experts that a method sees at once, all of one layer.
 
-    statistics: by the names that the method asks for, each by expert.
+    statistics: by the names that the method asks for, each by expert. seen: what outputs are
+    certified by; of no expert where they are not to be.
     """
 
     experts: tuple[ExpertView, ...]
     statistics: Mapping[str, Mapping[ExpertKey, Array]] = field(default_factory=dict)
+    seen: Mapping[ExpertKey, Seen] = field(default_factory=dict)
 
     @property
     def layer(self) -> int:
@@ -86,12 +99,25 @@ class Encoding:
     """What a method makes of a group.
 
     matrices: of every expert, every role. An `Encoded` (an envelope of a codec) is taken as it is,
-    with its certificate. shared: `n_shared` of them. router: what becomes of the routing.
+    with its certificate. shared: `n_shared` of them. router: what becomes of the routing. geometry:
+    what each expert's second moments said, of methods that round by them.
     """
 
     matrices: Mapping[ExpertKey, Mapping[Role, Payload | Encoded]]
     shared: Sequence[SharedPayload] = ()
     router: RouterEdit | None = None
+    geometry: Mapping[ExpertKey, Mapping[Side, Geometry]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnBounds:
+    """Of a matrix that has one for each input channel. epsilon: [N] float64, what no weight of
+    channel j is off by more than. steps: [N], between the points that it is rounded to. transposed:
+    whether the matrix is [in, out]."""
+
+    epsilon: Array
+    steps: Array
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -197,6 +223,11 @@ class Method(ABC):
         """How many weights of a payload are stored as they were (`Payload.patched`). Raises as
         `decode`."""
         return 0
+
+    def column_bounds(self, found: MatrixBlob | Envelope) -> ColumnBounds | None:
+        """The bounds by input channel of what `encode` made; None without such. Asked of methods
+        with statistics. Raises as `decode`."""
+        return None
 
     @classmethod
     def most_weights(cls, n_bytes: int) -> int:

@@ -9,9 +9,10 @@ Of each matrix W [out, in], with H the second moments of its inputs on a calibra
             weight by more than ε_j = κ Δ_j / 2; the largest ε_j is the bound that was asked
   coding    the whole numbers as an array of codec `bound`, entropy-coded by rows and columns
 
-Weights whose cast to the model's dtype leaves ε_j, and those that are not finite, are stored
-verbatim. Where only the diagonal of H is known, steps follow it (Δ_j in proportion to H_jj^(-1/2))
-and every weight goes to the nearest. An expert that no token reached is rounded plainly.
+H is that of an expert shrunk toward its layer's (`shrinkage.py`), which an expert that no token
+reached has whole. Weights whose cast to the model's dtype leaves ε_j, and those that are not
+finite, are stored verbatim. Where only the diagonal of H is known, steps follow it (Δ_j in
+proportion to H_jj^(-1/2)) and every weight goes to the nearest.
 
 What is promised is the bound, whatever the text. That the outputs are near is measured, on text.
 """
@@ -21,31 +22,37 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from moebound.checkpoint import Role
-from moebound.codec import stats
+from moebound.codec import Envelope, stats
 from moebound.codec.fields import FieldReader, put_varint
 from moebound.codec.patch import pack_positions, positions_n_bytes, unpack_positions
 from moebound.errors import CorruptionError, MethodError
-from moebound.methods.base import Encoding, ExpertView, GroupView, MatrixSpec, Method, Payload
+from moebound.files.formats.statistics import Side
+from moebound.methods.base import (
+    ColumnBounds,
+    Encoding,
+    ExpertView,
+    GroupView,
+    MatrixSpec,
+    Method,
+    Payload,
+)
+from moebound.methods.blob import MatrixBlob
 from moebound.methods.bounded import reference
+from moebound.methods.geometry import OCTAVE, Geometry
+from moebound.methods.outputs import one_thread, side_of, turned
 from moebound.methods.packing import code, pack, packed_bytes, uncode, unpack
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound
 
 KAPPA = 2.0
 _OPTIONS = re.compile(r"k(\d+(?:\.\d+)?)")
-_OCTAVE = 4
-"""Steps are base · 2^(k/4): 8 of them are exact, and no machine rounds the others otherwise."""
 _QUARTERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
-_WIDEST = 8 * _OCTAVE
-"""Steps of a matrix differ by at most eight octaves; columns beyond get less than they could."""
 _HALF = 0.49
 """The bound that the codes are encoded with."""
 _LARGEST = 1 << 20
@@ -73,7 +80,7 @@ class Calibrated(Method):
                 f"method 'calibrated:{options}': expected the half steps that a weight may move, "
                 "1 to 16, as in calibrated:k2"
             )
-        return cls(kappa)
+        return cls(float(np.float32(kappa)))  # as payloads have it
 
     @property
     def setting(self) -> str:
@@ -84,32 +91,35 @@ class Calibrated(Method):
         return True
 
     def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
-        with _one_thread():
-            return Encoding({e.key: self._expert(e, group) for e in group.experts})
+        with one_thread():
+            geometry = {
+                expert.key: {
+                    side: Geometry.of(group.statistics[side][expert.key])
+                    for side in sorted({side_of(role) for role in expert.matrices})
+                }
+                for expert in group.experts
+            }
+            found = {e.key: self._expert(e, geometry[e.key]) for e in group.experts}
+        return Encoding(found, geometry=geometry)
 
-    def _expert(self, expert: ExpertView, group: GroupView) -> dict[Role, Payload]:
+    def _expert(self, expert: ExpertView, geometry: Mapping[Side, Geometry]) -> dict[Role, Payload]:
         if expert.bounds is None:
             raise MethodError(f"{expert.key}: no bound was given")
         whole = reference(expert.matrices, expert.bounds)
-        geometry: dict[str, _Geometry] = {}
         found: dict[Role, Payload] = {}
         for role, array in expert.matrices.items():
             bound = expert.bounds[role]
             if not bound.pointwise:
                 raise MethodError(f"bound {bound}: an average promise; expected one on each weight")
-            side = "hidden" if role == "down" else "inputs"
-            if side not in geometry:
-                geometry[side] = _Geometry.of(group.statistics[side][expert.key])
             own = whole if whole is not None and bound.scope == "expert" else stats(array)
             epsilon = bound.absolute(own)
-            n = len(geometry[side].levels)
-            by_shape = array.shape[1] != n and array.shape[0] == n  # of families that have both
-            transposed = role in expert.transposed or by_shape
-            found[role] = self._matrix(array, transposed, geometry[side], bound, epsilon)
+            columns = geometry[side_of(role)]
+            transposed = turned(array, len(columns.levels), role in expert.transposed)
+            found[role] = self._matrix(array, transposed, columns, bound, epsilon)
         return found
 
     def _matrix(
-        self, array: Array, transposed: bool, geometry: _Geometry, bound: ErrorBound, epsilon: float
+        self, array: Array, transposed: bool, geometry: Geometry, bound: ErrorBound, epsilon: float
     ) -> Payload:
         import torch
 
@@ -125,8 +135,8 @@ class Calibrated(Method):
         finite = np.isfinite(weights)
         # The widest step is such that the bound asked is the widest bound of a column.
         widest = geometry.levels.max()
-        base = np.float32(2 * epsilon / self.kappa / 2.0 ** (widest / _OCTAVE))
-        while _steps(base, geometry.levels).max() * self.kappa / 2 > epsilon and base > 0:
+        base = np.float32(2 * epsilon / self.kappa / 2.0 ** (widest / OCTAVE))
+        while float(_steps(base, geometry.levels).max()) * self.kappa / 2 > epsilon and base > 0:
             base = np.nextafter(base, np.float32(0))
         steps = _steps(base, geometry.levels)
         if not steps.min() > np.finfo(np.float32).tiny:
@@ -177,6 +187,13 @@ class Calibrated(Method):
             cast.reshape(-1)[unpack_positions(found.positions, spec.size, n)] = found.verbatim
         return cast
 
+    def column_bounds(self, found: MatrixBlob | Envelope) -> ColumnBounds | None:
+        if not isinstance(found, MatrixBlob):
+            return None
+        parts = _Parts.of(found.payload, MatrixSpec(found.shape, found.dtype))
+        steps = _steps(parts.base, parts.levels).astype(np.float64)
+        return ColumnBounds(steps * (parts.kappa / 2), steps, parts.transposed)
+
     @classmethod
     def verbatim(cls, payload: memoryview, spec: MatrixSpec) -> int:
         return len(_Parts.of(payload, spec).verbatim)
@@ -187,6 +204,7 @@ class _Parts:
     """A payload, taken apart: docs/format-method.md, section 5."""
 
     transposed: bool
+    kappa: float
     base: np.float32
     levels: Array
     positions: memoryview
@@ -211,70 +229,13 @@ class _Parts:
             raise CorruptionError(f"{n_verbatim} weights verbatim of {spec.size}")
         positions = read.take(positions_n_bytes(spec.size, n_verbatim) if n_verbatim else 0)
         verbatim = np.frombuffer(read.take(n_verbatim * dtype.itemsize), dtype)
-        return cls(bool(flags), np.float32(base), levels, positions, verbatim, read.take(read.left))
-
-
-@dataclass(frozen=True, eq=False)
-class _Geometry:
-    """What H says of the columns. order: [N], in which they are rounded. upper: of `feedback`, in
-    that order, torch float64. levels: [N] integers, log2 of each step in quarters of an octave, the
-    smallest 0."""
-
-    order: Array
-    upper: Any
-    levels: Array
-
-    @classmethod
-    def of(cls, moments: Array) -> _Geometry:
-        import torch
-
-        from moebound.methods.feedback import damped, inverse_factor
-
-        if moments.ndim == 1:
-            h = damped(torch.from_numpy(np.diag(moments)))
-        else:
-            h = damped(torch.from_numpy(np.ascontiguousarray(moments, np.float64)))
-        order = h.diagonal().argsort(descending=True, stable=True)
-        upper = inverse_factor(h[order][:, order])
-        logs = torch.empty(len(h), dtype=torch.float64)
-        logs[order] = upper.diagonal().log2()
-        levels = (logs * _OCTAVE).round().long().numpy()
-        levels = levels - levels.min()
-        return cls(order.numpy(), upper, np.minimum(levels, _WIDEST))
-
-    @property
-    def bits(self) -> int:
-        """Of each level."""
-        return int(self.levels.max()).bit_length()
+        codes = read.take(read.left)
+        return cls(bool(flags), kappa, np.float32(base), levels, positions, verbatim, codes)
 
 
 def _steps(base: np.float32, levels: Array) -> Array:
     """[N] float32, the same on every machine: products of one rounding each."""
-    octaves, quarters = np.divmod(levels, _OCTAVE)
+    octaves, quarters = np.divmod(levels, OCTAVE)
     factors = np.ldexp(np.array(_QUARTERS)[quarters], octaves)
     steps: Array = (np.float64(base) * factors).astype(np.float32)
     return steps
-
-
-_lock = Lock()
-_inside = [0, 0]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch computes with one thread meanwhile: how a product is cut up decides its last bits, and
-    the bytes may not depend on the machine's CPUs. Several may be inside."""
-    import torch
-
-    with _lock:
-        if _inside[0] == 0:
-            _inside[1] = torch.get_num_threads()
-        _inside[0] += 1
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside[0] -= 1
-            if _inside[0] == 0:
-                torch.set_num_threads(_inside[1])

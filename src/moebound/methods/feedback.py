@@ -1,28 +1,31 @@
 """Rounding that looks at the inputs: steps by input channel, errors handed on, a bound on each.
 
 W [O, N] multiplies inputs x whose second moments are H = Σ g² x xᵀ (`files/formats/statistics.py`).
-What an approximation Ŵ costs is tr((W - Ŵ) H (W - Ŵ)ᵀ), so
+What an approximation Ŵ costs is tr((W - Ŵ) H (W - Ŵ)ᵀ). With H = M Mᵀ, M upper triangular, it is
+the sum of squares of e = (W - Ŵ) M, and e_k = (E_k + Σ_{j<k} E_j M_jk / M_kk) M_kk for the errors
+E_j of the columns: each column can still make good what those before it did. So
 
-  steps     of column j in proportion to H_jj^(-1/2): coarse where inputs are small
-  feedback  columns in turn; the error of each is made good by those behind it, through the Cholesky
-            factor of H⁻¹ (GPTQ, 2210.17323, algorithm 1: Babai's nearest plane)
+  feedback  columns in turn; q_k is what makes e_k smallest, given the columns before it
+            (LDLQ, QuIP, 2307.13304, section 3; the same points as GPTQ, 2210.17323, algorithm 1,
+            which keeps updated weights where this keeps errors: Babai's nearest plane). Errors are
+            small whatever was clamped before, so float32 is enough.
   a bound   feedback moves weights by many steps if it is let. Here no weight leaves
-            W_ij ± κ Δ_j / 2: at κ = 2 that costs nothing measurable (docs/calibrated.md)
+            W_ij ± κ Δ_j / 2: at κ = 2 that costs nothing measurable (docs/log.md)
 """
 
 from __future__ import annotations
 
 import torch
 
+from moebound.methods.shrinkage import RULE
+
 BLOCK = 64
-"""Columns that are rounded one by one before their errors reach all behind them at once."""
-DAMPING = 0.1
-"""Of the mean of H's diagonal, added to it."""
+"""Columns that are rounded one by one before a product brings the errors of all before them."""
 
 
-def damped(second_moments: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """[N, N] float64, positive definite. An expert that no token reached has the identity: plain
-    rounding."""
+def damped(second_moments: torch.Tensor, damping: float = RULE.least_damping) -> torch.Tensor:
+    """[N, N] float64, positive definite: H over the mean of its diagonal, and `damping` on it. H
+    of no token at all is the identity: plain rounding."""
     h = second_moments.double()
     mean = h.diagonal().mean()
     if not mean > 0:
@@ -32,20 +35,18 @@ def damped(second_moments: torch.Tensor, damping: float = DAMPING) -> torch.Tens
     return h
 
 
-def inverse_factor(h: torch.Tensor) -> torch.Tensor:
-    """U, upper triangular, with H⁻¹ = Uᵀ U.
+def upper_factor(h: torch.Tensor) -> torch.Tensor:
+    """M, upper triangular, with H = M Mᵀ: Cholesky from the last column to the first.
 
-    H that is not positive definite in floating point is damped more, tenfold each time.
+    H that is not positive definite in floating point is damped more, tenfold each time; M is that
+    of the larger one.
     """
     more = 0.0
     while True:
-        factor, failed = torch.linalg.cholesky_ex(h)
+        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
         if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                found: torch.Tensor = upper
-                return found
+            upper: torch.Tensor = lower.flip(0, 1)
+            return upper
         more = more * 10 or 0.01
         h = h + more * torch.eye(len(h), dtype=h.dtype, device=h.device)
 
@@ -56,21 +57,24 @@ def round_with_feedback(
 ) -> torch.Tensor:
     """Codes q, float32 [O, N] of whole numbers: Ŵ_ij = q_ij Δ_j, |W_ij - q_ij Δ_j| <= κ Δ_j / 2.
 
-    weights: [O, N]. steps Δ: [N], above 0. upper: of `inverse_factor`, [N, N]. kappa: 1 or more;
+    weights: [O, N]. steps Δ: [N], above 0. upper: of `upper_factor`, [N, N]. kappa: 1 or more;
     at 1, feedback has no room, and this is rounding to the nearest.
     """
-    w = weights.float() / steps
-    u = upper.float() * (steps[:, None] / steps[None, :])  # an error of j in the steps of k
-    low, high = torch.ceil(w - kappa / 2), torch.floor(w + kappa / 2)
-    work, codes = w.clone(), torch.empty_like(w)
-    n = w.shape[1]
+    # Columns in rows, so that each is of one piece in memory; all in units of their steps.
+    w = weights.float().T.contiguous().div_(steps[:, None])
+    share = upper / upper.diagonal()
+    share = (share * (steps[:, None] / steps[None, :])).float()  # of an error of j, in steps of k
+    low, high = (w - kappa / 2).ceil_(), (w + kappa / 2).floor_()
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    n = len(w)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
-        errors = torch.empty(len(w), stop - start, dtype=w.dtype, device=w.device)
-        for j in range(start, stop):
-            q = work[:, j].round().clamp(low[:, j], high[:, j])
-            codes[:, j] = q
-            errors[:, j - start] = error = (work[:, j] - q) / u[j, j]
-            work[:, j + 1 : stop] -= error[:, None] * u[j, j + 1 : stop]
-        work[:, stop:] -= errors @ u[start:stop, stop:]
-    return codes
+        own = errors[start:stop]
+        # What the columns before the block leave to each of it.
+        work = torch.addmm(w[start:stop], share[:start, start:stop].T, errors[:start])
+        for k in range(start, stop):
+            at = k - start
+            wanted = torch.addmv(work[at], own[:at].T, share[start:k, k]) if at else work[0]
+            q = torch.clamp(wanted.round_(), low[k], high[k], out=codes[k])
+            torch.sub(w[k], q, out=own[at])
+    return codes.T.contiguous()

@@ -1,10 +1,35 @@
-"""What an approximation does to a matrix's outputs, by the second moments of its inputs."""
+"""What an approximation does to a matrix's outputs, by the second moments of its inputs: measured,
+and promised (`geometry.py`)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
 import numpy as np
 
+from moebound.checkpoint import Role
+from moebound.codec.certificate import Columns, Outputs
+from moebound.files.formats.statistics import Side
+from moebound.methods.base import ColumnBounds
+from moebound.methods.geometry import Geometry
 from moebound.types import Array
+
+_BLOCK = 256
+_ROOM = 1 + 1e-9
+"""Sums of float64, for an error that is all that its bound allows."""
+
+
+def side_of(role: Role) -> Side:
+    """Which of an expert's second moments are of the inputs of this matrix."""
+    return "hidden" if role == "down" else "inputs"
+
+
+def turned(array: Array, n: int, transposed: bool) -> bool:
+    """Whether a matrix whose inputs have n channels is [in, out]. transposed: whether the
+    checkpoint says so; of families that have both, only the shape does."""
+    return transposed or (array.shape[1] != n and array.shape[0] == n)
 
 
 def output_error(original: Array, decoded: Array, second_moments: Array) -> float:
@@ -16,8 +41,89 @@ def output_error(original: Array, decoded: Array, second_moments: Array) -> floa
     """
     with np.errstate(invalid="ignore"):
         error = original.astype(np.float64) - decoded.astype(np.float64)
-    error = np.where(np.isfinite(error), error, 0.0)
-    h = second_moments.astype(np.float64)
-    if h.ndim == 1:
-        return float(np.einsum("ij,ij,j->", error, error, h))
-    return float(np.einsum("ij,ij->", error @ h, error))
+    return output_power(error, second_moments)
+
+
+def output_power(weights: Array, second_moments: Array, *, exact: bool = True) -> float:
+    """tr(W H Wᵀ), the squares of W x summed over the text that H is of. As `output_error`; unless
+    exact, products are of float32, half the work: of weights, little cancels out."""
+    import torch
+
+    kind = np.float64 if exact else np.float32
+    h = torch.from_numpy(np.ascontiguousarray(second_moments, kind))
+    w = torch.from_numpy(np.array(weights, kind, order="C")).nan_to_num_(0, 0, 0)
+    if h.dim() == 1:
+        return float(w.square().sum(0, dtype=torch.float64) @ h.double())
+    total = 0.0
+    for start in range(0, len(h), _BLOCK):  # H is symmetric: half of it, and the blocks on it
+        stop = min(start + _BLOCK, len(h))
+        own = w[:, start:stop]
+        products = own @ h[start:stop, start:stop]
+        if start:
+            products += 2 * (w[:, :start] @ h[:start, start:stop])
+        total += float(products.mul_(own).sum(dtype=torch.float64))
+    return max(total, 0.0)  # sums of next to nothing may fall below
+
+
+def promises(
+    moments: Array, geometry: Geometry, bounds: ColumnBounds, rows: int
+) -> tuple[float, float]:
+    """What `output_error` is at most: by the lattice that weights were rounded to, unless clamps
+    and casts spoil it; and by their bounds alone, always (`geometry.py`).
+
+    moments: H, as it was summed up. geometry: of what was rounded by. rows: of [out, in].
+    """
+    h, epsilon = np.abs(moments), bounds.epsilon
+    box = h @ np.square(epsilon) if h.ndim == 1 else epsilon @ h @ epsilon
+    return geometry.lattice(bounds.steps, rows), rows * float(box) * _ROOM
+
+
+def columns_kept(original: Array, decoded: Array, bounds: ColumnBounds) -> Columns:
+    """The largest error over its channel's bound, in float64, and the bounds' range. Weights that
+    are not finite are stored as they are."""
+    epsilon = bounds.epsilon[:, None] if bounds.transposed else bounds.epsilon
+    worst = 0.0
+    for rows in range(0, len(original), _BLOCK):
+        with np.errstate(invalid="ignore"):
+            error = original[rows : rows + _BLOCK].astype(np.float64)
+            error -= decoded[rows : rows + _BLOCK]
+        np.abs(error, out=error)
+        error /= epsilon[rows : rows + _BLOCK] if bounds.transposed else epsilon
+        worst = max(worst, float(np.nanmax(error, initial=0.0)))
+    return Columns(float(bounds.epsilon.min()), float(bounds.epsilon.max()), worst)
+
+
+def outputs_kept(
+    original: Array, decoded: Array, bounds: ColumnBounds, moments: Array, tokens: int,
+    geometry: Geometry,
+) -> Outputs:  # fmt: skip
+    """What became of a matrix's outputs on the text that `moments` is of, and what was promised."""
+    w, approximated = (a.T if bounds.transposed else a for a in (original, decoded))
+    with one_thread():
+        error, power = output_error(w, approximated, moments), output_power(w, moments, exact=False)
+    lattice, box = promises(moments, geometry, bounds, len(w))
+    return Outputs(tokens, error, lattice if error <= lattice else box, power)
+
+
+_lock = Lock()
+_inside = [0, 0]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes with one thread meanwhile: how a product is cut up decides its last bits, and
+    the bytes may not depend on the machine's CPUs. Several may be inside."""
+    import torch
+
+    with _lock:
+        if _inside[0] == 0:
+            _inside[1] = torch.get_num_threads()
+        _inside[0] += 1
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside[0] -= 1
+            if _inside[0] == 0:
+                torch.set_num_threads(_inside[1])

@@ -89,9 +89,35 @@ def check_sum(
 
 Heard = Callable[[Pairs, torch.Tensor], torch.Tensor | None]
 """Called with all pairs of a call and its output [T, H]; may return another output."""
+HeardEarly = Callable[[Pairs, torch.Tensor | None], None]
 
 
-def listen(stack: Stack, n_tokens: Callable[[], int], heard: Heard) -> Any:
+class Handles:
+    """Of several hooks."""
+
+    def __init__(self, *handles: Any) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def listen_early(
+    stack: Stack, n_tokens: Callable[[], int], heard: HeardEarly, early: Callable[[], bool]
+) -> Handles:
+    """As `listen`; where `early` says so, before the module computes anything, without an output.
+    Who raises in it spares the module the work."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if early():
+            heard(_pairs(stack, arguments(args, kwargs), n_tokens()), None)
+
+    before = stack.module.register_forward_pre_hook(hook, with_kwargs=True)
+    return Handles(before, listen(stack, n_tokens, heard))
+
+
+def listen(stack: Stack, n_tokens: Callable[[], int], heard: Heard | HeardEarly) -> Any:
     """Be told of every call of an experts module until the handle is removed.
 
     n_tokens: of the batch that is running, padding included.

@@ -16,6 +16,7 @@ from typing import Any
 
 from moebound.errors import StoreError
 from moebound.files.durable import disk_errors
+from moebound.files.formats.statistics import FEW_TOKENS, Of
 from moebound.plan import Plan
 from moebound.score import kl_lines
 from moebound.store.folder import write_synced
@@ -27,7 +28,7 @@ from moebound.store.format import (
 )
 from moebound.store.planned import plan_of
 from moebound.store.reader import open_store
-from moebound.store.summary import ExpertTotals
+from moebound.store.summary import ExpertTotals, OutputTotals
 from moebound.types import Guarantee
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -67,6 +68,9 @@ def model_card(
         _GUARANTEED[totals.guarantee] + " All other tensors are as they were.",
         _table("", _promised(settings, totals, plan)),
     ]
+    if settings.calibration is not None and totals.outputs is not None:
+        parts += ["## Calibrated", _CALIBRATED]
+        parts.append(_table("", _calibrated(settings.calibration.of, totals.outputs)))
     if plan is not None:
         parts += ["## Planned", _planned_text(plan), _table("", _planned(plan, totals))]
     if measured:
@@ -146,6 +150,24 @@ def _promised(
                 f"{totals.bytes_before / totals.bytes_after:.2f} times smaller"
             ),
         )
+
+
+_CALIBRATED = (
+    "Experts were rounded by what they got as inputs on a text. What became of their outputs there "
+    "was measured, and is no promise for other texts; the bound on every weight is."
+)
+
+
+def _calibrated(text: Of, found: OutputTotals) -> Iterable[tuple[str, str]]:
+    yield "text", f"{_text(text.text)}, {text.n_sequences} sequences, {text.n_tokens} tokens"
+    yield "SHA-256 of its tokens", f"`{_text(text.text_sha256)}`"
+    yield "experts that saw no token", f"{found.without_tokens} of {found.n_experts}"
+    yield f"experts that saw fewer than {FEW_TOKENS}", str(found.few_tokens)
+    if not text.routed:
+        yield "tokens", "all were shown to every expert"
+    for name, value in (("median", found.median), ("largest", found.largest)):
+        if value is not None:
+            yield f"error of a matrix's outputs over their power, {name}", f"{100 * value:.3g} %"
 
 
 def _planned_text(plan: Plan) -> str:

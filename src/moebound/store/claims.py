@@ -39,6 +39,8 @@ def contradictions(store: Store) -> Iterator[Problem]:
             yield from _unlike_settings(store, expert)
         if expert.exact:
             yield from _not_exact(expert)
+        for message in _outputs(store, expert):
+            yield Problem("certificate", name, message)
         for matrix in expert.matrices:
             for message in _unfounded(matrix.record, expert.method, method):
                 yield Problem("certificate", matrix.tensor.name, message)
@@ -62,6 +64,25 @@ def _unlike_settings(store: Store, expert: StoredExpert) -> Iterator[Problem]:
                 f"{matrix.record.certificate.bound}"
             )
             yield Problem("certificate", matrix.tensor.name, message)
+
+
+def _outputs(store: Store, expert: StoredExpert) -> Iterator[str]:
+    """Outputs are certified of what was rounded by a text, and of nothing else."""
+    by, tokens = store.settings.calibration, set[int]()
+    text = None if by is None else by.of
+    for matrix in expert.matrices:
+        certificate = matrix.record.certificate
+        outputs = certificate.outputs
+        expected = text is not None and certificate.columns is not None
+        if expected != (outputs is not None):
+            yield (
+                f"outputs: {CONFIG_FILE} has text {None if text is None else text.text}, certified "
+                f"{outputs} with bounds by channel {certificate.columns}"
+            )
+        if outputs is not None:
+            tokens.add(outputs.tokens)
+    if len(tokens) > 1 or (text is not None and any(n > text.n_tokens for n in tokens)):
+        yield f"outputs: tokens {sorted(tokens)}: expected one number, of the text's"
 
 
 def _not_exact(expert: StoredExpert) -> Iterator[Problem]:
@@ -181,6 +202,10 @@ def _settings(store: Store) -> Iterator[Problem]:
     layers = {expert.key.layer for expert in experts if not expert.key.shared}
     compressed = any(expert.key.shared for expert in experts)
     not_compressed = any(expert.key.layer in layers for expert in left)
+    if settings.calibration is not None and not any(
+        matrix.record.certificate.outputs for expert in experts for matrix in expert.matrices
+    ):
+        yield Problem("certificate", CONFIG_FILE, "calibration, and no expert was rounded by it")
     if settings.shared_experts != compressed and (compressed or not_compressed):
         message = f"shared_experts {settings.shared_experts}, and the store has it otherwise"
         yield Problem("certificate", CONFIG_FILE, message)

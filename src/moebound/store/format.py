@@ -26,8 +26,10 @@ from moebound.checkpoint.shards import is_file_name
 from moebound.codec import Certificate
 from moebound.codec.certificate import DAMAGED, check_naturals, check_types, finite
 from moebound.errors import CorruptionError, FormatError, StoreError
+from moebound.files.formats.statistics import Of
 from moebound.files.regular import regular_file
 from moebound.methods import codec_of
+from moebound.methods.shrinkage import Rule
 from moebound.types import ErrorBound, ExpertKey
 
 VERSION = 2
@@ -62,6 +64,22 @@ def stored_name(name: str, index: int | None) -> str:
 
 
 @dataclass(frozen=True)
+class CalibratedBy:
+    """of: what the statistics are of that experts were rounded by. rule: how they were shrunk and
+    damped, without which the promises for outputs could not be computed again."""
+
+    of: Of
+    rule: Rule
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.of.to_json(), "rule": self.rule.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> CalibratedBy:
+        return cls(Of.from_json(data), Rule.from_json(data["rule"]))
+
+
+@dataclass(frozen=True)
 class Settings:
     """The `quantization_config` of config.json.
 
@@ -71,7 +89,7 @@ class Settings:
     store from another. plan: SHA-256 of what the plan decides, None without one; `bound` is
     then the widest of its bounds. source: what the user called the source. stored_as: how it was
     quantized, in words; None if it was not. left_out: the source's files that are not in the store,
-    with the reason. Unknown further fields are ignored.
+    with the reason. calibration: what experts were rounded by. Unknown further fields are ignored.
     """
 
     method: str
@@ -83,6 +101,7 @@ class Settings:
     source: str | None = field(default=None, compare=False)
     stored_as: str | None = field(default=None, compare=False)
     left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
+    calibration: CalibratedBy | None = None
 
     @property
     def codec(self) -> str | None:
@@ -94,6 +113,7 @@ class Settings:
         left_out = dict(self.left_out) or None
         optional = {
             "bound": bound, "left_out": left_out,
+            "calibration": None if self.calibration is None else self.calibration.to_json(),
             **{name: getattr(self, name) for name in _OPTIONAL},
         }  # fmt: skip
         return {
@@ -127,6 +147,9 @@ class Settings:
             return cls(
                 method, bound, data["shared_experts"], data["run"], version,
                 **{name: data.get(name) for name in _OPTIONAL}, left_out=dict(left_out),
+                calibration=None
+                if (by := data.get("calibration")) is None
+                else CalibratedBy.from_json(by),
             )  # fmt: skip
         except DAMAGED as error:
             what = f"{type(error).__name__}: {error}"

@@ -9,8 +9,10 @@ from typing import get_args
 
 from moebound.checkpoint import Checkpoint, Expert, Role
 from moebound.errors import MethodError, PlanError
-from moebound.files.formats.statistics import Side, Statistics
+from moebound.files.formats.statistics import Of, Side, Statistics
 from moebound.methods import ExpertView, GroupView, Method, get_method
+from moebound.methods.base import Seen
+from moebound.methods.shrinkage import RULE, Rule, Shrinkage
 from moebound.plan import Plan
 from moebound.types import Array, ErrorBound, ExpertKey
 
@@ -81,9 +83,13 @@ class Recipe:
         planned = self.plan[expert.key].bounds
         return {role: planned[role] for role in roles} if planned else None
 
-    def seen(self, checkpoint: Checkpoint, experts: Iterable[Expert], method: Method) -> GroupView:
-        """These experts, read, with their bounds and what this method asks for. Raises as reading
-        does, FormatError for damaged statistics."""
+    def seen(
+        self, checkpoint: Checkpoint, experts: Iterable[Expert], method: Method, *,
+        certify: bool = False,
+    ) -> GroupView:  # fmt: skip
+        """These experts, read, with their bounds and what this method asks for. certify: with what
+        their outputs are certified by. Raises as reading does, FormatError for damaged statistics.
+        """
         views = tuple(
             ExpertView(
                 expert.key,
@@ -93,16 +99,32 @@ class Recipe:
             )
             for expert in experts
         )
-        return GroupView(views, self._statistics(method, [view.key for view in views]))
+        keys = [view.key for view in views]
+        seen = {key: self._raw(method, key) for key in keys} if certify else {}
+        return GroupView(
+            views,
+            self._statistics(method, keys),
+            {key: found for key, found in seen.items() if found is not None},
+        )
+
+    @cached_property
+    def _shrinkage(self) -> Shrinkage | None:
+        return None if self.calibration is None else Shrinkage(self.calibration)
 
     def _statistics(
         self, method: Method, keys: Sequence[ExpertKey]
     ) -> dict[str, dict[ExpertKey, Array]]:
-        if self.calibration is None:
+        shrunk = self._shrinkage
+        if shrunk is None:
             return {}
-        sides: tuple[Side, ...] = get_args(Side)
-        wanted = [side for side in sides if side in method.statistics]
-        return {side: {k: self.calibration.moments(k, side) for k in keys} for side in wanted}
+        return {side: {k: shrunk.moments(k, side) for k in keys} for side in _sides(method)}
+
+    def _raw(self, method: Method, key: ExpertKey) -> Seen | None:
+        """What an expert's outputs are certified by; None where the method asks for nothing."""
+        found, sides = self.calibration, _sides(method)
+        if found is None or not sides:
+            return None
+        return Seen(found.tokens_of(key), {side: found.moments(key, side) for side in sides})
 
     def group_of(self, key: ExpertKey) -> tuple[object, ...]:
         """Experts with equal ones are seen together by their method."""
@@ -121,10 +143,31 @@ class Recipe:
             "versions": {name: list(found) for name, found in versions.items()},
             "bound": None if self.bound is None else self.bound.to_json(),
             **({} if self.plan is None else {"plan": self.plan.sha256}),
-            **({} if self.calibration is None else {"calibration": self.calibration.of.to_json()}),
+            **(
+                {}
+                if self.calibration is None
+                else {
+                    "calibration": self.calibration.of.to_json(),
+                    "shrinkage": RULE.to_json(),
+                }
+            ),
         }
+
+    @property
+    def calibrated_by(self) -> tuple[Of, Rule] | None:
+        """What the statistics are of that anything here is made by, and how they are shrunk."""
+        methods = [self.method] if self.plan is None else self.plan.methods
+        asked = any(_sides(get_method(setting)) for setting in methods)
+        shrunk = self._shrinkage
+        return (shrunk.statistics.of, shrunk.rule) if shrunk is not None and asked else None
 
     @property
     def with_shared(self) -> bool:
         """Whether a plan is for shared experts too."""
         return self.plan is not None and any(e.key.shared for e in self.plan.experts)
+
+
+def _sides(method: Method) -> list[Side]:
+    """Whose second moments a method asks for."""
+    sides: tuple[Side, ...] = get_args(Side)
+    return [side for side in sides if side in method.statistics]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any, Literal
 
+from moebound.files.formats.statistics import FEW_TOKENS
 from moebound.methods import codec_of, weakest
 from moebound.store.format import ExpertRecord, PartRecord, Record, RouterRecord
 from moebound.types import NUMPY_DTYPES, ErrorBound, Guarantee
@@ -46,12 +48,46 @@ class Meter:
 
 
 @dataclass(frozen=True)
+class OutputTotals:
+    """What became of outputs on the text that experts were rounded by, over all matrices.
+
+    n_experts: that have the figure. without_tokens, few_tokens: how many of them saw no token, or
+    fewer than FEW_TOKENS but one. median, largest: of error over power, None where none put out
+    anything.
+    """
+
+    n_experts: int
+    without_tokens: int
+    few_tokens: int
+    median: float | None
+    largest: float | None
+
+    @classmethod
+    def of(cls, records: Iterable[ExpertRecord]) -> OutputTotals | None:
+        """None where no outputs are certified."""
+        found = [[m.certificate.outputs for m in record.matrices] for record in records]
+        known = [[o for o in outputs if o is not None] for outputs in found]
+        tokens = [outputs[0].tokens for outputs in known if outputs]
+        if not tokens:
+            return None
+        relative = [r for some in known for o in some if (r := o.relative) is not None]
+        return cls(
+            n_experts=len(tokens),
+            without_tokens=sum(n == 0 for n in tokens),
+            few_tokens=sum(0 < n < FEW_TOKENS for n in tokens),
+            median=median(relative) if relative else None,
+            largest=max(relative, default=None),
+        )
+
+
+@dataclass(frozen=True)
 class ExpertTotals:
     """Sums over the compressed experts; experts kept exact are not among them.
 
     guarantee: the weakest of all matrices'. worst: the largest measured error over promised error,
     at most 1 where promises are kept; None where nothing is promised. max_abs_error, rmse:
     measured, in weight units, over all of them. bytes_after: with what several experts share.
+    outputs: None where no text was used.
     """
 
     n_experts: int
@@ -63,6 +99,7 @@ class ExpertTotals:
     max_abs_error: float
     rmse: float
     patched: int
+    outputs: OutputTotals | None = None
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> ExpertTotals:
@@ -86,6 +123,7 @@ class ExpertTotals:
             max_abs_error=max((c.max_abs_error for c in found), default=0.0),
             rmse=math.sqrt(squares / n_weights) if n_weights else 0.0,
             patched=sum(certificate.patched for certificate in found),
+            outputs=OutputTotals.of(chosen),
         )
 
 
@@ -98,8 +136,9 @@ class CompressSummary:
     bits per weight: bytes after, times 8, over the parameters in question.
     guarantee: what holds for every weight of them. worst: the largest measured error over promised
     error, None where nothing is promised. max_abs_error, rmse: measured, in weight units. patched:
-    weights stored verbatim. left_out: the source's files that the store does not have, with the
-    reason. remarks: on what was asked, where it can hardly be meant.
+    weights stored verbatim. outputs: on the text that was rounded by. left_out: the source's files
+    that the store does not have, with the reason. remarks: on what was asked, where it can hardly
+    be meant.
     """
 
     path: str
@@ -120,6 +159,7 @@ class CompressSummary:
     patched: int
     seconds: float
     resumed: bool = False
+    outputs: OutputTotals | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -146,7 +186,9 @@ class CompressSummary:
         }
 
 
-ProblemKind = Literal["store", "file", "hash", "decode", "certificate", "bound", "original"]
+ProblemKind = Literal[
+    "store", "file", "hash", "decode", "certificate", "bound", "original", "calibration"
+]
 
 
 @dataclass(frozen=True)
@@ -161,6 +203,8 @@ class Problem:
       certificate  an envelope decodes to something else than its certificate says
       bound        a weight is farther from the original than was promised
       original     the original given is not the one that was compressed
+      calibration  the statistics given are not those that were rounded by, or outputs are otherwise
+                   on their text than was certified
     tensor: its name in the store; a file's name for "file"; empty for "store".
     """
 
@@ -177,7 +221,9 @@ class VerifyReport:
     """What verifying found. worst: the largest measured error over promised error; measured again
     where the original was given, else as certified; None where nothing is promised. guarantee: the
     weakest of all. max_abs_error: the largest that was certified, or measured again. n_tensors: all
-    tensors looked at. more: problems that are not listed, because the first has caused them."""
+    tensors looked at. outputs: as certified, of a store that was rounded by a text; calibration:
+    the statistics they were compared with, None where they were not. more: problems that are not
+    listed, because the first has caused them."""
 
     path: str
     against: str | None
@@ -190,6 +236,8 @@ class VerifyReport:
     guarantee: Guarantee = "none"
     max_abs_error: float = 0.0
     more: int = 0
+    outputs: OutputTotals | None = None
+    calibration: str | None = None
 
     @property
     def ok(self) -> bool:

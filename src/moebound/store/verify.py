@@ -4,7 +4,8 @@ Without the original: every file's, header's and tensor's hash; every matrix dec
 and dtype of its certificate, with the shared parts it was encoded with; records, config, plan and
 streams say the same (`claims.py`). With it: every tensor that was kept is equal, every bound is
 resolved anew, every error measured again on decoded weights; keys, roles, places, config and files
-are the original's. docs/checks.md has the table. Problems are data: all are reported.
+are the original's. With the statistics that it was made by: what became of outputs on their text.
+docs/checks.md has the table. Problems are data: all are reported.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from moebound.codec import measure, stats, thread_count
 from moebound.codec.certificate import sha256
 from moebound.codec.measure import Distortion
 from moebound.errors import MoeboundError, StoreError
+from moebound.files.formats.statistics import Statistics
 from moebound.jobs.ordered import in_order
-from moebound.methods import MatrixSpec, RouterEdit, method_class
+from moebound.methods import MatrixSpec, RouterEdit, get_method, method_class
+from moebound.methods.base import ColumnBounds
 from moebound.methods.blob import MatrixBlob, parse_router, parse_shared
 from moebound.store.beside import is_document
 from moebound.store.checks import differs, file_problems, surface_problems, tensor_sha256
 from moebound.store.claims import contradictions
 from moebound.store.format import CERTIFICATES_FILE, CONFIG_FILE
 from moebound.store.originals import Originals, first_of_each_kind
+from moebound.store.outputs import Expected, Text, column_bounds, column_problems
 from moebound.store.planned import broken_plan
 from moebound.store.reader import (
     EncodedExpert,
@@ -64,12 +68,15 @@ def verify(
     store_path: Path | str,
     *,
     against: Checkpoint | Path | str | None = None,
+    calibration: Statistics | Path | str | None = None,
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> VerifyReport:
     """Check everything that can be checked, and report what is wrong.
 
     against: the original, open or as `open_checkpoint` takes it, to measure every bound again.
+    calibration: the statistics that it was made by, or their folder, to compute outputs' figures
+    again.
     jobs: as for `compress`. Memory is that of jobs + 1 experts (with the original, twice that).
     Raises StoreError if store_path is no folder; everything else is a Problem of the report.
     """
@@ -85,7 +92,7 @@ def verify(
         return VerifyReport(
             str(path), against_path, 0, 0, 0, None, (problem,), time.monotonic() - begun
         )
-    originals = Originals(against)
+    originals, text = Originals(against), Text(store, calibration)
     experts = store.experts()
     kept = [store.tensors[name] for name in store.kept]
     meter = Meter(
@@ -95,6 +102,7 @@ def verify(
     )
     problems = [*surface_problems(store), *_check_files(store), *broken_plan(store)]
     problems += [*contradictions(store), *originals.extra_problems(store), *_check_own(store)]
+    problems += text.problems
     total = _Checked()
     jobs = thread_count() if jobs is None else jobs
 
@@ -103,12 +111,13 @@ def verify(
         for tensor, found in zip(kept, results, strict=True):
             problems += found
             meter.add(tensor.name, n_bytes=tensor.n_bytes)
-    check_expert = partial(_check_expert, originals)
+    check_expert = partial(_check_expert, originals, text)
     with closing(in_order(check_expert, experts, jobs=jobs)) as checked:
         for expert, result in zip(experts, checked, strict=True):
             problems += result.problems
             total.add_up(result)
             meter.add(str(expert.key), n_bytes=expert.decoded_bytes, experts=1)
+    totals = ExpertTotals.of(store.records())
     cause, more = originals.another_model(experts), 0
     if cause is not None:
         few = list(first_of_each_kind(problems))
@@ -123,8 +132,10 @@ def verify(
         problems=tuple(problems),
         more=more,
         seconds=time.monotonic() - begun,
-        guarantee=ExpertTotals.of(store.records()).guarantee,
+        guarantee=totals.guarantee,
         max_abs_error=total.max_abs_error,
+        outputs=totals.outputs,
+        calibration=None if text.statistics is None else str(text.statistics.folder),
     )
 
 
@@ -243,10 +254,10 @@ class _Checked:
         self.found(other.worst, other.max_abs_error)
 
 
-def _check_expert(originals: Originals, expert: StoredExpert) -> _Checked:
+def _check_expert(originals: Originals, text: Text, expert: StoredExpert) -> _Checked:
     checked = _Checked()
     try:
-        encoded = read_stored(expert)
+        encoded, method = read_stored(expert), get_method(expert.method)
     except MoeboundError as error:
         for matrix in expert.matrices:
             checked.add("hash", matrix.tensor.name, str(error))
@@ -257,11 +268,14 @@ def _check_expert(originals: Originals, expert: StoredExpert) -> _Checked:
         own = [stats(array) if array is not None else TensorStats() for array in arrays]
         whole = sum(own, TensorStats()) if all(a is not None for a in arrays) else None
         reference = own, whole
+    expected = text.of(expert)
     for index, matrix in enumerate(expert.matrices):
         decoded = _check_matrix(encoded, index, matrix, checked)
         original = arrays[index] if arrays is not None else None
         if decoded is None:
             continue
+        stored = matrix.parse(encoded.matrix(index)).found
+        _check_channels(matrix, column_bounds(method, stored), decoded, original, expected, checked)
         if original is None or reference is None:
             checked.found(matrix.record.ratio, matrix.record.certificate.max_abs_error)
         else:
@@ -314,6 +328,26 @@ def _check_matrix(
     if not certificate.kept or (matrix.record.ratio or 0) > 1:
         checked.add("certificate", name, "certifies itself that its bound was not kept")
     return decoded
+
+
+def _check_channels(
+    matrix: StoredMatrix,
+    bounds: ColumnBounds | None,
+    decoded: Array,
+    original: Array | None,
+    expected: Expected | None,
+    checked: _Checked,
+) -> None:
+    """Bounds by input channel, and outputs on the text."""
+    name = matrix.tensor.name
+    for message in column_problems(matrix.record.certificate, bounds, decoded, original):
+        checked.add("certificate" if original is None else "bound", name, message)
+    if bounds is not None and expected is not None:
+        try:
+            for message in expected.problems(matrix, bounds, decoded, original):
+                checked.add("calibration", name, message)
+        except MoeboundError as error:
+            checked.add("calibration", name, str(error))
 
 
 def _check_bound(

@@ -43,6 +43,7 @@ from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CERTIFICATES_FILE,
     CONFIG_FILE,
+    CalibratedBy,
     Record,
     Settings,
     TensorRecord,
@@ -153,6 +154,7 @@ def compress(
         source=as_text(source or checkpoint.name),
         stored_as=checkpoint.stored_as,
         left_out=left_out,
+        calibration=None if (by := recipe.calibrated_by) is None else CalibratedBy(*by),
     )
 
     job = _Job(checkpoint, layout, settings, recipe, jobs, copied)
@@ -335,7 +337,7 @@ class _Job:
 
     def _compress(self, group: Group) -> Written:
         seen = self.recipe.seen(
-            self.checkpoint, (task.expert for task in group.tasks), group.method
+            self.checkpoint, (task.expert for task in group.tasks), group.method, certify=True
         )
         try:
             artifact = compress_group(group.method, seen, number=group.number, threads=1)
@@ -369,6 +371,7 @@ class _Job:
             left_out=dict(self.settings.left_out),
             worst=totals.worst,
             patched=totals.patched,
+            outputs=totals.outputs,
             seconds=time.monotonic() - begun,
             resumed=resumed,
         )

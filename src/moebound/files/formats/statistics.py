@@ -38,7 +38,11 @@ Moments = Literal["full", "diagonal"]
 Side = Literal["inputs", "hidden"]
 """Whose second moments: of what gate and up get, or of what down gets."""
 
+FEW_TOKENS = 128
+"""Experts that saw fewer are counted: their H alone says little."""
+
 _MOST = 1 << 24
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,25 @@ class Of:
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
 
+    @classmethod
+    def from_json(cls, data: Any) -> Of:
+        """Raises FormatError, and what reading JSON of another form raises (`fields_of`)."""
+        moments, routed = data["moments"], data["routed"]
+        if moments not in ("full", "diagonal") or not isinstance(routed, bool):
+            raise FormatError(f"moments {moments!r}, routed {routed!r}")
+        return cls(
+            model=str(data["model"]),
+            fingerprint=str(data["fingerprint"]),
+            text=str(data["text"]),
+            text_sha256=str(data["text_sha256"]),
+            n_sequences=count(data["n_sequences"], "n_sequences"),
+            n_tokens=count(data["n_tokens"], "n_tokens"),
+            routed=routed,
+            moments=moments,
+            width=count(data["width"], "width", most=_MOST),
+            inner=count(data["inner"], "inner", most=_MOST),
+        )
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -122,16 +145,35 @@ class Statistics:
             for index, n in enumerate(self._read(part, "tokens"))
         }
 
+    def tokens_of(self, key: ExpertKey) -> int:
+        """How many tokens one expert saw."""
+        part = self._part(key)
+        return int(self._read(part, "tokens")[key.expert - part.first])
+
     def moments(self, key: ExpertKey, side: Side) -> Array:
         """H of one expert, float64: [N, N], or [N] where only the diagonal was kept."""
+        return self.whole(self.packed(key, side), side)
+
+    def packed(self, key: ExpertKey, side: Side) -> Array:
+        """The same as it is on disk, float64: the upper triangle row by row, or the diagonal."""
         part = self._part(key)
-        row = self._read(part, side, key.expert - part.first).astype(np.float64)
+        return self._read(part, side, key.expert - part.first).astype(np.float64)
+
+    def whole(self, packed: Array, side: Side) -> Array:
+        """[N, N] of what `packed` gives; a diagonal as it is."""
         if self.of.moments == "diagonal":
-            return row
+            return packed
         n = self.of.width if side == "inputs" else self.of.inner
-        found = np.zeros((n, n))
-        found[np.triu_indices(n)] = row
-        return found + np.triu(found, 1).T
+        found, at = np.empty((n, n)), 0
+        for row in range(n):
+            found[row, row:] = packed[at : at + n - row]
+            at += n - row
+        for start in range(0, n, _BLOCK):  # mirrored, block by block: columns are slow to write
+            stop = min(start + _BLOCK, n)
+            found[stop:, start:stop] = found[start:stop, stop:].T
+            own = found[start:stop, start:stop]
+            own[...] = np.triu(own) + np.triu(own, 1).T
+        return found
 
     def outputs(self, key: ExpertKey) -> Array:
         """[2, N] float64: sum of g f(x), and of its square."""
@@ -174,6 +216,8 @@ class Statistics:
             raise FormatError(f"{path}: cannot be read: {error}") from error
         if not np.isfinite(found).all():
             raise FormatError(f"{path}, {name}: has values that are not finite")
+        if name in ("tokens", "gates") and (found < 0).any():
+            raise FormatError(f"{path}, {name}: has values below 0")
         return found
 
     def _shape(self, part: Part, name: str) -> tuple[int, ...]:
@@ -223,21 +267,7 @@ def read_statistics(folder: Path) -> Statistics:
         )  # fmt: skip
     document = FORMAT.read(path).content
     with fields_of(str(path)):
-        moments, routed = document["moments"], document["routed"]
-        if moments not in ("full", "diagonal") or not isinstance(routed, bool):
-            raise FormatError(f"moments {moments!r}, routed {routed!r}")
-        of = Of(
-            model=str(document["model"]),
-            fingerprint=str(document["fingerprint"]),
-            text=str(document["text"]),
-            text_sha256=str(document["text_sha256"]),
-            n_sequences=count(document["n_sequences"], "n_sequences"),
-            n_tokens=count(document["n_tokens"], "n_tokens"),
-            routed=routed,
-            moments=moments,
-            width=count(document["width"], "width", most=_MOST),
-            inner=count(document["inner"], "inner", most=_MOST),
-        )
+        of = Of.from_json(document)
         parts = tuple(
             Part(
                 layer=count(entry["layer"], "layer", most=_MOST),

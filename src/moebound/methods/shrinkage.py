@@ -1,0 +1,95 @@
+"""Second moments to round by: those of an expert, shrunk toward its layer's, and damped.
+
+An expert that saw few tokens has an H of few directions, and rounding by it alone gives up all
+others. So its layer speaks for it, as if it had seen P tokens more, of the layer's mean; and
+its diagonal is raised by a share d of its mean, the more, the fewer tokens T there were for its N
+channels:
+
+    H'_e = H_e + P · Σ H / Σ tokens     (sums over the layer's experts)
+    H''_e = H'_e + d · mean(diag H'_e) · I     d = N / (10 T), from 0.1 to 0.3, and P = 4
+
+which is nearly H_e after many tokens, and the layer's where none came. Both numbers are those with
+the least error of outputs on text held out, from 59 tokens an expert on; less damping than 0.1
+would have less of it still after thousands, and more KL (docs/log.md). Statistics on disk stay what
+was seen.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, Self
+
+import numpy as np
+
+from moebound.files.documents import number
+from moebound.files.formats.statistics import Side, Statistics
+from moebound.types import Array, ExpertKey
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The numbers above, as a store says them: d goes from least_damping to most_damping."""
+
+    pseudo_tokens: float = 4.0
+    tokens_a_channel: float = 10.0
+    least_damping: float = 0.1
+    most_damping: float = 0.3
+
+    def to_json(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Raises FormatError for numbers that are none, and as reading JSON of another form."""
+        return cls(**{name: number(value, name) for name, value in data.items()})
+
+
+RULE = Rule()
+_LAYERS = 2
+"""Layers whose means are kept: experts are asked for in the order of the model."""
+
+
+class Shrinkage:
+    """Shrunk moments of one folder of statistics. From any thread."""
+
+    def __init__(self, statistics: Statistics, rule: Rule = RULE) -> None:
+        self.statistics, self.rule = statistics, rule
+        self._means: OrderedDict[tuple[int, Side], Array] = OrderedDict()
+        self._lock = Lock()
+
+    def moments(self, key: ExpertKey, side: Side) -> Array:
+        """H'' of one expert, float64, as `Statistics.moments`. Raises as that."""
+        found = self.statistics.packed(key, side)
+        if self.rule.pseudo_tokens:
+            found += self.rule.pseudo_tokens * self._mean(key.layer, side)
+        whole = self.statistics.whole(found, side)
+        diagonal = whole if whole.ndim == 1 else np.einsum("ii->i", whole)  # a view
+        tokens = max(self.statistics.tokens_of(key), 1)
+        share = len(whole) / max(self.rule.tokens_a_channel * tokens, 1)
+        share = (
+            min(share, self.rule.most_damping) - self.rule.least_damping
+        )  # of all, `Geometry.of`
+        if share > 0:
+            diagonal += share * diagonal.mean()
+        return whole
+
+    def _mean(self, layer: int, side: Side) -> Array:
+        """H of the layer a token, packed; zeros where the layer saw none."""
+        with self._lock:
+            found = self._means.pop((layer, side), None)
+            if found is None:
+                found = self._read(layer, side)
+            self._means[layer, side] = found
+            while len(self._means) > 2 * _LAYERS:
+                self._means.popitem(last=False)
+            return found
+
+    def _read(self, layer: int, side: Side) -> Array:
+        keys = [key for key in self.statistics.keys if key.layer == layer]
+        total, tokens = self.statistics.packed(keys[0], side), self.statistics.tokens_of(keys[0])
+        for key in keys[1:]:  # one at a time: those of a layer may not fit
+            total += self.statistics.packed(key, side)
+            tokens += self.statistics.tokens_of(key)
+        return total / max(tokens, 1)
