@@ -74,6 +74,14 @@ void fill_values(const ArrayInfo& info, const Layout& layout, DecodeSetup& setup
     setup.values32.assign(setup.values16.begin(), setup.values16.end());
     return;
   }
+  if (layout.scaled) {
+    setup.scaled = true;
+    setup.by_row = layout.steps.by_row;
+    setup.first_bin = int32_t(int64_t(layout.symbol_low) << layout.low_bits);
+    setup.steps = steps_of(layout, info.bound);
+    if (!setup.by_row) setup.steps.resize(layout.groups_per_row() * kGroup);
+    return;
+  }
   const Grid grid = grid_of(info, layout);
   setup.values32 = bin_values(layout, grid, info.output == DType::kF32 ? F32::kSign : BF16::kSign);
   if (info.output == DType::kF32) return;

@@ -40,4 +40,8 @@ std::vector<uint32_t> count_symbols(const uint8_t* symbols, const Layout& layout
 // Sets layout's table_log, mantissa_bits and frequencies from the counts of all symbols.
 void choose_tables(std::vector<uint32_t> counts, size_t n, Layout& layout);
 
+// Sets a scaled layout's classes and tables: those of version 1, classes that are the levels of steps, or
+// tables that follow from a stretch, whatever takes the fewest bits. symbols: [n].
+void choose_scaled(const uint8_t* symbols, size_t n, const std::vector<size_t>& sampled_rows, Layout& layout);
+
 }  // namespace moebound

@@ -92,9 +92,11 @@ __attribute__((always_inline)) inline __m256i pack_symbols(const __m256i (&entry
 template <size_t kBlocks>
 struct ShuffleEmit {
   using Out = uint16_t;
+  static constexpr bool kScaled = false;
   const uint8_t *low, *high;
 
-  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t*, uint16_t* out) const {
+  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t*, const float*,
+                                                 uint16_t* out) const {
     const __m256i symbols = pack_symbols(entry);
     __m256i lows = _mm256_setzero_si256(), highs = lows;
     __m256i block_start = lows;
@@ -127,20 +129,28 @@ __attribute__((always_inline)) inline __m256i spread_bits(uint32_t plane) {
   return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit_of), bit_of);
 }
 
+// The low bits of 32 bins as bytes.
+__attribute__((always_inline)) inline __m256i low_bytes(const uint8_t* planes, uint32_t low_bits) {
+  __m256i low = _mm256_setzero_si256();
+  for (uint32_t b = 0; b < low_bits; ++b) {
+    const __m256i set = spread_bits(load<uint32_t>(planes + 4 * b));
+    low = _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(char(1u << b))));
+  }
+  return low;
+}
+
 // Emits values of any width by look-ups, with low bits from planes if there are any.
 template <class Value>
 struct LookUpEmit {
   using Out = Value;
+  static constexpr bool kScaled = false;
   const Value* values;
   uint32_t low_bits;
 
-  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t* planes, Value* out) const {
+  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t* planes, const float*,
+                                                 Value* out) const {
     const __m256i symbols = _mm256_permutevar8x32_epi32(pack_symbols(entry), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    __m256i low = _mm256_setzero_si256();
-    for (uint32_t b = 0; b < low_bits; ++b) {
-      const __m256i set = spread_bits(load<uint32_t>(planes + 4 * b));
-      low = _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(char(1u << b))));
-    }
+    const __m256i low = low_bytes(planes, low_bits);
     const auto bins = [&](__m128i symbol, __m128i low_part) {
       return _mm256_or_si256(_mm256_slli_epi16(_mm256_cvtepu8_epi16(symbol), int(low_bits)),
                              _mm256_cvtepu8_epi16(low_part));
@@ -152,6 +162,51 @@ struct LookUpEmit {
                        bins(_mm256_extracti128_si256(symbols, 1), _mm256_extracti128_si256(low, 1)));
 #pragma GCC unroll 32
     for (size_t i = 0; i < kLanes; ++i) out[i] = values[bin[i]];
+  }
+};
+
+// Emits bins times steps. Symbols are the lowest bytes of entries, where they are needed.
+template <class T, bool kLow>
+struct ScaledEmit {
+  using Out = typename T::Bits;
+  static constexpr bool kScaled = true;
+  int32_t first_bin;
+  uint32_t low_bits;
+
+  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t* planes, const float* steps,
+                                                 Out* out) const {
+    alignas(32) [[maybe_unused]] uint8_t low[kLanes];
+    if constexpr (kLow) _mm256_store_si256(reinterpret_cast<__m256i*>(low), low_bytes(planes, low_bits));
+    __m256 value[4];
+#pragma GCC unroll 4
+    for (size_t v = 0; v < 4; ++v) {
+      __m256i bin = _mm256_and_si256(entry[v], _mm256_set1_epi32(0xFF));
+      if constexpr (kLow) {
+        const __m256i below = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low + 8 * v)));
+        bin = _mm256_or_si256(_mm256_sll_epi32(bin, _mm_cvtsi32_si128(int(low_bits))), below);
+      }
+      bin = _mm256_add_epi32(bin, _mm256_set1_epi32(first_bin));
+      value[v] = _mm256_mul_ps(_mm256_cvtepi32_ps(bin), _mm256_loadu_ps(steps + 8 * v));
+    }
+    if constexpr (T::kDType == DType::kF32) {
+      for (size_t v = 0; v < 4; ++v) _mm256_storeu_ps(reinterpret_cast<float*>(out + 8 * v), value[v]);
+    } else if constexpr (T::kDType == DType::kF16) {
+      for (size_t v = 0; v < 4; ++v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * v),
+                         _mm256_cvtps_ph(value[v], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+      }
+    } else {
+      const auto rounded = [](__m256 x) __attribute__((always_inline)) {
+        const __m256i bits = _mm256_castps_si256(x);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), 16);
+      };
+#pragma GCC unroll 2
+      for (size_t v = 0; v < 4; v += 2) {
+        const __m256i both = _mm256_packus_epi32(rounded(value[v]), rounded(value[v + 1]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * v), _mm256_permute4x64_epi64(both, 0xD8));
+      }
+    }
   }
 };
 
@@ -167,7 +222,7 @@ bool decode(const DecodeSetup& setup, const SegmentBytes& segment, size_t first,
     x[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(segment.states + 32 * v));
   }
   const auto group = [&](const uint32_t* offsets, size_t n_active, auto all_active, const uint8_t*& word,
-                         const uint8_t* planes, typename Emit::Out* to) __attribute__((always_inline)) {
+                         const uint8_t* planes, const float* steps, typename Emit::Out* to) __attribute__((always_inline)) {
     __m256i entry[4];
 #pragma GCC unroll 4
     for (size_t v = 0; v < 4; ++v) {
@@ -182,9 +237,9 @@ bool decode(const DecodeSetup& setup, const SegmentBytes& segment, size_t first,
     for (size_t v = 0; v < 4; ++v) {
       advance<!decltype(all_active)::value>(x[v], entry[v], first_lanes(n_active, v), table_log, word);
     }
-    emit(entry, planes, to);
+    emit(entry, planes, steps, to);
   };
-  if (!walk_rows(setup, segment, first, last, out, group)) return false;
+  if (!walk_rows<Emit::kScaled>(setup, segment, first, last, out, group)) return false;
   __m256i same = _mm256_set1_epi32(-1);
   for (const __m256i lanes : x) {
     same = _mm256_and_si256(same, _mm256_cmpeq_epi32(lanes, _mm256_set1_epi32(int(kStateLow))));
@@ -197,6 +252,14 @@ bool decode_segment(const DecodeSetup& setup, const SegmentJob& job) {
   const size_t first = job.first, last = job.last;
   void* const out = job.out;
   const uint32_t low_bits = setup.layout->low_bits;
+  if (setup.scaled) {
+    return with_dtype(setup.output, [&](auto t) {
+      using T = decltype(t);
+      auto* const to = static_cast<typename T::Bits*>(out);
+      return low_bits ? decode(setup, segment, first, last, to, ScaledEmit<T, true>{setup.first_bin, low_bits})
+                      : decode(setup, segment, first, last, to, ScaledEmit<T, false>{setup.first_bin, low_bits});
+    });
+  }
   if (setup.output == DType::kF32) {
     return decode(setup, segment, first, last, static_cast<uint32_t*>(out),
                   LookUpEmit<uint32_t>{setup.values32.data(), low_bits});

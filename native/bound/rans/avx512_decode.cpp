@@ -186,8 +186,8 @@ __attribute__((always_inline)) inline void emit_groups(const DecodeSetup& setup,
 
 // 16-bit values of up to kWidth bins.
 template <size_t kWidth>
-void emit_by_permutes(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, size_t n,
-                      uint8_t* out) {
+void emit_by_permutes(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float*,
+                      size_t n, uint8_t* out) {
   Words<kWidth> values;
   values.load(setup.values16.data());
   emit_groups<uint16_t>(setup, symbols, planes, n, out, [&](__m512i bin, uint16_t* to) __attribute__((always_inline)) {
@@ -196,7 +196,8 @@ void emit_by_permutes(const DecodeSetup& setup, const uint16_t* symbols, const u
 }
 
 template <class Value>
-void emit_by_gathers(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, size_t n, uint8_t* out) {
+void emit_by_gathers(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float*, size_t n,
+                     uint8_t* out) {
   const uint32_t* const values = setup.values32.data();
   emit_groups<Value>(setup, symbols, planes, n, out, [&](__m512i bin, Value* to) __attribute__((always_inline)) {
 #pragma GCC unroll 2
@@ -212,7 +213,47 @@ void emit_by_gathers(const DecodeSetup& setup, const uint16_t* symbols, const ui
   });
 }
 
+// Bins times steps. A float's upper half is a bfloat16 once it is rounded, so one permute packs 32.
+template <class T, bool kByRow>
+void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float* steps, size_t n,
+                 uint8_t* out) {
+  const __m512i first_bin = _mm512_set1_epi32(setup.first_bin);
+  const __m512 of_row = _mm512_set1_ps(*steps);
+  __m512i upper = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  upper = pack_words(upper, _mm512_add_epi32(upper, _mm512_set1_epi32(32)));
+  emit_groups<typename T::Bits>(setup, symbols, planes, n, out, [&](__m512i bin, auto* to) __attribute__((always_inline)) {
+    __m512 value[2];
+#pragma GCC unroll 2
+    for (size_t v = 0; v < 2; ++v) {
+      const __m256i half = v ? _mm512_extracti64x4_epi64(bin, 1) : _mm512_castsi512_si256(bin);
+      const __m512 q = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_cvtepu16_epi32(half), first_bin));
+      value[v] = _mm512_mul_ps(q, kByRow ? of_row : _mm512_loadu_ps(steps + 16 * v));
+      if constexpr (T::kDType == DType::kF32) _mm512_storeu_ps(to + 16 * v, value[v]);
+      if constexpr (T::kDType == DType::kF16) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * v),
+                            _mm512_cvtps_ph(value[v], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+      }
+    }
+    if constexpr (T::kDType == DType::kBF16) {
+      __m512i rounded[2];
+#pragma GCC unroll 2
+      for (size_t v = 0; v < 2; ++v) {
+        const __m512i bits = _mm512_castps_si512(value[v]);
+        const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+        rounded[v] = _mm512_add_epi32(bits, _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7FFF), odd, _mm512_set1_epi32(0x8000)));
+      }
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded[0], upper, rounded[1]));
+    }
+    if constexpr (!kByRow) steps += kLanes;
+  });
+}
+
 Emit emit_for(const DecodeSetup& setup) {
+  if (setup.scaled) {
+    return with_dtype(setup.output, [&](auto t) -> Emit {
+      return setup.by_row ? emit_scaled<decltype(t), true> : emit_scaled<decltype(t), false>;
+    });
+  }
   const size_t n_bins = size_t(setup.layout->n_symbols) << setup.layout->low_bits;
   if (setup.output == DType::kF32) return emit_by_gathers<uint32_t>;
   if (n_bins <= 64) return emit_by_permutes<64>;

@@ -18,8 +18,10 @@ constexpr size_t kChunkGroups = 16;
 // A group reads at most 32 words, and its loads reach at most 32 bytes beyond the last.
 constexpr size_t kReach = kChunkGroups * 2 * kLanes + 32;
 
-// The values of n symbols, planes beginning at the first's: what comes out of a chunk.
-using Emit = void (*)(const DecodeSetup&, const uint16_t* symbols, const uint8_t* planes, size_t n, uint8_t* out);
+// The values of n symbols, planes and steps beginning at the first's: what comes out of a chunk. steps:
+// one for all if they are by row, nothing where nothing is scaled.
+using Emit = void (*)(const DecodeSetup&, const uint16_t* symbols, const uint8_t* planes, const float* steps, size_t n,
+                      uint8_t* out);
 
 // One segment under way: what it reads next, where it writes next.
 struct Stream {
@@ -78,7 +80,8 @@ __attribute__((always_inline)) inline bool walk(const DecodeSetup& setup, Stream
         group(j + g * kLanes, g < n_full ? ~0u : (1u << n % kLanes) - 1, g);
       }
       for (size_t k = 0; k < K; ++k) {
-        emit(setup, streams[k].symbols, streams[k].plane, n, streams[k].out);
+        const float* const steps = setup.scaled ? setup.steps.data() + (setup.by_row ? streams[k].row : j) : nullptr;
+        emit(setup, streams[k].symbols, streams[k].plane, steps, n, streams[k].out);
         streams[k].plane += n_groups * plane_bytes;
         streams[k].out += n * value_bytes;
       }
