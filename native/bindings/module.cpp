@@ -13,10 +13,11 @@
 
 namespace {
 
-moebound::Steps to_steps(const nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& levels,
-                         uint16_t kappa, uint32_t per_octave_log, bool by_row) {
-  if (per_octave_log > moebound::kMostOctaveLog) throw nb::value_error("per_octave_log");
-  return {by_row, per_octave_log, kappa, {levels.data(), levels.data() + levels.size()}};
+using Levels = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Codes = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+moebound::Steps to_steps(const Levels& levels, uint16_t kappa, bool by_row) {
+  return {by_row, kappa, {levels.data(), levels.data() + levels.size()}};
 }
 
 }  // namespace
@@ -78,10 +79,8 @@ NB_MODULE(_native, m) {
                           to_array(std::move(encoded.misses)));
   }, "array"_a, "output"_a, "bound"_a, "columns"_a, "segment_weights"_a, "threads"_a);
 
-  m.def("bound_encode_scaled", [](AnyArray array, nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> codes,
-                                  nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> levels,
-                                  uint16_t kappa, uint32_t per_octave_log, bool by_row, unsigned output, double bound,
-                                  uint32_t columns, size_t segment_weights, unsigned threads) {
+  m.def("bound_encode_scaled", [](AnyArray array, Codes codes, Levels levels, uint16_t kappa, bool by_row,
+                                  unsigned output, double bound, uint32_t columns, size_t segment_weights, unsigned threads) {
     const auto info = array_info(dtype_of(array), dtype_from(output), bound, array.shape(0), columns);
     const size_t n_levels = by_row ? (info.n + columns - 1) / columns : columns;
     if (bound == 0) throw nb::value_error("bound");
@@ -90,7 +89,7 @@ NB_MODULE(_native, m) {
     if (segment_weights == 0 || segment_weights > moebound::kMaxSegmentWeights) {
       throw nb::value_error("segment_weights");
     }
-    const auto steps = to_steps(levels, kappa, per_octave_log, by_row);
+    const auto steps = to_steps(levels, kappa, by_row);
     moebound::EncodedBound encoded;
     {
       const Away away;
@@ -98,15 +97,15 @@ NB_MODULE(_native, m) {
     }
     return nb::make_tuple(nb::bytes(encoded.payload.data(), encoded.payload.size()),
                           to_array(std::move(encoded.misses)));
-  }, "array"_a, "codes"_a, "levels"_a, "kappa"_a, "per_octave_log"_a, "by_row"_a, "output"_a, "bound"_a, "columns"_a,
+  }, "array"_a, "codes"_a, "levels"_a, "kappa"_a, "by_row"_a, "output"_a, "bound"_a, "columns"_a,
      "segment_weights"_a, "threads"_a);
 
-  m.def("bound_steps", [](nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> levels, uint16_t kappa,
-                          uint32_t per_octave_log, double bound) {
-    const auto steps = to_steps(levels, kappa, per_octave_log, false);
+  m.def("bound_steps", [](Levels levels, uint16_t kappa,
+                          double bound) {
+    const auto steps = to_steps(levels, kappa, false);
     const moebound::DefaultFloatEnvironment environment;
     return to_array(moebound::step_sizes(steps, bound));
-  }, "levels"_a, "kappa"_a, "per_octave_log"_a, "bound"_a);
+  }, "levels"_a, "kappa"_a, "bound"_a);
 
   m.def("bound_decode", [](nb::handle payload, WritableArray out, unsigned source, double bound, unsigned threads) {
     const Buffer buffer(payload);

@@ -55,11 +55,12 @@ void fill_search_tables(const Layout& layout, DecodeSetup& setup) {
 }
 
 void fill_tables(const Layout& layout, DecodeSetup& setup) {
-  setup.tables.reserve(size_t(layout.n_tables) << layout.table_log);
+  setup.tables.resize(size_t(layout.n_tables) << layout.table_log);
+  uint32_t* entry = setup.tables.data();
   for (uint32_t t = 0; t < layout.n_tables; ++t) {
     const uint16_t* f = layout.frequencies.data() + t * layout.n_symbols;
     for (uint32_t s = 0; s < layout.n_symbols; ++s) {
-      for (uint32_t k = 0; k < f[s]; ++k) setup.tables.push_back(table_entry(s, f[s], k));
+      for (uint32_t k = 0; k < f[s]; ++k) *entry++ = table_entry(s, f[s], k);
     }
   }
 }

@@ -168,9 +168,8 @@ void set_classes_by_level(Layout& layout, size_t n) {
 
 void set_stretched_tables(Layout& layout) {
   layout.frequencies.resize(size_t(layout.n_tables) * layout.n_symbols);
-  const uint32_t eighths = 8 >> layout.steps.per_octave_log;  // of an octave, to a level
   for (uint32_t t = 0; t < layout.n_tables; ++t) {
-    stretched_table(std::min(layout.stretch + eighths * t, kMostStretch), layout.symbol_low, layout.n_symbols,
+    stretched_table(std::min(layout.stretch + kStretchOfLevel * t, kMostStretch), layout.symbol_low, layout.n_symbols,
                     layout.low_bits, layout.table_log, layout.frequencies.data() + t * layout.n_symbols);
   }
 }
@@ -208,14 +207,18 @@ void write_layout(const Layout& layout, std::vector<uint8_t>& out) {
   const size_t start = out.size();
   const Steps& steps = layout.steps;
   if (layout.scaled) {
-    out.push_back(uint8_t(kScaled | (steps.by_row ? kByRow : 0) | steps.per_octave_log << 1 |
-                          (layout.classes_by_level ? kClassesByLevel : 0) | (layout.stretched ? kStretched : 0)));
+    out.push_back(uint8_t(kScaled | (steps.by_row ? kByRow : 0) | (layout.classes_by_level ? kClassesByLevel : 0) |
+                          (layout.stretched ? kStretched : 0)));
     out.push_back(uint8_t(steps.kappa));
     out.push_back(uint8_t(steps.kappa >> 8));
-  }
-  for (const uint32_t field :
-       {layout.table_log, layout.lanes_log, layout.low_bits, layout.n_tables, layout.mantissa_bits}) {
-    out.push_back(uint8_t(field));
+    out.push_back(uint8_t(layout.table_log | layout.lanes_log << 4));
+    out.push_back(uint8_t(layout.low_bits | (layout.n_tables - 1) << 4));
+    if (!layout.stretched) out.push_back(uint8_t(layout.mantissa_bits));
+  } else {
+    for (const uint32_t field :
+         {layout.table_log, layout.lanes_log, layout.low_bits, layout.n_tables, layout.mantissa_bits}) {
+      out.push_back(uint8_t(field));
+    }
   }
   put_varint(out, layout.columns);
   put_varint(out, layout.rows_per_segment);
@@ -224,8 +227,10 @@ void write_layout(const Layout& layout, std::vector<uint8_t>& out) {
   if (layout.scaled) write_levels(steps.levels, out);
   if (layout.n_tables > 1) {
     out.push_back(uint8_t(layout.class_base));
-    if (!layout.classes_by_level || !steps.by_row) write_classes(layout.row_classes, out);
-    if (!layout.classes_by_level || steps.by_row) write_classes(layout.column_classes, out);
+    if (!layout.classes_by_level) {
+      write_classes(layout.row_classes, out);
+      write_classes(layout.column_classes, out);
+    }
   }
   if (layout.stretched) out.push_back(uint8_t(layout.stretch));
   BitWriter bits(out);
@@ -242,22 +247,25 @@ Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<S
   layout.table_log = read.byte();
   if (layout.table_log & kScaled) {
     const uint32_t flags = layout.table_log;
+    if (flags & ~(kScaled | kAllFlags)) throw Corrupt("flags are not known");
     layout.scaled = true;
     layout.steps.by_row = flags & kByRow;
-    layout.steps.per_octave_log = (flags & kOctaveLog) >> 1;
     layout.classes_by_level = flags & kClassesByLevel;
     layout.stretched = flags & kStretched;
-    if (flags >= kScaled + 2 * kStretched || layout.steps.per_octave_log > kMostOctaveLog) {
-      throw Corrupt("flags are not known");
-    }
     layout.steps.kappa = uint16_t(read.byte());
     layout.steps.kappa = uint16_t(layout.steps.kappa | read.byte() << 8);
-    layout.table_log = read.byte();
+    const uint32_t logs = read.byte(), counts = read.byte();
+    layout.table_log = logs & 15;
+    layout.lanes_log = logs >> 4;
+    layout.low_bits = counts & 15;
+    layout.n_tables = (counts >> 4) + 1;
+    if (!layout.stretched) layout.mantissa_bits = read.byte();
+  } else {
+    layout.lanes_log = read.byte();
+    layout.low_bits = read.byte();
+    layout.n_tables = read.byte();
+    layout.mantissa_bits = read.byte();
   }
-  layout.lanes_log = read.byte();
-  layout.low_bits = read.byte();
-  layout.n_tables = read.byte();
-  layout.mantissa_bits = read.byte();
   if (layout.table_log < 1 || layout.table_log > kMaxTableLog || layout.lanes_log > kMaxLanesLog ||
       layout.low_bits > kMaxLowBits || layout.n_tables < 1 || layout.n_tables > kMaxTables ||
       layout.mantissa_bits > kMaxTableLog) {
@@ -281,8 +289,6 @@ Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<S
     layout.class_base = read.byte();
     if (layout.classes_by_level) {
       set_classes_by_level(layout, n);
-      auto& other = layout.steps.by_row ? layout.column_classes : layout.row_classes;
-      other = read_classes(read, other.size());
     } else {
       layout.row_classes = read_classes(read, layout.rows(n));
       layout.column_classes = read_classes(read, layout.columns);

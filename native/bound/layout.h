@@ -21,7 +21,7 @@ constexpr uint32_t kGroup = 32;  // weights that share one word of each low-bit 
 
 // The first byte of a payload of version 2, below the flags; that of version 1 is at most kMaxTableLog.
 constexpr uint32_t kScaled = 0x80;
-constexpr uint32_t kByRow = 1, kOctaveLog = 6, kClassesByLevel = 8, kStretched = 16;
+constexpr uint32_t kByRow = 1, kClassesByLevel = 2, kStretched = 4, kAllFlags = 7;
 
 // Everything in front of the segments.
 struct Layout {

@@ -24,9 +24,8 @@ std::vector<float> step_sizes(const Steps& steps, double bound) {
   if (!(kappa >= 1 && kappa <= 16)) throw std::invalid_argument("half steps: expected 1 to 16");
   const double widest = double(widest_step(kappa, bound));
   float sizes[kMostLevel + 1];
-  const int quarters = 4 >> steps.per_octave_log;  // of a level
   for (int level = 0; level <= int(kMostLevel); ++level) {
-    const int down = -level * quarters;
+    const int down = -level;
     sizes[level] = float(widest * std::ldexp(kQuarter[down & 3], (down - (down & 3)) / 4));
   }
   std::vector<float> found(steps.levels.size());

@@ -10,13 +10,11 @@
 namespace moebound {
 
 constexpr uint32_t kMostLevel = 255;
-constexpr uint32_t kMostOctaveLog = 2;
 
-// Steps are widest · 2^(-level / 2^per_octave_log), the widest being such that a weight which is kappa
-// half steps off is off by the bound.
+// Steps are widest · 2^(-level / 4), the widest being such that a weight which is kappa half steps off
+// is off by the bound.
 struct Steps {
   bool by_row = false;
-  uint32_t per_octave_log = 2;
   uint16_t kappa = 0;  // float16, 1 to 16
   std::vector<uint8_t> levels;
 };

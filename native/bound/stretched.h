@@ -6,6 +6,7 @@
 namespace moebound {
 
 constexpr uint32_t kMostStretch = 255;
+constexpr uint32_t kStretchOfLevel = 2;
 
 // Sets the n_symbols frequencies of a table, each at least 1, their sum 2^table_log (n_symbols is at
 // most that). Bins begin at symbol_low << low_bits. stretch: the standard deviation is

@@ -16,6 +16,7 @@ from moebound.codec.envelope import Envelope, parse
 from moebound.codec.estimate import estimate_bytes
 from moebound.codec.measure import Distortion, measure, stats
 from moebound.codec.registry import codec_ids, get_codec, register_codec
+from moebound.codec.scaled import Steps, bounds_by_step, encode_codes
 
 __all__ = [
     "ArraySpec",
@@ -31,6 +32,7 @@ __all__ = [
     "decode_into",
     "encode",
     "encode_certified",
+    "encode_codes",
     "estimate_bytes",
     "get_codec",
     "measure",

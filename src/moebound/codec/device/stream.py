@@ -105,10 +105,10 @@ def read_stream(data: bytes | bytearray | memoryview, *, max_bytes: int | None =
     if coder is None or parsed.spec.size == 0:
         decoded = decode_array(parsed, max_bytes=max_bytes)
         return _stream(parsed, n_bytes, None, decoded.reshape(-1))
-    if parsed.codec_version > coder.version:
+    if parsed.codec_version > coder.newest():
         raise FormatError(
             f"codec {parsed.codec!r} version {parsed.codec_version}: "
-            f"this moebound reads up to version {coder.version}"
+            f"this moebound reads up to version {coder.newest()}"
         )
     check_claimed(parsed, max_bytes)
     # The payload is the last thing in front of the checksum.
