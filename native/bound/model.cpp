@@ -225,9 +225,9 @@ Cost coded_cost(const std::vector<uint32_t>& counts, const Layout& layout, const
 }
 
 // Sets layout's table_log and frequencies for these counts and mantissa bits, and returns what all
-// symbols then cost. From the finest down: a smaller table decodes quicker, so it may cost a thousandth
-// more where several share the cache, a ten-thousandth where one is alone.
-Cost fit_tables(std::vector<uint32_t>& counts, Layout& layout) {
+// symbols then cost. From the finest down: a smaller table decodes quicker, so it may cost one part in
+// `tolerance` more where several share the cache, a ten-thousandth where one is alone.
+Cost fit_tables(std::vector<uint32_t>& counts, Cost tolerance, Layout& layout) {
   std::vector<uint16_t> f(counts.size());
   std::vector<uint8_t> rests(layout.n_tables);
   Cost best_cost = 0, chosen = 0;
@@ -241,7 +241,7 @@ Cost fit_tables(std::vector<uint32_t>& counts, Layout& layout) {
     }
     const Cost cost = coded_cost(counts, layout, f);
     if (log == kMaxTableLog) best_cost = cost;
-    if (cost > best_cost + best_cost / (layout.n_tables > 1 ? 1000 : 10000)) {
+    if (cost > best_cost + best_cost / (layout.n_tables > 1 ? tolerance : 10000)) {
       layout.table_log = log + 1;
       break;
     }
@@ -428,7 +428,7 @@ void choose_classes(const MagnitudeSums& sums, const uint8_t* symbols, size_t n,
 
 void choose_tables(std::vector<uint32_t> counts, size_t n, Layout& layout) {
   layout.mantissa_bits = n < 1u << 17 ? 3 : 6;  // what rounding costs against what bits cost
-  fit_tables(counts, layout);
+  fit_tables(counts, 1000, layout);
 }
 
 void choose_scaled(const uint8_t* symbols, size_t n, const std::vector<size_t>& sampled_rows, Layout& layout) {
@@ -448,7 +448,7 @@ void choose_scaled(const uint8_t* symbols, size_t n, const std::vector<size_t>& 
     auto counts = count_symbols(symbols, candidate, n, rows);
     for (const uint32_t mantissa_bits : {1u, 2u, 3u, 4u, 6u}) {
       candidate.mantissa_bits = mantissa_bits;
-      consider(candidate, fit_tables(counts, candidate));
+      consider(candidate, fit_tables(counts, 400, candidate));
     }
   };
   Layout by_magnitude = layout;

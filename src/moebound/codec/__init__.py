@@ -26,6 +26,8 @@ __all__ = [
     "Encoded",
     "Envelope",
     "Payload",
+    "Steps",
+    "bounds_by_step",
     "codec_ids",
     "decode",
     "decode_array",

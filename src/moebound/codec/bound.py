@@ -6,8 +6,8 @@
     rANS     static, 12-bit, 32 interleaved lanes, independent segments of whole rows
     misses   NaN, ±Inf and rare values far outside the rest go to the envelope's exact patch
 
-Version 2 is the same stream of whole numbers that somebody else has rounded to, each times a step of
-its column or row (`scaled.py`).
+Version 2 is the same stream, of whole numbers that somebody else has rounded to, each times a step
+of its column or row (`scaled.py`).
 
 For a strict maximum error this is next to the best there is: the cube of side 2ε tiles space, so a
 uniform quantizer with ideal entropy coding has no shaping gain left to chase. docs/format.md,

@@ -1,13 +1,14 @@
 """Codec `bound`, version 2: whole numbers that somebody else has rounded to, each times a step.
 
-A weight is q · step, computed in float32 and cast to the dtype. The steps are those of the columns, or
-of the rows: the input channels, for a method that rounds by what experts see (`methods/calibrated.py`).
-All else is version 1's: alphabet, classes, tables, segments, and the kernels that decode them.
+A weight is q · step, computed in float32 and cast to the dtype. The steps are those of the columns,
+or of the rows: the input channels, for a method that rounds by what experts see
+(`methods/calibrated.py`). All else is version 1's: alphabet, classes, tables, segments, and the
+kernels that decode them.
 
-The widest step follows from the bound ε, κ/2 times it being ε, so that the envelope says how far any
-weight is off; the others are levels below it, and each weight keeps κ/2 times its own step. What does
-not, after the cast, and what is not finite, goes to the envelope's exact patch. docs/format.md,
-section 5, has every byte.
+The widest step follows from the bound ε, κ/2 times it being ε, so that the envelope says how far
+any weight is off; the others are levels below it, and each weight keeps κ/2 times its own step.
+What does not, after the cast, and what is not finite, goes to the envelope's exact patch.
+docs/format.md, section 5, has every byte.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from moebound.codec import envelope
 from moebound.codec.api import Encoded, certified
 from moebound.codec.arrays import dtype_name
 from moebound.codec.base import ArraySpec, Payload
-from moebound.codec.bound import DTYPE_CODES, EXACT, SCALED, SCALED_VERSION, BoundCodec, or_exact
+from moebound.codec.bound import (
+    DTYPE_CODES,
+    EXACT,
+    MAX_SEGMENT_WEIGHTS,
+    SCALED,
+    SCALED_VERSION,
+    BoundCodec,
+    or_exact,
+)
+from moebound.codec.checks import whole
 from moebound.codec.envelope import Envelope
 from moebound.codec.lossless import SEGMENT_WEIGHTS
 from moebound.errors import CodecError, CorruptionError
@@ -39,8 +49,8 @@ Levels = npt.NDArray[np.uint8]
 class Steps:
     """The steps of a matrix, but for the bound that the widest has.
 
-    levels: [N], of each column, counted down from the widest step, four to a factor of 2. kappa: κ, half steps that a weight may be off, 1 to 16, a number of float16.
-    by_row: they are the rows'.
+    levels: [N], of each column, counted down from the widest step, four to a factor of 2. kappa: κ,
+    half steps that a weight may be off, 1 to 16, a number of float16. by_row: they are the rows'.
     """
 
     levels: Levels
@@ -51,7 +61,7 @@ class Steps:
         kappa = float(np.float16(self.kappa))
         if not LEAST_KAPPA <= kappa <= MOST_KAPPA or kappa != self.kappa:
             raise CodecError(
-                f"{self.kappa} half steps: expected {LEAST_KAPPA} to {MOST_KAPPA}, a number of float16"
+                f"{self.kappa} half steps: expected {LEAST_KAPPA} to {MOST_KAPPA}, of float16"
             )
 
     def sizes(self, abs_bound: float) -> npt.NDArray[np.float32]:
@@ -76,15 +86,17 @@ def encode_codes(
     bound: ErrorBound,
     abs_bound: float,
     *,
+    segment_weights: int = SEGMENT_WEIGHTS,
     threads: int = 1,
 ) -> Encoded:
-    """A matrix as the codes that it was rounded to: an envelope of codec `bound`, and its certificate.
+    """A matrix as the codes that it was rounded to: an envelope of codec `bound`, with certificate.
 
-    array: [rows, cols], C-contiguous. codes: the same shape. abs_bound: ε, what `bound` is in weight
-    units.
+    array: [rows, cols], C-contiguous. codes: of the same shape. abs_bound: ε, what `bound` is in
+    weight units. segment_weights: as of `BoundCodec`.
 
-    Guarantee: every value is decoded to the cast of code · step, within κ/2 steps of the array's, or
-    comes back bit for bit. Raises CodecError for shapes that do not fit each other, and as `Steps`.
+    Guarantee: every value decodes to the cast of code · step, and is within κ/2 steps of the
+    array's, or comes back bit for bit. Raises CodecError for shapes that do not fit each other, and
+    as `Steps`.
     """
     n_levels = array.shape[0 if steps.by_row else 1] if array.ndim == 2 else -1
     if codes.shape != array.shape or steps.levels.shape != (n_levels,):
@@ -107,7 +119,7 @@ def encode_codes(
         DTYPE_CODES[dtype],
         abs_bound,
         array.shape[1],
-        SEGMENT_WEIGHTS,
+        whole(segment_weights, "segment_weights", 1, MAX_SEGMENT_WEIGHTS),
         threads,
     )
     payload = or_exact(Payload(data, misses), array, spec, threads)
