@@ -115,19 +115,18 @@ Symbols exact_symbols(const ArrayInfo& info, const void* source, Alphabet& alpha
   return symbols;
 }
 
-// The alphabet and symbols of codes; those beyond it, or that do not keep their weight's bound, are
-// misses.
-Symbols scaled_symbols(const ArrayInfo& info, const void* source, const int32_t* codes, const Steps& steps,
-                       Alphabet& alphabet) {
-  const std::vector<float> sizes = step_sizes(steps, info.bound);
-  const double half_kappa = double(half_to_float(steps.kappa)) / 2;
-  const auto in_range = [](int32_t code) { return code > -int32_t(kMaxCells) && code < int32_t(kMaxCells); };
+constexpr uint64_t kPositionBits = 8;  // of a miss, about
+
+bool in_range(int32_t code) { return code > -int32_t(kMaxCells) && code < int32_t(kMaxCells); }
+
+// Counts of codes -m .. m in the sampled rows.
+std::vector<uint32_t> count_codes(const ArrayInfo& info, const int32_t* codes, uint64_t& n_counted) {
   int32_t m = 0;
   for (size_t i = 0; i < info.n; ++i) {
     if (in_range(codes[i])) m = std::max(m, codes[i] < 0 ? -codes[i] : codes[i]);
   }
   std::vector<uint32_t> counts(2 * size_t(m) + 1);
-  uint64_t n_counted = 0;
+  n_counted = 0;
   for (const size_t row : sample_rows(info, kAlphabetSample)) {
     const size_t end = std::min(info.n, (row + 1) * info.columns);
     for (size_t i = row * info.columns; i < end; ++i) {
@@ -136,7 +135,13 @@ Symbols scaled_symbols(const ArrayInfo& info, const void* source, const int32_t*
       ++n_counted;
     }
   }
-  alphabet = choose_alphabet(counts, n_counted, info.n, uint32_t(8 * item_size(info.output)) + 2);
+  return counts;
+}
+
+// The symbols of codes; those beyond the alphabet, or that do not keep their weight's bound, are misses.
+Symbols scaled_symbols(const ArrayInfo& info, const void* source, const int32_t* codes, const Steps& steps,
+                       const std::vector<float>& sizes, const Alphabet& alphabet) {
+  const double half_kappa = double(half_to_float(steps.kappa)) / 2;
   Symbols symbols = room_for_symbols(info.n, alphabet.low_bits > 0);
   with_dtype(info.source, [&](auto s) {
     with_dtype(info.output, [&](auto t) {
@@ -201,13 +206,33 @@ EncodedBound encode_bound(const ArrayInfo& info, const void* source, const Encod
 
 EncodedBound encode_scaled(const ArrayInfo& info, const void* source, const int32_t* codes, const Steps& steps,
                            const EncodeOptions& options) {
-  Alphabet alphabet;
-  Symbols symbols = scaled_symbols(info, source, codes, steps, alphabet);
-  Layout layout = start_layout(info, alphabet, options.segment_weights);
-  layout.scaled = true;
-  layout.steps = steps;
-  choose_scaled(symbols.symbol, info.n, sample_rows(info, kClassSample), layout);
-  return payload_of(layout, symbols, info.n, options.threads);
+  const std::vector<float> sizes = step_sizes(steps, info.bound);
+  const uint32_t miss_bits = uint32_t(8 * item_size(info.output)) + 2;
+  uint64_t n_counted = 0;
+  const auto counts = count_codes(info, codes, n_counted);
+  // Tables that are not stored want an alphabet of their own: with both, see which takes fewer bits.
+  Layout best;
+  uint64_t fewest = UINT64_MAX;
+  Alphabet chosen, of_symbols;
+  Symbols symbols;
+  for (const bool stretched : {false, true}) {
+    if (stretched && info.n > kMostStretchedWeights) break;
+    const Alphabet alphabet = choose_alphabet(counts, n_counted, info.n, miss_bits, stretched);
+    if (stretched && alphabet == of_symbols) break;
+    of_symbols = alphabet;
+    symbols = scaled_symbols(info, source, codes, steps, sizes, alphabet);
+    Layout layout = start_layout(info, alphabet, options.segment_weights);
+    layout.scaled = true;
+    layout.steps = steps;
+    const uint64_t n_bits = choose_scaled(symbols.symbol, info.n, sample_rows(info, kClassSample), layout) +
+                            info.n * alphabet.low_bits + symbols.misses.size() * (miss_bits + kPositionBits);
+    if (n_bits >= fewest) continue;
+    fewest = n_bits;
+    chosen = alphabet;
+    best = std::move(layout);
+  }
+  if (!(of_symbols == chosen)) symbols = scaled_symbols(info, source, codes, steps, sizes, chosen);
+  return payload_of(best, symbols, info.n, options.threads);
 }
 
 }  // namespace moebound

@@ -252,9 +252,6 @@ Cost fit_tables(std::vector<uint32_t>& counts, Cost tolerance, Layout& layout) {
   return chosen;
 }
 
-// So many weights pay for tables of their own, whatever these save.
-constexpr size_t kMostStretchedWeights = 1 << 18;
-
 // Classes that are the levels of steps, those in a range of at most kMaxTables with a table each: its
 // ends have at least `enough` weights. Returns whether there are several.
 bool apply_levels(size_t n, uint64_t enough, Layout& layout) {
@@ -297,8 +294,9 @@ Cost fit_stretch(const std::vector<uint32_t>& counts, Layout& layout) {
 }  // namespace
 
 Alphabet choose_alphabet(const std::vector<uint32_t>& counts, uint64_t n_counted, size_t n,
-                         uint32_t miss_bits) {
+                         uint32_t miss_bits, bool stretched) {
   const int32_t m = int32_t(counts.size() / 2);
+  const Cost symbol_cost = stretched ? slot_cost(n) : kTableSymbolBits * kLogOne;
   Alphabet best;
   if (!n_counted) return best;
   const double scale = double(n) / double(n_counted);
@@ -318,7 +316,7 @@ Alphabet choose_alphabet(const std::vector<uint32_t>& counts, uint64_t n_counted
       const uint32_t count = at_begin ? merged[begin] : merged[end - 1];
       if (end - begin <= kMaxSymbols) {
         const uint64_t c = full(count);
-        const Cost keep = kTableSymbolBits * kLogOne + (c < n >> kMaxTableLog ? slot_cost(n) : 0) +
+        const Cost keep = symbol_cost + (c < n >> kMaxTableLog ? slot_cost(n) : 0) +
                           c * kMaxTableLog * kLogOne;
         const Cost miss = c * (miss_bits * kLogOne + fixed_log2(std::max<uint64_t>(1, n / std::max<uint64_t>(1, c))));
         if (keep <= miss) break;
@@ -332,7 +330,7 @@ Alphabet choose_alphabet(const std::vector<uint32_t>& counts, uint64_t n_counted
     const Cost per_miss = miss_bits * kLogOne + (missed_all ? fixed_log2(std::max<uint64_t>(1, n / missed_all)) : 0);
     const Cost cost = Cost(double(entropy(merged.data() + begin, end - begin)) * scale) +
                       uint64_t(n) * low_bits * kLogOne + missed_all * per_miss + n_rare * slot_cost(n) / 2 +
-                      (end - begin) * kTableSymbolBits * kLogOne;
+                      (end - begin) * symbol_cost;
     if (cost < best_cost) {
       best_cost = cost;
       best.low_bits = low_bits;
@@ -431,7 +429,7 @@ void choose_tables(std::vector<uint32_t> counts, size_t n, Layout& layout) {
   fit_tables(counts, 1000, layout);
 }
 
-void choose_scaled(const uint8_t* symbols, size_t n, const std::vector<size_t>& sampled_rows, Layout& layout) {
+uint64_t choose_scaled(const uint8_t* symbols, size_t n, const std::vector<size_t>& sampled_rows, Layout& layout) {
   std::vector<size_t> rows(layout.rows(n));
   std::iota(rows.begin(), rows.end(), size_t(0));
   Layout best;
@@ -461,6 +459,7 @@ void choose_scaled(const uint8_t* symbols, size_t n, const std::vector<size_t>& 
     consider(layout, fit_stretch(counts, layout));
   }
   layout = std::move(best);
+  return best_cost / kLogOne;
 }
 
 }  // namespace moebound
