@@ -1,5 +1,5 @@
 // Steps of a payload of version 2: a weight is q · step, rounded to the output dtype, and its step is
-// that of its column, or of its row. docs/format.md, section 5, has the same in words.
+// that of its column, or of its row. docs/format.md, section 4.7, has the same in words.
 #pragma once
 #include <cstddef>
 #include <cstdint>

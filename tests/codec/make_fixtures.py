@@ -155,20 +155,47 @@ CASES = [
     Case("zfp_f32", "zfp", lambda: _weights((40, 50), "F32", odd=True), 0.004),
     SteppedCase(name="steps_bf16", array=lambda: weights.gaussian((40, 64)), bound=0.01),
     SteppedCase(name="steps_bf16_odd", array=lambda: odd(weights.gaussian((30, 40))), bound=0.008),
-    SteppedCase(name="steps_bf16_rows", array=lambda: weights.gaussian((64, 40)), bound=0.01,
-                by_row=True, kappa=1.5),
-    SteppedCase(name="steps_bf16_32_lanes", array=lambda: _weights((260, 127), "BF16"), bound=0.03,
-                spread=20, segment_weights=9000),
-    SteppedCase(name="steps_bf16_one_table", array=lambda: weights.gaussian((200, 180)),
-                bound=0.02, spread=0, kappa=1.0),
-    SteppedCase(name="steps_f16_low_bits", array=lambda: weights.gaussian((50, 33), "F16"),
-                bound=4e-5, spread=4),
-    SteppedCase(name="steps_f16_denormals", array=lambda: weights.gaussian((30, 33), "F16",
-                scale=2e-5), bound=1e-5),
-    SteppedCase(name="steps_f32", array=lambda: odd(weights.gaussian((20, 50), "F32")), bound=1e-3,
-                spread=30),
-    SteppedCase(name="steps_wide", array=lambda: weights.gaussian((60, 90), "F32"), bound=0.02,
-                spread=48),
+    SteppedCase(
+        name="steps_bf16_rows",
+        array=lambda: weights.gaussian((64, 40)),
+        bound=0.01,
+        by_row=True,
+        kappa=1.5,
+    ),
+    SteppedCase(
+        name="steps_bf16_32_lanes",
+        array=lambda: _weights((260, 127), "BF16"),
+        bound=0.03,
+        spread=20,
+        segment_weights=9000,
+    ),
+    SteppedCase(
+        name="steps_bf16_one_table",
+        array=lambda: weights.gaussian((200, 180)),
+        bound=0.02,
+        spread=0,
+        kappa=1.0,
+    ),
+    SteppedCase(
+        name="steps_f16_low_bits",
+        array=lambda: weights.gaussian((50, 33), "F16"),
+        bound=4e-5,
+        spread=4,
+    ),
+    SteppedCase(
+        name="steps_f16_denormals",
+        array=lambda: weights.gaussian((30, 33), "F16", scale=2e-5),
+        bound=1e-5,
+    ),
+    SteppedCase(
+        name="steps_f32",
+        array=lambda: odd(weights.gaussian((20, 50), "F32")),
+        bound=1e-3,
+        spread=30,
+    ),
+    SteppedCase(
+        name="steps_wide", array=lambda: weights.gaussian((60, 90), "F32"), bound=0.02, spread=48
+    ),
 ]
 
 

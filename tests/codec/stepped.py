@@ -19,8 +19,8 @@ from .kernel import SEGMENT_WEIGHTS, flat
 
 @dataclass(frozen=True, eq=False)
 class Stepped:
-    """weights: [rows, cols]. codes: nearest whole numbers of steps. sizes: of the steps, [1, cols] or
-    [rows, 1]. bound: ε."""
+    """weights: [rows, cols]. codes: nearest whole numbers of steps. sizes: of the steps, [1, cols]
+    or [rows, 1]. bound: ε."""
 
     weights: Array
     codes: npt.NDArray[np.int32]

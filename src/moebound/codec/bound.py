@@ -11,7 +11,7 @@ of its column or row (`scaled.py`).
 
 For a strict maximum error this is next to the best there is: the cube of side 2ε tiles space, so a
 uniform quantizer with ideal entropy coding has no shaping gain left to chase. docs/format.md,
-sections 4 and 5, describes every byte; reference/ is the same in NumPy, to be read.
+section 4, describes every byte; reference/ is the same in NumPy, to be read.
 """
 
 from __future__ import annotations

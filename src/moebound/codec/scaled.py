@@ -8,7 +8,7 @@ kernels that decode them.
 The widest step follows from the bound ε, κ/2 times it being ε, so that the envelope says how far
 any weight is off; the others are levels below it, and each weight keeps κ/2 times its own step.
 What does not, after the cast, and what is not finite, goes to the envelope's exact patch.
-docs/format.md, section 5, has every byte.
+docs/format.md, section 4.7, has every byte.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The decoder: docs/format.md, sections 4 to 6, from bytes to bit patterns."""
+"""The decoder: docs/format.md, sections 4 and 5, from bytes to bit patterns."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def decode_lossless(payload: bytes, n: int, *, dtype: DType) -> Patterns:
 
 
 def _decode_halves(payload: bytes, n: int) -> npt.NDArray[np.uint16]:
-    """Section 6: bins are patterns, rotated left by one."""
+    """Section 5: bins are patterns, rotated left by one."""
     bins, layout = _decode_bins(payload, n)
     top = layout.symbol_low + layout.n_symbols
     if (

@@ -1,4 +1,4 @@
-"""4.2, 4.4, 4.5, 5.1: everything in front of the segments, read and written."""
+"""4.2, 4.4, 4.5, 4.7: everything in front of the segments, read and written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ALL_ALIKE, MOST_RICE = 255, 7
 
 @dataclass(kw_only=True)
 class Scaling:
-    """What version 2 says beyond version 1. Names are those of docs/format.md, section 5.1.
+    """What version 2 says beyond version 1. Names are those of docs/format.md, section 4.7.
 
     kappa: float16's bits. levels: of each column, or row. classes_by_level: they are the classes.
     stretch: None where tables are stored.

@@ -1,4 +1,4 @@
-"""5.1, 5.3: the steps of version 2, and tables that follow from a scale."""
+"""4.7: the steps of version 2, and tables that follow from a scale."""
 
 from __future__ import annotations
 
