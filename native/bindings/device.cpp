@@ -15,6 +15,9 @@ nb::dict to_dict(moebound::Layout layout) {
   found["columns"] = layout.columns;
   found["rows_per_segment"] = layout.rows_per_segment;
   found["symbol_low"] = layout.symbol_low;
+  found["scaled"] = layout.scaled;
+  found["kappa"] = layout.steps.kappa;
+  found["by_row"] = layout.steps.by_row;
   found["n_symbols"] = layout.n_symbols;
   found["class_base"] = layout.class_base;
   found["row_classes"] = to_array(std::move(layout.row_classes));
@@ -95,6 +98,7 @@ void bind_device(nb::module_& m) {
     nb::dict found = to_dict(std::move(parsed.layout));
     found["segments"] = to_array(std::move(parsed.segments));
     found["values"] = to_array(std::move(parsed.values));
+    found["steps"] = to_array(std::move(parsed.steps));
     return found;
   }, "payload"_a, "n"_a, "source"_a, "output"_a, "bound"_a);
 }

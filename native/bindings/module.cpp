@@ -11,6 +11,17 @@
 #include "bound/grid.h"
 #include "measure/compare.h"
 
+namespace {
+
+using Levels = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Codes = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+moebound::Steps to_steps(const Levels& levels, uint16_t kappa, bool by_row) {
+  return {by_row, kappa, {levels.data(), levels.data() + levels.size()}};
+}
+
+}  // namespace
+
 NB_MODULE(_native, m) {
   bind_cuszp(m);
   bind_device(m);
@@ -67,6 +78,34 @@ NB_MODULE(_native, m) {
     return nb::make_tuple(nb::bytes(encoded.payload.data(), encoded.payload.size()),
                           to_array(std::move(encoded.misses)));
   }, "array"_a, "output"_a, "bound"_a, "columns"_a, "segment_weights"_a, "threads"_a);
+
+  m.def("bound_encode_scaled", [](AnyArray array, Codes codes, Levels levels, uint16_t kappa, bool by_row,
+                                  unsigned output, double bound, uint32_t columns, size_t segment_weights, unsigned threads) {
+    const auto info = array_info(dtype_of(array), dtype_from(output), bound, array.shape(0), columns);
+    const size_t n_levels = by_row ? (info.n + columns - 1) / columns : columns;
+    if (bound == 0) throw nb::value_error("bound");
+    if (codes.size() != info.n) throw nb::value_error("codes");
+    if (levels.size() != n_levels) throw nb::value_error("levels");
+    if (segment_weights == 0 || segment_weights > moebound::kMaxSegmentWeights) {
+      throw nb::value_error("segment_weights");
+    }
+    const auto steps = to_steps(levels, kappa, by_row);
+    moebound::EncodedBound encoded;
+    {
+      const Away away;
+      encoded = moebound::encode_scaled(info, array.data(), codes.data(), steps, {segment_weights, threads});
+    }
+    return nb::make_tuple(nb::bytes(encoded.payload.data(), encoded.payload.size()),
+                          to_array(std::move(encoded.misses)));
+  }, "array"_a, "codes"_a, "levels"_a, "kappa"_a, "by_row"_a, "output"_a, "bound"_a, "columns"_a,
+     "segment_weights"_a, "threads"_a);
+
+  m.def("bound_steps", [](Levels levels, uint16_t kappa,
+                          double bound) {
+    const auto steps = to_steps(levels, kappa, false);
+    const moebound::DefaultFloatEnvironment environment;
+    return to_array(moebound::step_sizes(steps, bound));
+  }, "levels"_a, "kappa"_a, "bound"_a);
 
   m.def("bound_decode", [](nb::handle payload, WritableArray out, unsigned source, double bound, unsigned threads) {
     const Buffer buffer(payload);

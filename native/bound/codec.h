@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "bound/steps.h"
 
 namespace moebound {
 
@@ -35,6 +36,12 @@ struct EncodedBound {
 
 // source: n patterns of info.source. The same bytes on every machine and for any thread count.
 EncodedBound encode_bound(const ArrayInfo& info, const void* source, const EncodeOptions& options);
+
+// The same in version 2, of whole numbers that somebody has rounded to: codes, [n], stand for code ·
+// step. Misses are what is not finite, or further than its own bound from it, kappa half steps, once
+// that is cast. steps: a level for each column, or row. Throws std::invalid_argument as step_sizes.
+EncodedBound encode_scaled(const ArrayInfo& info, const void* source, const int32_t* codes, const Steps& steps,
+                           const EncodeOptions& options);
 
 // Writes n patterns of info.output. Throws Corrupt on bytes that encode_bound cannot have made.
 void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, void* out, unsigned threads);

@@ -55,11 +55,12 @@ void fill_search_tables(const Layout& layout, DecodeSetup& setup) {
 }
 
 void fill_tables(const Layout& layout, DecodeSetup& setup) {
-  setup.tables.reserve(size_t(layout.n_tables) << layout.table_log);
+  setup.tables.resize(size_t(layout.n_tables) << layout.table_log);
+  uint32_t* entry = setup.tables.data();
   for (uint32_t t = 0; t < layout.n_tables; ++t) {
     const uint16_t* f = layout.frequencies.data() + t * layout.n_symbols;
     for (uint32_t s = 0; s < layout.n_symbols; ++s) {
-      for (uint32_t k = 0; k < f[s]; ++k) setup.tables.push_back(table_entry(s, f[s], k));
+      for (uint32_t k = 0; k < f[s]; ++k) *entry++ = table_entry(s, f[s], k);
     }
   }
 }
@@ -74,8 +75,22 @@ void fill_values(const ArrayInfo& info, const Layout& layout, DecodeSetup& setup
     setup.values32.assign(setup.values16.begin(), setup.values16.end());
     return;
   }
-  const Grid grid = grid_of(info, layout);
-  setup.values32 = bin_values(layout, grid, info.output == DType::kF32 ? F32::kSign : BF16::kSign);
+  if (layout.scaled) {
+    setup.steps = steps_of(layout, info.bound);
+    const std::vector<uint8_t>& levels = layout.steps.levels;
+    if (std::all_of(levels.begin(), levels.end(), [&](uint8_t level) { return level == levels[0]; })) {
+      setup.values32 = multiples(layout, setup.steps[0], info.output);  // a table, as of any grid
+    } else {
+      setup.scaled = true;
+      setup.by_row = layout.steps.by_row;
+      setup.first_bin = first_bin(layout);
+      if (!setup.by_row) setup.steps.resize(layout.groups_per_row() * kGroup);
+      return;
+    }
+  } else {
+    const Grid grid = grid_of(info, layout);
+    setup.values32 = bin_values(layout, grid, info.output == DType::kF32 ? F32::kSign : BF16::kSign);
+  }
   if (info.output == DType::kF32) return;
   setup.values16.assign(setup.values32.begin(), setup.values32.end());
   setup.values16.resize(std::max(setup.values16.size(), kMostPermuted));  // whole registers

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -34,6 +35,12 @@ PutPlanes planes_writer() {
   if (isa() != Isa::kScalar) return put_planes_avx2;
 #endif
   return put_planes_any;
+}
+
+std::vector<size_t> all_rows(const Layout& layout, size_t n) {
+  std::vector<size_t> rows(layout.rows(n));
+  std::iota(rows.begin(), rows.end(), size_t(0));
+  return rows;
 }
 
 std::vector<uint32_t> encode_entries(const Layout& layout) {
@@ -108,28 +115,64 @@ Symbols exact_symbols(const ArrayInfo& info, const void* source, Alphabet& alpha
   return symbols;
 }
 
-}  // namespace
+constexpr uint64_t kPositionBits = 8;  // of a miss, about
 
-EncodedBound encode_bound(const ArrayInfo& info, const void* source, const EncodeOptions& options) {
-  const size_t n = info.n;
-  Alphabet alphabet;
-  Symbols symbols = info.bound > 0 ? symbols_within_bound(info, source, alphabet)
-                                   : exact_symbols(info, source, alphabet);
+bool in_range(int32_t code) { return code > -int32_t(kMaxCells) && code < int32_t(kMaxCells); }
 
-  Layout layout = start_layout(info, alphabet, options.segment_weights);
-  const size_t rows = layout.rows(n);
-  const MagnitudeSums sums = magnitude_sums(symbols.symbol, alphabet.symbol_low, n, layout);
-  choose_classes(sums, symbols.symbol, n, sample_rows(info, kClassSample), layout);
-  std::vector<size_t> all_rows(rows);
-  std::iota(all_rows.begin(), all_rows.end(), size_t(0));
-  choose_tables(count_symbols(symbols.symbol, layout, n, all_rows), n, layout);
+// Counts of codes -m .. m in the sampled rows.
+std::vector<uint32_t> count_codes(const ArrayInfo& info, const int32_t* codes, uint64_t& n_counted) {
+  int32_t m = 0;
+  for (size_t i = 0; i < info.n; ++i) {
+    if (in_range(codes[i])) m = std::max(m, codes[i] < 0 ? -codes[i] : codes[i]);
+  }
+  std::vector<uint32_t> counts(2 * size_t(m) + 1);
+  n_counted = 0;
+  for (const size_t row : sample_rows(info, kAlphabetSample)) {
+    const size_t end = std::min(info.n, (row + 1) * info.columns);
+    for (size_t i = row * info.columns; i < end; ++i) {
+      if (!in_range(codes[i])) continue;
+      ++counts[size_t(codes[i] + m)];
+      ++n_counted;
+    }
+  }
+  return counts;
+}
 
+// The symbols of codes; those beyond the alphabet, or that do not keep their weight's bound, are misses.
+Symbols scaled_symbols(const ArrayInfo& info, const void* source, const int32_t* codes, const Steps& steps,
+                       const std::vector<float>& sizes, const Alphabet& alphabet) {
+  const double half_kappa = double(half_to_float(steps.kappa)) / 2;
+  Symbols symbols = room_for_symbols(info.n, alphabet.low_bits > 0);
+  with_dtype(info.source, [&](auto s) {
+    with_dtype(info.output, [&](auto t) {
+      using S = decltype(s);
+      using T = decltype(t);
+      const auto* patterns = static_cast<const typename S::Bits*>(source);
+      for (size_t i = 0, row = 0; i < info.n; ++row) {
+        for (size_t j = 0; j < info.columns && i < info.n; ++i, ++j) {
+          const float step = sizes[steps.by_row ? row : j];
+          const double decoded = double(T::value(pattern_of<T>(float(codes[i]) * step)));
+          // Written so that what is not a number is a miss.
+          const bool kept = std::fabs(double(S::value(patterns[i])) - decoded) <= half_kappa * double(step);
+          const uint32_t code = code_of(kept && in_range(codes[i]) ? codes[i] : kNoBin, alphabet);
+          symbols.symbol[i] = uint8_t(code);
+          if (symbols.low) symbols.low[i] = uint8_t(code >> 8);
+          if (code & kMiss) symbols.misses.push_back(i);
+        }
+      }
+    });
+  });
+  return symbols;
+}
+
+// Symbols and their layout, whole but for the segments' words, as bytes.
+EncodedBound payload_of(Layout& layout, Symbols& symbols, size_t n, unsigned threads) {
   const EncodeSetup setup{&layout, n, symbols.symbol, encode_entries(layout),
                           table_starts(layout, layout.n_symbols)};
   std::vector<Segment> segments(layout.segments(n));
-  for_each_index(segments.size(), options.threads, [&](size_t i) {
+  for_each_index(segments.size(), threads, [&](size_t i) {
     const size_t first = i * layout.rows_per_segment;
-    segments[i] = make_segment(setup, symbols, first, std::min(first + layout.rows_per_segment, rows));
+    segments[i] = make_segment(setup, symbols, first, std::min(first + layout.rows_per_segment, layout.rows(n)));
   });
 
   EncodedBound encoded;
@@ -144,6 +187,52 @@ EncodedBound encode_bound(const ArrayInfo& info, const void* source, const Encod
   encoded.misses = std::move(symbols.misses);
   release_symbols();
   return encoded;
+}
+
+}  // namespace
+
+EncodedBound encode_bound(const ArrayInfo& info, const void* source, const EncodeOptions& options) {
+  const size_t n = info.n;
+  Alphabet alphabet;
+  Symbols symbols = info.bound > 0 ? symbols_within_bound(info, source, alphabet)
+                                   : exact_symbols(info, source, alphabet);
+
+  Layout layout = start_layout(info, alphabet, options.segment_weights);
+  const MagnitudeSums sums = magnitude_sums(symbols.symbol, alphabet.symbol_low, n, layout);
+  choose_classes(sums, symbols.symbol, n, sample_rows(info, kClassSample), layout);
+  choose_tables(count_symbols(symbols.symbol, layout, n, all_rows(layout, n)), n, layout);
+  return payload_of(layout, symbols, n, options.threads);
+}
+
+EncodedBound encode_scaled(const ArrayInfo& info, const void* source, const int32_t* codes, const Steps& steps,
+                           const EncodeOptions& options) {
+  const std::vector<float> sizes = step_sizes(steps, info.bound);
+  const uint32_t miss_bits = uint32_t(8 * item_size(info.output)) + 2;
+  uint64_t n_counted = 0;
+  const auto counts = count_codes(info, codes, n_counted);
+  // Tables that are not stored want an alphabet of their own: with both, see which takes fewer bits.
+  Layout best;
+  uint64_t fewest = UINT64_MAX;
+  Alphabet chosen, of_symbols;
+  Symbols symbols;
+  for (const bool stretched : {false, true}) {
+    if (stretched && info.n > kMostStretchedWeights) break;
+    const Alphabet alphabet = choose_alphabet(counts, n_counted, info.n, miss_bits, stretched);
+    if (stretched && alphabet == of_symbols) break;
+    of_symbols = alphabet;
+    symbols = scaled_symbols(info, source, codes, steps, sizes, alphabet);
+    Layout layout = start_layout(info, alphabet, options.segment_weights);
+    layout.scaled = true;
+    layout.steps = steps;
+    const uint64_t n_bits = choose_scaled(symbols.symbol, info.n, sample_rows(info, kClassSample), layout) +
+                            info.n * alphabet.low_bits + symbols.misses.size() * (miss_bits + kPositionBits);
+    if (n_bits >= fewest) continue;
+    fewest = n_bits;
+    chosen = alphabet;
+    best = std::move(layout);
+  }
+  if (!(of_symbols == chosen)) symbols = scaled_symbols(info, source, codes, steps, sizes, chosen);
+  return payload_of(best, symbols, info.n, options.threads);
 }
 
 }  // namespace moebound

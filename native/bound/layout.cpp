@@ -5,6 +5,7 @@
 #include "base/bits.h"
 #include "base/bytes.h"
 #include "base/status.h"
+#include "bound/stretched.h"
 
 namespace moebound {
 namespace {
@@ -103,7 +104,75 @@ std::vector<uint8_t> read_classes(ByteReader& read, size_t count) {
   return classes;
 }
 
+// Levels are Rice codes of their distances from one of them: `centre`, and r in front of it, the low
+// bits of a code. 255 for r says that all are the centre.
+constexpr uint32_t kAllAlike = 255, kMostRice = 7;
+
+void write_levels(const std::vector<uint8_t>& levels, std::vector<uint8_t>& out) {
+  uint64_t counts[kMostLevel + 1] = {};
+  for (const uint8_t level : levels) ++counts[level];
+  const auto [lowest, highest] = std::minmax_element(levels.begin(), levels.end());
+  uint32_t best_r = kAllAlike;
+  int best_centre = *lowest;
+  uint64_t fewest = UINT64_MAX;
+  for (int centre = *lowest; *lowest < *highest && centre <= int(*highest); ++centre) {
+    for (uint32_t r = 0; r <= kMostRice; ++r) {
+      uint64_t n_bits = 0;
+      for (int level = *lowest; level <= int(*highest); ++level) {
+        n_bits += counts[level] * ((zigzag(level - centre) >> r) + 1 + r);
+      }
+      if (n_bits >= fewest) continue;
+      fewest = n_bits;
+      best_r = r;
+      best_centre = centre;
+    }
+  }
+  out.push_back(uint8_t(best_r));
+  out.push_back(uint8_t(best_centre));
+  if (best_r == kAllAlike) return;
+  BitWriter bits(out);
+  for (const uint8_t level : levels) {
+    const uint32_t code = zigzag(int(level) - best_centre);
+    bits.put_unary(code >> best_r);
+    bits.put(code & ((1u << best_r) - 1), best_r);
+  }
+}
+
+std::vector<uint8_t> read_levels(ByteReader& read, size_t count) {
+  const uint32_t r = read.byte();
+  const int centre = read.byte();
+  if (r == kAllAlike) return std::vector<uint8_t>(count, uint8_t(centre));
+  if (r > kMostRice) throw Corrupt("levels are out of range");
+  BitReader bits = read.bits();
+  if (count > 8 * read.left()) throw Corrupt("payload is too short for its levels");
+  std::vector<uint8_t> levels(count);
+  for (auto& level : levels) {
+    const uint32_t high = bits.take_unary(2 * kMostLevel >> r);
+    const int found = centre + unzigzag(high << r | bits.take(r));
+    if (found < 0 || found > int(kMostLevel)) throw Corrupt("a level is out of range");
+    level = uint8_t(found);
+  }
+  read.take(bits.bytes_used());
+  return levels;
+}
+
 }  // namespace
+
+void set_classes_by_level(Layout& layout, size_t n) {
+  layout.classes_by_level = true;
+  layout.row_classes.assign(layout.rows(n), 0);
+  layout.column_classes.assign(layout.columns, 0);
+  auto& own = layout.steps.by_row ? layout.row_classes : layout.column_classes;
+  for (size_t i = 0; i < own.size(); ++i) own[i] = uint8_t(std::min<uint32_t>(layout.steps.levels[i], kMaxLevels - 1));
+}
+
+void set_stretched_tables(Layout& layout) {
+  layout.frequencies.resize(size_t(layout.n_tables) * layout.n_symbols);
+  for (uint32_t t = 0; t < layout.n_tables; ++t) {
+    stretched_table(std::min(layout.stretch + kStretchOfLevel * t, kMostStretch), layout.symbol_low, layout.n_symbols,
+                    layout.low_bits, layout.table_log, layout.frequencies.data() + t * layout.n_symbols);
+  }
+}
 
 size_t groups_in_rows(const Layout& layout, size_t first, size_t last, size_t n) {
   const size_t per_row = layout.groups_per_row();
@@ -136,21 +205,36 @@ TableStarts table_starts(const Layout& layout, uint32_t unit) {
 
 void write_layout(const Layout& layout, std::vector<uint8_t>& out) {
   const size_t start = out.size();
-  for (const uint32_t field :
-       {layout.table_log, layout.lanes_log, layout.low_bits, layout.n_tables, layout.mantissa_bits}) {
-    out.push_back(uint8_t(field));
+  const Steps& steps = layout.steps;
+  if (layout.scaled) {
+    out.push_back(uint8_t(kScaled | (steps.by_row ? kByRow : 0) | (layout.classes_by_level ? kClassesByLevel : 0) |
+                          (layout.stretched ? kStretched : 0)));
+    out.push_back(uint8_t(steps.kappa));
+    out.push_back(uint8_t(steps.kappa >> 8));
+    out.push_back(uint8_t(layout.table_log | layout.lanes_log << 4));
+    out.push_back(uint8_t(layout.low_bits | (layout.n_tables - 1) << 4));
+    if (!layout.stretched) out.push_back(uint8_t(layout.mantissa_bits));
+  } else {
+    for (const uint32_t field :
+         {layout.table_log, layout.lanes_log, layout.low_bits, layout.n_tables, layout.mantissa_bits}) {
+      out.push_back(uint8_t(field));
+    }
   }
   put_varint(out, layout.columns);
   put_varint(out, layout.rows_per_segment);
   put_varint(out, zigzag(layout.symbol_low));
   put_varint(out, layout.n_symbols);
+  if (layout.scaled) write_levels(steps.levels, out);
   if (layout.n_tables > 1) {
     out.push_back(uint8_t(layout.class_base));
-    write_classes(layout.row_classes, out);
-    write_classes(layout.column_classes, out);
+    if (!layout.classes_by_level) {
+      write_classes(layout.row_classes, out);
+      write_classes(layout.column_classes, out);
+    }
   }
+  if (layout.stretched) out.push_back(uint8_t(layout.stretch));
   BitWriter bits(out);
-  for (uint32_t t = 0; t < layout.n_tables; ++t) {
+  for (uint32_t t = 0; t < layout.n_tables && !layout.stretched; ++t) {
     write_table(layout.frequencies.data() + t * layout.n_symbols, layout.rests[t], layout, bits);
   }
   for (const uint32_t n_words : layout.segment_words) put_varint(out, n_words);
@@ -161,10 +245,27 @@ Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<S
   ByteReader read(data, n_bytes);
   Layout layout;
   layout.table_log = read.byte();
-  layout.lanes_log = read.byte();
-  layout.low_bits = read.byte();
-  layout.n_tables = read.byte();
-  layout.mantissa_bits = read.byte();
+  if (layout.table_log & kScaled) {
+    const uint32_t flags = layout.table_log;
+    if (flags & ~(kScaled | kAllFlags)) throw Corrupt("flags are not known");
+    layout.scaled = true;
+    layout.steps.by_row = flags & kByRow;
+    layout.classes_by_level = flags & kClassesByLevel;
+    layout.stretched = flags & kStretched;
+    layout.steps.kappa = uint16_t(read.byte());
+    layout.steps.kappa = uint16_t(layout.steps.kappa | read.byte() << 8);
+    const uint32_t logs = read.byte(), counts = read.byte();
+    layout.table_log = logs & 15;
+    layout.lanes_log = logs >> 4;
+    layout.low_bits = counts & 15;
+    layout.n_tables = (counts >> 4) + 1;
+    if (!layout.stretched) layout.mantissa_bits = read.byte();
+  } else {
+    layout.lanes_log = read.byte();
+    layout.low_bits = read.byte();
+    layout.n_tables = read.byte();
+    layout.mantissa_bits = read.byte();
+  }
   if (layout.table_log < 1 || layout.table_log > kMaxTableLog || layout.lanes_log > kMaxLanesLog ||
       layout.low_bits > kMaxLowBits || layout.n_tables < 1 || layout.n_tables > kMaxTables ||
       layout.mantissa_bits > kMaxTableLog) {
@@ -181,17 +282,30 @@ Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<S
   // Every segment has at least its states: n cannot make us allocate more than the payload backs.
   const size_t n_segments = layout.segments(n);
   if (n_segments > n_bytes / 4) throw Corrupt("payload is too short for its segments");
+  if (layout.scaled) {
+    layout.steps.levels = read_levels(read, layout.steps.by_row ? layout.rows(n) : layout.columns);
+  }
   if (layout.n_tables > 1) {
     layout.class_base = read.byte();
-    layout.row_classes = read_classes(read, layout.rows(n));
-    layout.column_classes = read_classes(read, layout.columns);
+    if (layout.classes_by_level) {
+      set_classes_by_level(layout, n);
+    } else {
+      layout.row_classes = read_classes(read, layout.rows(n));
+      layout.column_classes = read_classes(read, layout.columns);
+    }
   }
-  layout.frequencies.resize(size_t(layout.n_tables) * layout.n_symbols);
-  BitReader bits = read.bits();
-  for (uint32_t t = 0; t < layout.n_tables; ++t) {
-    layout.rests.push_back(read_table(layout.frequencies.data() + t * layout.n_symbols, layout, bits));
+  if (layout.stretched) {
+    layout.stretch = read.byte();
+    if (layout.n_symbols > 1u << layout.table_log) throw Corrupt("more symbols than a table has slots");
+    set_stretched_tables(layout);
+  } else {
+    layout.frequencies.resize(size_t(layout.n_tables) * layout.n_symbols);
+    BitReader bits = read.bits();
+    for (uint32_t t = 0; t < layout.n_tables; ++t) {
+      layout.rests.push_back(read_table(layout.frequencies.data() + t * layout.n_symbols, layout, bits));
+    }
+    read.take(bits.bytes_used());
   }
-  read.take(bits.bytes_used());
   layout.segment_words.resize(n_segments);
   for (auto& n_words : layout.segment_words) n_words = read.varint(kMaxSegmentWeights, "words");
   read.take(align4(read.offset()) - read.offset());

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "bound/steps.h"
+
 namespace moebound {
 
 constexpr uint32_t kMaxTableLog = 12;
@@ -17,8 +19,17 @@ constexpr uint32_t kMaxColumns = 1u << 16;
 constexpr uint32_t kMaxSegmentWeights = 1u << 18;
 constexpr uint32_t kGroup = 32;  // weights that share one word of each low-bit plane
 
+// The first byte of a payload of version 2, below the flags; that of version 1 is at most kMaxTableLog.
+constexpr uint32_t kScaled = 0x80;
+constexpr uint32_t kByRow = 1, kClassesByLevel = 2, kStretched = 4, kAllFlags = 7;
+
 // Everything in front of the segments.
 struct Layout {
+  bool scaled = false;            // version 2: bins are multiples of steps, not cells of a grid
+  Steps steps;                    // none if not scaled
+  bool classes_by_level = false;  // the classes of what has steps are their levels, not stored
+  bool stretched = false;         // tables follow from `stretch`
+  uint32_t stretch = 0;
   uint32_t table_log = 0;    // frequencies of a table sum to 2^table_log
   uint32_t lanes_log = 0;    // 2^lanes_log interleaved rANS states
   uint32_t low_bits = 0;     // bits of each bin index stored as they are
@@ -69,6 +80,12 @@ void write_layout(const Layout& layout, std::vector<uint8_t>& out);
 
 // Parses the layout of n weights and finds every segment. Throws Corrupt.
 Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<SegmentBytes>& segments);
+
+// Sets row and column classes: those of what has steps are its levels, the others 0.
+void set_classes_by_level(Layout& layout, size_t n);
+
+// Sets the frequencies of tables that follow from layout's stretch.
+void set_stretched_tables(Layout& layout);
 
 // Groups of kGroup weights in rows [first, last) of n weights.
 size_t groups_in_rows(const Layout& layout, size_t first, size_t last, size_t n);

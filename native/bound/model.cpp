@@ -10,6 +10,7 @@
 #include "base/cpu.h"
 #include "base/fixed_log.h"
 #include "bound/magnitude_sums.h"
+#include "bound/stretched.h"
 
 namespace moebound {
 namespace {
@@ -89,6 +90,20 @@ struct Range {
   int low, high;
 };
 
+// Of levels 0 .. n - 1 with these weights, at most kMaxTables whose ends have at least `enough` weights,
+// those beyond counted in.
+Range narrowed(const uint64_t* weights, int n, uint64_t enough) {
+  int low = 0, high = n - 1;
+  uint64_t below = weights[0], above = weights[high];
+  while (low < high && below < enough) below += weights[++low];
+  while (high > low && above < enough) above += weights[--high];
+  while (high - low + 1 > int(kMaxTables)) {  // the sparser end shares
+    if (below <= above) below += weights[++low];
+    else above += weights[--high];
+  }
+  return {low, high};
+}
+
 // Every table shall have a part of the weights that is worth it.
 Range table_range(const Scales& scales, Option option, size_t n) {
   constexpr int kSpan = 4 * kMaxLevel + 1;
@@ -101,16 +116,8 @@ Range table_range(const Scales& scales, Option option, size_t n) {
   for (size_t a = 0; a < rows.size(); ++a) {
     for (size_t b = 0; b < columns.size(); ++b) weights[a + b] += rows[a] * columns[b];
   }
-  const uint64_t enough = std::max<uint64_t>(n / 128, 256);
-  int low = 0, high = kSpan - 1;
-  uint64_t below = weights[0], above = weights[size_t(high)];
-  while (low < high && below < enough) below += weights[size_t(++low)];
-  while (high > low && above < enough) above += weights[size_t(--high)];
-  while (high - low + 1 > int(kMaxTables)) {  // the sparser end shares
-    if (below <= above) below += weights[size_t(++low)];
-    else above += weights[size_t(--high)];
-  }
-  return {low - 2 * kMaxLevel, high - 2 * kMaxLevel};
+  const Range range = narrowed(weights.data(), kSpan, std::max<uint64_t>(n / 128, 256));
+  return {range.low - 2 * kMaxLevel, range.high - 2 * kMaxLevel};
 }
 
 void apply(const Scales& scales, Option option, size_t n, Layout& layout) {
@@ -198,22 +205,98 @@ uint8_t normalize(const uint32_t* counts, const Layout& layout, uint16_t* f) {
   return rest;
 }
 
+// log2 of frequencies up to 2^kMaxTableLog.
+const std::vector<Cost>& frequency_logs() {
+  static const std::vector<Cost> logs = [] {
+    std::vector<Cost> found((size_t(1) << kMaxTableLog) + 1);
+    for (size_t f = 1; f < found.size(); ++f) found[f] = fixed_log2(f);
+    return found;
+  }();
+  return logs;
+}
+
 Cost coded_cost(const std::vector<uint32_t>& counts, const Layout& layout, const std::vector<uint16_t>& f) {
+  const auto& logs = frequency_logs();
   Cost cost = 0;
-  for (uint32_t t = 0; t < layout.n_tables; ++t) {
-    for (uint32_t s = 0; s < layout.n_symbols; ++s) {
-      const uint64_t c = counts[t * layout.n_symbols + s];
-      if (c) cost += c * (layout.table_log * kLogOne - fixed_log2(f[t * layout.n_symbols + s]));
-    }
+  for (size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i]) cost += Cost(counts[i]) * (layout.table_log * kLogOne - logs[f[i]]);
   }
   return cost;
+}
+
+// Sets layout's table_log and frequencies for these counts and mantissa bits, and returns what all
+// symbols then cost. From the finest down: a smaller table decodes quicker, so it may cost one part in
+// `tolerance` more where several share the cache, a ten-thousandth where one is alone.
+Cost fit_tables(std::vector<uint32_t>& counts, Cost tolerance, Layout& layout) {
+  std::vector<uint16_t> f(counts.size());
+  std::vector<uint8_t> rests(layout.n_tables);
+  Cost best_cost = 0, chosen = 0;
+  for (uint32_t log = kMaxTableLog; log >= kLeastEncodedTableLog; --log) {
+    layout.table_log = log;
+    for (uint32_t t = 0; t < layout.n_tables; ++t) {
+      uint32_t* c = counts.data() + t * layout.n_symbols;
+      // A table that no weight uses still needs a symbol.
+      if (std::all_of(c, c + layout.n_symbols, [](uint32_t v) { return v == 0; })) c[0] = 1;
+      rests[t] = normalize(c, layout, f.data() + t * layout.n_symbols);
+    }
+    const Cost cost = coded_cost(counts, layout, f);
+    if (log == kMaxTableLog) best_cost = cost;
+    if (cost > best_cost + best_cost / (layout.n_tables > 1 ? tolerance : 10000)) {
+      layout.table_log = log + 1;
+      break;
+    }
+    chosen = cost;
+    layout.frequencies = f;
+    layout.rests = rests;
+  }
+  return chosen;
+}
+
+// Classes that are the levels of steps, those in a range of at most kMaxTables with a table each: its
+// ends have at least `enough` weights. Returns whether there are several.
+bool apply_levels(size_t n, uint64_t enough, Layout& layout) {
+  set_classes_by_level(layout, n);
+  const auto& own = layout.steps.by_row ? layout.row_classes : layout.column_classes;
+  const uint64_t each = n / own.size();
+  std::array<uint64_t, kMaxLevels> weights{};
+  for (const uint8_t level : own) weights[level] += each;
+  const auto [low, high] = narrowed(weights.data(), int(kMaxLevels), enough);
+  layout.n_tables = uint32_t(high - low + 1);
+  layout.class_base = uint32_t(low);
+  return low < high;
+}
+
+// Sets layout's tables to the cheapest stretch for these counts, and returns what all symbols then cost.
+Cost fit_stretch(const std::vector<uint32_t>& counts, Layout& layout) {
+  layout.stretched = true;
+  layout.table_log = kMaxTableLog;
+  Cost best_cost = ~Cost(0);
+  uint32_t best = 0;
+  const auto consider = [&](uint32_t stretch) {
+    layout.stretch = stretch;
+    set_stretched_tables(layout);
+    const Cost cost = coded_cost(counts, layout, layout.frequencies);
+    if (cost >= best_cost) return;
+    best_cost = cost;
+    best = stretch;
+  };
+  for (uint32_t stretch = 0; stretch <= kMostStretch; stretch += 8) consider(stretch);
+  for (uint32_t by = 4; by > 0; by /= 2) {
+    const uint32_t middle = best;
+    if (middle >= by) consider(middle - by);
+    if (middle + by <= kMostStretch) consider(middle + by);
+  }
+  layout.stretch = best;
+  set_stretched_tables(layout);
+  return best_cost;
 }
 
 }  // namespace
 
 Alphabet choose_alphabet(const std::vector<uint32_t>& counts, uint64_t n_counted, size_t n,
-                         uint32_t miss_bits) {
+                         uint32_t miss_bits, bool stretched) {
   const int32_t m = int32_t(counts.size() / 2);
+  const Cost symbol_cost = stretched ? slot_cost(n) : kTableSymbolBits * kLogOne;
   Alphabet best;
   if (!n_counted) return best;
   const double scale = double(n) / double(n_counted);
@@ -233,7 +316,7 @@ Alphabet choose_alphabet(const std::vector<uint32_t>& counts, uint64_t n_counted
       const uint32_t count = at_begin ? merged[begin] : merged[end - 1];
       if (end - begin <= kMaxSymbols) {
         const uint64_t c = full(count);
-        const Cost keep = kTableSymbolBits * kLogOne + (c < n >> kMaxTableLog ? slot_cost(n) : 0) +
+        const Cost keep = symbol_cost + (c < n >> kMaxTableLog ? slot_cost(n) : 0) +
                           c * kMaxTableLog * kLogOne;
         const Cost miss = c * (miss_bits * kLogOne + fixed_log2(std::max<uint64_t>(1, n / std::max<uint64_t>(1, c))));
         if (keep <= miss) break;
@@ -247,7 +330,7 @@ Alphabet choose_alphabet(const std::vector<uint32_t>& counts, uint64_t n_counted
     const Cost per_miss = miss_bits * kLogOne + (missed_all ? fixed_log2(std::max<uint64_t>(1, n / missed_all)) : 0);
     const Cost cost = Cost(double(entropy(merged.data() + begin, end - begin)) * scale) +
                       uint64_t(n) * low_bits * kLogOne + missed_all * per_miss + n_rare * slot_cost(n) / 2 +
-                      (end - begin) * kTableSymbolBits * kLogOne;
+                      (end - begin) * symbol_cost;
     if (cost < best_cost) {
       best_cost = cost;
       best.low_bits = low_bits;
@@ -343,28 +426,40 @@ void choose_classes(const MagnitudeSums& sums, const uint8_t* symbols, size_t n,
 
 void choose_tables(std::vector<uint32_t> counts, size_t n, Layout& layout) {
   layout.mantissa_bits = n < 1u << 17 ? 3 : 6;  // what rounding costs against what bits cost
-  std::vector<uint16_t> f(counts.size());
-  std::vector<uint8_t> rests(layout.n_tables);
-  Cost best_cost = 0;
-  // From the finest down: a smaller table decodes quicker, so it may cost a thousandth more where
-  // several share the cache, a ten-thousandth where one is alone.
-  for (uint32_t log = kMaxTableLog; log >= kLeastEncodedTableLog; --log) {
-    layout.table_log = log;
-    for (uint32_t t = 0; t < layout.n_tables; ++t) {
-      uint32_t* c = counts.data() + t * layout.n_symbols;
-      // A table that no weight uses still needs a symbol.
-      if (std::all_of(c, c + layout.n_symbols, [](uint32_t v) { return v == 0; })) c[0] = 1;
-      rests[t] = normalize(c, layout, f.data() + t * layout.n_symbols);
+  fit_tables(counts, 1000, layout);
+}
+
+uint64_t choose_scaled(const uint8_t* symbols, size_t n, const std::vector<size_t>& sampled_rows, Layout& layout) {
+  std::vector<size_t> rows(layout.rows(n));
+  std::iota(rows.begin(), rows.end(), size_t(0));
+  Layout best;
+  Cost best_cost = ~Cost(0);
+  const auto consider = [&](const Layout& candidate, Cost coded) {
+    std::vector<uint8_t> header;
+    write_layout(candidate, header);
+    const Cost cost = coded + 8 * header.size() * kLogOne;
+    if (cost >= best_cost) return;
+    best_cost = cost;
+    best = candidate;
+  };
+  const auto with_tables = [&](Layout candidate) {
+    auto counts = count_symbols(symbols, candidate, n, rows);
+    for (const uint32_t mantissa_bits : {1u, 2u, 3u, 4u, 6u}) {
+      candidate.mantissa_bits = mantissa_bits;
+      consider(candidate, fit_tables(counts, 400, candidate));
     }
-    const Cost cost = coded_cost(counts, layout, f);
-    if (log == kMaxTableLog) best_cost = cost;
-    if (cost > best_cost + best_cost / (layout.n_tables > 1 ? 1000 : 10000)) {
-      layout.table_log = log + 1;
-      break;
-    }
-    layout.frequencies = f;
-    layout.rests = rests;
+  };
+  Layout by_magnitude = layout;
+  choose_classes(magnitude_sums(symbols, layout.symbol_low, n, layout), symbols, n, sampled_rows, by_magnitude);
+  with_tables(by_magnitude);
+  if (apply_levels(n, std::max<uint64_t>(n / 128, 256), layout)) with_tables(layout);
+  if (n <= kMostStretchedWeights) {
+    apply_levels(n, 1, layout);
+    const auto counts = count_symbols(symbols, layout, n, rows);
+    consider(layout, fit_stretch(counts, layout));
   }
+  layout = std::move(best);
+  return best_cost / kLogOne;
 }
 
 }  // namespace moebound

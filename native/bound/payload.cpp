@@ -1,6 +1,7 @@
 #include "bound/payload.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "base/status.h"
 
@@ -19,18 +20,50 @@ std::vector<uint32_t> bin_values(const Layout& layout, const Grid& grid, uint32_
   return values;
 }
 
-Grid grid_of(const ArrayInfo& info, const Layout& layout) {
+std::vector<uint32_t> multiples(const Layout& layout, float step, DType output) {
+  std::vector<uint32_t> values(size_t(layout.n_symbols) << layout.low_bits);
+  with_dtype(output, [&](auto t) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      values[i] = pattern_of<decltype(t)>(float(first_bin(layout) + int32_t(i)) * step);
+    }
+  });
+  return values;
+}
+
+int32_t first_bin(const Layout& layout) { return int32_t(int64_t(layout.symbol_low) << layout.low_bits); }
+
+namespace {
+
+int64_t furthest_bin(const Layout& layout) {
   const int64_t first = int64_t(layout.symbol_low) << layout.low_bits;
   const int64_t last = first + (int64_t(layout.n_symbols) << layout.low_bits) - 1;
-  const int64_t furthest = std::max(-first, last);
-  if (furthest >= int64_t(kMaxCells) + (int64_t(1) << layout.low_bits)) {
+  return std::max(-first, last);
+}
+
+}  // namespace
+
+void check_bins(const Layout& layout) {
+  if (furthest_bin(layout) >= int64_t(kMaxCells) + (int64_t(1) << layout.low_bits)) {
     throw Corrupt("bins beyond the largest grid");
   }
-  return make_grid(info.source, info.output, info.bound, size_t(furthest) + 1);
+}
+
+Grid grid_of(const ArrayInfo& info, const Layout& layout) {
+  check_bins(layout);
+  return make_grid(info.source, info.output, info.bound, size_t(furthest_bin(layout)) + 1);
+}
+
+std::vector<float> steps_of(const Layout& layout, double bound) {
+  check_bins(layout);
+  try {
+    return step_sizes(layout.steps, bound);
+  } catch (const std::invalid_argument& error) {
+    throw Corrupt(error.what());
+  }
 }
 
 void check_exact(const Layout& layout) {
-  if (layout.low_bits != kExactLowBits || layout.symbol_low < 0 ||
+  if (layout.scaled || layout.low_bits != kExactLowBits || layout.symbol_low < 0 ||
       uint32_t(layout.symbol_low) + layout.n_symbols > 256) {
     throw Corrupt("not an exact copy's layout");
   }
@@ -44,6 +77,8 @@ ParsedPayload parse_payload(const ArrayInfo& info, const uint8_t* payload, size_
   for (const SegmentBytes& segment : segments) parsed.segments.push_back(uint64_t(segment.states - payload));
   if (info.bound == 0) {
     check_exact(parsed.layout);
+  } else if (parsed.layout.scaled) {
+    parsed.steps = steps_of(parsed.layout, info.bound);
   } else {
     const uint32_t sign = info.output == DType::kF32 ? F32::kSign : BF16::kSign;
     parsed.values = bin_values(parsed.layout, grid_of(info, parsed.layout), sign);

@@ -17,13 +17,26 @@ std::vector<uint32_t> bin_values(const Layout& layout, const Grid& grid, uint32_
 // that no encoder uses.
 Grid grid_of(const ArrayInfo& info, const Layout& layout);
 
+// The same where every bin is so many times one step.
+std::vector<uint32_t> multiples(const Layout& layout, float step, DType output);
+
+// The bin of symbol 0 with low bits of 0.
+int32_t first_bin(const Layout& layout);
+
+// Throws Corrupt if the layout names a bin that no encoder uses.
+void check_bins(const Layout& layout);
+
+// The steps of a scaled layout: [columns] or [rows]. Throws Corrupt.
+std::vector<float> steps_of(const Layout& layout, double bound);
+
 // Throws Corrupt unless bins can be patterns, as in an exact copy.
 void check_exact(const Layout& layout);
 
 struct ParsedPayload {
   Layout layout;
   std::vector<uint64_t> segments;  // where each begins, in bytes from the payload's first
-  std::vector<uint32_t> values;    // bin_values; none of an exact copy, whose bins are patterns
+  std::vector<uint32_t> values;    // bin_values; none of an exact copy, whose bins are patterns, ...
+  std::vector<float> steps;        // ... and none where there are these instead
 };
 
 // Every offset and length of a payload is checked here: states, words and planes of each segment lie

@@ -17,6 +17,7 @@ struct Alphabet {
   uint32_t n_symbols = 1;
   uint32_t low_bits = 0;
   uint8_t stand_in = 0;  // the symbol coded in place of a miss
+  bool operator==(const Alphabet&) const = default;
 };
 
 // A weight's code: symbol | low << 8, and this bit if the code only stands in for the weight.

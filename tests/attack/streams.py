@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from moebound import _native, encode
-from moebound.codec import codec_ids
+from moebound.codec import Steps, codec_ids, encode_codes
 from moebound.codec.fields import FieldReader, checksum, put_varint
 from moebound.codec.patch import positions_n_bytes
 from moebound.errors import MoeboundError
@@ -120,6 +120,22 @@ def _arrays() -> list[Array]:
     return found
 
 
+def _stepped(arrays: list[Array]) -> list[bytes]:
+    """Version 2 of codec `bound`, with steps of columns and of rows."""
+    found = list[bytes]()
+    for i, array in enumerate(array for array in arrays if array.ndim == 2 and array.size):
+        by_row = i % 2 == 1
+        n = array.shape[0 if by_row else 1]
+        steps = Steps((np.arange(n) * 7 % 11).astype(np.uint8), 2.0, by_row)
+        sizes = steps.sizes(0.02)[:, None] if by_row else steps.sizes(0.02)[None]
+        codes = np.nan_to_num(array.astype(np.float32) / sizes, posinf=0, neginf=0)
+        encoded = encode_codes(
+            array, np.rint(codes).astype(np.int32), steps, ErrorBound(0.02), 0.02
+        )
+        found.append(encoded.data)
+    return found
+
+
 def corpus() -> list[Stream]:
     """Small ones, with each part that a stream can have."""
     made: list[tuple[str, bytes]] = []
@@ -130,6 +146,7 @@ def corpus() -> list[Stream]:
                 made.append((codec, encode(array, 0.004, codec=codec)))
             except MoeboundError:
                 continue  # not installed, or not for such an array
+    made += [("bound with steps", data) for data in _stepped(arrays)]
     for method in ("rtn:int2:g4", "rtn:int4:g64", "rtn:int8:g32", "hqq:int4:g64"):
         for array in arrays:
             if array.ndim == 2 and array.size and np.isfinite(array.astype(np.float32)).all():

@@ -43,7 +43,7 @@ def kernel_encode(
         columns = array.shape[-1] if array.ndim else 1
     code = DTYPE_CODES[dtype or dtype_name(array.dtype)]
     return _native.bound_encode(  # type: ignore[no-any-return]
-        _flat(array), code, bound, columns, segment_weights, threads
+        flat(array), code, bound, columns, segment_weights, threads
     )
 
 
@@ -59,10 +59,11 @@ def kernel_decode(
     """The patterns of n values. Raises _native.Corrupt."""
     out = np.zeros(n, NUMPY_DTYPES[dtype])
     code = DTYPE_CODES[source or dtype]
-    _native.bound_decode(payload, _flat(out), code, bound, threads)
+    _native.bound_decode(payload, flat(out), code, bound, threads)
     return out.view(f"u{out.itemsize}")
 
 
-def _flat(array: Array) -> Array:
-    flat = array.reshape(-1)
-    return flat.view(np.uint16) if array.dtype == NUMPY_DTYPES["BF16"] else flat
+def flat(array: Array) -> Array:
+    """As the kernel takes it: bfloat16 as its bits."""
+    values = array.reshape(-1)
+    return values.view(np.uint16) if array.dtype == NUMPY_DTYPES["BF16"] else values

@@ -4,7 +4,7 @@
 
 writes the fixtures that are not there yet and leaves all others alone. A fixture that no longer
 decodes, or encodes to other bytes, is a broken promise, not an old file: bytes that changed on
-purpose get a new format version and a new folder beside `v1`.
+purpose get a new format version and a new folder beside the others.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from moebound.codec.arrays import dtype_name
 from moebound.types import NUMPY_DTYPES, Array, DType
 
 from . import weights
+from .stepped import Stepped, drawn_levels, odd
 
-FOLDER = Path(__file__).parent / "fixtures" / "v1"
+FOLDER = Path(__file__).parent / "fixtures"
 
 
 class Fixture(NamedTuple):
@@ -44,14 +45,18 @@ class Case:
     array: Callable[[], Array]
     bound: float
     dtype: DType | None = None
+    version: int = 1
 
     @property
     def path(self) -> Path:
-        return FOLDER / f"{self.name}.npz"
+        return FOLDER / f"v{self.version}" / f"{self.name}.npz"
+
+    def encode(self, original: Array) -> bytes:
+        return encode(original, self.bound, codec=self.codec, dtype=self.dtype)
 
     def make(self) -> Fixture:
         original = self.array()
-        encoded = encode(original, self.bound, codec=self.codec, dtype=self.dtype)
+        encoded = self.encode(original)
         decoded = decode(encoded)
         assert isinstance(decoded, np.ndarray)
         return Fixture(original, encoded, decoded)
@@ -79,6 +84,23 @@ class Case:
             pytest.importorskip("pysz")
         if self.codec.startswith("zfp"):
             pytest.importorskip("zfpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedCase(Case):
+    """Codec `bound`, version 2: to the nearest whole number of steps."""
+
+    codec: str = "bound"
+    version: int = 2
+    spread: int = 9
+    by_row: bool = False
+    kappa: float = 2.0
+    segment_weights: int = 1 << 18
+
+    def encode(self, original: Array) -> bytes:
+        levels = drawn_levels(original.shape[0 if self.by_row else 1], self.spread)
+        made = Stepped.of(original, levels, self.bound, kappa=self.kappa, by_row=self.by_row)
+        return made.envelope(segment_weights=self.segment_weights)
 
 
 def _weights(shape: tuple[int, ...], dtype: DType, *, odd: bool = False) -> Array:
@@ -131,6 +153,49 @@ CASES = [
     Case("cuszp_f32_to_bf16", "cuszp:fixed", lambda: _weights((40, 50), "F32"), 0.002, "BF16"),
     Case("sz3_bf16", "sz3", lambda: _weights((40, 50), "BF16", odd=True), 0.004),
     Case("zfp_f32", "zfp", lambda: _weights((40, 50), "F32", odd=True), 0.004),
+    SteppedCase(name="steps_bf16", array=lambda: weights.gaussian((40, 64)), bound=0.01),
+    SteppedCase(name="steps_bf16_odd", array=lambda: odd(weights.gaussian((30, 40))), bound=0.008),
+    SteppedCase(
+        name="steps_bf16_rows",
+        array=lambda: weights.gaussian((64, 40)),
+        bound=0.01,
+        by_row=True,
+        kappa=1.5,
+    ),
+    SteppedCase(
+        name="steps_bf16_32_lanes",
+        array=lambda: _weights((260, 127), "BF16"),
+        bound=0.03,
+        spread=20,
+        segment_weights=9000,
+    ),
+    SteppedCase(
+        name="steps_bf16_one_table",
+        array=lambda: weights.gaussian((200, 180)),
+        bound=0.02,
+        spread=0,
+        kappa=1.0,
+    ),
+    SteppedCase(
+        name="steps_f16_low_bits",
+        array=lambda: weights.gaussian((50, 33), "F16"),
+        bound=4e-5,
+        spread=4,
+    ),
+    SteppedCase(
+        name="steps_f16_denormals",
+        array=lambda: weights.gaussian((30, 33), "F16", scale=2e-5),
+        bound=1e-5,
+    ),
+    SteppedCase(
+        name="steps_f32",
+        array=lambda: odd(weights.gaussian((20, 50), "F32")),
+        bound=1e-3,
+        spread=30,
+    ),
+    SteppedCase(
+        name="steps_wide", array=lambda: weights.gaussian((60, 90), "F32"), bound=0.02, spread=48
+    ),
 ]
 
 
@@ -156,8 +221,8 @@ def broken(fixture: Fixture, bound: float) -> npt.NDArray[np.intp]:
 
 
 def main() -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for case in CASES:
+        case.path.parent.mkdir(parents=True, exist_ok=True)
         if case.path.exists():
             print(f"kept   {case.path.name}")
             continue

@@ -8,6 +8,7 @@ import pytest
 
 from moebound import _native, decode, encode
 from moebound.codec import envelope
+from moebound.codec.bound import SCALED
 from moebound.codec.reference.bits import ByteReader
 from moebound.codec.reference.layout import Layout, read_layout, write_layout
 from moebound.codec.reference.rans import read_segment, write_segment
@@ -15,6 +16,7 @@ from moebound.errors import CorruptionError
 from moebound.types import DType
 
 from .kernel import ISAS, kernel_decode, kernel_encode, using
+from .stepped import Stepped, drawn_levels, odd
 from .weights import gaussian, scaled_both_ways
 
 
@@ -43,7 +45,16 @@ def _small_payloads() -> dict[str, tuple[bytes, int, float, DType]]:
     fine, _ = kernel_encode(gaussian((4, 40), "F16"), 2e-4)
     wide, _ = kernel_encode(scaled_both_ways((20, 35), "F32", 1.0), 0.01)
     exact, _ = kernel_encode(gaussian((3, 41)), 0.0)
-    return {
+    steps = Stepped.of(gaussian((9, 37)), drawn_levels(37, 9), 0.01)
+    rows = Stepped.of(odd(gaussian((20, 35), "F32")), drawn_levels(20, 20), 0.02, by_row=True)
+    fine_steps = Stepped.of(gaussian((4, 40), "F16"), drawn_levels(40, 3), 5e-5)
+    stepped: dict[str, tuple[bytes, int, float, DType]] = {
+        "steps": (steps.payload(segment_weights=150)[0], 9 * 37, 0.01, "BF16"),
+        "steps, 32 lanes": (_in_lanes(steps.payload()[0], 9 * 37, 5), 9 * 37, 0.01, "BF16"),
+        "steps of rows": (_in_lanes(rows.payload()[0], 700, 5), 700, 0.02, "F32"),
+        "steps, low bits": (_in_lanes(fine_steps.payload()[0], 160, 5), 160, 5e-5, "F16"),
+    }
+    return stepped | {
         "one lane": (plain, 9 * 37, 0.006, "BF16"),
         "32 lanes": (_in_lanes(plain, 9 * 37, 5), 9 * 37, 0.006, "BF16"),
         "low bits": (_in_lanes(fine, 160, 5), 160, 2e-4, "F16"),
@@ -129,6 +140,8 @@ def test_random_bytes() -> None:
     rng = np.random.default_rng(12)
     for _ in range(500):
         head = bytes([12, 5, int(rng.integers(0, 9)), 1, 3]) if rng.random() < 0.7 else b""
+        if rng.random() < 0.3:
+            head = bytes([SCALED + int(rng.integers(0, 8)), 0, 0x40, 0x5C])
         payload = head + rng.bytes(int(rng.integers(0, 200)))
         if payload[:1] != b"\0":
             _verdict(payload, 300, 0.01, "BF16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ from hypothesis import strategies as st
 from moebound import store
 from moebound.calibrate import Text, collect
 from moebound.cli.main import main
+from moebound.codec import bounds_by_step, parse
+from moebound.codec.device import read_stream
 from moebound.errors import CorruptionError, FormatError, MethodError, MoeboundError
 from moebound.evaluate.loading import Loaded, Source
-from moebound.methods import ExpertView, GroupView, MatrixSpec, compress, get_method
+from moebound.methods import ExpertView, GroupView, MatrixSpec, Stored, compress, get_method
+from moebound.methods.blob import MatrixBlob
 from moebound.methods.calibrated import Calibrated
 from moebound.methods.feedback import damped, round_with_feedback, upper_factor
 from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound, ExpertKey
 from tiny_models import MakeTiny, model_class
 
 KEY = ExpertKey(0, 0)
+FIXTURE = Path(__file__).parent / "fixtures" / "calibrated-v1.npz"
+"""Blobs as version 1 of the method's payload was written, and what they decode to."""
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -196,26 +202,71 @@ def test_a_payload_by_the_table() -> None:
     assert found.tolist() == (codes.T * steps[:, None]).tolist()
 
 
-@given(at=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.booleans())
-def test_damaged_payloads_are_refused_or_decode(at: int, value: int, cut: bool) -> None:
-    data = bytearray(_payload())
+@pytest.mark.parametrize("name", ["bf16", "f16_rows", "f32_odd"])
+def test_blobs_of_version_1_decode_for_ever(name: str) -> None:
+    with np.load(FIXTURE) as stored:
+        data, wanted = stored[f"{name}.data"].tobytes(), stored[f"{name}.decoded"]
+    blob = Stored.of(data)
+    assert isinstance(blob.found, MatrixBlob)
+    assert (blob.found.method, blob.found.method_version) == ("calibrated", 1)
+    decoded = blob.decode()
+    np.testing.assert_array_equal(decoded.view(wanted.dtype), wanted)
+    patched = Calibrated.verbatim(blob.found.payload, blob.spec)
+    assert patched == np.count_nonzero(~np.isfinite(decoded.astype(np.float32)))
+
+
+@given(
+    name=st.sampled_from(["bf16", "f16_rows", "f32_odd"]), at=st.integers(0, 10**6),
+    value=st.integers(0, 255), cut=st.booleans(),
+)  # fmt: skip
+def test_damaged_payloads_are_refused_or_decode(name: str, at: int, value: int, cut: bool) -> None:
+    with np.load(FIXTURE) as stored:
+        blob = Stored.of(stored[f"{name}.data"].tobytes())
+    assert isinstance(blob.found, MatrixBlob)
+    data = bytearray(blob.found.payload)
     if cut:
         del data[at % len(data) :]
     else:
         data[at % len(data)] = value
     try:
-        found = Calibrated.decode(memoryview(bytes(data)), MatrixSpec((6, 10), "BF16"), [])
+        found = Calibrated.decode(memoryview(bytes(data)), blob.spec, [])
     except (CorruptionError, FormatError):
         return
-    assert found.shape == (6, 10)
+    assert found.shape == blob.spec.shape
 
 
-def _payload() -> bytes:
-    weights = weights_of(6, 10).astype(np.float32)
-    weights[0, 0] = np.nan
-    view = group(weights.astype(BF16), moments(10), ErrorBound(0.5, "rate"))
-    found = Calibrated().encode(view).matrices[KEY]["up"]
-    return found.data
+def test_what_is_written_is_an_envelope_of_bound() -> None:
+    """Version 2: read by all that read codec `bound`, and by column as by the whole."""
+    weights, h = weights_of(64, 48), moments(48)
+    made = compress(Calibrated(), group(weights, h, ErrorBound(0.5, "rate"))).experts[KEY]["up"]
+    parsed = parse(made.data)
+    assert (parsed.codec, parsed.codec_version) == ("bound", 2)
+    assert (made.certificate.codec, made.certificate.codec_version) == ("bound", 2)
+    assert parsed.spec.abs_bound == made.certificate.abs_bound
+    bounds = bounds_by_step(parsed)
+    assert bounds is not None
+    assert bounds.shape == (1, 48)
+    assert bounds.max() <= parsed.spec.abs_bound < bounds.max() * (1 + 1e-6)
+    error = np.abs(weights.astype(np.float64) - made.decoded.astype(np.float64))
+    assert (error <= bounds).all()
+    assert read_stream(made.data).coded is not None  # what decodes on a GPU
+
+
+def test_a_small_matrix_pays_little_for_steps_and_tables() -> None:
+    """64 x 32 weights, as of builtin:wordmath: what there is beside the entropy of a Gaussian in
+    whole steps, per weight."""
+    weights, h = weights_of(64, 32), moments(32)
+    made = compress(Calibrated(), group(weights, h, ErrorBound(1.0, "rate"))).experts[KEY]["up"]
+    sizes = bounds_by_step(parse(made.data))
+    assert sizes is not None
+    codes = np.rint(made.decoded.astype(np.float64) / sizes)  # at kappa 2 a bound is a step
+    deviation = 0.02 / sizes[0]
+    edges = (np.arange(-400, 402) - 0.5)[:, None] / deviation / 2**0.5
+    p = np.diff([[math.erf(x) for x in row] for row in edges], axis=0) / 2
+    entropy = -np.log2(p, where=p > 0, out=np.zeros_like(p)) * p
+    assert np.abs(codes).max() < 400
+    envelope = 34 * 8 / weights.size
+    assert 8 * len(made.data) / weights.size < entropy.sum(axis=0).mean() + envelope + 0.2
 
 
 @pytest.fixture(scope="module")

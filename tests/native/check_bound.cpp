@@ -3,7 +3,7 @@
 //   check_bound CASES MUTATIONS SEED
 //
 // For each of CASES random arrays: the encoders agree byte for byte, the decoders bit for bit, and
-// every value keeps its bound. Then MUTATIONS damaged copies of the payload (truncated, flipped,
+// every value keeps its bound; half of the arrays are whole numbers of steps, version 2. Then MUTATIONS damaged copies of the payload (truncated, flipped,
 // overwritten, spliced): each decoder refuses it or gives what the scalar one gives. Buffers are
 // exactly as large as they say, so that a sanitizer sees the first byte out of bounds. Exit code 1
 // and a line on stderr at the first disagreement.
@@ -46,6 +46,8 @@ std::vector<Isa> runnable() {
 struct Array {
   ArrayInfo info;
   std::vector<uint8_t> bytes;  // patterns of info.source
+  std::vector<int32_t> codes;  // of version 2
+  Steps steps;
 };
 
 template <class T>
@@ -83,6 +85,35 @@ Array random_array() {
   return a;
 }
 
+double value_at(DType dtype, const std::vector<uint8_t>& bytes, size_t i) {
+  return with_dtype(dtype, [&](auto t) {
+    typename decltype(t)::Bits bits;
+    std::memcpy(&bits, bytes.data() + i * sizeof(bits), sizeof(bits));
+    return double(decltype(t)::value(bits));
+  });
+}
+
+// Rounds an array to whole numbers of steps, most to the nearest.
+void add_codes(Array& a) {
+  a.steps.by_row = below(2);
+  a.steps.kappa = uint16_t(below(2) ? 0x3C00 : 0x4000);
+  a.steps.levels.resize(a.steps.by_row ? (a.info.n + a.info.columns - 1) / a.info.columns : a.info.columns);
+  const uint64_t spread = 1 + below(below(3) ? 12 : 60);
+  for (auto& level : a.steps.levels) level = uint8_t(below(spread));
+  const std::vector<float> sizes = step_sizes(a.steps, a.info.bound);
+  a.codes.resize(a.info.n);
+  for (size_t i = 0; i < a.info.n; ++i) {
+    const double step = double(sizes[a.steps.by_row ? i / a.info.columns : i % a.info.columns]);
+    const double exact = value_at(a.info.source, a.bytes, i) / step;
+    a.codes[i] = std::fabs(exact) < 1e9 ? int32_t(std::lround(exact)) + (below(500) ? 0 : 1) : 0;
+  }
+}
+
+EncodedBound encode(const Array& a, const EncodeOptions& options) {
+  return a.codes.empty() ? encode_bound(a.info, a.bytes.data(), options)
+                         : encode_scaled(a.info, a.bytes.data(), a.codes.data(), a.steps, options);
+}
+
 // What a decoder makes of bytes: empty if it refuses them.
 std::vector<uint8_t> decode(const ArrayInfo& info, const std::vector<uint8_t>& payload, Isa isa, unsigned threads) {
   use_isa(isa_name(isa));
@@ -102,14 +133,7 @@ void check_values(const Array& a, const std::vector<uint8_t>& out, const std::ve
       ++next;
       continue;
     }
-    const auto value = [&](DType dtype, const std::vector<uint8_t>& bytes) {
-      return with_dtype(dtype, [&](auto t) {
-        typename decltype(t)::Bits bits;
-        std::memcpy(&bits, bytes.data() + i * sizeof(bits), sizeof(bits));
-        return double(decltype(t)::value(bits));
-      });
-    };
-    const double w = value(a.info.source, a.bytes), d = value(a.info.output, out);
+    const double w = value_at(a.info.source, a.bytes, i), d = value_at(a.info.output, out, i);
     const bool same = std::memcmp(&w, &d, sizeof w) == 0;
     if (!(std::fabs(w - d) <= a.info.bound) && !same) fail("a value breaks its bound");
   }
@@ -145,15 +169,16 @@ int main(int argc, char** argv) {
   const auto isas = runnable();
   size_t refused = 0, survived = 0;
   for (size_t c = 0; c < n_cases; ++c) {
-    const Array a = random_array();
+    Array a = random_array();
+    if (a.info.bound > 0 && below(2)) add_codes(a);
     EncodeOptions options;
     options.segment_weights = size_t(1) << (6 + below(12));
     use_isa("scalar");
-    const EncodedBound encoded = encode_bound(a.info, a.bytes.data(), options);
+    const EncodedBound encoded = encode(a, options);
     for (const Isa isa : isas) {
       use_isa(isa_name(isa));
       options.threads = unsigned(1 + below(2));
-      const EncodedBound again = encode_bound(a.info, a.bytes.data(), options);
+      const EncodedBound again = encode(a, options);
       if (again.payload != encoded.payload || again.misses != encoded.misses) fail("encoders disagree");
     }
     const auto good = decode(a.info, encoded.payload, Isa::kScalar, 1);

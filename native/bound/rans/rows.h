@@ -17,10 +17,11 @@ constexpr size_t kLanes = 32;
 // A group reads at most 32 words, and its loads reach at most 32 bytes beyond the last.
 constexpr size_t kReach = 2 * kLanes + 32;
 
-// Calls group(offsets, n_active, all_active, word, planes, to) for each group: decode n_active
+// Calls group(offsets, n_active, all_active, word, planes, steps, to) for each group: decode n_active
 // lanes (all of them if all_active is std::true_type) with the tables at `offsets` (none: nullptr),
-// move `word` past the words used, write 32 values to `to`. Returns whether the words came out even.
-template <class Value, class Group>
+// move `word` past the words used, write 32 values to `to`, with 32 steps if kScaled. Returns whether
+// the words came out even.
+template <bool kScaled, class Value, class Group>
 __attribute__((always_inline)) inline bool walk_rows(const DecodeSetup& setup, const SegmentBytes& segment,
                                                      size_t first, size_t last, Value* out, const Group& group) {
   const Layout& layout = *setup.layout;
@@ -29,7 +30,7 @@ __attribute__((always_inline)) inline bool walk_rows(const DecodeSetup& setup, c
   const uint8_t* const words_end = word + 2 * size_t(segment.n_words);
   const uint8_t* plane = segment.planes;
 
-  const auto step = [&](const uint32_t* offsets, size_t n_active, auto all_active, Value* to)
+  const auto step = [&](const uint32_t* offsets, size_t n_active, auto all_active, const float* steps, Value* to)
                         __attribute__((always_inline)) {
     // One call of group, from the words or from the copy: two would be too much code for the cache.
     const size_t left = size_t(words_end - word);
@@ -41,7 +42,7 @@ __attribute__((always_inline)) inline bool walk_rows(const DecodeSetup& setup, c
       from = tail;
     }
     const uint8_t* const start = from;
-    group(offsets, n_active, all_active, from, plane, to);
+    group(offsets, n_active, all_active, from, plane, steps, to);
     const size_t used = size_t(from - start);
     if (used > left) return false;
     word += used;
@@ -49,16 +50,21 @@ __attribute__((always_inline)) inline bool walk_rows(const DecodeSetup& setup, c
     return true;
   };
 
+  [[maybe_unused]] float of_row[kLanes];
   for (size_t row = first; row < last; ++row) {
     const uint32_t* offsets = setup.offsets(row);
+    if (kScaled && setup.by_row) std::fill_n(of_row, kLanes, setup.steps[row]);
+    const auto steps = [&](size_t j) -> const float* {
+      return !kScaled ? nullptr : setup.by_row ? of_row : setup.steps.data() + j;
+    };
     const size_t columns = std::min<size_t>(layout.columns, setup.n - row * layout.columns);
     size_t j = 0;
     for (; j + kLanes <= columns; j += kLanes, out += kLanes) {
-      if (!step(offsets ? offsets + j : nullptr, kLanes, std::true_type{}, out)) return false;
+      if (!step(offsets ? offsets + j : nullptr, kLanes, std::true_type{}, steps(j), out)) return false;
     }
     if (j < columns) {
       Value some[kLanes];
-      if (!step(offsets ? offsets + j : nullptr, columns - j, std::false_type{}, some)) return false;
+      if (!step(offsets ? offsets + j : nullptr, columns - j, std::false_type{}, steps(j), some)) return false;
       std::copy_n(some, columns - j, out);
       out += columns - j;
     }

@@ -6,10 +6,35 @@
 namespace moebound {
 namespace {
 
-template <class Out>
-bool decode(const DecodeSetup& setup, const SegmentBytes& segment, size_t first, size_t last, Out* out,
-            const Out* values) {
+// Values from a table, each as soon as its bin is known.
+template <class Value>
+struct LookUp {
+  using Out = Value;
+  static constexpr bool kScaled = false;
+  const Value* values;
+};
+
+// Bins times steps, a group at a time: the second loop is one for vectors.
+template <class T>
+struct Scaled {
+  using Out = typename T::Bits;
+  static constexpr bool kScaled = true;
+
+  void operator()(const int32_t* bins, size_t n, const DecodeSetup& setup, size_t row, size_t start, Out* out) const {
+    if (setup.by_row) {
+      const float step = setup.steps[row];
+      for (size_t i = 0; i < n; ++i) out[i] = pattern_of<T>(float(bins[i]) * step);
+    } else {
+      const float* const steps = setup.steps.data() + start;
+      for (size_t i = 0; i < n; ++i) out[i] = pattern_of<T>(float(bins[i]) * steps[i]);
+    }
+  }
+};
+
+template <class Emit>
+bool decode(const DecodeSetup& setup, const SegmentJob& job, const Emit emit) {
   const Layout& layout = *setup.layout;
+  const SegmentBytes& segment = *job.bytes;
   const uint32_t lanes = layout.lanes(), mask = (1u << layout.table_log) - 1;
   const uint32_t low_bits = layout.low_bits;
   if (!states_are_valid(layout, segment)) return false;
@@ -18,13 +43,15 @@ bool decode(const DecodeSetup& setup, const SegmentBytes& segment, size_t first,
   const uint8_t* word = segment.words;
   const uint8_t* const words_end = word + 2 * size_t(segment.n_words);
   const uint8_t* plane = segment.planes;
-  for (size_t row = first; row < last; ++row) {
+  auto* out = static_cast<typename Emit::Out*>(job.out);
+  for (size_t row = job.first; row < job.last; ++row) {
     const uint32_t* offsets = setup.offsets(row);
     const size_t columns = std::min<size_t>(layout.columns, setup.n - row * layout.columns);
     for (size_t start = 0; start < columns; start += kGroup) {
       uint32_t planes[kMaxLowBits];
       for (uint32_t b = 0; b < low_bits; ++b, plane += 4) planes[b] = load<uint32_t>(plane);
       const size_t end = std::min<size_t>(start + kGroup, columns);
+      [[maybe_unused]] int32_t bins[kGroup];
       for (size_t j = start; j < end; ++j) {
         uint32_t& x = states[j & (lanes - 1)];
         const uint32_t entry = setup.tables[(offsets ? offsets[j] : 0u) + (x & mask)];
@@ -36,7 +63,12 @@ bool decode(const DecodeSetup& setup, const SegmentBytes& segment, size_t first,
         }
         uint32_t bin = entry & 0xFF;
         for (uint32_t b = low_bits; b-- > 0;) bin = bin << 1 | (planes[b] >> (j - start) & 1u);
-        *out++ = values[bin];
+        if constexpr (Emit::kScaled) bins[j - start] = int32_t(bin) + setup.first_bin;
+        else *out++ = emit.values[bin];
+      }
+      if constexpr (Emit::kScaled) {
+        emit(bins, end - start, setup, row, start, out);
+        out += end - start;
       }
     }
   }
@@ -49,10 +81,11 @@ bool decode(const DecodeSetup& setup, const SegmentBytes& segment, size_t first,
 
 bool decode_segments_scalar(const DecodeSetup& setup, const SegmentJob* jobs, size_t n) {
   return std::all_of(jobs, jobs + n, [&](const SegmentJob& job) {
-    const auto to = [&]<class Out>(const std::vector<Out>& values) {
-      return decode(setup, *job.bytes, job.first, job.last, static_cast<Out*>(job.out), values.data());
-    };
-    return setup.output == DType::kF32 ? to(setup.values32) : to(setup.values16);
+    if (setup.scaled) {
+      return with_dtype(setup.output, [&](auto t) { return decode(setup, job, Scaled<decltype(t)>{}); });
+    }
+    return setup.output == DType::kF32 ? decode(setup, job, LookUp<uint32_t>{setup.values32.data()})
+                                       : decode(setup, job, LookUp<uint16_t>{setup.values16.data()});
   });
 }
 

@@ -16,6 +16,7 @@ from moebound.codec.envelope import Envelope, parse
 from moebound.codec.estimate import estimate_bytes
 from moebound.codec.measure import Distortion, measure, stats
 from moebound.codec.registry import codec_ids, get_codec, register_codec
+from moebound.codec.scaled import Steps, bounds_by_step, encode_codes
 
 __all__ = [
     "ArraySpec",
@@ -25,12 +26,15 @@ __all__ = [
     "Encoded",
     "Envelope",
     "Payload",
+    "Steps",
+    "bounds_by_step",
     "codec_ids",
     "decode",
     "decode_array",
     "decode_into",
     "encode",
     "encode_certified",
+    "encode_codes",
     "estimate_bytes",
     "get_codec",
     "measure",

@@ -125,9 +125,18 @@ def encode_certified(
     data = _encode(array, spec, chosen, from_torch=False, threads=threads)
     if not bound.pointwise and spec.size:
         data = _meet_rmse(array, spec, chosen, bound, data, from_torch=False, threads=threads)
+    return certified(array, bound, data, threads=threads)
+
+
+def certified(array: Array, bound: ErrorBound, data: bytes, *, threads: int = 1) -> Encoded:
+    """An envelope of this array, decoded again and measured. bound: as it was asked for.
+
+    Raises BoundViolatedError if the measured error exceeds the envelope's.
+    """
     parsed = envelope.parse(data)
+    spec = parsed.spec
     decoded = decode_array(parsed, threads=threads, max_bytes=spec.n_bytes)
-    found = measure(array, decoded, parsed.spec.abs_bound)
+    found = measure(array, decoded, spec.abs_bound)
     if found.broken and bound.pointwise:
         raise BoundViolatedError(
             f"codec {parsed.codec!r} broke its bound: {found.broken} of {spec.size} weights off by "
@@ -136,7 +145,7 @@ def encode_certified(
     certificate = Certificate(
         guarantee=promised(bound, lossy=codec_class(parsed.codec).lossy),
         bound=bound,
-        abs_bound=parsed.spec.abs_bound,
+        abs_bound=spec.abs_bound,
         max_abs_error=found.max_abs_error,
         rmse=found.rmse,
         method=f"bounded:{parsed.codec}",
@@ -247,10 +256,10 @@ def decode_into(parsed: Envelope, out: Array, *, threads: int | None = None) -> 
         )
     refuse_overlap(out, parsed.payload, parsed.values.view(np.uint8))
     cls = codec_class(parsed.codec)
-    if parsed.codec_version > cls.version:
+    if parsed.codec_version > cls.newest():
         raise FormatError(
             f"codec {parsed.codec!r} version {parsed.codec_version}: "
-            f"this moebound reads up to version {cls.version}"
+            f"this moebound reads up to version {cls.newest()}"
         )
     if spec.size:
         chosen = thread_count() if threads is None else threads

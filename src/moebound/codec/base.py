@@ -70,7 +70,7 @@ class Codec(ABC):
     """One way to turn an array into bytes under an absolute bound.
 
     id: names the byte format, for ever. [a-z0-9_]+
-    version: of the payload; the decoder takes this and every earlier one.
+    version: of the payloads that `compress` writes; the decoder takes all up to `newest`.
     keeps_bound: whether `compress` itself guarantees the bound on the decoded dtype, for every
         value it does not list as a miss. Where it is False, `encode` decodes, looks for weights
         that break the bound, and patches them (`strict.py`).
@@ -93,6 +93,11 @@ class Codec(ABC):
         if options:
             raise CodecError(f"codec {cls.id!r} takes no options, found {options!r}")
         return cls()
+
+    @classmethod
+    def newest(cls) -> int:
+        """The last version of the payload that `decompress` takes, and every one before it."""
+        return cls.version
 
     @classmethod
     def most_weights(cls, n_bytes: int) -> int:

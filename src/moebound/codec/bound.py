@@ -6,6 +6,9 @@
     rANS     static, 12-bit, 32 interleaved lanes, independent segments of whole rows
     misses   NaN, ±Inf and rare values far outside the rest go to the envelope's exact patch
 
+Version 2 is the same stream, of whole numbers that somebody else has rounded to, each times a step
+of its column or row (`scaled.py`).
+
 For a strict maximum error this is next to the best there is: the cube of side 2ε tiles space, so a
 uniform quantizer with ideal entropy coding has no shaping gain left to chase. docs/format.md,
 section 4, describes every byte; reference/ is the same in NumPy, to be read.
@@ -32,7 +35,13 @@ SEGMENTS = {"size": SEGMENT_WEIGHTS, "gpu": 1 << 14}
 """Names for weights of a segment: the smallest streams, or many warps at 0.05 bit a weight more."""
 _NUMBER = re.compile(r"[0-9]{1,9}")
 EXACT = 0
-"""First byte of a payload that is an exact copy; otherwise it is the tables' log2, 1 to 12."""
+"""First byte of a payload that is an exact copy; otherwise it is the tables' log2, 1 to 12, or
+SCALED."""
+
+
+SCALED = 128
+"""First byte of a payload of version 2, or more: its flags."""
+SCALED_VERSION = 2
 
 
 class BoundCodec(Codec):
@@ -64,6 +73,11 @@ class BoundCodec(Codec):
         return cls(segment_weights=SEGMENTS.get(value) or int(value))
 
     @classmethod
+    def newest(cls) -> int:
+        """Version 2 has steps: `codec.scaled` writes it."""
+        return SCALED_VERSION
+
+    @classmethod
     def most_weights(cls, n_bytes: int) -> int:
         """A segment of at most 2^18 weights has a state of 4 bytes at least."""
         return n_bytes // 4 * MAX_SEGMENT_WEIGHTS
@@ -82,7 +96,7 @@ class BoundCodec(Codec):
             self.segment_weights,
             threads,
         )
-        return self._or_exact(Payload(data, misses), x, spec, threads)
+        return or_exact(Payload(data, misses), x, spec, threads)
 
     def decompress(
         self, data: memoryview, spec: ArraySpec, out: Array, *, threads: int = 1
@@ -103,17 +117,18 @@ class BoundCodec(Codec):
         except _native.Corrupt as error:
             raise CorruptionError(f"bound: {error}") from None
 
-    def _or_exact(self, payload: Payload, x: Array, spec: ArraySpec, threads: int) -> Payload:
-        """An exact copy instead, where the bound is so tight that it is smaller."""
-        if not may_be_exact(payload, spec):
-            return payload
-        exact = LosslessCodec().compress(x, spec, threads=threads)
-        if len(exact.data) + 1 >= _kept_bytes(payload, spec):
-            return payload
-        return Payload(bytes([EXACT]) + exact.data)
-
     def __repr__(self) -> str:
         return f"BoundCodec(segment_weights={self.segment_weights})"
+
+
+def or_exact(payload: Payload, x: Array, spec: ArraySpec, threads: int) -> Payload:
+    """An exact copy instead, where the bound is so tight that it is smaller."""
+    if not may_be_exact(payload, spec):
+        return payload
+    exact = LosslessCodec().compress(x, spec, threads=threads)
+    if len(exact.data) + 1 >= _kept_bytes(payload, spec):
+        return payload
+    return Payload(bytes([EXACT]) + exact.data)
 
 
 def may_be_exact(payload: Payload, spec: ArraySpec) -> bool:

@@ -7,7 +7,9 @@ Of each matrix W [out, in], with H the second moments of its inputs on a calibra
             2026), rounded to quarters of an octave
   rounding  to a whole number of steps, the errors of earlier columns made good (`feedback.py`), no
             weight by more than ε_j = κ Δ_j / 2; the largest ε_j is the bound that was asked
-  coding    the whole numbers as an array of codec `bound`, entropy-coded by rows and columns
+  coding    the whole numbers and the steps as codec `bound`, version 2 (`codec/scaled.py`): what is
+            written are envelopes of that codec. Blobs with a payload of this method's own, which
+            were written before, decode for ever.
 
 H is that of an expert shrunk toward its layer's (`shrinkage.py`), which an expert that no token
 reached has whole. Weights whose cast to the model's dtype leaves ε_j, and those that are not
@@ -29,10 +31,12 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from moebound.checkpoint import Role
-from moebound.codec import Envelope, stats
-from moebound.codec.fields import FieldReader, put_varint
-from moebound.codec.patch import pack_positions, positions_n_bytes, unpack_positions
-from moebound.errors import CorruptionError, MethodError
+from moebound.codec import Encoded, Envelope, Steps, encode_codes, stats
+from moebound.codec.bound import SCALED_VERSION
+from moebound.codec.fields import FieldReader
+from moebound.codec.patch import positions_n_bytes, unpack_positions
+from moebound.codec.scaled import steps_in
+from moebound.errors import CodecError, CorruptionError, MethodError
 from moebound.files.formats.statistics import Side
 from moebound.methods.base import (
     ColumnBounds,
@@ -41,23 +45,21 @@ from moebound.methods.base import (
     GroupView,
     MatrixSpec,
     Method,
-    Payload,
 )
 from moebound.methods.blob import MatrixBlob
 from moebound.methods.bounded import reference
 from moebound.methods.geometry import OCTAVE, Geometry
 from moebound.methods.outputs import one_thread, side_of, turned
-from moebound.methods.packing import code, pack, packed_bytes, uncode, unpack
+from moebound.methods.packing import packed_bytes, uncode, unpack
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound
 
 KAPPA = 2.0
 _OPTIONS = re.compile(r"k(\d+(?:\.\d+)?)")
 _QUARTERS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
-_HALF = 0.49
-"""The bound that the codes are encoded with."""
 _LARGEST = 1 << 20
 """Codes beyond make a step too small for the float32 they are computed in."""
 _HEAD = struct.Struct("<BffB")
+"""Of a blob's payload: flags, κ, the smallest step, bits of a level."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Calibrated(Method):
                 f"method 'calibrated:{options}': expected the half steps that a weight may move, "
                 "1 to 16, as in calibrated:k2"
             )
-        return cls(float(np.float32(kappa)))  # as payloads have it
+        return cls(float(np.float16(kappa)))  # as envelopes have it
 
     @property
     def setting(self) -> str:
@@ -89,6 +91,10 @@ class Calibrated(Method):
     @property
     def needs_bound(self) -> bool:
         return True
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        return (self.version, SCALED_VERSION)
 
     def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
         with one_thread():
@@ -102,11 +108,11 @@ class Calibrated(Method):
             found = {e.key: self._expert(e, geometry[e.key]) for e in group.experts}
         return Encoding(found, geometry=geometry)
 
-    def _expert(self, expert: ExpertView, geometry: Mapping[Side, Geometry]) -> dict[Role, Payload]:
+    def _expert(self, expert: ExpertView, geometry: Mapping[Side, Geometry]) -> dict[Role, Encoded]:
         if expert.bounds is None:
             raise MethodError(f"{expert.key}: no bound was given")
         whole = reference(expert.matrices, expert.bounds)
-        found: dict[Role, Payload] = {}
+        found: dict[Role, Encoded] = {}
         for role, array in expert.matrices.items():
             bound = expert.bounds[role]
             if not bound.pointwise:
@@ -120,7 +126,7 @@ class Calibrated(Method):
 
     def _matrix(
         self, array: Array, transposed: bool, geometry: Geometry, bound: ErrorBound, epsilon: float
-    ) -> Payload:
+    ) -> Encoded:
         import torch
 
         from moebound.methods.feedback import round_with_feedback
@@ -132,46 +138,28 @@ class Calibrated(Method):
                 f"inputs of {weights.shape[1]} channels, and statistics of "
                 f"{len(geometry.levels)}; expected statistics of this model"
             )
-        finite = np.isfinite(weights)
-        # The widest step is such that the bound asked is the widest bound of a column.
-        widest = geometry.levels.max()
-        base = np.float32(2 * epsilon / self.kappa / 2.0 ** (widest / OCTAVE))
-        while float(_steps(base, geometry.levels).max()) * self.kappa / 2 > epsilon and base > 0:
-            base = np.nextafter(base, np.float32(0))
-        steps = _steps(base, geometry.levels)
-        if not steps.min() > np.finfo(np.float32).tiny:
-            raise MethodError(f"bound {epsilon:g} is too small for steps in float32")
-        plain = np.where(finite, weights, 0.0)
-        if np.abs(plain / steps).max(initial=0.0) > _LARGEST:
+        levels = (geometry.levels.max() - geometry.levels).astype(np.uint8)
+        kappa = float(np.float16(self.kappa))
+        steps = Steps(levels, kappa, transposed)
+        try:
+            sizes = steps.sizes(epsilon)
+        except CodecError as error:
+            raise MethodError(f"{error}; it is too small for steps in float32") from None
+        plain = np.where(np.isfinite(weights), weights, 0.0)
+        if np.abs(plain / sizes).max(initial=0.0) > _LARGEST:
             raise MethodError(
                 f"bound {epsilon:g} is {np.abs(plain).max() / epsilon:.0f} times below the largest "
                 "weight; take method bounded:lossless for bounds so small"
             )
         order = geometry.order
-        codes = np.empty(weights.shape, np.float32)
+        codes = np.empty(weights.shape, np.int32)
         codes[:, order] = round_with_feedback(
             torch.from_numpy(plain.astype(np.float32)[:, order]),
-            torch.from_numpy(steps[order]),
+            torch.from_numpy(sizes[order]),
             geometry.upper,
-            self.kappa,
+            kappa,
         ).numpy()
-        codes = np.ascontiguousarray(codes.T if transposed else codes)
-        by_column = steps[:, None] if transposed else steps
-        decoded = (codes * by_column).astype(array.dtype)
-        with np.errstate(invalid="ignore"):
-            kept = np.abs(original - decoded.astype(np.float64)) <= (
-                by_column.astype(np.float64) * (self.kappa / 2)
-            )
-        misses = np.flatnonzero(~kept)
-        out = bytearray(_HEAD.pack(int(transposed), self.kappa, base, geometry.bits))
-        if geometry.bits:
-            out += pack(geometry.levels.astype(np.uint8), geometry.bits)
-        put_varint(out, len(misses))
-        if len(misses):
-            out += pack_positions(misses.astype(np.uint64), array.size)
-            out += array.reshape(-1)[misses].tobytes()
-        out += code(codes, _HALF)
-        return Payload(bytes(out), promise=bound, abs_bound=epsilon, patched=len(misses))
+        return encode_codes(array, codes.T if transposed else codes, steps, bound, epsilon)
 
     @classmethod
     def decode(cls, payload: memoryview, spec: MatrixSpec, shared: Sequence[Any]) -> Array:
@@ -189,7 +177,11 @@ class Calibrated(Method):
 
     def column_bounds(self, found: MatrixBlob | Envelope) -> ColumnBounds | None:
         if not isinstance(found, MatrixBlob):
-            return None
+            scaled = steps_in(found)  # None of an exact copy
+            if scaled is None:
+                return None
+            sizes, kappa, by_row = scaled
+            return ColumnBounds(sizes * (kappa / 2), sizes, by_row)
         parts = _Parts.of(found.payload, MatrixSpec(found.shape, found.dtype))
         steps = _steps(parts.base, parts.levels).astype(np.float64)
         return ColumnBounds(steps * (parts.kappa / 2), steps, parts.transposed)
@@ -234,7 +226,7 @@ class _Parts:
 
 
 def _steps(base: np.float32, levels: Array) -> Array:
-    """[N] float32, the same on every machine: products of one rounding each."""
+    """[N] float32, of a blob, the same on every machine: products of one rounding each."""
     octaves, quarters = np.divmod(levels, OCTAVE)
     factors = np.ldexp(np.array(_QUARTERS)[quarters], octaves)
     steps: Array = (np.float64(base) * factors).astype(np.float32)

@@ -37,12 +37,13 @@ class Variant:
 
 
 _DECODE = {
-    "ITEM": 2, "LOW_BITS": 0, "CLASSES": False, "EXACT": False, "ALIGNED": True, "WIDE": True,
-    "BALLOT": True, "SEGMENTS": 1,
+    "ITEM": 2, "LOW_BITS": 0, "CLASSES": False, "EXACT": False, "SCALED": False, "HALVES": False,
+    "ALIGNED": True, "WIDE": True, "BALLOT": True, "SEGMENTS": 1,
 }  # fmt: skip
 _ENCODE = {"TABLE_LOG": 12, "LANES": 32, "CLASSES": True, "BALLOT": True, "SEGMENTS": 1}
 
 _CLASSES = _DECODE | {"CLASSES": True, "WIDE": False}
+_SCALED = _DECODE | {"SCALED": True}
 _EXACT = _CLASSES | {"EXACT": True, "LOW_BITS": 8}
 
 VARIANTS = (
@@ -53,6 +54,10 @@ VARIANTS = (
     Variant("decode_segments", "low bits", _DECODE | {"LOW_BITS": 4}),
     Variant("decode_segments", "float32", _CLASSES | {"ITEM": 4}),
     Variant("decode_segments", "any address", _CLASSES | {"ALIGNED": False}),
+    Variant("decode_segments", "steps", _SCALED),
+    Variant("decode_segments", "steps, classes", _CLASSES | {"SCALED": True}),
+    Variant("decode_segments", "steps, both dtypes", _CLASSES | {"SCALED": True, "HALVES": True}),
+    Variant("decode_segments", "steps, float32", _CLASSES | {"SCALED": True, "ITEM": 4}),
     Variant("decode_segments", "exact", _EXACT),
     Variant("decode_segments", "exact float32", _EXACT | {"ITEM": 4}),
     Variant("expand_tables", "", {"WIDE": False, "BLOCK": 1024, "BLOCKS": 4}, warps=4),

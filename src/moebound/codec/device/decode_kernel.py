@@ -8,7 +8,8 @@ lanes before it that do: one ballot and a population count, as in DietGPU
 (github.com/facebookresearch/dietgpu); under the interpreter, which has no warps and takes many
 segments at a time, a prefix sum.
 
-Nothing is computed in floating point: values are patterns from a table.
+Values are patterns from a table, and nothing is computed in floating point; but in version 2 of
+codec `bound` a value is a whole number times a step, in float32, rounded to the dtype.
 
 What keeps a hostile stream in: a slot is below 2^table_log whatever the state is; every table is
 full, so that symbols and values are those of the header; a word is read only below the segment's
@@ -28,7 +29,7 @@ J_BEGIN = tl.constexpr(2)
 J_SLOTS = tl.constexpr(3)
 JOB_FIELDS = tl.constexpr(4)
 
-# Columns of `arrays` [., 20], int64: the header, and where the array's part of each section begins.
+# Columns of `arrays` [., 22], int64: the header, and where the array's part of each section begins.
 A_WEIGHTS = tl.constexpr(0)
 A_COLUMNS = tl.constexpr(1)
 A_ROWS_PER_SEGMENT = tl.constexpr(2)
@@ -48,7 +49,15 @@ A_SYMBOLS_BEGIN = tl.constexpr(15)
 A_SEGMENTS = tl.constexpr(16)
 A_PATCHES_BEGIN = tl.constexpr(17)
 A_PATCHES = tl.constexpr(18)
-ARRAY_FIELDS = tl.constexpr(20)
+A_SCALED = tl.constexpr(19)  # 0: not; else bits, below
+A_STEPS_BEGIN = tl.constexpr(20)
+A_FIRST_BIN = tl.constexpr(21)
+ARRAY_FIELDS = tl.constexpr(22)
+
+# Bits of A_SCALED: how products are rounded, and whose the steps are.
+TO_HALF = tl.constexpr(1)  # float16
+TO_OTHER = tl.constexpr(2)  # bfloat16, or float32 as it is
+BY_ROW = tl.constexpr(4)
 
 # Bits of a segment's status; launch.py has them in words.
 FIRST_STATE = tl.constexpr(1)
@@ -131,10 +140,22 @@ def _section(block, begin, KIND: tl.constexpr):
     return (block + begin).to(tl.pointer_type(KIND), bitcast=True)
 
 
+@triton.jit
+def _rounded(product, is_half, ITEM: tl.constexpr, HALVES: tl.constexpr):
+    """A float32's pattern in the dtype, ties to even. It is no NaN."""
+    pattern = product.to(tl.uint32, bitcast=True)
+    if ITEM == 2:
+        pattern = ((pattern + 0x7FFF + (pattern >> 16 & 1)) >> 16).to(tl.uint16)
+        if HALVES:
+            half = product.to(tl.float16).to(tl.uint16, bitcast=True)
+            pattern = tl.where(is_half, half, pattern)
+    return pattern
+
+
 @triton.jit(
     do_not_specialize=[
-        "arrays_at", "begins_at", "words_at", "classes_at", "symbols_at", "values_at", "first_job",
-        "n_places",
+        "arrays_at", "begins_at", "words_at", "classes_at", "symbols_at", "values_at", "steps_at",
+        "first_job", "n_places",
     ]
 )  # fmt: skip
 def decode_segments(
@@ -143,18 +164,21 @@ def decode_segments(
     jobs,  # int64 [., 4]
     slots,  # uint8 symbols; or uint32, WIDE: symbol | (frequency - 1) << 8 | bias << 20
     status,  # int32 [jobs, n_places], what is wrong with each segment; 0 is nothing
-    arrays_at,  # where the sections of the block begin: int64 [., 20]
+    arrays_at,  # where the sections of the block begin: int64 [., 22]
     begins_at,  # int64, of each segment, from the envelope's first byte
     words_at,  # int32, of each segment
     classes_at,  # uint8
     symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
     values_at,  # uint16 or uint32 patterns
+    steps_at,  # float32
     first_job,
     n_places,  # no job has more segments
     ITEM: tl.constexpr,  # bytes of a value
     LOW_BITS: tl.constexpr,  # the most of any array
     CLASSES: tl.constexpr,  # whether any array has more than one table
     EXACT: tl.constexpr,  # whether any array is an exact copy
+    SCALED: tl.constexpr,  # whether any array has steps
+    HALVES: tl.constexpr,  # whether any of these is float16
     ALIGNED: tl.constexpr,  # whether all segments begin at even addresses
     WIDE: tl.constexpr,
     BALLOT: tl.constexpr,  # for one segment and one warp
@@ -204,6 +228,13 @@ def decode_segments(
         planes_at = stream_at + ((2 * n_words + 3) // 4) * 4
         groups = (columns + 31) // 32
     value_at = values + tl.load(a + A_VALUES_BEGIN)
+    if SCALED:
+        scaled = tl.load(a + A_SCALED).to(tl.int32) + lane * 0
+        is_scaled = scaled != 0
+        by_row = (scaled & BY_ROW) != 0
+        step_at = _section(block, steps_at, tl.float32) + tl.load(a + A_STEPS_BEGIN)
+        step_at += tl.where(by_row, first_row, 0)
+        first_bin = tl.load(a + A_FIRST_BIN).to(tl.int32) + lane * 0
     if EXACT:
         exact_from = tl.load(a + A_EXACT_FROM).to(tl.int32) + lane * 0
         if ITEM == 4:
@@ -236,6 +267,9 @@ def decode_segments(
             column = step * lanes + lane
             i = row_begin + column
             active = (i < row_end) & (lane < lanes)
+            if SCALED:
+                which_step = tl.where(by_row, row, column)
+                size = tl.load(step_at + which_step, mask=active & is_scaled, other=0)
             slot = (x & slot_mask).to(tl.int32)
             if CLASSES:
                 table = tl.minimum(tl.maximum(row_class + column_class, 0), n_tables - 1)
@@ -279,9 +313,12 @@ def decode_segments(
                     plane = group_at + 4 * b + column % 32 // 8
                     byte = tl.load(plane, mask=active & (b < low_bits), other=0).to(tl.int32)
                     cell |= (byte >> column % 8 & 1) << b
+            from_table = active
+            if SCALED:
+                from_table = active & (scaled == 0)
             if EXACT:
                 is_exact = exact_from >= 0
-                value = tl.load(value_at + cell, mask=active & (exact_from < 0), other=0)
+                value = tl.load(value_at + cell, mask=from_table & (exact_from < 0), other=0)
                 rotated = (cell + (exact_from << 8)).to(tl.uint32)
                 pattern = (rotated >> 1 | rotated << 15) & 0xFFFF
                 if ITEM == 4:
@@ -289,7 +326,11 @@ def decode_segments(
                     pattern = pattern << 16 | below
                 held = tl.where(is_exact, pattern.to(value.dtype), value)
             else:
-                held = tl.load(value_at + cell, mask=active, other=0)
+                held = tl.load(value_at + cell, mask=from_table, other=0)
+            if SCALED:
+                product = (cell + first_bin).to(tl.float32) * size
+                pattern = _rounded(product, (scaled & TO_HALF) != 0, ITEM, HALVES)
+                held = tl.where(is_scaled, pattern, held)
             held_i = i
             held_active = active
     tl.store(out + held_i, held, mask=held_active)
@@ -307,7 +348,7 @@ def expand_tables(
     block,  # uint8, the metadata
     jobs,  # int64 [., 4]
     slots,  # to be written, as decode_segments reads them
-    arrays_at,  # where the sections of the block begin: int64 [., 20]
+    arrays_at,  # where the sections of the block begin: int64 [., 22]
     symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -347,7 +388,7 @@ def expand_tables(
 def lay_patches(
     block,  # uint8, the metadata
     jobs,  # int64 [., 4]
-    arrays_at,  # where the sections of the block begin: int64 [., 20]
+    arrays_at,  # where the sections of the block begin: int64 [., 22]
     positions_at,  # int64, flat
     patches_at,  # uint32 patterns
     first_job,

@@ -23,7 +23,8 @@ class Group:
     """Jobs whose values have the same number of bytes: one launch of a kernel each.
 
     item: bytes of a value. first, n: which jobs. low_bits: at least those of any. classes, exact:
-    whether any array has classes, or is an exact copy. patches: the most of any.
+    whether any array has classes, or is an exact copy. scaled, halves: whether any has steps, or is
+    of float16 and has them. patches: the most of any.
     """
 
     item: int
@@ -32,6 +33,8 @@ class Group:
     low_bits: int
     classes: bool
     exact: bool
+    scaled: bool
+    halves: bool
     patches: int
 
 
@@ -99,6 +102,8 @@ def _group(item: int, first: int, facts: Numbers) -> Group:
         _rounded_up(int(most[md.LOW_BITS])),
         bool(most[md.TABLES] > 1),
         bool(most[md.EXACT]),
+        bool(most[md.SCALED]),
+        bool((facts[:, md.SCALED] & md.TO_HALF).any()),
         int(most[md.PATCHES]),
     )
 

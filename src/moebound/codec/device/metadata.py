@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moebound.codec.device.stream import Coded, Numbers, Stream
-from moebound.types import NUMPY_DTYPES
+from moebound.types import NUMPY_DTYPES, DType
 
 DTYPES: dict[str, str] = {
     "arrays": "int64",
@@ -23,6 +23,7 @@ DTYPES: dict[str, str] = {
     "patches": "uint32",
     "values32": "uint32",
     "symbols": "uint32",
+    "steps": "float32",
     "values16": "uint16",
     "classes": "uint8",
 }
@@ -30,19 +31,22 @@ DTYPES: dict[str, str] = {
 its number of words."""
 
 ALIGNMENT = 16
-_ARRAY_FIELDS = 20
+_ARRAY_FIELDS = 22
 
 # Columns of `Metadata.facts`.
-ITEM, SEGMENTS, TABLES, SLOTS, PATCHES, LOW_BITS, EXACT, ODD = range(8)
+ITEM, SEGMENTS, TABLES, SLOTS, PATCHES, LOW_BITS, EXACT, ODD, SCALED = range(9)
+
+TO_HALF, TO_OTHER, BY_ROW = 1, 2, 4
+"""Of what is scaled: bits as in decode_kernel.py."""
 
 
 @dataclass(frozen=True)
 class Metadata:
     """block: uint8. sections: the first byte of each.
 
-    facts: [n, 8] int64, what the host asks of each array to make jobs: bytes of a value (0: not
+    facts: [n, 9] int64, what the host asks of each array to make jobs: bytes of a value (0: not
     decoded by kernels), segments, tables, slots of all its tables, patches, low bits, whether it is
-    an exact copy, and whether its segments begin at odd bytes of its envelope.
+    an exact copy, whether its segments begin at odd bytes of its envelope, and how it is scaled.
     names: of each array, for people.
     """
 
@@ -57,7 +61,7 @@ def build(streams: Sequence[Stream]) -> Metadata:
     rows: dict[str, list[Numbers]] = {name: [] for name in DTYPES}
     counts = dict.fromkeys(DTYPES, 0)
     arrays = np.zeros((len(streams), _ARRAY_FIELDS), np.int64)
-    facts = np.zeros((len(streams), 8), np.int64)
+    facts = np.zeros((len(streams), 9), np.int64)
 
     def put(name: str, numbers: Numbers) -> int:
         """Where it begins in its section."""
@@ -92,16 +96,24 @@ def build(streams: Sequence[Stream]) -> Metadata:
             len(coded.segments),
             put("positions", stream.positions),
             len(stream.positions),
-            0,
+            scaled := _scaled(stream.spec.dtype, coded),
+            put("steps", coded.steps),
+            coded.symbol_low << coded.low_bits,
         )
-        facts[i] = _facts(item, coded, len(stream.positions))
+        facts[i] = _facts(item, coded, len(stream.positions), scaled)
     put("arrays", arrays)
     block, sections = _joined(rows)
     names = tuple(f"codec {stream.codec!r}, shape {stream.spec.shape}" for stream in streams)
     return Metadata(block, sections, facts, names)
 
 
-def _facts(item: int, coded: Coded, n_patches: int) -> tuple[int, ...]:
+def _scaled(dtype: DType, coded: Coded) -> int:
+    if not len(coded.steps):
+        return 0
+    return (TO_HALF if dtype == "F16" else TO_OTHER) | (BY_ROW if coded.by_row else 0)
+
+
+def _facts(item: int, coded: Coded, n_patches: int, scaled: int) -> tuple[int, ...]:
     return (
         item,
         len(coded.segments),
@@ -111,6 +123,7 @@ def _facts(item: int, coded: Coded, n_patches: int) -> tuple[int, ...]:
         coded.low_bits,
         coded.exact,
         int(coded.segments[0]) % 2,
+        scaled,
     )
 
 

@@ -40,7 +40,9 @@ class Coded:
     row_classes, column_classes: uint8, empty if there is one table.
     symbols: [n_tables, n_symbols] uint32, (frequency - 1) | cumulative frequency << 12.
     values: patterns by symbol << low_bits | low, uint16 or uint32; empty for an exact copy, whose
-        bins are patterns rotated left by one.
+        bins are patterns rotated left by one, and where there are steps.
+    steps: float32, of each column, or of each row if by_row; empty but in version 2, whose values
+        are bins times steps.
     segments: [S] int64, the first byte of each segment, counted from the envelope's first byte.
     words: [S] int32, 16-bit words of each.
     lower: where the low halves of an exact copy of float32 begin, uint16 each; -1 without them.
@@ -61,10 +63,12 @@ class Coded:
     segments: Numbers
     words: Numbers
     lower: int
+    steps: Numbers
+    by_row: bool
 
     @property
     def exact(self) -> bool:
-        return len(self.values) == 0
+        return len(self.values) == len(self.steps) == 0
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,10 @@ def read_stream(data: bytes | bytearray | memoryview, *, max_bytes: int | None =
     if coder is None or parsed.spec.size == 0:
         decoded = decode_array(parsed, max_bytes=max_bytes)
         return _stream(parsed, n_bytes, None, decoded.reshape(-1))
-    if parsed.codec_version > coder.version:
+    if parsed.codec_version > coder.newest():
         raise FormatError(
             f"codec {parsed.codec!r} version {parsed.codec_version}: "
-            f"this moebound reads up to version {coder.version}"
+            f"this moebound reads up to version {coder.newest()}"
         )
     check_claimed(parsed, max_bytes)
     # The payload is the last thing in front of the checksum.
@@ -172,6 +176,8 @@ def _coded(parsed: Envelope, begin: int) -> Coded:
         segments=found["segments"].astype(np.int64) + begin,
         words=found["segment_words"].astype(np.int32),
         lower=lower,
+        steps=found["steps"],
+        by_row=found["by_row"],
     )
 
 

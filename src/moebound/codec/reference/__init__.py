@@ -8,6 +8,7 @@ kernel to the same bytes, and both to stored ones.
     grid.py     4.3  which value stands for which weights
     layout.py   4.2, 4.4, 4.5  everything in front of the segments   (bits.py: its bytes and bits)
     rans.py     4.6  a segment
+    steps.py    4.7  the steps of version 2, and tables that follow from a scale
     decode.py   4 and 5, the decoder: start reading there
     model.py    what the format leaves to the encoder: the alphabet, ...
     classes.py  ... which weights share a table, ...

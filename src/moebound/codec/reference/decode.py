@@ -10,6 +10,7 @@ from moebound.codec.reference.formats import FORMATS, Patterns
 from moebound.codec.reference.grid import MAX_CELLS, make_grid
 from moebound.codec.reference.layout import Layout, read_layout
 from moebound.codec.reference.rans import read_segment
+from moebound.codec.reference.steps import scaled_values, step_sizes
 from moebound.errors import CorruptionError
 from moebound.types import DType
 
@@ -33,6 +34,11 @@ def decode(payload: bytes, n: int, *, source: DType, output: DType, bound: float
     furthest = max(-_first_bin(layout), _last_bin(layout))
     if furthest >= MAX_CELLS + (1 << layout.low_bits):
         raise CorruptionError(f"bin {furthest}: beyond the largest grid")
+    if (scaling := layout.scaling) is not None:
+        kappa = float(np.uint16(scaling.kappa).view(np.float16))
+        steps = step_sizes(scaling.levels, kappa, bound)
+        rows, columns = np.divmod(np.arange(n), layout.columns)
+        return scaled_values(bins, steps[rows if scaling.by_row else columns], output)
     grid = make_grid(source, output, bound, furthest + 1)
     values = np.array(grid.values, np.int64)
     cell = np.minimum(np.abs(bins), len(values) - 1)
@@ -54,7 +60,12 @@ def _decode_halves(payload: bytes, n: int) -> npt.NDArray[np.uint16]:
     """Section 5: bins are patterns, rotated left by one."""
     bins, layout = _decode_bins(payload, n)
     top = layout.symbol_low + layout.n_symbols
-    if layout.low_bits != EXACT_LOW_BITS or layout.symbol_low < 0 or top > 256:
+    if (
+        layout.scaling is not None
+        or layout.low_bits != EXACT_LOW_BITS
+        or layout.symbol_low < 0
+        or top > 256
+    ):
         raise CorruptionError(f"{layout.low_bits} low bits: not an exact copy")
     rotated = bins.astype(np.uint16)
     return rotated >> np.uint16(1) | rotated << np.uint16(15)

@@ -13,6 +13,7 @@ from moebound.types import NUMPY_DTYPES, Array, DType
 
 from ... import weights
 from ...make_fixtures import CASES, Case
+from ...stepped import Stepped, drawn_levels, odd
 from .launching import MANY, decoded, patterns
 
 CODEC = BoundCodec(segment_weights=1024)
@@ -35,6 +36,16 @@ def with_oddities() -> Array:
     return array
 
 
+def stepped(
+    shape: tuple[int, int], dtype: DType = "BF16", *, bound: float = 0.02, spread: int = 9,
+    by_row: bool = False, scale: float = 0.02,
+) -> bytes:  # fmt: skip
+    """Version 2, with oddities."""
+    array = odd(weights.gaussian(shape, dtype, scale=scale))
+    levels = drawn_levels(shape[0 if by_row else 1], spread)
+    return Stepped.of(array, levels, bound, by_row=by_row).envelope(segment_weights=1024)
+
+
 ENCODED = {
     "one table": encode(weights.gaussian((64, 512)), 0.005, codec=CODEC),
     "many tables": encode(scaled((64, 512)), 0.002, codec=CODEC),
@@ -52,6 +63,13 @@ ENCODED = {
     "one lane": encode(weights.gaussian((12, 40)), 0.005, codec=CODEC),
     "one weight": encode(weights.gaussian((1,)), 0.005, codec=CODEC),
     "all zero": encode(np.zeros((64, 512), np.float16), 0.005, codec=CODEC),
+    "steps": stepped((64, 512)),
+    "steps of rows": stepped((64, 512), by_row=True),
+    "steps, one table": stepped((64, 512), spread=0),
+    "steps, float16": stepped((40, 100), "F16", bound=2e-3),
+    "steps, float16, denormals": stepped((40, 100), "F16", bound=1e-6, scale=1e-5),
+    "steps, float32": stepped((40, 100), "F32", by_row=True),
+    "steps, low bits": stepped((33, 100), bound=1e-4),
     "exact copy": encode(weights.gaussian((4, 64)), 1e-12, codec=CODEC),
     "lossless bfloat16": encode(weights.gaussian((4, 64)), 1.0, codec="lossless"),
     "lossless float32": encode(weights.gaussian((4, 64), "F32"), 1.0, codec="lossless"),
@@ -77,7 +95,8 @@ def test_stored_bytes(case: Case) -> None:
 
 def test_everything_in_one_launch() -> None:
     """Dtypes, tables, low bits, patches and codecs mixed."""
-    names = ("many tables", "low bits", "patches", "float16", "float32", "one weight")
+    names = ("many tables", "low bits", "patches", "float16", "float32", "one weight", "steps",
+             "steps, float16", "steps, float32", "steps, low bits")  # fmt: skip
     data = [ENCODED[name] for name in names]
     data += [encode(weights.gaussian((9, 9), "F32"), 0.01, codec="raw")]
     for envelope, found in zip(data, decoded(data), strict=True):
