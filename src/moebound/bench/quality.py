@@ -34,6 +34,7 @@ from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.text import solved_rows
+from moebound.evaluate.transcript import read_transcript
 from moebound.files.documents import fields_of
 from moebound.files.formats.statistics import Statistics
 from moebound.methods import get_method
@@ -232,7 +233,10 @@ def run(
             if not is_answered(peer, peers.work):
                 python_of(peer.environment, peers.environments, f"peer {peer.setting}")
     run_ = _Run(src, task, limit, sensitivity, calibration, peers, say)
-    with KeptRows(rows, run_.identity()) as kept:
+    with (
+        tempfile.TemporaryDirectory(prefix="moebound-quality-") as temporary,
+        KeptRows(rows or Path(temporary), run_.identity()) as kept,
+    ):
         return run_.all(methods, asked, kept)
 
 
@@ -287,6 +291,7 @@ class _Run:
         rows = solved_rows(loaded.tokenizer, self.task, problems)
         self.original = Original(loaded.model, Baseline.of(loaded.model, rows))
         self.answers = evaluate(loaded, self.task, limit=self.limit, answers=kept.answers)
+        self.drafts = read_transcript(kept.answers).texts
         found: list[QualityRow] = []
         self.began = time.monotonic()
         for method in methods:
@@ -381,7 +386,7 @@ class _Run:
         found = score(
             in_folder(folder),
             self.original,
-            ask=lambda one: evaluate(one, self.task, limit=self.limit),
+            ask=lambda one: evaluate(one, self.task, limit=self.limit, drafts=self.drafts),
         )
         return QualityRow(
             "", "", n_bytes=n_bytes, n_bytes_whole=n_bytes + self.rest_bytes,
