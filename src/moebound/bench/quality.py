@@ -37,7 +37,7 @@ from moebound.evaluate.text import solved_rows
 from moebound.evaluate.transcript import read_transcript
 from moebound.files.documents import fields_of
 from moebound.files.formats.statistics import Statistics
-from moebound.methods import get_method
+from moebound.methods import codec_of, get_method
 from moebound.plan import Budget, Document, Evidence, ExpertSizes, Plan, Scheme, make_plan
 from moebound.score import Score
 from moebound.store import measure_sizes
@@ -205,6 +205,7 @@ def run(
     *,
     quantizers: Sequence[str] = QUANTIZERS,
     peers: Peers | None = None,
+    plans: Sequence[Plan] = (),
     sensitivity: Document | None = None,
     calibration: Statistics | None = None,
     limit: int | None = None,
@@ -214,9 +215,9 @@ def run(
     """Measure every quantizer and peer, and every bounded way at its size.
 
     sensitivity: a map to plan with; no planned rows without one. calibration: statistics of the
-    model's inputs, for rows of `calibrated`, and for peers, which read the same text. limit:
-    problems of the task. rows: a folder where rows are kept, so that the same call goes on after
-    an interruption.
+    model's inputs, for rows of `calibrated`, and for peers, which read the same text. plans: rows
+    of their own, each beside the quantizer or peer whose size it has. limit: problems of the task.
+    rows: a folder where rows are kept, so that the same call goes on after an interruption.
 
     Raises BoundViolatedError if a store breaks its promise, and what the parts raise: unknown
     quantizers and peers, and environments that are not there, before any work.
@@ -237,7 +238,7 @@ def run(
         tempfile.TemporaryDirectory(prefix="moebound-quality-") as temporary,
         KeptRows(rows or Path(temporary), run_.identity()) as kept,
     ):
-        return run_.all(methods, asked, kept)
+        return run_.all(methods, asked, plans, kept)
 
 
 class _Run:
@@ -279,12 +280,14 @@ class _Run:
             "sensitivity": self.sensitivity and self.sensitivity.sha256,
         }  # fmt: skip
 
-    def all(self, methods: Sequence[str], asked: Sequence[Peer], kept: KeptRows) -> QualityReport:
+    def all(
+        self, methods: Sequence[str], asked: Sequence[Peer], plans: Sequence[Plan], kept: KeptRows
+    ) -> QualityReport:
         planned = [PLANNED] if self.sensitivity is not None else []
         calibrated = self.calibration is not None
         beside = [UNIFORM[0], *planned]
         self.total = len(methods) * (1 + len(UNIFORM) + len(planned) + calibrated)
-        self.total += len(asked) * (1 + len(beside) + calibrated)
+        self.total += len(asked) * (1 + len(beside) + calibrated) + len(plans)
         self.say("loading", 0, self.total)
         loaded = load(self.src)
         problems = self.task.problems(self.limit)
@@ -309,6 +312,8 @@ class _Run:
             )
             found.append(row)
             found += self.ways(kept, row, beside, OF_THE_WHOLE * row.n_bytes_whole, among=found)
+        for plan in plans:
+            found += self.of_plan(kept, plan, found)
         of = None if self.calibration is None else self.calibration.of.to_json()
         return QualityReport(
             self.src, self.task.name, len(problems), self.answers, tuple(found), describe(), of
@@ -358,6 +363,21 @@ class _Run:
             self.made += 1
         self.done += 1
         return row
+
+    def of_plan(self, kept: KeptRows, plan: Plan, found: Sequence[QualityRow]) -> list[QualityRow]:
+        """A plan's own row, beside each whose whole model it is as large as; by itself if none."""
+        codec = codec_of(plan.method)
+        options = {} if codec is not None else {"calibration": self.calibration}
+        row = self.row(
+            kept, f"{codec or plan.method}{'' if plan.scheme == 'uniform' else ', planned'}",
+            f"plan {plan.sha256[:12]}", lambda: self.store(plan, **options),
+        )  # fmt: skip
+        like = [
+            other.method for other in found
+            if other.method == other.size_of
+            and abs(other.n_bytes - row.n_bytes) <= OF_THE_WHOLE * other.n_bytes_whole
+        ]  # fmt: skip
+        return [replace(row, size_of=size) for size in like or [row.size_of]]
 
     def left(self) -> str:
         """How long the rest takes, by the rows that were made so far."""

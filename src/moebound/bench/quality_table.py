@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from moebound.bench.quality import QualityReport, QualityRow
-from moebound.score import KL, TABLE, TAILS, Score
+from moebound.score import KL, TABLE, Score
+from moebound.score.fields import TAILS
 
 FIGURES = (*KL, *TAILS, *(field for field in TABLE if field not in KL))
 

@@ -7,7 +7,7 @@ statistics.py  intervals, paired tests, corrections
 Below everything that measures, so that plans and stores can carry what was measured of them.
 """
 
-from moebound.score.fields import KL, READ, TABLE, TAILS, Field, kl_lines
+from moebound.score.fields import KL, READ, TABLE, Field, kl_lines
 from moebound.score.record import Score, Tally
 
-__all__ = ["KL", "READ", "TABLE", "TAILS", "Field", "Score", "Tally", "kl_lines"]
+__all__ = ["KL", "READ", "TABLE", "Field", "Score", "Tally", "kl_lines"]
