@@ -24,12 +24,13 @@ PANELS = (
     ("kl_nats", "kl_stderr", "all tokens, prompts included"),
     ("answer_kl_nats", "answer_kl_stderr", "tokens of the answers only"),
 )
-TICKS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+TICKS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One way to make experts small. begins: what its methods' names begin with."""
+    """One way to make experts small. begins: what its methods' names begin with, all that stands
+    before a colon, or more."""
 
     begins: str
     label: str
@@ -39,10 +40,17 @@ class Curve:
 
 
 CURVES = (
+    Curve("calibrated", "calibrated: one rate for all", "#000000", "o", "-"),
+    Curve("calibrated, planned", "calibrated: a planned rate each", "#cc79a7", "s", "--"),
     Curve("bound", "bound: one rate for all", "#0072b2", "o", "-"),
-    Curve("bound, planned", "bound: a planned rate for each expert", "#56b4e9", "s", "--"),
-    Curve("rtn", "round to nearest, int3 and int4", "#d55e00", "X", ""),
-    Curve("hqq", "HQQ, int3 and int4", "#e69f00", "D", ""),
+    Curve("bound, planned", "bound: a planned rate each", "#56b4e9", "s", "--"),
+    Curve("gptq", "GPTQ", "#7b3294", "^", ":"),
+    Curve("awq", "AWQ", "#a6761d", "v", ":"),
+    Curve("autoround", "AutoRound", "#e31a1c", "P", ":"),
+    Curve("gguf:q", "llama.cpp, K-quants", "#1b7837", "<", ":"),
+    Curve("gguf:iq", "llama.cpp, I-quants", "#7fbf7b", ">", ":"),
+    Curve("rtn", "round to nearest", "#d55e00", "X", ""),
+    Curve("hqq", "HQQ", "#e69f00", "D", ""),
     Curve("sz3", "SZ3", "#009e73", "", ":"),
     Curve("cuszp", "cuSZp", "#999999", "", ":"),
 )
@@ -54,6 +62,8 @@ def plot_quality(document: dict[str, Any]) -> Any:
     for axis, (kl, stderr, title) in zip(axes, PANELS, strict=True):
         for curve in CURVES:
             rows = sorted(_rows(document, curve), key=lambda row: float(row["bits_per_weight"]))
+            if not rows:
+                continue
             fidelity = [row["fidelity"] for row in rows]
             axis.errorbar(
                 [row["bits_per_weight"] for row in rows],
@@ -68,7 +78,9 @@ def plot_quality(document: dict[str, Any]) -> Any:
                 elinewidth=0.8,
             )
         axis.set_yscale("log")
-        axis.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        low, high = axis.get_ylim()
+        ticks = [tick for tick in TICKS if low <= tick <= high]
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="y", color="#dddddd", lw=0.6)
         axis.set_axisbelow(True)
@@ -91,10 +103,11 @@ def plot_quality(document: dict[str, Any]) -> Any:
 
 def _rows(document: dict[str, Any], curve: Curve) -> list[dict[str, Any]]:
     """A bounded way has one name and a row for each size, a quantizer a name for each size."""
+    start = curve.begins if ":" in curve.begins else curve.begins + ":"
     return [
         row
         for row in document["rows"]
-        if row["method"] == curve.begins or row["method"].startswith(curve.begins + ":")
+        if row["method"] == curve.begins or row["method"].startswith(start)
     ]
 
 

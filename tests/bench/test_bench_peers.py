@@ -37,6 +37,8 @@ from moebound.errors import (
 )
 from moebound.evaluate.loading import load
 from moebound.files.formats.statistics import Statistics, read_statistics
+from moebound.plan import Budget, Evidence, make_plan
+from moebound.store import measure_sizes
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import MODELS
 from tiny_models import MakeTiny
@@ -292,8 +294,19 @@ def test_rows_of_a_peer_and_ours_at_its_bytes_go_on_after_an_interruption(
     assert "peer" not in document["rows"][1]
     assert render_quality(report).row_count == 7
 
-    again = _run(source, statistics, peers)
-    assert again.to_json()["rows"] == document["rows"]
+    sizes = measure_sizes(open_checkpoint(source))
+    plans = [
+        make_plan(sizes, Evidence(), Budget(bpw=bits), source=source)
+        for bits in (bound.bits_per_weight, 3.0)
+    ]
+    monkeypatch.setattr(quality, "OF_THE_WHOLE", 0.05)  # a plan is not made to fit
+    again = _run(source, statistics, peers, plans=plans)
+    *before, first, second, apart = again.to_json()["rows"]
+    assert before == document["rows"]
+    assert [row["method"] for row in (first, second, apart)] == ["bound"] * 3
+    assert [row["size_of"] for row in (first, second)] == list(known)
+    assert apart["size_of"].startswith("plan ")
+    assert apart["bits_per_weight"] < 3.01
     with pytest.raises(MoeboundError, match="rows are of another limit"):
         _run(source, statistics, peers, limit=3)
 

@@ -27,3 +27,25 @@ def test_every_row_in_both_panels(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         measured = [(row["bits_per_weight"], row["fidelity"][kl]) for row in stored["rows"]]
         assert sorted(drawn) == sorted(measured)
+
+
+def test_peers_have_a_curve_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    module: Any = importlib.import_module("plot_quality")
+    names = ("calibrated", "bound", "gptq:int4:g128", "awq:int4:g128", "autoround:int3:g128:i50",
+             "gguf:q4_k_m", "gguf:iq3_s", "gguf:iq2_xxs", "hqq:int3:g64")  # fmt: skip
+    figures = {name: 10.0**-at for at, (kl, stderr, _) in enumerate(module.PANELS, 2)
+               for name in (kl, stderr)}  # fmt: skip
+    document = {
+        "rows": [
+            {"method": name, "bits_per_weight": bits, "fidelity": figures}
+            for bits, name in enumerate(names, 2)
+        ],
+        "source": "a model", "task": "a task", "n_problems": 4,
+        "environment": {"date": "2026-11-29"},
+    }  # fmt: skip
+    for axis in module.plot_quality(document).axes:
+        drawn = [c.lines[0].get_data()[0].tolist() for c in axis.containers]
+        assert sorted(map(len, drawn)) == [1] * 7 + [2]
+        assert sorted(x for xs in drawn for x in xs) == list(range(2, 2 + len(names)))
+        assert len({c.lines[0].get_color() for c in axis.containers}) == 8

@@ -17,18 +17,14 @@ FORMAT = Format("moebound.bench.quality.rows", 1)
 class KeptRows:
     """Rows by key. Open it in a `with`.
 
-    folder: where they are kept; None for nowhere. identity: what they are of. answers: a file for
+    folder: where they are kept. identity: what they are of. answers: a file for
     the original's answers.
 
     Raises MoeboundError if the folder's rows are of something else, or another run has it open;
     FormatError for damage.
     """
 
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
-        self.answers: Path | None = None
-        self._rows: Rows | None = None
-        if folder is None:
-            return
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         about, said = folder / "rows.json", {**FORMAT.header, **identity}
         if about.exists():
@@ -48,12 +44,11 @@ class KeptRows:
         self._rows = Rows(folder / "rows.jsonl")
 
     def get(self, key: str) -> dict[str, Any] | None:
-        return None if self._rows is None else self._rows.found.get(key)
+        return self._rows.found.get(key)
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
         """On disk when this returns. Raises StoreError if the disk refuses."""
-        if self._rows is not None:
-            self._rows.append({KEY: key, **row})
+        self._rows.append({KEY: key, **row})
 
     def __enter__(self) -> Self:
         return self
@@ -64,5 +59,4 @@ class KeptRows:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._rows is not None:
-            self._rows.close()
+        self._rows.close()

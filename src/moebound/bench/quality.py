@@ -34,9 +34,10 @@ from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import load
 from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.text import solved_rows
+from moebound.evaluate.transcript import read_transcript
 from moebound.files.documents import fields_of
 from moebound.files.formats.statistics import Statistics
-from moebound.methods import get_method
+from moebound.methods import codec_of, get_method
 from moebound.plan import Budget, Document, Evidence, ExpertSizes, Plan, Scheme, make_plan
 from moebound.score import Score
 from moebound.store import measure_sizes
@@ -204,6 +205,7 @@ def run(
     *,
     quantizers: Sequence[str] = QUANTIZERS,
     peers: Peers | None = None,
+    plans: Sequence[Plan] = (),
     sensitivity: Document | None = None,
     calibration: Statistics | None = None,
     limit: int | None = None,
@@ -213,9 +215,9 @@ def run(
     """Measure every quantizer and peer, and every bounded way at its size.
 
     sensitivity: a map to plan with; no planned rows without one. calibration: statistics of the
-    model's inputs, for rows of `calibrated`, and for peers, which read the same text. limit:
-    problems of the task. rows: a folder where rows are kept, so that the same call goes on after
-    an interruption.
+    model's inputs, for rows of `calibrated`, and for peers, which read the same text. plans: rows
+    of their own, each beside the quantizer or peer whose size it has. limit: problems of the task.
+    rows: a folder where rows are kept, so that the same call goes on after an interruption.
 
     Raises BoundViolatedError if a store breaks its promise, and what the parts raise: unknown
     quantizers and peers, and environments that are not there, before any work.
@@ -232,8 +234,11 @@ def run(
             if not is_answered(peer, peers.work):
                 python_of(peer.environment, peers.environments, f"peer {peer.setting}")
     run_ = _Run(src, task, limit, sensitivity, calibration, peers, say)
-    with KeptRows(rows, run_.identity()) as kept:
-        return run_.all(methods, asked, kept)
+    with (
+        tempfile.TemporaryDirectory(prefix="moebound-quality-") as temporary,
+        KeptRows(rows or Path(temporary), run_.identity()) as kept,
+    ):
+        return run_.all(methods, asked, plans, kept)
 
 
 class _Run:
@@ -275,18 +280,21 @@ class _Run:
             "sensitivity": self.sensitivity and self.sensitivity.sha256,
         }  # fmt: skip
 
-    def all(self, methods: Sequence[str], asked: Sequence[Peer], kept: KeptRows) -> QualityReport:
+    def all(
+        self, methods: Sequence[str], asked: Sequence[Peer], plans: Sequence[Plan], kept: KeptRows
+    ) -> QualityReport:
         planned = [PLANNED] if self.sensitivity is not None else []
         calibrated = self.calibration is not None
         beside = [UNIFORM[0], *planned]
         self.total = len(methods) * (1 + len(UNIFORM) + len(planned) + calibrated)
-        self.total += len(asked) * (1 + len(beside) + calibrated)
+        self.total += len(asked) * (1 + len(beside) + calibrated) + len(plans)
         self.say("loading", 0, self.total)
         loaded = load(self.src)
         problems = self.task.problems(self.limit)
         rows = solved_rows(loaded.tokenizer, self.task, problems)
         self.original = Original(loaded.model, Baseline.of(loaded.model, rows))
         self.answers = evaluate(loaded, self.task, limit=self.limit, answers=kept.answers)
+        self.drafts = read_transcript(kept.answers).texts
         found: list[QualityRow] = []
         self.began = time.monotonic()
         for method in methods:
@@ -304,6 +312,8 @@ class _Run:
             )
             found.append(row)
             found += self.ways(kept, row, beside, OF_THE_WHOLE * row.n_bytes_whole, among=found)
+        for plan in plans:
+            found += self.of_plan(kept, plan, found)
         of = None if self.calibration is None else self.calibration.of.to_json()
         return QualityReport(
             self.src, self.task.name, len(problems), self.answers, tuple(found), describe(), of
@@ -354,6 +364,21 @@ class _Run:
         self.done += 1
         return row
 
+    def of_plan(self, kept: KeptRows, plan: Plan, found: Sequence[QualityRow]) -> list[QualityRow]:
+        """A plan's own row, beside each whose whole model it is as large as; by itself if none."""
+        codec = codec_of(plan.method)
+        options = {} if codec is not None else {"calibration": self.calibration}
+        row = self.row(
+            kept, f"{codec or plan.method}{'' if plan.scheme == 'uniform' else ', planned'}",
+            f"plan {plan.sha256[:12]}", lambda: self.store(plan, **options),
+        )  # fmt: skip
+        like = [
+            other.method for other in found
+            if other.method == other.size_of
+            and abs(other.n_bytes - row.n_bytes) <= OF_THE_WHOLE * other.n_bytes_whole
+        ]  # fmt: skip
+        return [replace(row, size_of=size) for size in like or [row.size_of]]
+
     def left(self) -> str:
         """How long the rest takes, by the rows that were made so far."""
         if not self.made:
@@ -381,7 +406,7 @@ class _Run:
         found = score(
             in_folder(folder),
             self.original,
-            ask=lambda one: evaluate(one, self.task, limit=self.limit),
+            ask=lambda one: evaluate(one, self.task, limit=self.limit, drafts=self.drafts),
         )
         return QualityRow(
             "", "", n_bytes=n_bytes, n_bytes_whole=n_bytes + self.rest_bytes,

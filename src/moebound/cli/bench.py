@@ -140,6 +140,11 @@ def _progress(output: Output) -> Iterator[Callable[[Step], None] | None]:
     " gptq:int4:g128,awq:int4:g128,autoround:int3:g128,hqq:int3:g64,gguf:iq3_s.",
 )
 @click.option(
+    "--plans",
+    metavar="LIST",
+    help="Files of `moebound plan`: a row each, beside the quantizer or peer whose size it has.",
+)
+@click.option(
     "--peer-environments",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
@@ -167,6 +172,7 @@ def bench_quality(
     calibration: Path | None,
     quantizers: str | None,
     peers: str | None,
+    plans: str | None,
     peer_environments: Path | None,
     calibration_text: Path | None,
     work: Path | None,
@@ -185,6 +191,7 @@ def bench_quality(
     from moebound.bench.quality_table import render_quality
     from moebound.files.formats import sensitivity_map
     from moebound.files.formats.statistics import read_statistics
+    from moebound.plan import Plan
     from moebound.tasks import get_task
 
     statistics = None if calibration is None else read_statistics(calibration)
@@ -199,8 +206,9 @@ def bench_quality(
         names = _names(quantizers)
     with step_bar(output) as say:
         report = run(
-            src, get_task(task), quantizers=names, peers=asked, sensitivity=document,
-            calibration=statistics, limit=limit, rows=work, say=say,
+            src, get_task(task), quantizers=names, peers=asked,
+            plans=[Plan.load(Path(name)) for name in _names(plans or "")],
+            sensitivity=document, calibration=statistics, limit=limit, rows=work, say=say,
         )  # fmt: skip
     output.result(report.to_json(), render_quality(report))
     return exits.OK

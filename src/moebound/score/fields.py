@@ -77,6 +77,16 @@ READ = (
     ),
 )  # fmt: skip
 """Of the predictions."""
+TAILS = (
+    Field(
+        "kl_p99_nats", "99 %, all text", "the KL that one token in a hundred exceeds",
+        stderr="kl_p99_stderr",
+    ),
+    Field(
+        "kl_p999_nats", "99.9 %, all text", "one in a thousand", stderr="kl_p999_stderr",
+    ),
+)  # fmt: skip
+"""Of KL by token, where sizes are compared."""
 TABLE = (
     *READ,
     Field("ica", "ICA", "right in the format asked, percent, with 95 % intervals"),

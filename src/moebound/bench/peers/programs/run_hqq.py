@@ -23,8 +23,10 @@ def run(request: Request, answer: Path) -> dict[str, Any]:
             torch.from_numpy(values), nbits=bits, group_size=group, axis=1, device="cpu",
             compute_dtype=torch.float16, bitpack=True,
         )  # fmt: skip
-        count_bytes(parts, {"packed": packed, "scale": meta["scale"], "zero": meta["zero"]})
-        exact = meta | {name: meta[name].float() for name in ("scale", "zero")}
+        # As HQQLinear keeps them, in what it computes with.
+        stored = {name: meta[name].to(torch.float16) for name in ("scale", "zero")}
+        count_bytes(parts, {"packed": packed, **stored})
+        exact = meta | {kind: values.float() for kind, values in stored.items()}
         exact["compute_dtype"] = torch.float32
         made[name] = Quantizer.dequantize(packed, exact).float().numpy()
     write_checkpoint(request, answer / "checkpoint", made)
