@@ -16,8 +16,8 @@ ORDER = [
     *("checkpoint", "codec", "model", "methods", "plan", "store", "cache", "integrations"),
     *("offload", "text"),
     # what measures
-    *("tasks", "evaluate", "calibrate", "profile", "sensitivity", "page", "paper", "bench", "demo"),
-    *("cli", "__main__"),
+    *("tasks", "evaluate", "calibrate", "profile", "sensitivity", "page", "paper", "bench", "fit"),
+    *("demo", "cli", "__main__"),
 ]
 
 

@@ -212,13 +212,6 @@ def test_quantized_text_part(copy: Path) -> None:
         open_checkpoint(edit_config(copy, text_config=text))
 
 
-def test_mxfp4_says_how_to_dequantize(tmp_path: Path) -> None:
-    quantization = {"quant_method": "mxfp4"}
-    folder = write_model(tmp_path, "gpt_oss", ["a"], quantization_config=quantization)
-    with pytest.raises(CheckpointError, match=r"Mxfp4Config\(dequantize=True\)"):
-        open_checkpoint(folder)
-
-
 def test_store_is_not_compressed_again(copy: Path) -> None:
     edit_config(copy, quantization_config={"quant_method": "moebound"})
     with pytest.raises(CheckpointError, match="already compressed by moebound"):
@@ -342,7 +335,7 @@ def test_a_quantization_config_that_was_left_over_is_told_apart(copy: Path) -> N
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     save_file(tensors, copy / "model.safetensors")
     edit_config(copy, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(CheckpointError, match=rf"'fp8'.*{name}.*F8_E4M3.*dequantize it"):
+    with pytest.raises(CheckpointError, match=rf"{name}' has no '{name}_scale_inv'"):
         open_checkpoint(copy)
 
 

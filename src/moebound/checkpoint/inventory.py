@@ -67,7 +67,7 @@ def take_inventory(folder: Path, tensors: Mapping[str, TensorInfo]) -> Inventory
 
 def _entries(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[Path, str | None]]:
     """Each file, and why it is left out; None for one that is carried."""
-    taken = {tensor.file for tensor in tensors.values()}
+    taken = {part.file for tensor in tensors.values() for part in tensor.parts}
     own = {folder / "config.json", folder / INDEX_FILE, folder / SINGLE_FILE} | taken
     for path in sorted(folder.iterdir()):
         if path in own or path.name.startswith("."):
@@ -116,10 +116,11 @@ def _why_not_weights(path: Path, tensors: Mapping[str, TensorInfo]) -> str | Non
         header = read_header(path)[0]
     except (FormatError, CheckpointError) as error:
         return f"cannot be read as safetensors ({str(error).removeprefix(f'{path}: ')})"
-    twice = header.keys() & tensors.keys()
+    parts = {part.name: part for tensor in tensors.values() for part in tensor.parts}
+    twice = header.keys() & parts.keys()
     if twice:
         name = min(twice)
-        return f"has {name!r}, which the model has from {tensors[name].file.name}"
+        return f"has {name!r}, which the model has from {parts[name].file.name}"
     return None
 
 
@@ -129,8 +130,9 @@ def _named_and_absent(folder: Path, tensors: Mapping[str, TensorInfo]) -> Iterat
     if not ((folder / SINGLE_FILE).is_file() and index.is_file()):
         return
     absent: dict[str, list[str]] = {}
+    parts = {part.name for tensor in tensors.values() for part in tensor.parts}
     for name, shard in read_weight_map(index).items():
-        if name not in tensors:
+        if name not in parts:
             absent.setdefault(shard, []).append(name)
     for shard, names in absent.items():
         path = folder / shard

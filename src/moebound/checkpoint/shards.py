@@ -18,10 +18,10 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -38,6 +38,9 @@ MAX_JSON_BYTES = 16_000_000
 """Longest other JSON file read; a config.json has some kilobytes."""
 
 _SMALL_JSON = 1_000_000
+
+_COMPUTED_BYTES = 32 << 20
+"""Of rows that are computed at a time, as they come out; a row can be an expert."""
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -62,12 +65,28 @@ _ARRAY_DTYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 
 
+class Stored(Protocol):
+    """How values are kept of which the file has something else; see `quantized.py`.
+
+    parts: the tensors of the file that they are computed from, the largest first.
+    """
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]: ...
+
+    def rows(self, first: int, last: int, *, drop_cache: bool = False) -> Array:
+        """Rows first to last - 1 of the leading axis, in the tensor's dtype."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor's bytes are.
 
     dtype: in the spelling of the header ("BF16", "U8", ...). offset: of the first byte, counted
     from the start of the file. n_bytes: exactly shape x dtype, checked against the file's size.
+    stored: None where these are the file's own bytes; else they are computed as they are read, and
+    file and offset are of the largest part that they are computed from.
     """
 
     name: str
@@ -76,6 +95,17 @@ class TensorInfo:
     file: Path
     offset: int
     n_bytes: int
+    stored: Stored | None = None
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """What the files have of it: itself, if nothing is computed."""
+        return (self,) if self.stored is None else self.stored.parts
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the files."""
+        return sum(part.n_bytes for part in self.parts)
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -361,6 +391,9 @@ def read_into(
             f"tensor {tensor.name!r}: bytes {start} to {start + len(view)} asked, "
             f"it has {tensor.n_bytes}"
         )
+    if tensor.stored is not None:
+        _compute_into(tensor, tensor.stored, view, start, drop_cache)
+        return
     try:
         with regular_file(tensor.file) as (fd, _):
             _read_exactly(tensor.file, fd, view, tensor.offset + start)
@@ -370,6 +403,21 @@ def read_into(
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r} cannot be read: {error.strerror or error}"
         ) from error
+
+
+def _compute_into(
+    tensor: TensorInfo, stored: Stored, view: memoryview, start: int, drop_cache: bool
+) -> None:
+    """As `read_into`, of rows that are computed, some at a time."""
+    row = tensor.n_bytes // tensor.shape[0]
+    at, end = start, start + len(view)
+    while at < end:
+        first = at // row
+        last = min(-(-end // row), first + max(1, _COMPUTED_BYTES // row))
+        found = np.ascontiguousarray(stored.rows(first, last, drop_cache=drop_cache))
+        rows = found.reshape(-1).view(np.uint8).data[at - first * row :][: end - at]
+        view[at - start : at - start + len(rows)] = rows
+        at += len(rows)
 
 
 def _read_exactly(file: Path, fd: int, view: memoryview, offset: int) -> None:
@@ -405,6 +453,13 @@ def read_tensor(tensor: TensorInfo, index: int | None = None, *, drop_cache: boo
         # ml_dtypes have no buffer protocol: fill through the bytes.
         read_into(tensor, array.reshape(-1).view(np.uint8).data, start=start, drop_cache=drop_cache)
     return array
+
+
+def read_raw(tensor: TensorInfo, *, drop_cache: bool = False) -> Array:
+    """As `read_tensor`, but of a dtype that NumPy lacks the bytes, as integers without a sign."""
+    if tensor.dtype in _ARRAY_DTYPES:
+        return read_tensor(tensor, drop_cache=drop_cache)
+    return read_tensor(replace(tensor, dtype="U8"), drop_cache=drop_cache)
 
 
 def read_chunks(

@@ -14,6 +14,7 @@ from moebound.checkpoint.experts import Expert, ExpertMatrix, find_experts, read
 from moebound.checkpoint.families import Family, find_family, text_config
 from moebound.checkpoint.inventory import TEMPLATES_FOLDER, Inventory, take_inventory
 from moebound.checkpoint.leftovers import why_missing
+from moebound.checkpoint.quantized import KNOWN, dequantized
 from moebound.checkpoint.shards import (
     TensorInfo,
     as_text,
@@ -63,6 +64,9 @@ class Checkpoint:
     path: the folder (or the one file). config: config.json, as read. family: how its experts are
     laid out, None for a lone file. tensors: every tensor, in the order of the files. name: what
     people call it: of a path the last part, a hub id or a built-in name as it is.
+
+    stored_as: None, or of a quantized checkpoint its format, in words. Weights are dequantized as
+    they are read, then, and tensors and config are those of the model that comes of it.
     """
 
     path: Path
@@ -70,6 +74,7 @@ class Checkpoint:
     family: Family | None
     tensors: Mapping[str, TensorInfo]
     name: str
+    stored_as: str | None = None
 
     def experts(self, *, shared: bool = False) -> list[Expert]:
         """The experts in model order (by layer, then index); with `shared`, shared ones too.
@@ -123,6 +128,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return total_bytes(self.tensors)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the files have of them: fewer than `total_bytes` where they are quantized."""
+        return sum(tensor.stored_bytes for tensor in self.tensors.values())
+
     @cached_property
     def _inventory(self) -> Inventory:
         if not self.path.is_dir():
@@ -156,8 +166,10 @@ def open_checkpoint(
     are huggingface_hub's), a built-in model ("builtin:wordmath"), or one .safetensors file (tensors
     without experts). A checkpoint that is open is given back.
 
-    Raises CheckpointError if it cannot be found, fetched or read, is inconsistent or quantized;
-    UnsupportedArchitectureError if it is dense or its architecture is not in the table;
+    A quantized one (FP8, MXFP4, compressed-tensors, GPTQ, AWQ) is dequantized as it is read.
+
+    Raises CheckpointError if it cannot be found, fetched or read, is inconsistent, or quantized in
+    another way; UnsupportedArchitectureError if it is dense or its architecture is not known;
     FormatError or CorruptionError for bad safetensors files.
     """
     if isinstance(src, Checkpoint):
@@ -167,8 +179,7 @@ def open_checkpoint(
     if path.exists() and not path.is_dir():
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: expected a folder or a .safetensors file")
-        tensors = read_header(path)[0]
-        return Checkpoint(path, {}, None, tensors, name)
+        return Checkpoint(path, {}, None, read_header(path)[0], name)
     path = local_folder(
         src,
         revision=revision,
@@ -184,10 +195,9 @@ def open_checkpoint(
     config = read_json(path / "config.json")
     family = find_family(config)
     _refuse_stores(path, config)
-    tensors = read_tensors(path)
-    _refuse_quantized(path, config, family, tensors)
+    plain_config, tensors, stored_as = _plain(path, config, family, read_tensors(path))
     _refuse_wrapped(path, family, tensors)
-    checkpoint = Checkpoint(path, config, family, tensors, name)
+    checkpoint = Checkpoint(path, plain_config, family, tensors, name, stored_as)
     if not checkpoint.experts():
         raise UnsupportedArchitectureError(
             f"{path}: model_type {config.get('model_type')!r} is supported, but this checkpoint "
@@ -249,10 +259,13 @@ def _download(
         ) from error
 
 
+_QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
+
+
 def _quantization(config: Mapping[str, Any]) -> tuple[str, Any] | None:
     """The field of a config that says how weights are quantized, and its value."""
     for part in (config, text_config(config)):
-        for field in ("quantization_config", "compression_config"):
+        for field in _QUANTIZATION_FIELDS:
             if part.get(field):
                 return field, part[field]
     return None
@@ -270,40 +283,61 @@ def _refuse_stores(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_quantized(
-    path: Path, config: Mapping[str, Any], family: Family, tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Raises CheckpointError for quantized weights, and for a config that only says they are."""
+def _plain(
+    path: Path, config: Mapping[str, Any], family: Family, stored: Mapping[str, TensorInfo]
+) -> tuple[Mapping[str, Any], Mapping[str, TensorInfo], str | None]:
+    """Config and tensors as if nothing was quantized, and how it is, None if it is not.
+
+    Raises CheckpointError for what is quantized in a way that is not known, and for a config that
+    only says that it is.
+    """
     found = _quantization(config)
-    tensor = next((t for t in tensors.values() if _QUANTIZED.fullmatch(t.name)), None)
-    tensor = tensor or next((t for t in tensors.values() if _is_packed(t)), None)
+    tensor = _quantized_tensor(stored)
     if found is None:
         # A dtype alone is judged where it matters: of experts, when they are found.
         if tensor is not None and _QUANTIZED.fullmatch(tensor.name):
             raise CheckpointError(
-                f"{path}: quantized checkpoint (tensor {tensor.name!r}), expected BF16, F16 or F32 "
-                "weights; dequantize it to bfloat16 first"
+                f"{path}: quantized checkpoint (tensor {tensor.name!r}), and config.json has no "
+                "quantization_config that says how"
             )
-        return
+        return config, stored, None
     field, value = found
     method = _quant_method(value)
-    if tensor is None and any(family.match(name) for name in tensors):
-        dtypes = ", ".join(sorted({t.dtype for t in tensors.values()}))
+    known = dequantized(path, value, stored) if isinstance(value, Mapping) else None
+    if known is not None:
+        tensors, words = known
+        tensor = _quantized_tensor(tensors)
+        if tensor is None:
+            return without_quantization(config), tensors, words
+    if tensor is None and any(family.match(name) for name in stored):
+        dtypes = ", ".join(sorted({t.dtype for t in stored.values()}))
         raise CheckpointError(
             f"{path}: config.json has a {field} (quant_method {method!r}), but no tensor is "
             f"quantized: all are {dtypes}. It is left over from before the weights were "
             f"dequantized, and transformers would misread them; remove {field} from config.json"
         )
-    hint = (
-        "; load it in transformers with Mxfp4Config(dequantize=True) and save it as bfloat16"
-        if method == "mxfp4"
-        else "; dequantize it to bfloat16 first"
-    )
     raise CheckpointError(
         f"{path}: quantized checkpoint (quant_method {method!r} in the {field} of config.json"
         + ("" if tensor is None else f", tensor {tensor.name!r} is {tensor.dtype}")
-        + f"), expected BF16, F16 or F32 weights{hint}"
+        + f"), expected one of {', '.join(KNOWN)}, or BF16, F16 or F32 weights; dequantize it to "
+        "bfloat16 first"
     )
+
+
+def _quantized_tensor(tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    """One that only a quantized checkpoint has, by its name, or else by its dtype."""
+    named = (t for t in tensors.values() if _QUANTIZED.fullmatch(t.name))
+    return next(named, None) or next((t for t in tensors.values() if _is_packed(t)), None)
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, and the parts of it that are configs of their own, without what says how weights
+    are quantized."""
+    return {
+        key: without_quantization(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _QUANTIZATION_FIELDS
+    }
 
 
 def _is_packed(tensor: TensorInfo) -> bool:

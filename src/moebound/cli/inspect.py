@@ -86,6 +86,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
         "family": checkpoint.family.name,
         "n_tensors": len(checkpoint.tensors),
         "total_bytes": total,
+        "stored_as": checkpoint.stored_as,
+        "stored_bytes": checkpoint.stored_bytes,
         "layers": layers,
         "n_experts": len(routed),
         "experts_per_layer": sorted(set(Counter(e.key.layer for e in routed).values())),
@@ -112,6 +114,10 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Description:
         ("experts' share", f"{wording.n_bytes(of_experts)}, "
          f"{wording.percent(of_experts, total)} of the model"),
     ]  # fmt: skip
+    if checkpoint.stored_as is not None:
+        stored = wording.n_bytes(checkpoint.stored_bytes)
+        lines.append(("stored as", f"{checkpoint.stored_as}, {stored}; sizes here are of its "
+                      "weights, dequantized"))  # fmt: skip
     if shared:
         lines.append(("shared experts", f"{len(shared)}, {wording.n_bytes(of_shared)}, "
                       f"{wording.percent(of_shared, total)}; left alone unless asked"))  # fmt: skip

@@ -20,6 +20,7 @@ from moebound.cli.compress import compress
 from moebound.cli.decompress import decompress
 from moebound.cli.demo import demo
 from moebound.cli.eval import eval_command
+from moebound.cli.fit import fit
 from moebound.cli.generate import generate
 from moebound.cli.inspect import inspect
 from moebound.cli.output import write_json
@@ -38,6 +39,7 @@ def cli() -> None:
     """Compress the experts of a Mixture-of-Experts model under a guaranteed error bound.
 
     \b
+    moebound fit MODEL                       how large a model would be, by its config alone
     moebound inspect SRC                     what is in a model or a store
     moebound compress SRC DST --rate 0.3     make the experts small, with a promise on every weight
     moebound profile SRC --task T -o FILE    which experts a task uses, and how much
@@ -60,6 +62,7 @@ def cli() -> None:
 
 
 for command in (
+    fit,
     inspect,
     profile,
     study,

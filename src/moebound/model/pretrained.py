@@ -14,11 +14,17 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from moebound.checkpoint import TensorInfo, local_folder, open_checkpoint, read_tensor
 from moebound.checkpoint.families import find_family
+from moebound.checkpoint.quantized import KNOWN
+from moebound.codec.arrays import to_torch
 from moebound.errors import CheckpointError, MoeboundError, UnsupportedArchitectureError
 from moebound.model.quiet import without_bars
+
+if TYPE_CHECKING:
+    import torch
 
 Source = str | os.PathLike[str]
 
@@ -66,18 +72,29 @@ def read_config(src: Source, **options: Any) -> Any:
 def load_model(src: Source, *, config: Any = None, **options: Any) -> Any:
     """The language model in `src`, in evaluation mode; a multimodal one with its other parts.
 
-    config: what `read_config` gave, maybe changed. options: of `from_pretrained`. Raises
+    config: what `read_config` gave, maybe changed. options: of `from_pretrained`. The weights of a
+    quantized checkpoint are those that `compress` compresses (`checkpoint/quantized.py`). Raises
     CheckpointError for what transformers cannot load, UnsupportedArchitectureError where it has no
     class for it, and what loading a damaged store raises.
     """
+    from transformers import GenerationConfig
+
     config = read_config(src) if config is None else config
     auto = _auto_class(type(config))
     if auto is None:
         raise UnsupportedArchitectureError(f"{src}: {what_runs(config.to_dict()).why}")
+    weights = _dequantized(src, config)
     with _in_words(src, "a language model"), without_bars():
-        model = auto.from_pretrained(
-            src, config=config, trust_remote_code=False, **_local(src), **options
-        )
+        if weights is None:
+            model = auto.from_pretrained(
+                src, config=config, trust_remote_code=False, **_local(src), **options
+            )
+        else:
+            # Auto classes take no weights without a path.
+            model_class = auto._model_mapping[type(config)]
+            model = model_class.from_pretrained(None, config=config, state_dict=weights, **options)
+            if (local_folder(src) / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(local_folder(src))
     model.train(False)
     return model
 
@@ -88,6 +105,44 @@ def load_tokenizer(src: Source) -> Any:
 
     with _in_words(src, "a tokenizer"):
         return AutoTokenizer.from_pretrained(src, trust_remote_code=False, **_local(src))
+
+
+def empty_model(config: Any, name: str) -> Any:
+    """The model of a config, all of it on `meta`: names and shapes. name: for messages. Raises
+    UnsupportedArchitectureError where transformers has no class for it."""
+    import torch
+
+    auto = _auto_class(type(config))
+    if auto is None:
+        raise UnsupportedArchitectureError(f"{name}: {what_runs(config.to_dict()).why}")
+    with _in_words(name, "a language model"), torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=False)
+
+
+def _dequantized(src: Source, config: Any) -> dict[str, Any] | None:
+    """The weights of a quantized checkpoint, by name, read when transformers takes them; `config`
+    no longer says that they are quantized. None for any other model."""
+    settings = getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if method not in KNOWN:
+        return None
+    checkpoint = open_checkpoint(src)
+    if checkpoint.stored_as is None:
+        return None
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return {name: _Unread(tensor) for name, tensor in checkpoint.tensors.items()}
+
+
+class _Unread:
+    """A tensor that is read when it is sliced, as those of safetensors are."""
+
+    def __init__(self, tensor: TensorInfo) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return to_torch(read_tensor(self._tensor))[index]
 
 
 def _local(src: Source) -> dict[str, bool]:

@@ -70,6 +70,12 @@ class Stack:
             )
         return place.part(parameter.detach(), expert)
 
+    def shape(self, role: Role) -> tuple[int, int]:
+        """Of each expert's matrix, [out, in]; known on `meta` too."""
+        place = self.places[role]
+        out, inputs = place.part(self._parameter(place.parameter).detach(), 0).shape
+        return int(out), int(inputs)
+
     def _parameter(self, name: str) -> torch.Tensor:
         owner, _, attribute = name.rpartition(".")
         found = getattr(self.module.get_submodule(owner), attribute)

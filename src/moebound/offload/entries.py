@@ -157,7 +157,8 @@ class DiskEntries:
 def open_entries(path: str | os.PathLike[str]) -> DiskEntries:
     """The experts of a store or of an ordinary checkpoint folder. Reads headers only.
 
-    Raises as `open_store` and `open_checkpoint`; StoreError if a store has no routed experts.
+    Raises as `open_store` and `open_checkpoint`; StoreError if a store has no routed experts, and
+    for a quantized checkpoint.
     """
     path = Path(path)
     is_store = (path / "config.json").is_file() and read_settings(
@@ -171,6 +172,11 @@ def open_entries(path: str | os.PathLike[str]) -> DiskEntries:
 
 def _of_checkpoint(checkpoint: Checkpoint) -> DiskEntries:
     assert checkpoint.family is not None  # a folder has a config
+    if checkpoint.stored_as is not None:
+        raise StoreError(
+            f"{checkpoint.path}: stored as {checkpoint.stored_as}: its experts cannot be loaded on "
+            "demand as they are; compress it with `moebound compress`, and load the store"
+        )
     experts = checkpoint.experts()
     return DiskEntries(
         checkpoint.path,

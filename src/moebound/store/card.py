@@ -118,6 +118,8 @@ def _promised(
     settings: Settings, totals: ExpertTotals, plan: Plan | None
 ) -> Iterable[tuple[str, str]]:
     yield "base model", _text(settings.source or "-")
+    if settings.stored_as is not None:
+        yield "stored as", f"{_text(settings.stored_as)}; bounds are against dequantized weights"
     yield "guarantee", totals.guarantee
     if plan is None:
         if settings.bound is not None:

@@ -87,9 +87,9 @@ class Settings:
     nothing else. bound: of every weight, None where none was asked for. run: hash of everything
     that decides the bytes (source, method, bound, selection), so that a rerun can tell its own
     store from another. plan: SHA-256 of what the plan decides, None without one; `bound` is
-    then the widest of its bounds. source: what the user called the source. left_out: the source's
-    files that are not in the store, with the reason. calibration: what experts were rounded by.
-    Unknown further fields are ignored.
+    then the widest of its bounds. source: what the user called the source. stored_as: how it was
+    quantized, in words; None if it was not. left_out: the source's files that are not in the store,
+    with the reason. calibration: what experts were rounded by. Unknown further fields are ignored.
     """
 
     method: str
@@ -99,6 +99,7 @@ class Settings:
     version: int = VERSION
     plan: str | None = None
     source: str | None = field(default=None, compare=False)
+    stored_as: str | None = field(default=None, compare=False)
     left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
     calibration: CalibratedBy | None = None
 
@@ -110,10 +111,10 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         bound = None if self.bound is None else self.bound.to_json()
         left_out = dict(self.left_out) or None
-        calibration = None if self.calibration is None else self.calibration.to_json()
         optional = {
-            "bound": bound, "plan": self.plan, "source": self.source, "left_out": left_out,
-            "calibration": calibration,
+            "bound": bound, "left_out": left_out,
+            "calibration": None if self.calibration is None else self.calibration.to_json(),
+            **{name: getattr(self, name) for name in _OPTIONAL},
         }  # fmt: skip
         return {
             "quant_method": QUANT_METHOD,
@@ -143,18 +144,19 @@ class Settings:
             left_out = data.get("left_out", {})
             check_types(left_out, str, *left_out)
             method = f"bounded:{data['codec']}" if version == 1 else data["method"]
-            plan, source = (data.get(name) for name in _OPTIONAL)
             return cls(
-                method, bound, data["shared_experts"], data["run"], version, plan, source,
-                dict(left_out),
-                None if (by := data.get("calibration")) is None else CalibratedBy.from_json(by),
+                method, bound, data["shared_experts"], data["run"], version,
+                **{name: data.get(name) for name in _OPTIONAL}, left_out=dict(left_out),
+                calibration=None
+                if (by := data.get("calibration")) is None
+                else CalibratedBy.from_json(by),
             )  # fmt: skip
         except DAMAGED as error:
             what = f"{type(error).__name__}: {error}"
             raise CorruptionError(f"quantization_config: {what}") from error
 
 
-_OPTIONAL = ("plan", "source")
+_OPTIONAL = ("plan", "source", "stored_as")
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings | None:

@@ -152,12 +152,13 @@ def compress(
         run_id(run),
         plan=None if recipe.plan is None else recipe.plan.sha256,
         source=as_text(source or checkpoint.name),
+        stored_as=checkpoint.stored_as,
         left_out=left_out,
         calibration=None if (by := recipe.calibrated_by) is None else CalibratedBy(*by),
     )
 
     job = _Job(checkpoint, layout, settings, recipe, jobs, copied)
-    remarks = [*job.empty_promises()]
+    remarks = [*_dequantized(checkpoint), *job.empty_promises()]
     if _finished_before(dst, settings, on_existing):
         return replace(job.summary(dst, dst, begun, resumed=True), remarks=remarks)
     with WorkFolder(dst) as work:
@@ -171,6 +172,14 @@ def compress(
         summary = job.summary(work.path, dst, begun, resumed=resumed)
         work.publish()
     return replace(summary, seconds=time.monotonic() - begun, remarks=remarks)
+
+
+def _dequantized(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.stored_as is not None:
+        yield (
+            f"the source is stored as {checkpoint.stored_as}, in {checkpoint.stored_bytes} bytes. "
+            "Sizes before and bounds are of its weights as they are dequantized"
+        )
 
 
 def _finished_before(dst: Path, settings: Settings, on_existing: OnExisting) -> bool:

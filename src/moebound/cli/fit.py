@@ -1,0 +1,98 @@
+"""`moebound fit`: what a model would become, and whether it would fit, by its config alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moebound.cli import exits, wording
+from moebound.cli.output import Output, output_options
+from moebound.cli.steps import step_bar
+
+if TYPE_CHECKING:
+    from moebound.fit import Estimate, Fits, Shape
+
+
+@click.command()
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option("--known", is_flag=True, help="All models whose configs come with moebound.")
+@click.option("--rate", "rates", type=click.FloatRange(min=0, min_open=True), multiple=True,
+              metavar="R", help="A bound, of the mean |weight| of each expert; repeatable.  "
+              "[default: 0.1, 0.3, 0.8]")  # fmt: skip
+@click.option("--ram", metavar="SIZE",
+              help="Memory there is, as 16GB: says what would lie where.")  # fmt: skip
+@output_options
+def fit(
+    output: Output, models: tuple[str, ...], known: bool, rates: tuple[float, ...], ram: str | None
+) -> int:
+    """Say how large MODEL would be at each rate, and how long compressing it would take here.
+
+    MODEL is the name of a known one (Moonlight-16B-A3B, Mixtral-8x7B, ...), a folder, a
+    config.json, or a model id on the hub. Only its config is read. Sizes and times are those of
+    random experts of the same shapes, which are compressed on this machine, times their number.
+    """
+    from moebound.fit import KNOWN, estimate, shape_of
+    from moebound.fit.estimate import RATES
+    from moebound.offload.budget import parse_size
+
+    if known == bool(models):
+        raise click.UsageError(f"give models or --known. Known are {', '.join(KNOWN)}")
+    memory = None if ram is None else parse_size(ram, what="--ram")
+    found: list[tuple[Shape, list[Estimate]]] = []
+    asked = KNOWN if known else models
+    shapes = [shape_of(model) for model in asked]
+    with step_bar(output) as say:
+        for number, shape in enumerate(shapes):
+            say(shape.name, number, len(shapes))
+            found.append((shape, estimate(shape, rates or RATES, memory=memory)))
+    document = {
+        "models": [
+            {"model": shape.name, **shape.to_json(), "rates": [e.to_json() for e in estimates]}
+            for shape, estimates in found
+        ]
+    }
+    output.result(document, _table(found), _WORDS)
+    return exits.OK
+
+
+_WORDS = (
+    "Computed, not tried: random experts of these shapes were compressed here, and everything else "
+    "counted in bfloat16.\nA rate bounds every weight's error, in mean |weight| of its expert."
+)
+
+
+def _table(found: list[tuple[Shape, list[Estimate]]]) -> Any:
+    fits = any(e.fits for _, estimates in found for e in estimates)
+    columns = ["model", "weights", "in experts", "in bfloat16", "rate", "bits a\nweight",
+               "experts", "whole\nmodel", "time to\ncompress", "decode\nan expert"]  # fmt: skip
+    rows = []
+    for shape, estimates in found:
+        first = [shape.name, f"{shape.n_weights / 1e9:.1f} B",
+                 wording.percent(shape.n_expert_weights, shape.n_weights),
+                 wording.n_bytes(2 * shape.n_weights)]  # fmt: skip
+        for e in estimates:
+            row = [*first, f"{e.rate:g}", f"{e.bits:.2f}", wording.n_bytes(e.expert_bytes),
+                   wording.n_bytes(e.model_bytes), _time(e.compress_s),
+                   f"{1e3 * e.decode_s:.1f} ms"]  # fmt: skip
+            rows.append(row + ([_where(e.fits)] if e.fits else []))
+            first = [""] * len(first)
+    if fits:
+        memory = next(e.fits.memory for _, es in found for e in es if e.fits)
+        columns.append(f"in {wording.n_bytes(memory)}")
+    return wording.grid(columns, rows)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _where(fits: Fits) -> str:
+    return {
+        "decoded": "all decoded",
+        "memory": f"compressed in memory, {100 * fits.held:.0f} % decoded",
+        "disk": f"compressed on disk, {100 * fits.held:.0f} % decoded",
+        "no": "does not fit",
+    }[fits.where]

@@ -1,0 +1,111 @@
+"""Sizes and times of a model that is not here, measured on random experts of its shape that are.
+
+Bits a weight are those of real bytes: matrices of normal values in bfloat16, each row with a scale
+of its own as trained rows have (`bench/matrices.py`), encoded by codec `bound`. Trained matrices
+took 0.04 bits more (docs/fit.md). Everything else follows by multiplication.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from moebound.bench.matrices import synthetic
+from moebound.codec import decode, encode_certified, thread_count
+from moebound.fit.shape import Shape
+from moebound.types import ErrorBound
+
+RATES = (0.1, 0.3, 0.8)
+PLAIN_BYTES = 2
+"""Of a weight in bfloat16, as a model is without moebound."""
+_ROOM = 1.5e9
+"""Bytes for the program, activations and a short text's cache, where memory is divided."""
+
+
+@dataclass(frozen=True)
+class Fits:
+    """How a model would lie in so much memory.
+
+    where: "decoded" (all experts, nothing to do while it runs), "memory" (compressed experts in
+    memory, some decoded beside them), "disk" (they are read from disk), "no" (not even what is not
+    experts fits). held: the share of experts that can be decoded at a time, 0 to 1.
+    """
+
+    memory: int
+    where: str
+    held: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One rate. bits: a routed expert's weight. *_bytes: of all routed experts, and of the whole
+    model with everything else in bfloat16. compress_s: on `threads` threads here, disks not
+    counted. decode_s: of one expert, with as many threads. fits: None if no memory was given."""
+
+    rate: float
+    bits: float
+    expert_bytes: int
+    model_bytes: int
+    threads: int
+    compress_s: float
+    decode_s: float
+    fits: Fits | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(
+    shape: Shape, rates: Sequence[float] = RATES, *, memory: int | None = None, seed: int = 0
+) -> list[Estimate]:
+    """One for each rate, by encoding and decoding one random expert of this shape.
+
+    rates: α, of the mean |weight| of the expert. memory: bytes there are, to say what fits.
+    Raises BoundError for a rate that is not above 0.
+    """
+    threads, found = thread_count(), list[Estimate]()
+    matrices = [
+        synthetic(["gaussian-rows"], shape=sides, seed=seed + i)[0].array
+        for i, sides in enumerate(shape.expert)
+    ]
+    for rate in rates:
+        bound = ErrorBound(rate, "rate")
+        began = time.perf_counter()
+        encoded = []
+        for matrix in matrices:
+            encoded.append(encode_certified(matrix, bound, codec="bound", threads=threads).data)
+            hashlib.sha256(matrix.view(np.uint8).data)  # the certificate has both hashes
+            hashlib.sha256(encoded[-1])
+        encode_s = time.perf_counter() - began
+        outputs = [decode(data) for data in encoded]  # as slots are: memory that was used before
+        began = time.perf_counter()
+        for data, out in zip(encoded, outputs, strict=True):
+            decode(data, out=out)
+        decode_s = time.perf_counter() - began
+        share = shape.n_expert_weights / shape.expert_size
+        n_bytes = int(sum(map(len, encoded)) * share)
+        whole = n_bytes + PLAIN_BYTES * shape.n_other_weights
+        fits = None if memory is None else _fits(shape, n_bytes, memory)
+        bits = 8 * n_bytes / shape.n_expert_weights
+        found.append(
+            Estimate(rate, bits, n_bytes, whole, threads, encode_s * share, decode_s, fits)
+        )
+    return found
+
+
+def _fits(shape: Shape, expert_bytes: int, memory: int) -> Fits:
+    decoded = PLAIN_BYTES * shape.n_expert_weights
+    room = memory - _ROOM - PLAIN_BYTES * shape.n_other_weights
+    least = PLAIN_BYTES * shape.expert_size * shape.top_k  # of one layer, for one token
+    if room < least:
+        return Fits(memory, "no", 0.0)
+    if room >= decoded:
+        return Fits(memory, "decoded", 1.0)
+    if room - expert_bytes >= least:
+        return Fits(memory, "memory", (room - expert_bytes) / decoded)
+    return Fits(memory, "disk", room / decoded)

@@ -1,0 +1,117 @@
+"""What a model would become: counts as published, sizes as written, memory as there is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moebound.checkpoint import open_checkpoint
+from moebound.cli.main import main
+from moebound.errors import CheckpointError, UnsupportedArchitectureError
+from moebound.fit import KNOWN, Estimate, estimate, shape_of
+from moebound.store import compress
+from moebound.types import ErrorBound
+from tiny_models import MakeTiny
+
+# Billions of weights, as whoever published the model says.
+PUBLISHED = {
+    "Moonlight-16B-A3B": 16.0,
+    "DeepSeek-V2-Lite": 15.7,
+    "OLMoE-1B-7B": 6.92,
+    "Qwen1.5-MoE-A2.7B": 14.3,
+    "GPT-OSS-20B": 20.9,
+    "Qwen3-30B-A3B": 30.5,
+    "Phi-3.5-MoE": 41.9,
+    "Mixtral-8x7B": 46.7,
+    "GLM-4.5-Air": 106,
+    "GPT-OSS-120B": 117,
+    "Qwen3-235B-A22B": 235,
+    "DeepSeek-V3": 671,
+    "Kimi-K2": 1026,
+}
+
+
+def test_every_known_model_has_a_published_size() -> None:
+    assert PUBLISHED.keys() == set(KNOWN)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_weights_are_as_many_as_published(name: str) -> None:
+    shape = shape_of(name.upper())
+    assert shape.name == name
+    assert shape.n_weights / 1e9 == pytest.approx(PUBLISHED[name], rel=0.01)
+    assert 0.8 < shape.n_expert_weights / shape.n_weights < 1
+    assert shape.n_expert_weights == shape.expert_size * shape.n_experts * shape.layers
+    assert sum(rows * columns for rows, columns in shape.expert) == shape.expert_size
+    assert shape.runs.how == "offloaded"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "jetmoe"])
+def test_shapes_are_those_of_a_checkpoint(name: str, tiny: MakeTiny) -> None:
+    folder = tiny(name)
+    checkpoint = open_checkpoint(folder)
+    shape = shape_of(folder)
+    experts = checkpoint.experts()
+    assert shape.n_expert_weights == sum(expert.size for expert in experts)
+    assert shape.layers == len({expert.key.layer for expert in experts})
+    assert shape_of(folder / "config.json") == replace(shape, name=str(folder / "config.json"))
+
+
+def test_sizes_are_those_of_a_store(tmp_path: Path) -> None:
+    """A built-in model's experts, trained, against random ones of their shape."""
+    found = estimate(shape_of("builtin:wordmath-mixtral"), [0.3])[0]
+    summary = compress("builtin:wordmath-mixtral", tmp_path / "s",
+                       bound=ErrorBound(0.3, "rate", "expert"))  # fmt: skip
+    assert found.bits == pytest.approx(summary.expert_bits_per_weight, abs=0.15)
+
+
+def fits(memory: float) -> Estimate:
+    """Of a model with 12.8 GB of experts and 1.9 GB of the rest."""
+    shape = replace(shape_of("OLMoE-1B-7B"), n_weights=7_350_000_000)
+    return estimate(shape, [0.3], memory=int(memory))[0]
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "where"), [(3, "no"), (5, "disk"), (12, "memory"), (18, "decoded")]
+)
+def test_where_experts_lie_in_so_much_memory(gigabytes: float, where: str) -> None:
+    found = fits(1e9 * gigabytes)
+    assert found.fits is not None
+    assert found.fits.where == where
+    assert (found.fits.held == 1) == (where == "decoded")
+    assert (found.fits.held == 0) == (where == "no")
+
+
+def test_a_narrower_bound_is_larger() -> None:
+    narrow, wide = estimate(shape_of("OLMoE-1B-7B"), [0.1, 0.8])
+    assert narrow.bits > wide.bits + 2
+    assert narrow.model_bytes > wide.model_bytes > wide.expert_bytes
+
+
+def test_the_command_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "olmoe-1b-7b", "--rate", "0.3", "--ram", "16GB", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (model,) = document["models"]
+    assert model["model"] == "OLMoE-1B-7B"
+    assert model["rates"][0]["fits"]["where"] == "memory" or model["rates"][0]["fits"]["held"] == 1
+    assert main(["fit", "olmoe-1b-7b", "--rate", "0.3"]) == 0
+    assert "Computed, not tried" in capsys.readouterr().out
+
+
+def test_what_cannot_be_said(tmp_path: Path, tiny: MakeTiny) -> None:
+    with pytest.raises(CheckpointError, match="Models known without a config: Moonlight"):
+        shape_of(tmp_path / "nowhere")
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    (dense / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UnsupportedArchitectureError, match="is dense"):
+        shape_of(dense)
+    shutil.copytree(tiny("qwen3_moe"), tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(CheckpointError, match="no_such_model"):
+        shape_of(tmp_path / "other")
+    assert main(["fit"]) == main(["fit", "--known", "Kimi-K2"]) == 2
