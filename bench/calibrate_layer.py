@@ -51,7 +51,8 @@ def run(*command: str) -> dict[str, float]:
 def calibrate(source: Path, stats: Path, windows: int, memory: int, dtype: str) -> None:
     """What the command does, on tokens that no tokenizer made: this model has none."""
     from moebound.calibrate import Settings, Text, collect
-    from moebound.evaluate.loading import Loaded, Source, parse_dtype
+    from moebound.evaluate.loading import Loaded, Source
+    from moebound.model.dtypes import parse_dtype
     from moebound.model.pretrained import load_model
 
     model = load_model(source, dtype=parse_dtype(dtype))
@@ -77,7 +78,8 @@ def main() -> None:
                         help="only that, in this process")  # fmt: skip
     args = parser.parse_args()
     if args.calibrate:
-        calibrate(*args.calibrate, args.windows, args.memory, args.dtype)
+        source, stats = args.calibrate
+        calibrate(source, stats, args.windows, args.memory, args.dtype)
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder = Path(tempfile.mkdtemp(prefix="moebound-", dir=args.dir))

@@ -87,8 +87,11 @@ def test_outputs_keep_what_is_promised(
     made = certified(stored, h, rate, rounded_by=by, transposed=transposed,
                      method="calibrated" + kappa).experts[KEY]["up"]  # fmt: skip
     outputs, columns = made.certificate.outputs, made.certificate.columns
+    if columns is None:  # an exact copy is smaller
+        assert made.decoded.tobytes() == stored.tobytes()
+        assert outputs is None
+        return
     assert outputs is not None
-    assert columns is not None
     error = weights.astype(np.float64) - (made.decoded.T if transposed else made.decoded)
     wanted = float(np.einsum("ij,jk,ik->", error, h, error))
     assert outputs.error == pytest.approx(wanted, rel=1e-6, abs=1e-9 * outputs.power)

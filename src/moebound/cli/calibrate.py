@@ -11,7 +11,6 @@ import click
 from moebound.cli import exits, wording
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
-from moebound.files.formats.statistics import FEW_TOKENS
 
 if TYPE_CHECKING:
     from moebound.calibrate import Statistics
@@ -107,6 +106,8 @@ def _held_out(task: Task, limit: int | None) -> int:
 
 
 def _document(found: Statistics) -> dict[str, Any]:
+    from moebound.files.formats.statistics import FEW_TOKENS
+
     tokens = sorted(found.tokens().values())
     return found.of.to_json() | {
         "ok": True,
@@ -124,6 +125,8 @@ def _document(found: Statistics) -> dict[str, Any]:
 
 
 def _table(found: Statistics, said: dict[str, Any]) -> Any:
+    from moebound.files.formats.statistics import FEW_TOKENS
+
     of, tokens = found.of, said["tokens_an_expert"]
     return wording.facts(
         of.model,
