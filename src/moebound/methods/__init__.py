@@ -12,14 +12,16 @@ bounded.py   a bound on every weight, by any codec
 rtn.py, hqq.py   quantizers of groups
 """
 
-from moebound.methods.artifact import Artifact, MatrixArtifact, compress, compress_expert, weakest
+from moebound.methods.artifact import Artifact, compress, compress_expert, weakest
 from moebound.methods.base import (
     Encoding,
     ExpertView,
     GroupView,
+    MatrixArtifact,
     MatrixSpec,
     Method,
     Payload,
+    Routing,
     SharedPayload,
 )
 from moebound.methods.reading import FindPart, OpenPart, Stored, router_name, shared_name
@@ -46,6 +48,7 @@ __all__ = [
     "OpenPart",
     "Payload",
     "RouterEdit",
+    "Routing",
     "SharedPayload",
     "Stored",
     "codec_of",

@@ -70,6 +70,10 @@ class Stack:
             )
         return place.part(parameter.detach(), expert)
 
+    def on_meta(self, role: Role) -> bool:
+        """Whether there are no weights of this role in memory."""
+        return self._parameter(self.places[role].parameter).device.type == "meta"
+
     def _parameter(self, name: str) -> torch.Tensor:
         owner, _, attribute = name.rpartition(".")
         found = getattr(self.module.get_submodule(owner), attribute)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args
 
-from moebound.checkpoint import Checkpoint, Expert, Role
+from moebound.checkpoint import Checkpoint, Expert, Role, top_k_of
+from moebound.checkpoint.families import router_groups_of
 from moebound.errors import MethodError, PlanError
-from moebound.files.formats.statistics import Side, Statistics
-from moebound.methods import ExpertView, GroupView, Method, get_method
+from moebound.files.formats.statistics import Statistics
+from moebound.methods import ExpertView, GroupView, Method, Routing, get_method
 from moebound.plan import Plan
 from moebound.types import Array, ErrorBound, ExpertKey
 
@@ -38,7 +38,7 @@ class Recipe:
         made = cls._of(bound, method)
         settings = {made.method} if made.plan is None else made.plan.methods
         for setting in sorted(settings):
-            if get_method(setting).statistics and calibration is None:
+            if get_method(setting).wanted_statistics() and calibration is None:
                 raise MethodError(
                     f"method {setting!r} needs statistics of the model's inputs: make them with "
                     "`moebound calibrate`, and give the folder with --calibration"
@@ -58,7 +58,7 @@ class Recipe:
         chosen.check_installed()
         if bound is None and chosen.needs_bound:
             raise MethodError(f"method {chosen.setting!r} needs a bound, and none was given")
-        if bound is not None and not chosen.takes_bound:
+        if bound is not None and not chosen.bounded:
             raise MethodError(f"method {chosen.setting!r} knows no bound, and {bound} was given")
         return cls(chosen.setting, bound)
 
@@ -93,16 +93,19 @@ class Recipe:
             )
             for expert in experts
         )
-        return GroupView(views, self._statistics(method, [view.key for view in views]))
+        keys = [view.key for view in views]
+        return GroupView(views, self._statistics(method, keys), _routing(checkpoint, method, keys))
 
     def _statistics(
         self, method: Method, keys: Sequence[ExpertKey]
     ) -> dict[str, dict[ExpertKey, Array]]:
-        if self.calibration is None:
+        found = self.calibration
+        if found is None:
             return {}
-        sides: tuple[Side, ...] = get_args(Side)
-        wanted = [side for side in sides if side in method.statistics]
-        return {side: {k: self.calibration.moments(k, side) for k in keys} for side in wanted}
+        return {
+            name: {key: found.array(key, name) for key in keys}
+            for name in sorted(method.wanted_statistics(shared=keys[0].shared))
+        }
 
     def group_of(self, key: ExpertKey) -> tuple[object, ...]:
         """Experts with equal ones are seen together by their method."""
@@ -128,3 +131,12 @@ class Recipe:
     def with_shared(self) -> bool:
         """Whether a plan is for shared experts too."""
         return self.plan is not None and any(e.key.shared for e in self.plan.experts)
+
+
+def _routing(checkpoint: Checkpoint, method: Method, keys: Sequence[ExpertKey]) -> Routing | None:
+    """Of the layer of these experts, for a method that edits it."""
+    if not method.edits_router or keys[0].shared:
+        return None
+    layer = keys[0].layer
+    n_experts = sum(expert.key.layer == layer for expert in checkpoint.experts())
+    return Routing(n_experts, top_k_of(checkpoint.config), *router_groups_of(checkpoint.config))
