@@ -74,8 +74,9 @@ def _edited() -> Iterator[None]:
         yield
 
 
-def source(kind: str, folder: Path) -> Path:
-    """A checkpoint whose router really chooses: its weights and biases are large."""
+def source(kind: str, folder: Path, *, less: float = 0.0) -> Path:
+    """A checkpoint whose router really chooses: its weights and biases are large. less: taken off
+    every correction of a score."""
     name, fields = KINDS[kind]
     config = tiny_config(name)
     for field, value in fields.items():
@@ -88,9 +89,7 @@ def source(kind: str, folder: Path) -> Path:
             router = router_of(model, entry.stack.name)
             assert router is not None
             for tensor in (*router.parameters(), *router.buffers()):
-                tensor.copy_(0.3 * torch.randn(tensor.shape))
-            if "masked" in kind:  # then the mask's 0 is more than any score
-                router.e_score_correction_bias.sub_(2.0)  # type: ignore[operator, union-attr]
+                tensor.copy_(0.3 * torch.randn(tensor.shape) - (less if tensor.dim() == 1 else 0))
             for parameter in entry.module.parameters():
                 parameter.copy_(0.2 * torch.randn(parameter.shape))
     model.save_pretrained(folder)
@@ -220,6 +219,28 @@ def test_a_constant_is_put_out_whatever_goes_in(kind: str, tmp_path: Path) -> No
         assert torch.allclose(logits(offloaded.model), want, atol=1e-5)
 
 
+def chosen_by(model: Any) -> dict[int, set[int]]:
+    """By layer: the experts that IDS are sent to."""
+    found: dict[int, set[int]] = {}
+    for layer, module in live_experts(model).modules.items():
+        found[layer] = set()
+        module.register_forward_pre_hook(
+            lambda _, args, layer=layer: found[layer].update(args[1].flatten().tolist())
+        )
+    logits(model)
+    return found
+
+
+def test_no_mask_of_groups_brings_an_expert_back(tmp_path: Path) -> None:
+    """Where all scores are below the 0 that masked groups get, any of these would be chosen."""
+    src, keep = (
+        source("sigmoid, groups masked by 0", tmp_path / "src", less=2.0),
+        {0, 1, 3, 4, 6, 9},
+    )
+    dst = stored(src, tmp_path / "dst", lambda layer: RouterEdit(layer, keep=tuple(sorted(keep))))
+    assert all(chosen <= keep for chosen in chosen_by(loaded(dst)).values())
+
+
 def test_a_layer_of_its_own_edit(tmp_path: Path) -> None:
     """Each layer has its own, and one may have none."""
     src = source("softmax, renormalised", tmp_path / "src")
@@ -227,13 +248,7 @@ def test_a_layer_of_its_own_edit(tmp_path: Path) -> None:
         src, tmp_path / "dst", lambda layer: RouterEdit(layer, keep=(0, 3, 5) if layer else None)
     )
     assert list(open_store(dst).router_edits()) == [1]
-    chosen: dict[int, set[int]] = {0: set(), 1: set()}
-    model = loaded(dst)
-    for layer, module in live_experts(model).modules.items():
-        module.register_forward_pre_hook(
-            lambda _, args, layer=layer: chosen[layer].update(args[1].flatten().tolist())
-        )
-    logits(model)
+    chosen = chosen_by(loaded(dst))
     assert chosen[1] <= {0, 3, 5}
     assert len(chosen[0]) > 3
 

@@ -46,7 +46,7 @@ HELD_OUT = 500
               "and no expert is left without.")  # fmt: skip
 @click.option("--search", is_flag=True,
               help="Search, for every number of experts, which of a layer's change its output "
-              "least when the others are left out (Lu et al.); method lu_re needs it. Slow.")  # fmt: skip
+              "least when the others are left out; method lu_re needs it. Slow.")  # fmt: skip
 @click.option("--after", metavar="METHOD",
               help="Leave out meanwhile the experts that METHOD would (reap_re:keep6, ...), so "
               "that the others get their tokens. Needs --calibration.")  # fmt: skip

@@ -50,7 +50,6 @@ from moebound.store.reader import Store, StoredMatrix, open_store
 from moebound.store.summary import DecompressSummary, Meter, ProgressCallback
 from moebound.types import Array
 
-
 _EXPERTS_BIAS = re.compile(r"\.experts\..*bias$")
 
 
