@@ -24,7 +24,7 @@ RATE = ErrorBound(0.3, "rate", "expert")
 
 def loaded(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder)
-    return model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
+    return model_class(config).from_pretrained(folder, dtype=torch.float32).train(False)
 
 
 def statistics(src: Path, out: Path, **settings: Any) -> Statistics:

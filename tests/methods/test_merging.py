@@ -30,7 +30,7 @@ def clusters_of(setting: str, given: Any) -> dict[int, int]:
     return dict(method.edit(given).alias)
 
 
-def outputs(*rows: tuple[float, ...]) -> dict[str, Array]:
+def outputs(*rows: tuple[float, ...]) -> dict[str, Any]:
     """Statistics of experts with these mean outputs, over 4 tokens each."""
     mean = np.array(rows)
     return {"plain": 4 * np.stack([mean, mean * mean], 1), "tokens": np.full(len(mean), 4.0)}

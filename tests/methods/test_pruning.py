@@ -211,8 +211,8 @@ def test_the_search_finds_the_set_that_changes_the_output_least(
                     float((a - b).norm()) for a, b in zip(changed, wanted, strict=True)
                 )
             least = min(losses, key=lambda kept: losses[kept])
-            row = found.array(ExpertKey(1, size - 1), "kept")
-            assert tuple(np.flatnonzero(row)) == least
+            best_of_size = found.array(ExpertKey(1, size - 1), "kept")
+            assert tuple(np.flatnonzero(best_of_size)) == least
             assert edit_of(f"lu_re:keep{size}", _of(found, 1)).keep == least
     assert not found.array(ExpertKey(1, 0), "kept").any()  # a token needs two
     with pytest.raises(MethodError, match="no set of so many"):
@@ -230,8 +230,8 @@ def test_the_search_finds_the_set_that_changes_the_output_least(
 
 
 def _of(found: Statistics, layer: int) -> Any:
-    rows = {"kept": np.stack([found.array(ExpertKey(layer, e), "kept") for e in range(4)])}
-    return group(4, Routing(4, top_k=2), **rows)
+    kept = np.stack([found.array(ExpertKey(layer, e), "kept") for e in range(4)])
+    return group(4, Routing(4, top_k=2), kept=kept)
 
 
 def test_a_search_keeps_groups_equal() -> None:

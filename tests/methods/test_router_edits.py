@@ -122,11 +122,11 @@ def removed(model: Any, keep: list[int]) -> Any:
         router, n = router_of(model, entry.stack.name), entry.stack.n_experts
         assert router is not None
         for owner in (router, entry.module):
-            for tensors in (owner._parameters, owner._buffers):
-                for name, tensor in list(tensors.items()):
-                    if tensor is not None and len(tensor) == n:
-                        cut = tensor.detach()[keep].clone()
-                        tensors[name] = nn.Parameter(cut) if tensors is owner._parameters else cut
+            for name, tensor in (*owner.named_parameters(), *owner.named_buffers()):
+                if len(tensor) == n:
+                    cut = tensor.detach()[keep].clone()
+                    parameter = isinstance(tensor, nn.Parameter)
+                    setattr(owner, name, nn.Parameter(cut) if parameter else cut)
             for name in ("num_experts", "n_routed_experts"):
                 if hasattr(owner, name):
                     setattr(owner, name, len(keep))

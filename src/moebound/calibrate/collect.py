@@ -233,8 +233,8 @@ class _Run:
         for some in sums:
             span, chunk = some.span, some.chunk()
             if self.of.searched:
-                rows = slice(span.first, span.first + span.n)
-                chunk = replace(chunk, kept=self._searched(span.entry)[rows])
+                table = self._searched(span.entry)
+                chunk = replace(chunk, kept=table[span.first : span.first + span.n])
             chunk.save(self.out)
 
     def _searched(self, entry: ExpertsModule) -> Any:

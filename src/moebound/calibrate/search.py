@@ -142,13 +142,13 @@ class Search:
                     found.append(_added(call.outputs, index, weights))  # noqa: B023
                     raise _Done
 
-                own, module.forward = module.forward, instead  # type: ignore[method-assign]
+                own, module.forward = module.forward, instead
                 try:
                     self._block(*call.args, **call.kwargs)
                 except _Done:
                     pass
                 finally:
-                    module.forward = own  # type: ignore[method-assign]
+                    module.forward = own
                 total += float((found[0] - call.whole).norm())
         return total
 

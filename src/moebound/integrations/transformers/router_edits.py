@@ -89,43 +89,43 @@ def _refuse(*_: Any, **__: Any) -> None:
 @contextmanager
 def left_out(router: nn.Module, numbers: Sequence[int], n_experts: int) -> Iterator[None]:
     """Inside, the router chooses none of these experts, as with `keep`."""
+    inner, undo = _leave_out(router, list(numbers), n_experts)
+    try:
+        yield
+    finally:
+        router.forward = inner
+        undo()
+
+
+def _leave_out(
+    router: nn.Module, numbers: list[int], n_experts: int
+) -> tuple[Callable[..., Any], Callable[[], None]]:
+    """From now on. Returns the router's own forward, and what gives its correction back."""
     bias = getattr(router, "e_score_correction_bias", None)
     before = bias.clone() if isinstance(bias, torch.Tensor) else None
     inner: Callable[..., Any] = router.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Without(list(numbers), n_experts):
+        with _Without(numbers, n_experts):
             return inner(*args, **kwargs)
 
-    router.forward = forward
-    try:
-        with torch.no_grad():
-            if before is not None:
-                bias[list(numbers)] = -torch.inf
-        yield
-    finally:
-        router.forward = inner
-        with torch.no_grad():
-            if before is not None:
+    def undo() -> None:
+        if isinstance(bias, torch.Tensor) and before is not None:
+            with torch.no_grad():
                 bias.copy_(before)
+
+    router.forward = forward
+    if isinstance(bias, torch.Tensor):
+        with torch.no_grad():
+            bias[numbers] = -torch.inf
+    return inner, undo
 
 
 def _keep(model: Any, entry: ExpertsModule, dropped: set[int], where: str) -> None:
     router = router_of(model, entry.stack.name)
     if router is None:
         raise UnsupportedArchitectureError(f"{where}: no router beside {entry.stack.name}")
-    numbers = sorted(dropped)
-    bias = getattr(router, "e_score_correction_bias", None)
-    if isinstance(bias, torch.Tensor):
-        with torch.no_grad():
-            bias[numbers] = -torch.inf
-    inner: Callable[..., Any] = router.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Without(numbers, entry.stack.n_experts):
-            return inner(*args, **kwargs)
-
-    router.forward = forward
+    _leave_out(router, sorted(dropped), entry.stack.n_experts)
     weight = next((p for p in router.parameters() if p.dim() == 2), None)
     if weight is None or weight.device.type == "meta":
         return  # offloaded: it cannot be tried here

@@ -138,10 +138,9 @@ class PuzzleMoe(Method):
             rms = [values[:, None] for values in rms]
         size, masks = merged(both[0], both[1], rms[0], rms[1])
         signs = [np.signbit(matrix) for matrix in both]
-        bits = sum(
-            flag.astype(np.uint16) << place
-            for flag, place in zip((*masks, *signs), range(4), strict=True)
-        )
+        bits = np.zeros(size.shape, np.uint16)
+        for place, flag in enumerate((*masks, *signs)):
+            bits |= flag.astype(np.uint16) << np.uint16(place)
         if self.inner is None:
             codes = packed(size, bits)
             return SharedPayload(bytes([_PACKED]) + codes.astype("<u2").tobytes(), codes.nbytes)
