@@ -283,6 +283,11 @@ def test_statistics_after_experts_were_left_out(tmp_path: Path, capsys: Any) -> 
     assert main([*asked, "-o", str(tmp_path / "x"), "--after", "reap_re:keep5"]) == 2
     merging = ["--after", "m_smoe_re:keep5", "--calibration", str(first)]
     assert main([*asked, "-o", str(tmp_path / "x"), *merging]) == 2
-    assert main(["inspect", str(tmp_path / "one"), "--json"]) == 0
-    document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert document["guarantee"] == "none"
+    for command in (["inspect"], ["verify"]):
+        capsys.readouterr()
+        assert main([*command, str(tmp_path / "one"), "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["guarantee"] == "none"
+        assert document["without_weights"] == {"left_out": 24, "replaced": 0, "constant": 0}
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "24 left out; nothing is promised of their weights" in card

@@ -43,6 +43,8 @@ def verify(output: Output, dst: str, against: str | None, jobs: int | None) -> i
         ("looked at", f"{report.n_experts} experts, {report.n_tensors} tensors, "
          f"{wording.n_bytes(report.n_bytes)}"),
         *wording.promise(report.guarantee, report.worst, report.max_abs_error, measured),
+        *([("experts without weights", str(report.without_weights))]
+          if report.without_weights else []),
         ("time", f"{report.seconds:.1f} s"),
     ]  # fmt: skip
     problems = [

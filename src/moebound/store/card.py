@@ -27,7 +27,7 @@ from moebound.store.format import (
 )
 from moebound.store.planned import plan_of
 from moebound.store.reader import open_store
-from moebound.store.summary import ExpertTotals
+from moebound.store.summary import ExpertTotals, WithoutWeights
 from moebound.types import Guarantee
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -46,7 +46,8 @@ def write_card(store_path: Path | str, measured: Sequence[Measurement] = ()) -> 
     """Write a store's README.md anew, and return its path. Raises as `open_store`."""
     store = open_store(store_path)
     totals = ExpertTotals.of(store.records())
-    card = model_card(store.settings, totals, plan_of(store), measured)
+    without = WithoutWeights.of(store.records())
+    card = model_card(store.settings, totals, plan_of(store), measured, without)
     path = store.path / CARD_FILE
     with disk_errors(path):
         write_synced(path, card.encode())
@@ -58,6 +59,7 @@ def model_card(
     totals: ExpertTotals,
     plan: Plan | None,
     measured: Sequence[Measurement] = (),
+    without: WithoutWeights | None = None,
 ) -> str:
     """The card's text. The same for the same store and measurements."""
     source = _text(settings.source or "an unnamed checkpoint")
@@ -65,7 +67,7 @@ def model_card(
         _front_matter(source),
         f"# {source}, experts compressed by moebound",
         _GUARANTEED[totals.guarantee] + " All other tensors are as they were.",
-        _table("", _promised(settings, totals, plan)),
+        _table("", [*_promised(settings, totals, plan), *_without(without)]),
     ]
     if plan is not None:
         parts += ["## Planned", _planned_text(plan), _table("", _planned(plan, totals))]
@@ -144,6 +146,11 @@ def _promised(
                 f"{totals.bytes_before / totals.bytes_after:.2f} times smaller"
             ),
         )
+
+
+def _without(found: WithoutWeights | None) -> Iterable[tuple[str, str]]:
+    if found:
+        yield "experts without weights of their own", str(found)
 
 
 def _planned_text(plan: Plan) -> str:

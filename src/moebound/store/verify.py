@@ -53,6 +53,7 @@ from moebound.store.summary import (
     ProblemKind,
     ProgressCallback,
     VerifyReport,
+    WithoutWeights,
 )
 from moebound.types import Array, TensorStats
 
@@ -125,6 +126,7 @@ def verify(
         seconds=time.monotonic() - begun,
         guarantee=ExpertTotals.of(store.records()).guarantee,
         max_abs_error=total.max_abs_error,
+        without_weights=WithoutWeights.of(store.records()),
     )
 
 

@@ -65,7 +65,13 @@ from moebound.store.layout import (
 )
 from moebound.store.recipe import Recipe
 from moebound.store.shard import BytesShard
-from moebound.store.summary import CompressSummary, ExpertTotals, Meter, ProgressCallback
+from moebound.store.summary import (
+    CompressSummary,
+    ExpertTotals,
+    Meter,
+    ProgressCallback,
+    WithoutWeights,
+)
 from moebound.store.written import Written, tensor_names, written
 from moebound.types import ErrorBound, TensorStats
 
@@ -336,7 +342,8 @@ class _Job:
         return written(group, seen.experts, artifact)
 
     def summary(self, folder: Path, dst: Path, begun: float, *, resumed: bool) -> CompressSummary:
-        totals = ExpertTotals.of(read_certificates(folder / CERTIFICATES_FILE))
+        records = read_certificates(folder / CERTIFICATES_FILE)
+        totals = ExpertTotals.of(records)
         after = sum(
             tensor.n_bytes
             for name in self.layout.names
@@ -362,6 +369,7 @@ class _Job:
             patched=totals.patched,
             seconds=time.monotonic() - begun,
             resumed=resumed,
+            without_weights=WithoutWeights.of(records),
         )
 
 
