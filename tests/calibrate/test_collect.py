@@ -156,7 +156,7 @@ def test_statistics_of_version_1_are_read(qwen: Path, tmp_path: Path) -> None:
     assert document["version"] == 2
     assert "searched" not in document
     (found.folder / "statistics.json").write_text(json.dumps(document | {"version": 1}))
-    later = {"sent", "sent_gates", "norms", "plain", "logits"}
+    later = {"sent", "sent_gates", "norms", "plain", "ratios", "logits"}
     for file in found.folder.glob("*.safetensors"):
         save_file({n: a for n, a in load_file(file).items() if n not in later}, file)
     old, key = read_statistics(found.folder), found.keys[0]

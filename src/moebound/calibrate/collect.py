@@ -32,6 +32,7 @@ from moebound.evaluate.text import batches, pad
 from moebound.files.documents import load_json, save_json
 from moebound.files.formats.statistics import (
     FILE,
+    RATIOS,
     Chunk,
     Moments,
     Of,
@@ -279,6 +280,7 @@ class _Sums:
         self.sent_gates = zeros(span.n, dtype=torch.float64)
         self.norms = zeros(span.n, dtype=torch.float64)
         self.plain = zeros(span.n, 2, of.width, dtype=torch.float64)
+        self.ratios = zeros(span.n, RATIOS, dtype=torch.int64)
         self.logits: torch.Tensor | None = None
         self.heard: torch.Tensor | None = None
 
@@ -307,6 +309,7 @@ class _Sums:
         columns = (found.weights, found.inputs, found.hidden, found.outputs, found.token)
         self.sent += torch.bincount(sent.expert, minlength=first + n)[first : first + n]
         self.sent_gates += gates[:, first : first + n].double().sum(0)
+        self._add_ratios(gates[real])
         self._add_logits(real)
         for expert, g, x, h, y, token in zip(
             found.routed.used, *(torch.split(c, loads) for c in columns), strict=True
@@ -326,6 +329,18 @@ class _Sums:
             share = g[:, None] * y
             self.outputs[at, 0] += share.sum(0)
             self.outputs[at, 1] += share.square().sum(0)
+
+    def _add_ratios(self, gates: torch.Tensor) -> None:
+        """gates: [T, E], of real tokens; 0 for experts that are not chosen."""
+        if gates.shape[1] < 2:
+            return
+        largest, place = gates.topk(2, dim=1)
+        leading = place[:, 0] - self.span.first
+        mine = (leading >= 0) & (leading < self.span.n) & (largest[:, 0] > 0)
+        ratio = largest[mine, 1] / largest[mine, 0]
+        step = (ratio * RATIOS).long().clamp_max(RATIOS - 1)
+        counted = torch.bincount(leading[mine] * RATIOS + step, minlength=self.ratios.numel())
+        self.ratios += counted.view_as(self.ratios)
 
     def _add_logits(self, real: torch.Tensor) -> None:
         heard, self.heard = self.heard, None
@@ -348,6 +363,7 @@ class _Sums:
             sent_gates=self.sent_gates.cpu().numpy(),
             norms=self.norms.cpu().numpy(),
             plain=self.plain.cpu().numpy(),
+            ratios=self.ratios.cpu().numpy(),
             logits=None if self.logits is None else self.logits.cpu().numpy(),
         )
 

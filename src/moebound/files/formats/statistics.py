@@ -20,6 +20,8 @@ and, of version 2 on, of a layer of L experts,
     sent_gates  [E] float64, sum over these of g
     norms       [E] float64, sum over these of g |f(x)|
     plain       [E, 2, N] float64, sum of f(x) and of its square, without g, over what it saw
+    ratios      [E, 256] int64, of the tokens whose largest weight is this expert's: how many have a
+                second one of so many 256ths of it
     logits      [E, L] float64, sum over all tokens of the router's logits of this expert, times
                 those of each; not there where a router gives none
     kept        [E, L] uint8, 1 for the experts in the set of (row + 1) that changes the layer's
@@ -49,6 +51,9 @@ FILE = "statistics.json"
 Moments = Literal["full", "diagonal"]
 Side = Literal["inputs", "hidden"]
 """Whose second moments: of what gate and up get, or of what down gets."""
+
+RATIOS = 256
+"""Steps in which the ratio of two weights is counted."""
 
 _MOST = 1 << 24
 
@@ -82,6 +87,7 @@ class Chunk:
     sent_gates: Array
     norms: Array
     plain: Array
+    ratios: Array
     logits: Array | None = None
     kept: Array | None = None
 
@@ -178,6 +184,21 @@ class Statistics:
         part = self._part(key)
         return float(self._read(part, "gates")[key.expert - part.first])
 
+    def median_ratios(self) -> dict[int, float]:
+        """By layer: the median of a token's second largest weight over its largest; 0 of a layer
+        that no token reached. Raises as `array`."""
+        sums: dict[int, Array] = {}
+        for part in self.parts:
+            found = self._read(part, "ratios").sum(axis=0)
+            sums[part.layer] = sums.get(part.layer, 0) + found
+        medians = {}
+        for layer, counts in sums.items():
+            half, below = counts.sum() / 2, np.cumsum(counts)
+            step = int(np.searchsorted(below, half))
+            inside = (half - (below[step] - counts[step])) / counts[step] if counts.any() else 0.0
+            medians[layer] = float((step + inside) / RATIOS) if counts.any() else 0.0
+        return medians
+
     def check_model(self, fingerprint: str, model: str) -> None:
         """Raises MoeboundError unless they are of this model."""
         if fingerprint != self.of.fingerprint:
@@ -227,6 +248,7 @@ class Statistics:
             "sent_gates": (e,),
             "norms": (e,),
             "plain": (e, 2, n),
+            "ratios": (e, RATIOS),
             "logits": (e, self._n_experts(part.layer)),
             "kept": (e, self._n_experts(part.layer)),
         }[name]
@@ -237,12 +259,12 @@ class Statistics:
 
 _SPELLED = {
     "tokens": "I64", "gates": "F64", "inputs": "F32", "hidden": "F32", "outputs": "F32",
-    "sent": "I64", "sent_gates": "F64", "norms": "F64", "plain": "F64", "logits": "F64",
-    "kept": "U8",
+    "sent": "I64", "sent_gates": "F64", "norms": "F64", "plain": "F64",
+    "ratios": "I64", "logits": "F64", "kept": "U8",
 }  # fmt: skip
 
 _ANEW = "these statistics are of an earlier moebound; make them anew with `moebound calibrate`"
-_LATER = dict.fromkeys(("sent", "sent_gates", "norms", "plain"), _ANEW) | {
+_LATER = dict.fromkeys(("sent", "sent_gates", "norms", "plain", "ratios"), _ANEW) | {
     "logits": f"its router gives no logits, or {_ANEW}",
     "kept": "make them with `moebound calibrate --search`",
 }
