@@ -32,10 +32,12 @@ def statistics(src: Path, out: Path, **settings: Any) -> Statistics:
     return collect(model, TEXT, out, Settings(**settings))
 
 
-def stored(src: Path, dst: Path, method: str, found: Statistics | None) -> CompressSummary:
+def stored(
+    src: Path, dst: Path, method: str, found: Statistics | None, **options: Any
+) -> CompressSummary:
     """Compressed, verified against its source, loaded whole and offloaded with the same logits."""
     bound = RATE if "bound" in method or "calibrated" in method else None
-    summary = compress(src, dst, method=method, calibration=found, bound=bound)
+    summary = compress(src, dst, method=method, calibration=found, bound=bound, **options)
     report = verify(dst, against=src)
     assert report.ok, report.problems
     assert report.guarantee == summary.guarantee == "none"
@@ -78,4 +80,4 @@ def group(n: int, routing: Routing | None = None, width: int = 6, **arrays: Arra
         for key in keys
     )
     found = {name: dict(zip(keys, rows, strict=True)) for name, rows in arrays.items()}
-    return GroupView(views, found, routing)
+    return GroupView(views, found, routing=routing)

@@ -266,3 +266,22 @@ def test_the_whole_road(method: str, made: tuple[Path, Statistics], tmp_path: Pa
     if method == "m_smoe_re:keep2":
         weights = sum(m.size for m in open_checkpoint(src).experts()[0].matrices)
         assert summary.expert_bytes_after == 2 * 2 * 2 * weights + headers(tmp_path / "dst")
+
+
+@pytest.mark.parametrize(
+    "method", ["reap_re:keep2+rtn:int4:g16", "m_smoe_re:keep2+bound", "puzzle_moe_re"]
+)
+def test_shared_experts_are_coded_and_no_more(
+    method: str, made: tuple[Path, Statistics], tmp_path: Path
+) -> None:
+    """No router chooses among them: all stay, and what a bound promises is not for them."""
+    src, found = made
+    stored(src, tmp_path / "dst", method, found, shared_experts=True)
+    store = open_store(tmp_path / "dst")
+    shared = [expert for expert in store.experts() if expert.key.shared]
+    assert len(shared) == 2
+    for expert in shared:
+        for matrix in expert.matrices:
+            assert matrix.tensor.n_bytes > matrix.record.certificate.n_weights / 4
+    edits = store.router_edits().values()
+    assert len(edits) == (0 if method.startswith("puzzle") else 2)

@@ -47,7 +47,7 @@ def edit_routing(model: Any, setting: str, statistics: Statistics) -> str:
         group = GroupView(
             tuple(ExpertView(key, {}) for key in keys),
             {n: {k: statistics.array(k, n) for k in keys} for n in method.statistics},
-            Routing(len(keys), top_k_of(config), *router_groups_of(config)),
+            routing=Routing(len(keys), top_k_of(config), *router_groups_of(config)),
         )
         found = method.edit(group)
         if not found.is_empty:

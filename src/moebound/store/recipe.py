@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -94,18 +94,16 @@ class Recipe:
             for expert in experts
         )
         keys = [view.key for view in views]
-        return GroupView(views, self._statistics(method, keys), _routing(checkpoint, method, keys))
+        routing = _routing(checkpoint, method, keys)
+        return GroupView(views, self._statistics(method, keys), routing=routing)
 
     def _statistics(
         self, method: Method, keys: Sequence[ExpertKey]
-    ) -> dict[str, dict[ExpertKey, Array]]:
-        found = self.calibration
-        if found is None:
+    ) -> dict[str, Mapping[ExpertKey, Array]]:
+        if self.calibration is None:
             return {}
-        return {
-            name: {key: found.array(key, name) for key in keys}
-            for name in sorted(method.wanted_statistics(shared=keys[0].shared))
-        }
+        wanted = sorted(method.wanted_statistics(shared=keys[0].shared))
+        return {name: _Read(self.calibration, name, keys) for name in wanted}
 
     def group_of(self, key: ExpertKey) -> tuple[object, ...]:
         """Experts with equal ones are seen together by their method."""
@@ -131,6 +129,25 @@ class Recipe:
     def with_shared(self) -> bool:
         """Whether a plan is for shared experts too."""
         return self.plan is not None and any(e.key.shared for e in self.plan.experts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read(Mapping[ExpertKey, Array]):
+    """One kind of statistics, each expert's read when it is asked for: second moments of all
+    experts of a layer may be larger than the layer."""
+
+    calibration: Statistics
+    name: str
+    keys_: Sequence[ExpertKey]
+
+    def __getitem__(self, key: ExpertKey) -> Array:
+        return self.calibration.array(key, self.name)
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self.keys_)
+
+    def __len__(self) -> int:
+        return len(self.keys_)
 
 
 def _routing(checkpoint: Checkpoint, method: Method, keys: Sequence[ExpertKey]) -> Routing | None:

@@ -15,8 +15,8 @@ Second moments that the coder needs are the members' sums: a cluster sees the to
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -26,7 +26,7 @@ from moebound.errors import MethodError
 from moebound.methods.base import ExpertView, GroupView
 from moebound.methods.keeping import Keeping, column, numbers
 from moebound.methods.router_edit import RouterEdit
-from moebound.types import Array
+from moebound.types import Array, ExpertKey
 
 
 class Merged(Keeping):
@@ -44,19 +44,18 @@ class Merged(Keeping):
 
     def kept(self, group: GroupView, edit: RouterEdit) -> GroupView:
         by_number = {expert.key.expert: expert for expert in group.experts}
-        statistics = {name: dict(group.statistics[name]) for name in self.coder.wanted_statistics()}
-        kept = []
+        kept, clusters = [], dict[ExpertKey, list[ExpertKey]]()
         for number, expert in by_number.items():
             if number in edit.alias:
                 continue
             members = [expert, *(by_number[a] for a, to in edit.alias.items() if to == number)]
-            if len(members) > 1:
-                kept.append(self._one(members, group))
-                for found in statistics.values():
-                    found[expert.key] = np.sum([found[m.key] for m in members], axis=0)
-            else:
-                kept.append(expert)
-        return GroupView(tuple(kept), statistics, group.routing)
+            kept.append(self._one(members, group) if len(members) > 1 else expert)
+            clusters[expert.key] = [member.key for member in members]
+        statistics = {
+            name: _Summed(group.statistics[name], clusters)
+            for name in self.coder.wanted_statistics()
+        }
+        return GroupView(tuple(kept), statistics, routing=group.routing)
 
     def _one(self, members: Sequence[ExpertView], group: GroupView) -> ExpertView:
         sent = np.array([float(group.statistics["sent"][m.key]) for m in members])
@@ -84,6 +83,27 @@ class Merged(Keeping):
     @abstractmethod
     def clusters(self, group: GroupView, n: int) -> list[list[int]]:
         """The experts' places in n clusters, each in one. The same on every machine."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Summed(Mapping[ExpertKey, Array]):
+    """Statistics of clusters: their members' sums, each made when it is asked for."""
+
+    of: Mapping[ExpertKey, Array]
+    clusters: Mapping[ExpertKey, Sequence[ExpertKey]]
+
+    def __getitem__(self, key: ExpertKey) -> Array:
+        first, *others = self.clusters[key]
+        total = np.array(self.of[first], np.float64)
+        for member in others:
+            total += self.of[member]
+        return total
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self.clusters)
+
+    def __len__(self) -> int:
+        return len(self.clusters)
 
 
 def mean_outputs(group: GroupView) -> Array:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import ml_dtypes
@@ -111,6 +111,9 @@ class PuzzleMoe(Method):
 
     def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
         matrices: dict[ExpertKey, dict[Role, Payload]] = {e.key: {} for e in group.experts}
+        keys = [e.key for e in group.experts]
+        seen = {name: {k: found[k] for k in keys} for name, found in group.statistics.items()}
+        group = replace(group, statistics=seen)  # each read once
         shared: list[SharedPayload] = []
         order = sorted(group.experts, key=self._drawn)
         for first, second in zip(order[::2], order[1::2], strict=False):
@@ -197,6 +200,8 @@ class PuzzleMoe(Method):
 def _rms(key: ExpertKey, role: Role, group: GroupView) -> Array:
     """[N] float32, of one expert's inputs of this projection."""
     name = "hidden_diagonal" if role == "down" else "inputs_diagonal"
+    if name not in group.statistics:  # shared experts get every token: all are alike
+        return np.ones(1, np.float32)
     found: Mapping[ExpertKey, Array] = group.statistics[name]
     tokens = {k: float(group.statistics["tokens"][k]) for k in found}
     layer = sum(found.values()) / max(sum(tokens.values()), 1)

@@ -45,4 +45,4 @@ class Mone(Keeping):
 
     def kept(self, group: GroupView, edit: RouterEdit) -> GroupView:
         keys = [e.key for e in group.experts if e.key.expert not in edit.constants]
-        return GroupView(some(group, keys), group.statistics, group.routing)
+        return GroupView(some(group, keys), group.statistics, routing=group.routing)

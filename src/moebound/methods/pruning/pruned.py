@@ -34,7 +34,7 @@ class Pruned(Keeping):
 
     def kept(self, group: GroupView, edit: RouterEdit) -> GroupView:
         keys = [e.key for e in group.experts if edit.keep is None or e.key.expert in edit.keep]
-        return GroupView(some(group, keys), group.statistics, group.routing)
+        return GroupView(some(group, keys), group.statistics, routing=group.routing)
 
     @abstractmethod
     def scores(self, group: GroupView) -> Array:
