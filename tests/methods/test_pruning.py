@@ -24,8 +24,9 @@ from moebound.methods.keeping import best
 from moebound.methods.pruning.reap import Reap
 from moebound.model.live import live_experts
 from moebound.model.routers import router_of
+from moebound.plan import Plan, PlannedExpert
 from moebound.store import compress as compress_store
-from moebound.store import open_store
+from moebound.store import open_store, verify
 from moebound.types import ExpertKey
 from tiny_models import MakeTiny
 
@@ -179,6 +180,33 @@ def test_lossless_coding_of_what_is_kept_says_so(
     ]
     assert found.count({"lossless"}) == 4
     assert found.count({"none"}) == 4
+
+
+def test_a_plan_keeps_another_number_in_each_layer(
+    made: tuple[Path, Statistics], tmp_path: Path
+) -> None:
+    """With and without a bound for what is kept; verify compares with the plan."""
+    checkpoint = open_checkpoint(made[0])
+
+    def entry(expert: Any) -> PlannedExpert:
+        if expert.key.layer == 0:
+            return PlannedExpert(expert.key, {}, expert.size, 1, None, "frequency:keep3")
+        bounds = {str(matrix.role): RATE for matrix in expert.matrices}
+        return PlannedExpert(
+            expert.key, bounds, expert.size, 1, None, "reap_re:keep2+bounded:bound"
+        )
+
+    plan = Plan("bounded:bound", "uniform", {"bpw": 4.0}, "tiny", 1,
+                tuple(map(entry, checkpoint.experts())))  # fmt: skip
+    summary = compress_store(checkpoint, tmp_path / "dst", bound=plan, calibration=made[1])
+    assert str(summary.without_weights).startswith("3 left out; nothing is promised")
+    report = verify(tmp_path / "dst", against=checkpoint)
+    assert report.ok, report.problems
+    assert report.without_weights == summary.without_weights
+    kept = {layer: e.keep for layer, e in open_store(tmp_path / "dst").router_edits().items()}
+    assert [len(keep or ()) for keep in kept.values()] == [3, 2]
+    assert report.worst is not None  # of what is kept in layer 1
+    assert 0 < report.worst <= 1
 
 
 # The search of Lu et al.

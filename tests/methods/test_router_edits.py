@@ -20,6 +20,8 @@ from moebound.errors import MoeboundError, StoreError
 from moebound.methods import Encoding, GroupView, MatrixSpec, Payload, RouterEdit
 from moebound.model.live import live_experts
 from moebound.model.routers import router_of
+from moebound.offload.costs import sample
+from moebound.offload.entries import open_entries
 from moebound.store import compress, decompress, open_store, verify
 from moebound.types import Array, ExpertKey
 from tiny_models import model_class, tiny_config
@@ -251,6 +253,23 @@ def test_a_layer_of_its_own_edit(tmp_path: Path) -> None:
     chosen = chosen_by(loaded(dst))
     assert chosen[1] <= {0, 3, 5}
     assert len(chosen[0]) > 3
+
+
+def test_what_is_never_loaded_is_not_measured(tmp_path: Path) -> None:
+    """Its frames are no example of how long an expert takes to read and decode."""
+    src = source("softmax, renormalised", tmp_path / "src")
+    vector = torch.ones(32).numpy()
+    dst = stored(
+        src, tmp_path / "dst",
+        lambda layer: RouterEdit(layer, (0, 2, 3, 5), {2: 0}, {5: vector}) if layer
+        else RouterEdit(layer),
+    )  # fmt: skip
+    entries = open_entries(dst)
+    found = {0: set[int](), 1: set[int]()}
+    for entry in entries.asked_for:
+        found[entry.key.layer].add(entry.key.expert)
+    assert found == {0: set(range(8)), 1: {0, 3}}
+    assert {entry.key for entry in sample(entries)} <= {e.key for e in entries.asked_for}
 
 
 def test_an_alias_of_an_expert_of_another_size_is_refused(tmp_path: Path) -> None:
