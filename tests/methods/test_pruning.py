@@ -31,6 +31,7 @@ from moebound.types import ExpertKey
 from tiny_models import MakeTiny
 
 from .keeping import RATE, group, headers, loaded, statistics, stored
+from .test_router_edits import source
 
 SENT = np.array([4.0, 0, 9, 9, 2, 7])
 NORMS = np.array([8.0, 0, 9, 1, 6, 7])
@@ -180,6 +181,27 @@ def test_lossless_coding_of_what_is_kept_says_so(
     ]
     assert found.count({"lossless"}) == 4
     assert found.count({"none"}) == 4
+
+
+def test_too_few_for_a_token_are_refused_before_any_work(
+    made: tuple[Path, Statistics], tmp_path: Path
+) -> None:
+    with pytest.raises(MethodError, match=r"sends a token to 2 experts.*keep2 at least"):
+        compress_store(made[0], tmp_path / "dst", method="frequency:keep1", calibration=made[1])
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_router_with_groups_on_the_whole_road(tmp_path: Path) -> None:
+    """12 experts in 4 groups, from 2 of which a token's are chosen: 2 of each group are kept."""
+    src = source("sigmoid, groups, a correction, GLM", tmp_path / "src")
+    found = statistics(src, tmp_path / "s", search=True, moments="diagonal")
+    for method in ("reap_re:keep8", "lu_re:keep8", "frequency:keep60%"):
+        stored(src, tmp_path / method, method, found)
+        for edit in open_store(tmp_path / method).router_edits().values():
+            assert edit.keep is not None
+            assert [sum(e // 3 == group for e in edit.keep) for group in range(4)] == [2] * 4
+    with pytest.raises(MethodError, match="nearest is keep8"):
+        compress_store(src, tmp_path / "dst", method="reap_re:keep9", calibration=found)
 
 
 def test_a_plan_keeps_another_number_in_each_layer(
