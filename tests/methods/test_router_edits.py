@@ -18,6 +18,7 @@ import moebound
 from moebound.checkpoint.families import router_groups_of
 from moebound.errors import MoeboundError, StoreError
 from moebound.methods import Encoding, GroupView, MatrixSpec, Payload, RouterEdit
+from moebound.methods.blob import RouterBlob, parse_router
 from moebound.model.live import live_experts
 from moebound.model.routers import router_of
 from moebound.offload.costs import sample
@@ -276,6 +277,27 @@ def test_an_alias_of_an_expert_of_another_size_is_refused(tmp_path: Path) -> Non
     src = source("softmax, renormalised", tmp_path / "src")
     with pytest.raises(MoeboundError, match="expert 99, which stands for it"):
         stored(src, tmp_path / "dst", lambda layer: RouterEdit(layer, alias={1: 99}))
+
+
+def test_an_edit_that_was_exchanged_is_refused(tmp_path: Path) -> None:
+    """One that leads to no expert, or to another than was certified; both with right checksums."""
+    src = source("softmax, renormalised", tmp_path / "src")
+    dst = stored(src, tmp_path / "dst", lambda layer: RouterEdit(layer, alias={1: 4}))
+    tensor, _ = open_store(dst).routers[0]
+    whole = tensor.file.read_bytes()
+    own = whole[tensor.offset : tensor.offset + tensor.n_bytes]
+    for other, message in ((b'"1":9', "has no such matrix"), (b'"1":5', "router.0")):
+        blob = parse_router(own)
+        forged = bytes(blob.payload).replace(b'"1":4', other)
+        data = RouterBlob(blob.method, 1, blob.group, memoryview(forged)).build()
+        assert len(data) == len(own)
+        tensor.file.write_bytes(whole.replace(own, data))
+        for use in (open_store, loaded, moebound.load):
+            with pytest.raises(MoeboundError, match=message):
+                use(dst)
+        assert not verify(dst).ok
+    tensor.file.write_bytes(whole)
+    assert verify(dst).ok
 
 
 def test_groups_of_routers() -> None:
