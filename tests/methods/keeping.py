@@ -17,6 +17,8 @@ from moebound.store import CompressSummary, compress, open_store, verify
 from moebound.types import Array, ErrorBound, ExpertKey
 from tiny_models import model_class
 
+from .test_schemas import LINES, lines
+
 TEXT = Text("rows", tuple(tuple(range(3 + i, 20 + 2 * i)) for i in range(5)))
 IDS = torch.arange(5, 25).view(2, 10)
 RATE = ErrorBound(0.3, "rate", "expert")
@@ -35,12 +37,15 @@ def statistics(src: Path, out: Path, **settings: Any) -> Statistics:
 def stored(
     src: Path, dst: Path, method: str, found: Statistics | None, **options: Any
 ) -> CompressSummary:
-    """Compressed, verified against its source, loaded whole and offloaded with the same logits."""
+    """Compressed, verified against its source and the schemas, loaded whole and offloaded with the
+    same logits."""
     bound = RATE if "bound" in method or "calibrated" in method else None
     summary = compress(src, dst, method=method, calibration=found, bound=bound, **options)
     report = verify(dst, against=src)
     assert report.ok, report.problems
     assert report.guarantee == summary.guarantee == "none"
+    for line in lines(dst):
+        LINES.validate(line)
     with torch.inference_mode():
         whole = AutoModelForCausalLM.from_pretrained(dst, dtype=torch.float32)(IDS).logits
         with moebound.load(dst, dtype="float32") as offloaded:

@@ -10,7 +10,8 @@ multiplied by g.
 
 From the statistics `plain` (sum of f and of f²), `tokens` and `sent_gates`. Stored: the kept
 experts as their coder writes them, and for each novice mu_e in the layer's router edit: 4 d bytes,
-float32, where the paper counts 2 d. An expert without tokens has score 0 and mu_e = 0.
+float32, where the paper counts 2 d. Statistics of `--all-tokens` have the mean over all tokens. An
+expert without tokens has score 0 and mu_e = 0.
 
 Reimplemented (`_re`). Deviations: exactly the number asked is kept, where the released code drops
 one more on ties; the variance counts the first batch, which the released code leaves out; the same
