@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 
 from moebound.calibrate import Settings, Statistics, Text, collect, of_file, read_statistics
@@ -103,6 +104,69 @@ def test_sums_are_those_of_a_loop(qwen: Path, tmp_path: Path) -> None:
     assert found.tokens()[key] == n > 0
     np.testing.assert_allclose(found.moments(key, "inputs"), wanted, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.moments(key, "hidden"), hidden, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_what_the_router_sends_is_that_of_a_loop(routed: bool, qwen: Path, tmp_path: Path) -> None:
+    """Tokens, gates and norms of those that were sent; outputs without g; products of logits."""
+    model = loaded(qwen)
+    live = live_experts(model.model)
+    entry = live.stacks[0]
+    heard: list[tuple[torch.Tensor, ...]] = []
+    logits: list[torch.Tensor] = []
+    hooks = [
+        entry.module.register_forward_pre_hook(lambda _, args: heard.append(args)),
+        model.model.model.layers[entry.layer].mlp.gate.register_forward_hook(
+            lambda _module, _args, output: logits.append(output[0].detach().double())
+        ),
+    ]
+    for row in TEXT.rows:
+        model.model.model(input_ids=torch.tensor([row]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    found = collect(model, TEXT, tmp_path / "s", Settings(routed=routed))
+    every = torch.cat(logits)
+    for key in live.in_layer(entry.layer):
+        gate, up, down = (live[key].matrices[role].double() for role in ("gate", "up", "down"))
+        sent, gates, norms, plain = 0, 0.0, 0.0, torch.zeros(2, 32, dtype=torch.float64)
+        for states, index, weights in heard:
+            of = zip(states.detach().double(), index, weights.detach().double(), strict=True)
+            for x, chosen, g in of:
+                own = float(g[chosen == key.expert].sum())
+                output = down @ (torch.nn.functional.silu(gate @ x) * (up @ x))
+                sent += own > 0
+                gates += own
+                norms += own * float(output.norm())
+                if own or not routed:
+                    plain += torch.stack([output, output.square()])
+        assert found.array(key, "sent") == sent
+        np.testing.assert_allclose(found.array(key, "sent_gates"), gates, rtol=1e-5)
+        np.testing.assert_allclose(found.array(key, "norms"), norms, rtol=1e-4)
+        np.testing.assert_allclose(found.array(key, "plain"), plain, rtol=1e-3, atol=1e-8)
+        wanted = every.T[key.expert] @ every
+        np.testing.assert_allclose(found.array(key, "logits"), wanted, rtol=1e-4, atol=1e-8)
+        diagonal = found.array(key, "inputs_diagonal")
+        np.testing.assert_array_equal(diagonal, np.diag(found.moments(key, "inputs")))
+
+
+def test_statistics_of_version_1_are_read(qwen: Path, tmp_path: Path) -> None:
+    """And say what they lack."""
+    found = collect(loaded(qwen), TEXT, tmp_path / "s")
+    document = json.loads((found.folder / "statistics.json").read_text())
+    assert document["version"] == 2
+    assert "searched" not in document
+    (found.folder / "statistics.json").write_text(json.dumps(document | {"version": 1}))
+    later = {"sent", "sent_gates", "norms", "plain", "ratios", "logits"}
+    for file in found.folder.glob("*.safetensors"):
+        save_file({n: a for n, a in load_file(file).items() if n not in later}, file)
+    old, key = read_statistics(found.folder), found.keys[0]
+    np.testing.assert_array_equal(old.moments(key, "inputs"), found.moments(key, "inputs"))
+    assert old.array(key, "tokens") == found.tokens()[key]
+    for name in later:
+        with pytest.raises(MoeboundError, match=rf"has no '{name}'.*anew with `moebound calibrate"):
+            old.array(key, name)
+    with pytest.raises(MoeboundError, match=r"has no 'kept'.*--search"):
+        found.array(key, "kept")
 
 
 def test_little_memory_means_more_passes_and_the_same_sums(qwen: Path, tmp_path: Path) -> None:

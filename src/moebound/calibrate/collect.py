@@ -15,20 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from moebound.calibrate.search import TOKENS, Search
 from moebound.calibrate.text import Text
+from moebound.checkpoint import top_k_of
+from moebound.checkpoint.families import router_groups_of
 from moebound.errors import MoeboundError
 from moebound.evaluate.loading import Loaded
 from moebound.evaluate.text import batches, pad
 from moebound.files.documents import load_json, save_json
 from moebound.files.formats.statistics import (
     FILE,
+    RATIOS,
     Chunk,
     Moments,
     Of,
@@ -42,6 +46,7 @@ from moebound.model.calls import Pairs, listen_early
 from moebound.model.fingerprint import of_corners
 from moebound.model.inner import inner
 from moebound.model.live import ExpertsModule, live_experts
+from moebound.model.routers import router_of
 
 UNFINISHED = "unfinished.json"
 MEMORY = 1 << 30
@@ -57,11 +62,15 @@ Say = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Settings:
     """routed: experts see the tokens sent to them, else all. moments: all of H, or its diagonal.
-    memory: bytes of H that are held at once; one expert's at least."""
+    memory: bytes of H that are held at once; one expert's at least. search: also for the sets of
+    experts that can be left out (`search.py`). after: the setting of the method whose router edits
+    the model has meanwhile (`edited.py`)."""
 
     routed: bool = True
     moments: Moments = "full"
     memory: int = MEMORY
+    search: bool = False
+    after: str | None = None
 
 
 def collect(
@@ -95,6 +104,8 @@ def collect(
         moments=settings.moments,
         width=width,
         inner=hidden,
+        searched=settings.search,
+        after=settings.after,
     )
     run = _Run(loaded, text, out, of, _begin(out, of, settings.memory))
     if (out / FILE).is_file():
@@ -153,7 +164,8 @@ def _begin(out: Path, of: Of, memory: int) -> set[str]:
         raise MoeboundError(f"{out}: exists and is no folder; statistics are a folder")
     out.mkdir(parents=True, exist_ok=True)
     # Which experts a file has depends on the memory: what is unfinished goes on with the same.
-    wanted = {FILE: of.to_json(), UNFINISHED: of.to_json() | {"memory": memory}}
+    said = of.to_json() | {"after": of.after}
+    wanted = {FILE: said, UNFINISHED: said | {"memory": memory}}
     marks = [name for name in wanted if (out / name).is_file()]
     if not marks and any(out.iterdir()):
         raise MoeboundError(
@@ -185,6 +197,7 @@ class _Run:
     out: Path
     of: Of
     finished: set[str]
+    tables: dict[int, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def read(self, spans: Sequence[Span], done: Callable[[int], None]) -> None:
@@ -198,6 +211,8 @@ class _Run:
         with ExitStack() as hooks:
             for at, some in enumerate(sums):
                 last = at == len(sums) - 1
+                if (router := router_of(model, some.span.entry.stack.name)) is not None:
+                    hooks.callback(router.register_forward_hook(some.hear_router).remove)
 
                 def heard(pairs: Pairs, output: torch.Tensor | None, some: _Sums = some,
                           last: bool = last) -> None:  # fmt: skip
@@ -223,7 +238,28 @@ class _Run:
                 n += len(indices)
                 done(n)
         for some in sums:
-            some.chunk().save(self.out)
+            span, chunk = some.span, some.chunk()
+            if self.of.searched:
+                table = self._searched(span.entry)
+                chunk = replace(chunk, kept=table[span.first : span.first + span.n])
+            chunk.save(self.out)
+
+    def _searched(self, entry: ExpertsModule) -> Any:
+        """The best sets of a layer. The text is read as far as it is searched on, to that layer."""
+        if entry.layer not in self.tables:
+            config = self.loaded.model.config.to_dict()
+            groups, chosen = router_groups_of(config)
+            least = max(-(-top_k_of(config) // chosen), 1 if groups == 1 else 2)
+            search = Search(self.loaded.model, entry, groups, least)
+            with search.listen():
+                for row in self.text.rows:
+                    self.loaded.model(
+                        input_ids=torch.tensor([row], device=self.loaded.device), use_cache=False
+                    )
+                    if search.n_tokens >= TOKENS:
+                        break
+            self.tables = {entry.layer: search.table()}  # of one layer at a time
+        return self.tables[entry.layer]
 
     def finish(self, spans: Sequence[Sequence[Span]]) -> Statistics:
         save_statistics(self.out, self.of, [span.part for some in spans for span in some])
@@ -247,6 +283,21 @@ class _Sums:
         self.inputs = [zeros(of.width, *([of.width] if full else [])) for _ in range(span.n)]
         self.hidden = [zeros(of.inner, *([of.inner] if full else [])) for _ in range(span.n)]
         self.outputs = zeros(span.n, 2, of.width)
+        self.sent = zeros(span.n, dtype=torch.int64)
+        self.sent_gates = zeros(span.n, dtype=torch.float64)
+        self.norms = zeros(span.n, dtype=torch.float64)
+        self.plain = zeros(span.n, 2, of.width, dtype=torch.float64)
+        self.ratios = zeros(span.n, RATIOS, dtype=torch.int64)
+        self.logits: torch.Tensor | None = None
+        self.heard: torch.Tensor | None = None
+
+    def hear_router(self, _router: Any, _args: Any, output: Any) -> None:
+        """Keep the logits of the call that comes next: the first part that has one an expert."""
+        for part in output if isinstance(output, tuple) else (output,):
+            floats = isinstance(part, torch.Tensor) and part.is_floating_point()
+            if floats and part.shape[-1] == self.span.entry.stack.n_experts:
+                self.heard = part.detach().reshape(-1, part.shape[-1]).double()
+                return
 
     def add(self, pairs: Pairs, output: torch.Tensor | None, mask: torch.Tensor) -> None:
         """pairs: all of a call. output: of the call, None once it was compared. mask: [B, T] bool,
@@ -256,15 +307,26 @@ class _Sums:
             self.checked = True
         real = mask.flatten().to(pairs.token.device)
         first, n = self.span.first, self.span.n
-        some = pairs.among(real) if self.of.routed else _everywhere(pairs, real)
+        sent = pairs.among(real)
+        some = sent if self.of.routed else _everywhere(pairs, real)
         mine = (some.expert >= first) & (some.expert < first + n)
         found = inner(some.where(mine))
+        gates = torch.zeros(len(real), pairs.stack.n_experts, device=real.device)
+        gates[sent.token, sent.expert] = 1 if sent.weights is None else sent.weights.float()
         loads = [found.routed.loads[expert] for expert in found.routed.used]
-        columns = (found.weights, found.inputs, found.hidden, found.outputs)
-        for expert, g, x, h, y in zip(
-            found.routed.used, *(torch.split(c.float(), loads) for c in columns), strict=True
+        columns = (found.weights, found.inputs, found.hidden, found.outputs, found.token)
+        self.sent += torch.bincount(sent.expert, minlength=first + n)[first : first + n]
+        self.sent_gates += gates[:, first : first + n].double().sum(0)
+        self._add_ratios(gates[real])
+        self._add_logits(real)
+        for expert, g, x, h, y, token in zip(
+            found.routed.used, *(torch.split(c, loads) for c in columns), strict=True
         ):
+            g, x, h, y = (part.float() for part in (g, x, h, y))
             at = expert - first
+            self.norms[at] += (gates[token, expert] * y.norm(dim=1)).double().sum()
+            self.plain[at, 0] += y.double().sum(0)
+            self.plain[at, 1] += y.double().square().sum(0)
             self.tokens[at] += len(g)
             self.gates[at] += g.double().sum()
             for into, values in ((self.inputs, g[:, None] * x), (self.hidden, g[:, None] * h)):
@@ -276,6 +338,27 @@ class _Sums:
             self.outputs[at, 0] += share.sum(0)
             self.outputs[at, 1] += share.square().sum(0)
 
+    def _add_ratios(self, gates: torch.Tensor) -> None:
+        """gates: [T, E], of real tokens; 0 for experts that are not chosen."""
+        if gates.shape[1] < 2:
+            return
+        largest, place = gates.topk(2, dim=1)
+        leading = place[:, 0] - self.span.first
+        mine = (leading >= 0) & (leading < self.span.n) & (largest[:, 0] > 0)
+        ratio = largest[mine, 1] / largest[mine, 0]
+        step = (ratio * RATIOS).long().clamp_max(RATIOS - 1)
+        counted = torch.bincount(leading[mine] * RATIOS + step, minlength=self.ratios.numel())
+        self.ratios += counted.view_as(self.ratios)
+
+    def _add_logits(self, real: torch.Tensor) -> None:
+        heard, self.heard = self.heard, None
+        if heard is None or len(heard) != len(real):
+            return
+        heard = heard[real.to(heard.device)].nan_to_num(0.0, 0.0, 0.0)  # never chosen: -inf
+        mine = heard[:, self.span.first : self.span.first + self.span.n]
+        added = mine.T @ heard
+        self.logits = added if self.logits is None else self.logits + added
+
     def chunk(self) -> Chunk:
         return Chunk(
             self.span.part,
@@ -284,6 +367,12 @@ class _Sums:
             inputs=_packed(self.inputs),
             hidden=_packed(self.hidden),
             outputs=self.outputs.cpu().numpy(),
+            sent=self.sent.cpu().numpy(),
+            sent_gates=self.sent_gates.cpu().numpy(),
+            norms=self.norms.cpu().numpy(),
+            plain=self.plain.cpu().numpy(),
+            ratios=self.ratios.cpu().numpy(),
+            logits=None if self.logits is None else self.logits.cpu().numpy(),
         )
 
 

@@ -393,6 +393,17 @@ def top_k_of(config: Mapping[str, Any]) -> int:
     )
 
 
+def router_groups_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Into how many groups a router divides its experts, and from how many of them a token's are
+    taken; (1, 1) where there are no groups (DeepSeek-V3, 2412.19437, section 2.1.2)."""
+    text = text_config(config)
+    groups = next((text[n] for n in ("n_group", "num_expert_group") if n in text), None)
+    if type(groups) is not int or groups < 2 or text.get("topk_method") == "greedy":
+        return 1, 1
+    chosen = text.get("topk_group")
+    return groups, chosen if type(chosen) is int and 0 < chosen <= groups else groups
+
+
 def decoder_layer(module: str) -> int | None:
     """The decoder layer of the language model that a loaded model's module is in, by its name."""
     match = _DECODER.fullmatch(module)

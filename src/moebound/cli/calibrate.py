@@ -14,6 +14,7 @@ from moebound.cli.steps import step_bar
 
 if TYPE_CHECKING:
     from moebound.calibrate import Statistics
+    from moebound.files.formats.statistics import Moments
     from moebound.tasks.base import Task
 
 HELD_OUT = 500
@@ -41,6 +42,14 @@ HELD_OUT = 500
 @click.option("--all-tokens", is_flag=True,
               help="Show every token to every expert, not only to those that it is sent to: slow, "
               "and no expert is left without.")  # fmt: skip
+@click.option("--search", is_flag=True,
+              help="Search, for every number of experts, which of a layer's change its output "
+              "least when the others are left out; method lu_re needs it. Slow.")  # fmt: skip
+@click.option("--after", metavar="METHOD",
+              help="Leave out meanwhile the experts that METHOD would (reap_re:keep6, ...), so "
+              "that the others get their tokens. Needs --calibration.")  # fmt: skip
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="STATS",
+              help="What --after chooses by: statistics of the whole model.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", default="1GiB", show_default=True,
               help="Hold so much of H at once; less: the text is read more often.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
@@ -59,6 +68,9 @@ def calibrate(
     window: int | None,
     diagonal: bool,
     all_tokens: bool,
+    search: bool,
+    after: str | None,
+    calibration: Path | None,
     memory: str,
     dtype: str,
     device: str,
@@ -77,9 +89,12 @@ def calibrate(
         raise click.UsageError("--skip goes with --task")
     if text is None and window is not None:
         raise click.UsageError("--window goes with --text")
+    if (after is None) != (calibration is None):
+        raise click.UsageError("--after and --calibration go together")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from moebound.calibrate import Settings, collect, of_file, of_task
+    from moebound.calibrate import Settings, collect, edit_routing, of_file, of_task
     from moebound.evaluate.loading import load
+    from moebound.files.formats.statistics import read_statistics
     from moebound.offload.budget import parse_size
     from moebound.tasks import get_task
 
@@ -91,7 +106,10 @@ def calibrate(
     else:
         assert asked is not None
         read = of_task(loaded, asked, limit, skip=_held_out(asked, limit) if skip is None else skip)
-    settings = Settings(not all_tokens, "diagonal" if diagonal else "full", room)
+    if after is not None and calibration is not None:
+        after = edit_routing(loaded.model, after, read_statistics(calibration))
+    moments: Moments = "diagonal" if diagonal else "full"
+    settings = Settings(not all_tokens, moments, room, search, after)
     with step_bar(output) as say:
         found = collect(loaded, read, out, settings, say)
     document = _document(found)
@@ -139,6 +157,7 @@ def _table(found: Statistics, said: dict[str, Any]) -> Any:
             ("without any token", str(said["experts_without_tokens"])),
             (f"with fewer than {FEW_TOKENS}", str(said["experts_with_few_tokens"])),
             ("second moments", "whole" if of.moments == "full" else "diagonals"),
+            *([("routing edited by", of.after)] if of.after else []),
             ("written", f"{found.folder}, {wording.n_bytes(found.n_bytes)}"),
         ]
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,7 @@ def describe_file(checkpoint: Checkpoint) -> Description:
 def describe_store(store: Store) -> Description:
     """A store: what was promised, what was kept, what it costs. Figures are the certificates'."""
     from moebound.store import ExpertTotals
+    from moebound.store.summary import WithoutWeights
 
     experts = store.experts()
     chosen = [expert for expert in experts if not expert.exact]
@@ -162,6 +164,7 @@ def describe_store(store: Store) -> Description:
     before, after = found.bytes_before, found.bytes_after
     bits = 8 * after / found.n_weights if found.n_weights else 0.0
     settings, edits = store.settings, store.router_edits()
+    without = WithoutWeights.of(store.records())
     runs, run_line = how_it_runs(store.config)
     document = {
         "kind": "store",
@@ -182,6 +185,7 @@ def describe_store(store: Store) -> Description:
         "shared_experts": settings.shared_experts,
         "shared_parts": len(store.parts),
         "router_edits": [edit.describe() for edit in edits.values()],
+        "without_weights": asdict(without),
         "n_weights": found.n_weights,
         "expert_bytes_before": before,
         "expert_bytes_after": after,
@@ -208,6 +212,7 @@ def describe_store(store: Store) -> Description:
          f"{wording.ratio(before, after)}, {wording.bits(bits)}"),
         *([("shared parts", str(len(store.parts)))] if store.parts else []),
         *([("routing edited", f"layers {wording.index_ranges(edits)}")] if edits else []),
+        *([("experts without weights", str(without))] if without else []),
         ("stored verbatim", f"{found.patched} of {found.n_weights} weights"),
         ("all tensors", wording.n_bytes(total)),
         run_line,

@@ -144,13 +144,13 @@ def chosen_bound(
     if scope is not None and "rate" not in given:
         raise click.UsageError("--scope goes with --rate")
     chosen = get_method(method)
-    if given and not chosen.takes_bound:
+    if given and not chosen.bounded:
         raise click.UsageError(
             f"--method {method} knows no bound, so it goes without --{next(iter(given))}; to keep "
             "one, take a codec's id as the method"
         )
     if not given:
-        if not chosen.takes_bound:
+        if not chosen.bounded:
             return None
         if not chosen.needs_bound:
             return EXACT

@@ -147,7 +147,8 @@ def steps_in(parsed: Envelope) -> tuple[npt.NDArray[np.float64], float, bool] | 
         found = _native.bound_plan(payload, spec.size, *codes, spec.abs_bound)
     except _native.Corrupt as error:
         raise CorruptionError(f"bound: {error}") from None
-    own, kappa = found["steps"].astype(np.float64), float(np.uint16(found["kappa"]).view(np.float16))
+    own = found["steps"].astype(np.float64)
+    kappa = float(np.uint16(found["kappa"]).view(np.float16))
     by_row = bool(found["by_row"])
     if len(spec.shape) != 2 or len(own) != spec.shape[0 if by_row else 1]:
         raise CorruptionError(f"bound: {len(own)} steps of a matrix {spec.shape}")

@@ -14,14 +14,16 @@ calibrated.py   a bound on every weight, rounded by what experts see: shrinkage.
 rtn.py, hqq.py   quantizers of groups
 """
 
-from moebound.methods.artifact import Artifact, MatrixArtifact, compress, compress_expert, weakest
+from moebound.methods.artifact import Artifact, compress, compress_expert, weakest
 from moebound.methods.base import (
     Encoding,
     ExpertView,
     GroupView,
+    MatrixArtifact,
     MatrixSpec,
     Method,
     Payload,
+    Routing,
     SharedPayload,
 )
 from moebound.methods.reading import FindPart, OpenPart, Stored, router_name, shared_name
@@ -48,6 +50,7 @@ __all__ = [
     "OpenPart",
     "Payload",
     "RouterEdit",
+    "Routing",
     "SharedPayload",
     "Stored",
     "codec_of",

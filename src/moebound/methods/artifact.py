@@ -26,6 +26,7 @@ from moebound.methods.base import (
     Encoding,
     ExpertView,
     GroupView,
+    MatrixArtifact,
     MatrixSpec,
     Method,
     Payload,
@@ -42,18 +43,6 @@ from moebound.methods.blob import (
 from moebound.methods.outputs import columns_kept, outputs_kept, side_of
 from moebound.methods.router_edit import RouterEdit
 from moebound.types import NUMPY_DTYPES, Array, DType, ExpertKey, Guarantee
-
-
-@dataclass(frozen=True, eq=False)
-class MatrixArtifact:
-    """One matrix. data: a blob or an envelope. decoded: the weights it decodes to, [rows, cols] in
-    the dtype that the model will use. certificate: what was promised and measured. uses: numbers of
-    the shared parts it needs."""
-
-    data: bytes
-    decoded: Array
-    certificate: Certificate
-    uses: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +136,8 @@ def compress(method: Method, group: GroupView, *, number: int = 0, threads: int 
             certified = _certified(method, group, encoding, expert, experts[expert.key])
             experts[expert.key] = certified
     edit, blob = encoding.router, None
+    if edit is not None:
+        _stand_in(method, group, edit, experts, where)
     if method.edits_router:
         edit = RouterEdit(group.layer) if edit is None else edit
         payload = memoryview(edit.to_bytes())
@@ -194,11 +185,12 @@ def named(where: str, kind: type[MoeboundError] = MethodError) -> Iterator[None]
 
 def _check_bounds(method: Method, group: GroupView) -> None:
     given = any(expert.bounds is not None for expert in group.experts)
-    if given and not method.takes_bound:
+    if given and not method.bounded:
         raise MethodError(f"method {method.setting!r} knows no bound, and one was given")
     if not given and method.needs_bound:
         raise MethodError(f"method {method.setting!r} needs a bound, and none was given")
-    missing = sorted(method.statistics - group.statistics.keys())
+    wanted = method.wanted_statistics(shared=group.experts[0].key.shared)
+    missing = sorted(wanted - group.statistics.keys())
     if missing:
         raise MethodError(
             f"method {method.setting!r} needs statistics that were not gathered: "
@@ -216,7 +208,7 @@ def _check_encoding(method: Method, group: GroupView, encoding: Encoding, where:
                 f"{where}: {expert.key}: encoded are {sorted(found) or 'no matrices'}, expected "
                 f"{sorted(expert.matrices)}"
             )
-    wanted = method.n_shared(tuple(group.experts[0].matrices))
+    wanted = method.n_parts(tuple(group.experts[0].matrices), len(group.experts))
     if len(encoding.shared) != wanted:
         raise MethodError(
             f"{where}: {len(encoding.shared)} shared parts, announced were {wanted} (n_shared)"
@@ -229,15 +221,67 @@ def _check_encoding(method: Method, group: GroupView, encoding: Encoding, where:
         )
 
 
+def _stand_in(
+    method: Method,
+    group: GroupView,
+    edit: RouterEdit,
+    experts: dict[ExpertKey, dict[Role, MatrixArtifact]],
+    where: str,
+) -> None:
+    """Experts that are aliases decode to the weights of those that compute in their place."""
+    for expert in group.experts:
+        if expert.key.expert not in edit.alias:
+            continue
+        target = ExpertKey(group.layer, edit.alias[expert.key.expert])
+        for role, original in expert.matrices.items():
+            own, there = experts[expert.key][role], experts.get(target, {}).get(role)
+            if there is None or there.decoded.shape != original.shape:
+                raise MethodError(
+                    f"{where}: {expert.key}, {role}: {target}, which stands for it, has no such "
+                    "matrix"
+                )
+            experts[expert.key][role] = replace(
+                own,
+                decoded=there.decoded,
+                certificate=_unpromised(own.certificate, original, there.decoded),
+            )
+
+
+def _unpromised(certificate: Certificate, original: Array, decoded: Array) -> Certificate:
+    """The same of a matrix of which nothing is promised: measured against its original."""
+    error = measure(original, decoded, float("inf"))
+    return replace(
+        certificate, guarantee="none", bound=None, abs_bound=None, columns=None, outputs=None,
+        max_abs_error=error.max_abs_error, rmse=error.rmse,
+        sha256_original=sha256(np.ascontiguousarray(original).reshape(-1).view(np.uint8)),
+    )  # fmt: skip
+
+
+def _recoded(method: Method, found: MatrixArtifact, original: Array, where: str) -> MatrixArtifact:
+    """A matrix that the method's coder has made. Of one that was merged, nothing is promised."""
+    if method.coder is None or found.uses:
+        raise MethodError(f"{where}: made by another method, of which this one says nothing")
+    if found.decoded.shape != original.shape or found.decoded.dtype != original.dtype:
+        raise MethodError(f"{where}: shape {found.decoded.shape}, expected {original.shape}")
+    if method.merges:
+        return replace(found, certificate=_unpromised(found.certificate, original, found.decoded))
+    own = sha256(np.ascontiguousarray(original).reshape(-1).view(np.uint8))
+    if own != found.certificate.sha256_original:
+        raise MethodError(f"{where}: other weights than the expert's, of a method that merges none")
+    return found
+
+
 def _matrix(
     method: Method,
-    found: Payload | Encoded,
+    found: Payload | Encoded | MatrixArtifact,
     original: Array,
     number: int,
     opened: Sequence[Any],
     checksums: Sequence[int],
     where: str,
 ) -> MatrixArtifact:
+    if isinstance(found, MatrixArtifact):
+        return _recoded(method, found, original, where)
     if isinstance(found, Encoded):
         if found.decoded.shape != original.shape:
             raise MethodError(f"{where}: shape {found.decoded.shape}, expected {original.shape}")

@@ -19,7 +19,7 @@ from math import prod
 from typing import Any, ClassVar, Literal, Self
 
 from moebound.checkpoint import Role
-from moebound.codec import Encoded, Envelope
+from moebound.codec import Certificate, Encoded, Envelope
 from moebound.errors import MethodError
 from moebound.extras import check
 from moebound.files.formats.statistics import Side
@@ -45,6 +45,18 @@ class ExpertView:
     transposed: frozenset[Role] = frozenset()
 
 
+@dataclass(frozen=True)
+class Routing:
+    """How a layer's router chooses. n_experts: of the layer. top_k: experts a token. groups: into
+    which the router divides them, one behind the other; chosen_groups: from how many of these it
+    takes a token's experts."""
+
+    n_experts: int
+    top_k: int = 1
+    groups: int = 1
+    chosen_groups: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What one expert saw of a text, as it was summed up. moments: H of either side."""
@@ -58,12 +70,14 @@ class GroupView:
     """The experts that a method sees at once, all of one layer.
 
     statistics: by the names that the method asks for, each by expert. seen: what outputs are
-    certified by; of no expert where they are not to be.
+    certified by; of no expert where they are not to be. routing: of the layer; None where nobody
+    said, and these are all of its experts.
     """
 
     experts: tuple[ExpertView, ...]
     statistics: Mapping[str, Mapping[ExpertKey, Array]] = field(default_factory=dict)
     seen: Mapping[ExpertKey, Seen] = field(default_factory=dict)
+    routing: Routing | None = None
 
     @property
     def layer(self) -> int:
@@ -95,15 +109,29 @@ class SharedPayload:
 
 
 @dataclass(frozen=True, eq=False)
+class MatrixArtifact:
+    """One matrix. data: a blob or an envelope. decoded: the weights it decodes to, [rows, cols] in
+    the dtype that the model will use. certificate: what was promised and measured. uses: numbers of
+    the shared parts it needs."""
+
+    data: bytes
+    decoded: Array
+    certificate: Certificate
+    uses: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Encoding:
     """What a method makes of a group.
 
     matrices: of every expert, every role. An `Encoded` (an envelope of a codec) is taken as it is,
-    with its certificate. shared: `n_shared` of them. router: what becomes of the routing. geometry:
-    what each expert's second moments said, of methods that round by them.
+    with its certificate; so is a `MatrixArtifact`, which the method's `coder` made. shared:
+    `n_parts` of them. router: what becomes of the routing; an expert that is an alias decodes to
+    its target's weights, whatever its own payload is. geometry: what each expert's second moments
+    said, of methods that round by them.
     """
 
-    matrices: Mapping[ExpertKey, Mapping[Role, Payload | Encoded]]
+    matrices: Mapping[ExpertKey, Mapping[Role, Payload | Encoded | MatrixArtifact]]
     shared: Sequence[SharedPayload] = ()
     router: RouterEdit | None = None
     geometry: Mapping[ExpertKey, Mapping[Side, Geometry]] = field(default_factory=dict)
@@ -148,6 +176,8 @@ class Method(ABC):
     takes_bound, needs_bound: whether a bound may, or must, be given.
     statistics: names of those that `encode` needs.
     edits_router: whether an Encoding may have a router edit.
+    merges: whether what its coder gets are other weights than the experts', so that nothing that
+        the coder promises holds for them.
     """
 
     id: ClassVar[str]
@@ -157,6 +187,7 @@ class Method(ABC):
     takes_bound: ClassVar[bool] = False
     statistics: ClassVar[frozenset[str]] = frozenset()
     edits_router: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
 
     @classmethod
     def from_options(cls, options: str) -> Self:
@@ -174,13 +205,30 @@ class Method(ABC):
         return self.id
 
     @property
+    def coder(self) -> Method | None:
+        """The method that codes what this one keeps; None for one that does it itself."""
+        return None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a bound may be given to it, or to its coder."""
+        return self.takes_bound if self.coder is None else self.coder.bounded
+
+    def wanted_statistics(self, *, shared: bool = False) -> frozenset[str]:
+        """Those that it and its coder need; of shared experts, which a coder alone sees, the
+        coder's."""
+        if self.coder is None:
+            return self.statistics
+        return self.coder.wanted_statistics() | (frozenset() if shared else self.statistics)
+
+    @property
     def needs_bound(self) -> bool:
-        return False
+        return self.coder is not None and self.coder.needs_bound
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Modules of `extras.PACKAGES` that encoding cannot do without."""
-        return ()
+        return () if self.coder is None else self.coder.needs
 
     def check_installed(self) -> None:
         """Make sure that the library behind it is there, before long work that will need it.
@@ -192,12 +240,16 @@ class Method(ABC):
     @property
     def versions(self) -> tuple[int, ...]:
         """Of everything whose bytes `encode` writes."""
-        return (self.version,)
+        return (self.version, *(() if self.coder is None else self.coder.versions))
 
     def n_shared(self, roles: Sequence[Role]) -> int:
         """How many shared parts a group has, of experts with these matrices. Known beforehand, so
         that a store can leave room for their names."""
         return 0
+
+    def n_parts(self, roles: Sequence[Role], n_experts: int) -> int:
+        """As `n_shared`, which it asks, for a method whose parts are more in a larger group."""
+        return self.n_shared(roles)
 
     @abstractmethod
     def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:

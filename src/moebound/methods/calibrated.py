@@ -49,7 +49,8 @@ from moebound.methods.base import (
 from moebound.methods.blob import MatrixBlob
 from moebound.methods.bounded import reference
 from moebound.methods.geometry import OCTAVE, Geometry
-from moebound.methods.outputs import one_thread, side_of, turned
+from moebound.methods.one_thread import one_thread
+from moebound.methods.outputs import side_of, turned
 from moebound.methods.packing import packed_bytes, uncode, unpack
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound
 

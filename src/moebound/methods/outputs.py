@@ -3,10 +3,6 @@ and promised (`geometry.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import Lock
-
 import numpy as np
 
 from moebound.checkpoint import Role
@@ -14,6 +10,7 @@ from moebound.codec.certificate import Columns, Outputs
 from moebound.files.formats.statistics import Side
 from moebound.methods.base import ColumnBounds
 from moebound.methods.geometry import Geometry
+from moebound.methods.one_thread import one_thread
 from moebound.types import Array
 
 _BLOCK = 256
@@ -103,27 +100,3 @@ def outputs_kept(
         error, power = output_error(w, approximated, moments), output_power(w, moments, exact=False)
     lattice, box = promises(moments, geometry, bounds, len(w))
     return Outputs(tokens, error, lattice if error <= lattice else box, power)
-
-
-_lock = Lock()
-_inside = [0, 0]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch computes with one thread meanwhile: how a product is cut up decides its last bits, and
-    the bytes may not depend on the machine's CPUs. Several may be inside."""
-    import torch
-
-    with _lock:
-        if _inside[0] == 0:
-            _inside[1] = torch.get_num_threads()
-        _inside[0] += 1
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside[0] -= 1
-            if _inside[0] == 0:
-                torch.set_num_threads(_inside[1])

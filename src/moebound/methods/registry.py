@@ -18,8 +18,16 @@ METHODS = Plugins(
     built_in={
         BOUNDED: "moebound.methods.bounded:Bounded",
         "calibrated": "moebound.methods.calibrated:Calibrated",
+        "frequency": "moebound.methods.pruning.frequency:Frequency",
+        "hc_smoe_fixed": "moebound.methods.merging.hc_smoe:HcSmoe",
         "hqq": "moebound.methods.hqq:Hqq",
+        "lu_re": "moebound.methods.pruning.search:Lu",
+        "m_smoe_re": "moebound.methods.merging.m_smoe:MSmoe",
+        "mone_re": "moebound.methods.pruning.mone:Mone",
+        "puzzle_moe_re": "moebound.methods.merging.puzzle:PuzzleMoe",
+        "reap_re": "moebound.methods.pruning.reap:Reap",
         "rtn": "moebound.methods.rtn:Rtn",
+        "sub_moe_re": "moebound.methods.merging.sub_moe:SubMoe",
     },
     error=MethodError,
 )

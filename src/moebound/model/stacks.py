@@ -76,6 +76,10 @@ class Stack:
         out, inputs = place.part(self._parameter(place.parameter).detach(), 0).shape
         return int(out), int(inputs)
 
+    def on_meta(self, role: Role) -> bool:
+        """Whether there are no weights of this role in memory."""
+        return self._parameter(self.places[role].parameter).device.type == "meta"
+
     def _parameter(self, name: str) -> torch.Tensor:
         owner, _, attribute = name.rpartition(".")
         found = getattr(self.module.get_submodule(owner), attribute)

@@ -132,8 +132,8 @@ def measure_memory(device: torch.device) -> float:
 
 
 def sample(entries: DiskEntries) -> list[DiskEntry]:
-    """A few experts, spread over the model."""
-    everything = list(entries)
+    """A few experts, spread over the model, of those that are ever loaded."""
+    everything = entries.asked_for or list(entries)
     size = max(1, entries.n_bytes // len(everything))
     n = min(len(everything), max(MIN_SAMPLES, min(16, SAMPLE_BYTES // size)))
     return [everything[i * len(everything) // n] for i in range(n)]

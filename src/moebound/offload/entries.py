@@ -145,6 +145,19 @@ class DiskEntries:
         return [*self.by_key.values(), *self.shared.values()]
 
     @property
+    def asked_for(self) -> list[DiskEntry]:
+        """Experts that a model may need: those that are chosen, and compute."""
+
+        def computes(key: ExpertKey) -> bool:
+            edit = self.edits.get(key.layer)
+            if edit is None:
+                return True
+            chosen = edit.keep is None or key.expert in edit.keep
+            return chosen and key.expert not in edit.alias and key.expert not in edit.constants
+
+        return [entry for entry in self if computes(entry.key)]
+
+    @property
     def most_shared(self) -> int:
         """The most shared parts that a layer has."""
         return max(Counter(key.layer for key in self.shared).values(), default=0)

@@ -84,6 +84,9 @@ class LayerExperts:
         self.device, self.dtype = device, dtype
         self._fetcher = fetcher
         self._alias = {} if edit is None else dict(edit.alias)
+        self._computes_for: dict[int, list[int]] = {}
+        for expert, target in sorted(self._alias.items()):
+            self._computes_for.setdefault(target, [target]).append(expert)
         self._absent = frozenset() if edit is None else frozenset(edit.constants)
 
     def run(
@@ -92,8 +95,6 @@ class LayerExperts:
         """As `on_demand_experts`."""
         _check_computes_now()
         begin = clock()
-        if self._alias:
-            chosen, weights = self._aliased(chosen, weights, module.num_experts)
         one = len(x) == 1
         result = (self._one_token if one else self._many)(module, x, chosen, weights)
         self._fetcher.meter.add(experts_s=clock() - begin)
@@ -118,8 +119,8 @@ class LayerExperts:
     def _aliased(
         self, chosen: torch.Tensor, weights: torch.Tensor, n_experts: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts that compute. Where a token has one of them twice, the first has the weight
-        of both, and the other stands for an expert that is not loaded, with a weight of 0."""
+        """What is to be loaded. Where a token has an expert twice, the first has the weight of
+        both, and the other one of 0. Each is computed for its own tokens, as if it was there."""
         table = torch.arange(n_experts, device=chosen.device)
         for expert, target in self._alias.items():
             table[expert] = target
@@ -140,12 +141,13 @@ class LayerExperts:
         rows = x.index_select(0, routed.order // n_chosen)
         outputs = torch.empty((len(rows), x.shape[1]), dtype=x.dtype, device=x.device)
 
-        def compute(expert: int, slot: Slot | None) -> None:
-            part = slice(ends[expert] - routed.loads[expert], ends[expert])
-            if slot is None:
-                outputs[part] = 0
-            else:
-                outputs[part] = expert_output(module, expert, slot, rows[part], self.dtype)
+        def compute(loaded: int, slot: Slot | None) -> None:
+            for expert in self._computes_for.get(loaded, (loaded,)):
+                part = slice(ends[expert] - routed.loads[expert], ends[expert])
+                if slot is None:
+                    outputs[part] = 0
+                elif routed.loads[expert]:
+                    outputs[part] = expert_output(module, expert, slot, rows[part], self.dtype)
 
         self._visit(module, chosen, weights, x, compute)
         outputs = _normed(module, outputs)
@@ -161,12 +163,13 @@ class LayerExperts:
         places = {expert: place for place, expert in reversed([*enumerate(chosen[0].tolist())])}
         outputs = torch.zeros((chosen.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
 
-        def compute(expert: int, slot: Slot | None) -> None:
-            place = places[expert]
-            if slot is None:
-                outputs[place] = 0
-            else:
-                outputs[place] = expert_output(module, expert, slot, x, self.dtype)[0]
+        def compute(loaded: int, slot: Slot | None) -> None:
+            for expert in self._computes_for.get(loaded, (loaded,)):
+                place = places.get(expert)
+                if place is not None and slot is None:
+                    outputs[place] = 0
+                elif place is not None and slot is not None:
+                    outputs[place] = expert_output(module, expert, slot, x, self.dtype)[0]
 
         self._visit(module, chosen, weights, x, compute)
         outputs = _normed(module, outputs)
@@ -185,6 +188,8 @@ class LayerExperts:
         def keep(expert: int, slot: Slot | None) -> None:
             kept[expert] = None if slot is None else slot.copy()
 
+        if self._alias:
+            chosen, weights = self._aliased(chosen, weights, module.num_experts)
         seen = keep if _records_gradient(module, x) else compute
         self._fetcher.visit(self.layer, self.first, chosen, weights, x, seen, absent=self._absent)
         for expert in sorted(kept):

@@ -34,7 +34,7 @@ from moebound.store.format import (
     to_line,
 )
 from moebound.store.shard import header_sha256
-from moebound.store.summary import ExpertTotals
+from moebound.store.summary import ExpertTotals, WithoutWeights
 
 _DOCUMENTS = (".md", ".pdf", ".png", ".jpg")
 _PIECE_BYTES = 8 << 20
@@ -75,8 +75,9 @@ def write_rest(
         write_synced(
             folder / CERTIFICATES_FILE, certificates_bytes(chain(records, map(to_line, kept)))
         )
-        totals = ExpertTotals.of(read_certificates(folder / CERTIFICATES_FILE))
-        card = model_card(settings, totals, plan)
+        known = read_certificates(folder / CERTIFICATES_FILE)
+        without = WithoutWeights.of(known)
+        card = model_card(settings, ExpertTotals.of(known), plan, without=without)
         write_synced(folder / CARD_FILE, card.encode())
         write_synced(folder / CONFIG_FILE, config_bytes)
 

@@ -28,7 +28,7 @@ from moebound.store.format import (
 )
 from moebound.store.planned import plan_of
 from moebound.store.reader import open_store
-from moebound.store.summary import ExpertTotals, OutputTotals
+from moebound.store.summary import ExpertTotals, OutputTotals, WithoutWeights
 from moebound.types import Guarantee
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -47,7 +47,8 @@ def write_card(store_path: Path | str, measured: Sequence[Measurement] = ()) -> 
     """Write a store's README.md anew, and return its path. Raises as `open_store`."""
     store = open_store(store_path)
     totals = ExpertTotals.of(store.records())
-    card = model_card(store.settings, totals, plan_of(store), measured)
+    without = WithoutWeights.of(store.records())
+    card = model_card(store.settings, totals, plan_of(store), measured, without)
     path = store.path / CARD_FILE
     with disk_errors(path):
         write_synced(path, card.encode())
@@ -59,6 +60,7 @@ def model_card(
     totals: ExpertTotals,
     plan: Plan | None,
     measured: Sequence[Measurement] = (),
+    without: WithoutWeights | None = None,
 ) -> str:
     """The card's text. The same for the same store and measurements."""
     source = _text(settings.source or "an unnamed checkpoint")
@@ -66,7 +68,7 @@ def model_card(
         _front_matter(source),
         f"# {source}, experts compressed by moebound",
         _GUARANTEED[totals.guarantee] + " All other tensors are as they were.",
-        _table("", _promised(settings, totals, plan)),
+        _table("", [*_promised(settings, totals, plan), *_without(without)]),
     ]
     if settings.calibration is not None and totals.outputs is not None:
         parts += ["## Calibrated", _CALIBRATED]
@@ -168,6 +170,11 @@ def _calibrated(text: Of, found: OutputTotals) -> Iterable[tuple[str, str]]:
     for name, value in (("median", found.median), ("largest", found.largest)):
         if value is not None:
             yield f"error of a matrix's outputs over their power, {name}", f"{100 * value:.3g} %"
+
+
+def _without(found: WithoutWeights | None) -> Iterable[tuple[str, str]]:
+    if found:
+        yield "experts without weights of their own", str(found)
 
 
 def _planned_text(plan: Plan) -> str:

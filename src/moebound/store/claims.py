@@ -15,7 +15,7 @@ from moebound.methods import Method, codec_of, get_method
 from moebound.methods.registry import BOUNDED
 from moebound.store.format import CONFIG_FILE, MatrixRecord
 from moebound.store.layout import EXACT
-from moebound.store.planned import plan_of
+from moebound.store.planned import plan_of, unpromised
 from moebound.store.reader import Store, StoredExpert
 from moebound.store.summary import Problem
 from moebound.types import Guarantee
@@ -58,6 +58,8 @@ def _unlike_settings(store: Store, expert: StoredExpert) -> Iterator[Problem]:
         message = f"method: {CONFIG_FILE} says {method}, certified {expert.method}"
         yield Problem("certificate", name, message)
     for matrix in expert.matrices:
+        if unpromised(matrix.record, get_method(expert.method)):
+            continue
         if matrix.record.certificate.bound != settings.bound:
             message = (
                 f"bound: {CONFIG_FILE} says {settings.bound}, certified "
@@ -98,6 +100,16 @@ def _unfounded(record: MatrixRecord, setting: str, method: Method) -> Iterator[s
     """Guarantee, method and ratio follow from the rest of a record."""
     certificate = record.certificate
     codec, bound = certificate.codec, certificate.bound
+    if method.coder is not None:
+        if unpromised(record, method) and (certificate.guarantee != "none" or bound is not None):
+            yield f"guarantee {certificate.guarantee} of a matrix of which nothing can be promised"
+            return
+        if certificate.method != setting:  # coded; what is promised is the coder's promise
+            if not method.merges:
+                yield from _unfounded(record, method.coder.setting, method.coder)
+            elif certificate.method.split(":")[0] != method.coder.id:
+                yield f"method: coded by {method.coder.setting}, certified {certificate.method}"
+            return
     expected: Guarantee = "lossless" if method.lossless else "none"
     named = setting
     if codec is not None:

@@ -7,6 +7,7 @@ values. One output shard at a time, matrices decoded in parallel and written in 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -48,6 +49,8 @@ from moebound.store.format import (
 from moebound.store.reader import Store, StoredMatrix, open_store
 from moebound.store.summary import DecompressSummary, Meter, ProgressCallback
 from moebound.types import Array
+
+_EXPERTS_BIAS = re.compile(r"\.experts\..*bias$")
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,11 @@ def _check_plain(store: Store) -> None:
                 f"{store.path}: layer {layer}: its router is edited (experts that are never "
                 "chosen, or put out a constant), which no ordinary checkpoint can say; load the "
                 "store itself"
+            )
+        if edit.alias and any(_EXPERTS_BIAS.search(name) for name in store.kept):
+            raise StoreError(
+                f"{store.path}: layer {layer}: experts stand for others, and have biases, which an "
+                "ordinary checkpoint would have of each; load the store itself"
             )
 
 

@@ -53,7 +53,8 @@ class Group:
     def own_names(self) -> list[str]:
         """Tensors of the store that belong to no single expert: shared parts, a router edit."""
         roles = tuple(matrix.role for matrix in self.tasks[0].expert.matrices)
-        names = [shared_name(self.number, i) for i in range(self.method.n_shared(roles))]
+        n_parts = self.method.n_parts(roles, len(self.tasks))
+        names = [shared_name(self.number, i) for i in range(n_parts)]
         return names + ([router_name(self.number)] if self.method.edits_router else [])
 
 

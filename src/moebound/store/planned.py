@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moebound.errors import MoeboundError, PlanError, StoreError
-from moebound.methods import get_method
+from moebound.methods import Method, get_method
 from moebound.plan import Plan
-from moebound.store.format import PLAN_FILE
+from moebound.store.format import PLAN_FILE, MatrixRecord
 from moebound.store.reader import Store, StoredExpert
 from moebound.store.summary import Problem
 
@@ -47,15 +47,23 @@ def broken_plan(store: Store) -> Iterator[Problem]:
 
 def _broken(expert: StoredExpert, plan: Plan) -> Iterator[Problem]:
     try:
-        planned, method = plan[expert.key].bounds, get_method(plan.method_of(expert.key)).setting
+        planned, made = plan[expert.key].bounds, get_method(plan.method_of(expert.key))
     except MoeboundError as error:
         yield Problem("certificate", expert.matrices[0].tensor.name, str(error))
         return
-    if expert.method != method and not expert.exact:
-        message = f"planned {method}, certified {expert.method}"
+    if expert.method != made.setting and not expert.exact:
+        message = f"planned {made.setting}, certified {expert.method}"
         yield Problem("certificate", expert.matrices[0].tensor.name, message)
     for matrix in expert.matrices:
         asked, found = planned.get(matrix.record.role), matrix.record.certificate.bound
-        if asked != found:
+        if asked != found and not unpromised(matrix.record, made):
             message = f"planned {asked}, promised {found}"
             yield Problem("certificate", matrix.tensor.name, message)
+
+
+def unpromised(record: MatrixRecord, method: Method) -> bool:
+    """Whether this is a matrix of which nothing can be promised, whatever bound was given: of an
+    expert that the method dropped, or put another in the place of."""
+    return method.coder is not None and (
+        method.merges or record.certificate.method == method.setting
+    )

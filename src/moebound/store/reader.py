@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from moebound.checkpoint import Role, TensorInfo, read_header, read_into, read_tensors
 from moebound.checkpoint.shards import read_json
 from moebound.codec.arrays import ArrayLike
-from moebound.errors import CorruptionError, FormatError, StoreError
+from moebound.errors import CorruptionError, FormatError, MoeboundError, StoreError
 from moebound.methods import FindPart, RouterEdit, Stored, router_name, shared_name
 from moebound.methods.blob import PEEK_BYTES, blob_checksum, parse_router, peek_shared
 from moebound.methods.reading import PartsFrom, no_parts
@@ -64,13 +64,15 @@ class StoredMatrix:
     """One compressed matrix: where its bytes are, and its record with the certificate.
 
     needs: the shared parts that decoding takes, by group and number. find: gives them, open; it
-    reads them from the store, and keeps the last ones.
+    reads them from the store, and keeps the last ones. target: of an expert that is an alias, the
+    matrix whose weights it has; they are read when they are asked for.
     """
 
     tensor: TensorInfo
     record: MatrixRecord
     needs: tuple[tuple[int, int], ...] = ()
     find: FindPart = no_parts
+    target: StoredMatrix | None = None
 
     def decode(
         self, data: memoryview, *, parts: FindPart | None = None, threads: int | None = None
@@ -83,7 +85,10 @@ class StoredMatrix:
         """
         with self._named():
             stored = self.parse(data)
-            return stored.decode(parts or self.find, threads=threads, max_bytes=stored.spec.n_bytes)
+            if self.target is None:
+                given = parts or self.find
+                return stored.decode(given, threads=threads, max_bytes=stored.spec.n_bytes)
+        return self.target.decode(self.target.read(), parts=parts, threads=threads)
 
     def decode_into(
         self,
@@ -95,7 +100,17 @@ class StoredMatrix:
     ) -> None:
         """As `decode`, into a contiguous array or tensor of that shape and dtype."""
         with self._named():
-            self.parse(data).decode_into(out, parts or self.find, threads=threads)
+            stored = self.parse(data)
+            if self.target is None:
+                stored.decode_into(out, parts or self.find, threads=threads)
+                return
+        self.target.decode_into(self.target.read(), out, parts=parts, threads=threads)
+
+    def read(self) -> memoryview:
+        """Its bytes, by one positional read. Raises as `read_tensor_bytes` and `check`."""
+        data = read_tensor_bytes(self.tensor)
+        self.check(data)
+        return data
 
     def check(self, data: memoryview) -> None:
         """Are these the bytes that were certified? Raises CorruptionError, naming file and
@@ -316,6 +331,7 @@ def open_store(path: Path | str, *, check: bool = True) -> Store:
     experts = _place(
         path, tensors, [r for r in records if isinstance(r, ExpertRecord)], parts, find
     )
+    experts = _with_targets(path, experts, [tensor for tensor, _ in routers])
     own = {part.tensor.name for part in parts.values()} | {tensor.name for tensor, _ in routers}
     _check_complete(path, tensors, set(kept) | own, experts)
     store = Store(
@@ -426,6 +442,37 @@ def _place(
             record.method, record.group,
         )  # fmt: skip
     return experts
+
+
+def _with_targets(
+    path: Path, experts: dict[ExpertKey, StoredExpert], routers: list[TensorInfo]
+) -> dict[ExpertKey, StoredExpert]:
+    """The same, where aliases know whose weights they have. An edit that is damaged says nothing
+    here: who applies it, and `verify`, refuse it."""
+    try:
+        edits = read_router_edits(routers)
+    except MoeboundError:
+        return experts
+    found = dict(experts)
+    for layer, edit in edits.items():
+        for expert, number in edit.alias.items():
+            alias, target = (experts.get(ExpertKey(layer, n)) for n in (expert, number))
+            if alias is None:
+                continue  # of another model; who applies it says so
+            theirs = {m.record.role: m for m in (() if target is None else target.matrices)}
+            matrices = []
+            for matrix in alias.matrices:
+                there = theirs.get(matrix.record.role)
+                ours = matrix.record.certificate
+                if there is None or (there.record.certificate.shape, there.record.certificate.dtype
+                                     ) != (ours.shape, ours.dtype):  # fmt: skip
+                    raise CorruptionError(
+                        f"{path}: tensor {matrix.tensor.name!r}: expert {number}, which stands for "
+                        f"expert {expert} of layer {layer}, has no such matrix"
+                    )
+                matrices.append(replace(matrix, target=there))
+            found[alias.key] = replace(alias, matrices=tuple(matrices))
+    return found
 
 
 def _check_complete(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args
+from typing import cast, get_args
 
-from moebound.checkpoint import Checkpoint, Expert, Role
+from moebound.checkpoint import Checkpoint, Expert, Role, top_k_of
+from moebound.checkpoint.families import router_groups_of
 from moebound.errors import MethodError, PlanError
 from moebound.files.formats.statistics import Of, Side, Statistics
-from moebound.methods import ExpertView, GroupView, Method, get_method
+from moebound.methods import ExpertView, GroupView, Method, Routing, get_method
 from moebound.methods.base import Seen
 from moebound.methods.shrinkage import RULE, Rule, Shrinkage
 from moebound.plan import Plan
@@ -40,7 +41,7 @@ class Recipe:
         made = cls._of(bound, method)
         settings = {made.method} if made.plan is None else made.plan.methods
         for setting in sorted(settings):
-            if get_method(setting).statistics and calibration is None:
+            if get_method(setting).wanted_statistics() and calibration is None:
                 raise MethodError(
                     f"method {setting!r} needs statistics of the model's inputs: make them with "
                     "`moebound calibrate`, and give the folder with --calibration"
@@ -60,7 +61,7 @@ class Recipe:
         chosen.check_installed()
         if bound is None and chosen.needs_bound:
             raise MethodError(f"method {chosen.setting!r} needs a bound, and none was given")
-        if bound is not None and not chosen.takes_bound:
+        if bound is not None and not chosen.bounded:
             raise MethodError(f"method {chosen.setting!r} knows no bound, and {bound} was given")
         return cls(chosen.setting, bound)
 
@@ -105,6 +106,7 @@ class Recipe:
             views,
             self._statistics(method, keys),
             {key: found for key, found in seen.items() if found is not None},
+            _routing(checkpoint, method, keys),
         )
 
     @cached_property
@@ -113,16 +115,16 @@ class Recipe:
 
     def _statistics(
         self, method: Method, keys: Sequence[ExpertKey]
-    ) -> dict[str, dict[ExpertKey, Array]]:
-        shrunk = self._shrinkage
-        if shrunk is None:
+    ) -> dict[str, Mapping[ExpertKey, Array]]:
+        if self.calibration is None or self._shrinkage is None:
             return {}
-        return {side: {k: shrunk.moments(k, side) for k in keys} for side in _sides(method)}
+        wanted = sorted(method.wanted_statistics(shared=keys[0].shared))
+        return {name: _Read(self.calibration, self._shrinkage, name, keys) for name in wanted}
 
     def _raw(self, method: Method, key: ExpertKey) -> Seen | None:
         """What an expert's outputs are certified by; None where the method asks for nothing."""
         found, sides = self.calibration, _sides(method)
-        if found is None or not sides:
+        if found is None or not sides or key.shared:
             return None
         return Seen(found.tokens_of(key), {side: found.moments(key, side) for side in sides})
 
@@ -170,4 +172,36 @@ class Recipe:
 def _sides(method: Method) -> list[Side]:
     """Whose second moments a method asks for."""
     sides: tuple[Side, ...] = get_args(Side)
-    return [side for side in sides if side in method.statistics]
+    return [side for side in sides if side in method.wanted_statistics()]
+
+
+@dataclass(frozen=True, eq=False)
+class _Read(Mapping[ExpertKey, Array]):
+    """One kind of statistics, each expert's read when it is asked for: second moments of all
+    experts of a layer may be larger than the layer. Second moments are shrunk toward the layer's.
+    """
+
+    calibration: Statistics
+    shrinkage: Shrinkage
+    name: str
+    keys_: Sequence[ExpertKey]
+
+    def __getitem__(self, key: ExpertKey) -> Array:
+        if self.name in get_args(Side):
+            return self.shrinkage.moments(key, cast(Side, self.name))
+        return self.calibration.array(key, self.name)
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self.keys_)
+
+    def __len__(self) -> int:
+        return len(self.keys_)
+
+
+def _routing(checkpoint: Checkpoint, method: Method, keys: Sequence[ExpertKey]) -> Routing | None:
+    """Of the layer of these experts, for a method that edits it."""
+    if not method.edits_router or keys[0].shared:
+        return None
+    layer = keys[0].layer
+    n_experts = sum(expert.key.layer == layer for expert in checkpoint.experts())
+    return Routing(n_experts, top_k_of(checkpoint.config), *router_groups_of(checkpoint.config))

@@ -81,6 +81,42 @@ class OutputTotals:
 
 
 @dataclass(frozen=True)
+class WithoutWeights:
+    """Experts with no weights of their own in the store, of which nothing can be promised.
+    left_out: never chosen. replaced: another computes in their place. constant: put out a vector.
+    """
+
+    left_out: int = 0
+    replaced: int = 0
+    constant: int = 0
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> WithoutWeights:
+        """By the router edits among a store's records."""
+        records = list(records)
+        edits = [r for r in records if isinstance(r, RouterRecord)]
+        keep = {r.group: set(r.keep) for r in edits if r.keep is not None}
+        experts = [r for r in records if isinstance(r, ExpertRecord) and r.group in keep]
+        return cls(
+            sum(r.key.expert not in keep[r.group] for r in experts),
+            sum(len(r.alias) for r in edits),
+            sum(len(r.constants) for r in edits),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.left_out or self.replaced or self.constant)
+
+    def __str__(self) -> str:
+        kinds = {
+            "left out": self.left_out,
+            "computed by another": self.replaced,
+            "put out a constant": self.constant,
+        }
+        found = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
+        return f"{found}; nothing is promised of their weights"
+
+
+@dataclass(frozen=True)
 class ExpertTotals:
     """Sums over the compressed experts; experts kept exact are not among them.
 
@@ -138,7 +174,7 @@ class CompressSummary:
     error, None where nothing is promised. max_abs_error, rmse: measured, in weight units. patched:
     weights stored verbatim. outputs: on the text that was rounded by. left_out: the source's files
     that the store does not have, with the reason. remarks: on what was asked, where it can hardly
-    be meant.
+    be meant. without_weights: experts that were left out or replaced.
     """
 
     path: str
@@ -162,6 +198,7 @@ class CompressSummary:
     outputs: OutputTotals | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    without_weights: WithoutWeights = field(default_factory=WithoutWeights)
 
     @property
     def expert_bits_per_weight(self) -> float:
@@ -223,7 +260,8 @@ class VerifyReport:
     weakest of all. max_abs_error: the largest that was certified, or measured again. n_tensors: all
     tensors looked at. outputs: as certified, of a store that was rounded by a text; calibration:
     the statistics they were compared with, None where they were not. more: problems that are not
-    listed, because the first has caused them."""
+    listed, because the first has caused them. without_weights: experts of which nothing can be
+    promised."""
 
     path: str
     against: str | None
@@ -238,6 +276,7 @@ class VerifyReport:
     more: int = 0
     outputs: OutputTotals | None = None
     calibration: str | None = None
+    without_weights: WithoutWeights = field(default_factory=WithoutWeights)
 
     @property
     def ok(self) -> bool:

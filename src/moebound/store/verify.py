@@ -57,6 +57,7 @@ from moebound.store.summary import (
     ProblemKind,
     ProgressCallback,
     VerifyReport,
+    WithoutWeights,
 )
 from moebound.types import Array, TensorStats
 
@@ -136,6 +137,7 @@ def verify(
         max_abs_error=total.max_abs_error,
         outputs=totals.outputs,
         calibration=None if text.statistics is None else str(text.statistics.folder),
+        without_weights=WithoutWeights.of(store.records()),
     )
 
 

@@ -66,7 +66,13 @@ from moebound.store.layout import (
 )
 from moebound.store.recipe import Recipe
 from moebound.store.shard import BytesShard
-from moebound.store.summary import CompressSummary, ExpertTotals, Meter, ProgressCallback
+from moebound.store.summary import (
+    CompressSummary,
+    ExpertTotals,
+    Meter,
+    ProgressCallback,
+    WithoutWeights,
+)
 from moebound.store.written import Written, tensor_names, written
 from moebound.types import ErrorBound, TensorStats
 
@@ -347,7 +353,8 @@ class _Job:
         return written(group, seen.experts, artifact)
 
     def summary(self, folder: Path, dst: Path, begun: float, *, resumed: bool) -> CompressSummary:
-        totals = ExpertTotals.of(read_certificates(folder / CERTIFICATES_FILE))
+        records = read_certificates(folder / CERTIFICATES_FILE)
+        totals = ExpertTotals.of(records)
         after = sum(
             tensor.n_bytes
             for name in self.layout.names
@@ -374,6 +381,7 @@ class _Job:
             outputs=totals.outputs,
             seconds=time.monotonic() - begun,
             resumed=resumed,
+            without_weights=WithoutWeights.of(records),
         )
 
 

@@ -13,6 +13,20 @@ A file of E experts, whose inputs have N channels and whose hidden values M, has
     hidden    the same of what its down projection gets, by M
     outputs   [E, 2, N] float32, sum of g f(x) and of its square, by channel of its output f(x)
 
+and, of version 2 on, of a layer of L experts,
+
+    sent        [E] int64, tokens that the router sent to each expert; so they are of `norms`, too,
+                where experts saw all tokens (`routed` is false)
+    sent_gates  [E] float64, sum over these of g
+    norms       [E] float64, sum over these of g |f(x)|
+    plain       [E, 2, N] float64, sum of f(x) and of its square, without g, over what it saw
+    ratios      [E, 256] int64, of the tokens whose largest weight is this expert's: how many have a
+                second one of so many 256ths of it
+    logits      [E, L] float64, sum over all tokens of the router's logits of this expert, times
+                those of each; not there where a router gives none
+    kept        [E, L] uint8, 1 for the experts in the set of (row + 1) that changes the layer's
+                output least (`calibrate --search`); not there unless asked for
+
 Sums, not means: those of two texts can be added.
 """
 
@@ -21,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import safetensors
@@ -32,7 +46,7 @@ from moebound.files.documents import Format, count, fields_of, items, save_json
 from moebound.files.durable import save_bytes
 from moebound.types import Array, ExpertKey
 
-FORMAT = Format("moebound.statistics", 1)
+FORMAT = Format("moebound.statistics", 2)
 FILE = "statistics.json"
 Moments = Literal["full", "diagonal"]
 Side = Literal["inputs", "hidden"]
@@ -40,6 +54,8 @@ Side = Literal["inputs", "hidden"]
 
 FEW_TOKENS = 128
 """Experts that saw fewer are counted: their H alone says little."""
+RATIOS = 256
+"""Steps in which the ratio of two weights is counted."""
 
 _MOST = 1 << 24
 _BLOCK = 256
@@ -70,10 +86,18 @@ class Chunk:
     inputs: Array
     hidden: Array
     outputs: Array
+    sent: Array
+    sent_gates: Array
+    norms: Array
+    plain: Array
+    ratios: Array
+    logits: Array | None = None
+    kept: Array | None = None
 
     def save(self, folder: Path) -> None:
         """Raises StoreError if the disk refuses."""
-        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _SPELLED}
+        found = {name: getattr(self, name) for name in _SPELLED}
+        arrays = {n: np.ascontiguousarray(array) for n, array in found.items() if array is not None}
         save_bytes(folder / self.part.file, to_safetensors(arrays))
 
 
@@ -81,7 +105,8 @@ class Chunk:
 class Of:
     """What statistics are of. fingerprint: of its experts (`checkpoint.corners`).
     text: a task's or file's name. text_sha256: of the token ids. routed: whether experts saw the
-    tokens that were sent to them, or all of them. width: N; inner: M."""
+    tokens that were sent to them, or all of them. width: N; inner: M. searched: whether there is
+    `kept`. after: the method whose router edits the model had meanwhile."""
 
     model: str
     fingerprint: str
@@ -93,9 +118,13 @@ class Of:
     moments: Moments
     width: int
     inner: int
+    searched: bool = False
+    after: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """Without what version 1 had not, where it says nothing."""
+        later = {"searched", "after"}
+        return {name: value for name, value in vars(self).items() if value or name not in later}
 
     @classmethod
     def from_json(cls, data: Any) -> Of:
@@ -114,6 +143,8 @@ class Of:
             moments=moments,
             width=count(data["width"], "width", most=_MOST),
             inner=count(data["inner"], "inner", most=_MOST),
+            searched=data.get("searched", False) is True,
+            after=None if data.get("after") is None else str(data["after"]),
         )
 
 
@@ -177,12 +208,39 @@ class Statistics:
 
     def outputs(self, key: ExpertKey) -> Array:
         """[2, N] float64: sum of g f(x), and of its square."""
+        return self.array(key, "outputs")
+
+    def array(self, key: ExpertKey, name: str) -> Array:
+        """One expert's row of an array, float64; of `inputs` and `hidden` the `moments`, or of
+        `inputs_diagonal` and `hidden_diagonal` what stands on these.
+
+        Raises MoeboundError, naming the array, for statistics that lack it.
+        """
+        side, _, diagonal = name.partition("_")
+        if side in get_args(Side):
+            found = self.moments(key, cast(Side, side))
+            return found.diagonal().copy() if diagonal and found.ndim == 2 else found
         part = self._part(key)
-        return self._read(part, "outputs", key.expert - part.first).astype(np.float64)
+        return np.asarray(self._read(part, name, key.expert - part.first), np.float64)
 
     def gates(self, key: ExpertKey) -> float:
         part = self._part(key)
         return float(self._read(part, "gates")[key.expert - part.first])
+
+    def median_ratios(self) -> dict[int, float]:
+        """By layer: the median of a token's second largest weight over its largest; 0 of a layer
+        that no token reached. Raises as `array`."""
+        sums: dict[int, Array] = {}
+        for part in self.parts:
+            found = self._read(part, "ratios").sum(axis=0)
+            sums[part.layer] = sums.get(part.layer, 0) + found
+        medians = {}
+        for layer, counts in sums.items():
+            half, below = counts.sum() / 2, np.cumsum(counts)
+            step = int(np.searchsorted(below, half))
+            inside = (half - (below[step] - counts[step])) / counts[step] if counts.any() else 0.0
+            medians[layer] = float((step + inside) / RATIOS) if counts.any() else 0.0
+        return medians
 
     def check_model(self, fingerprint: str, model: str) -> None:
         """Raises MoeboundError unless they are of this model."""
@@ -204,6 +262,8 @@ class Statistics:
         path = self.folder / part.file
         try:
             with safetensors.safe_open(path, "np") as file:
+                if name in _LATER and name not in file.keys():  # noqa: SIM118  # no mapping
+                    raise MoeboundError(f"{path}: has no {name!r}; {_LATER[name]}")
                 there = file.get_slice(name)
                 expected = self._shape(part, name)
                 if tuple(there.get_shape()) != expected or there.get_dtype() != _SPELLED[name]:
@@ -229,10 +289,31 @@ class Statistics:
             "inputs": (e, packed_size(n) if full else n),
             "hidden": (e, packed_size(m) if full else m),
             "outputs": (e, 2, n),
+            "sent": (e,),
+            "sent_gates": (e,),
+            "norms": (e,),
+            "plain": (e, 2, n),
+            "ratios": (e, RATIOS),
+            "logits": (e, self._n_experts(part.layer)),
+            "kept": (e, self._n_experts(part.layer)),
         }[name]
 
+    def _n_experts(self, layer: int) -> int:
+        return sum(part.n_experts for part in self.parts if part.layer == layer)
 
-_SPELLED = {"tokens": "I64", "gates": "F64", "inputs": "F32", "hidden": "F32", "outputs": "F32"}
+
+_SPELLED = {
+    "tokens": "I64", "gates": "F64", "inputs": "F32", "hidden": "F32", "outputs": "F32",
+    "sent": "I64", "sent_gates": "F64", "norms": "F64", "plain": "F64",
+    "ratios": "I64", "logits": "F64", "kept": "U8",
+}  # fmt: skip
+
+_ANEW = "these statistics are of an earlier moebound; make them anew with `moebound calibrate`"
+_LATER = dict.fromkeys(("sent", "sent_gates", "norms", "plain", "ratios"), _ANEW) | {
+    "logits": f"its router gives no logits, or {_ANEW}",
+    "kept": "make them with `moebound calibrate --search`",
+}
+"""What a folder may lack, and what is said then."""
 
 
 def packed_size(n: int) -> int:

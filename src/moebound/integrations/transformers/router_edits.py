@@ -2,8 +2,10 @@
 
 keep       The router's own forward runs, with the logits of all other experts at -inf before it
            chooses; so whatever it does afterwards (softmax, groups, normalising) is as if they were
-           not there. Where it chooses by a bias (`e_score_correction_bias`), that is -inf, too.
-alias      nothing: the store gives both experts the same weights, and offloading maps the numbers.
+           not there. Where it chooses by a bias (`e_score_correction_bias`), that is -inf, too; and
+           where it masks whole groups of experts, theirs stay -inf behind the mask.
+alias      The expert gets the weights (and biases) of the one that computes in its place: a store
+           has no bytes for it. Offloading maps the numbers.
 constants  what the router's weights make of the vectors is added to the layer's output. The
            experts themselves have weights of 0.
 
@@ -13,7 +15,8 @@ routing is edited cannot be saved as an ordinary checkpoint, and says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,12 +54,29 @@ def apply_router_edits(model: Any, edits: Mapping[int, RouterEdit]) -> None:
             raise UnsupportedArchitectureError(
                 f"{where}: names expert {max(named)}, the model has {n_experts} of them"
             )
+        if edit.alias:
+            _copy_targets(entry, edit)
         if edit.keep is not None:
             _keep(model, entry, set(range(n_experts)) - set(edit.keep), where)
         if edit.constants:
             _add_constants(entry, edit, where)
     if any(edit.keep is not None or edit.constants for edit in edits.values()):
         model.save_pretrained = _refuse
+
+
+@torch.no_grad()
+def _copy_targets(entry: ExpertsModule, edit: RouterEdit) -> None:
+    stack = entry.stack
+    for name, parameter in entry.module.named_parameters():
+        # Of experts that are loaded when they are needed, biases alone are here.
+        if name.endswith("_bias") and len(parameter) == stack.n_experts:
+            for expert, target in edit.alias.items():
+                parameter[expert] = parameter[target]
+    for role in stack.places:
+        if stack.on_meta(role):
+            continue
+        for expert, target in edit.alias.items():
+            stack.view(role, expert).copy_(stack.view(role, target))
 
 
 def _refuse(*_: Any, **__: Any) -> None:
@@ -66,22 +86,46 @@ def _refuse(*_: Any, **__: Any) -> None:
     )
 
 
+@contextmanager
+def left_out(router: nn.Module, numbers: Sequence[int], n_experts: int) -> Iterator[None]:
+    """Inside, the router chooses none of these experts, as with `keep`."""
+    inner, undo = _leave_out(router, list(numbers), n_experts)
+    try:
+        yield
+    finally:
+        router.forward = inner
+        undo()
+
+
+def _leave_out(
+    router: nn.Module, numbers: list[int], n_experts: int
+) -> tuple[Callable[..., Any], Callable[[], None]]:
+    """From now on. Returns the router's own forward, and what gives its correction back."""
+    bias = getattr(router, "e_score_correction_bias", None)
+    before = bias.clone() if isinstance(bias, torch.Tensor) else None
+    inner: Callable[..., Any] = router.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Without(numbers, n_experts):
+            return inner(*args, **kwargs)
+
+    def undo() -> None:
+        if isinstance(bias, torch.Tensor) and before is not None:
+            with torch.no_grad():
+                bias.copy_(before)
+
+    router.forward = forward
+    if isinstance(bias, torch.Tensor):
+        with torch.no_grad():
+            bias[numbers] = -torch.inf
+    return inner, undo
+
+
 def _keep(model: Any, entry: ExpertsModule, dropped: set[int], where: str) -> None:
     router = router_of(model, entry.stack.name)
     if router is None:
         raise UnsupportedArchitectureError(f"{where}: no router beside {entry.stack.name}")
-    numbers = sorted(dropped)
-    bias = getattr(router, "e_score_correction_bias", None)
-    if isinstance(bias, torch.Tensor):
-        with torch.no_grad():
-            bias[numbers] = -torch.inf
-    inner: Callable[..., Any] = router.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Without(numbers, entry.stack.n_experts):
-            return inner(*args, **kwargs)
-
-    router.forward = forward
+    _leave_out(router, sorted(dropped), entry.stack.n_experts)
     weight = next((p for p in router.parameters() if p.dim() == 2), None)
     if weight is None or weight.device.type == "meta":
         return  # offloaded: it cannot be tried here
@@ -98,7 +142,8 @@ def _keep(model: Any, entry: ExpertsModule, dropped: set[int], where: str) -> No
 
 
 class _Without(TorchFunctionMode):
-    """Inside, every linear map onto one number an expert gives -inf for some."""
+    """Inside, every linear map onto one number an expert gives -inf for some, and no mask of groups
+    makes that a number again."""
 
     def __init__(self, dropped: list[int], n_experts: int) -> None:
         super().__init__()
@@ -108,7 +153,8 @@ class _Without(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _LINEAR and out.shape[-1] == self._n_experts:
+        masks = func in _MASKS and out.is_floating_point() and out.dim() > 0
+        if (func in _LINEAR or masks) and out.shape[-1] == self._n_experts:
             mask = torch.zeros(self._n_experts, dtype=torch.bool, device=out.device)
             mask[self._dropped] = True
             return out.masked_fill(mask, -torch.inf)
@@ -116,6 +162,7 @@ class _Without(TorchFunctionMode):
 
 
 _LINEAR = {nn.functional.linear, torch.matmul, torch.mm, torch.Tensor.matmul}
+_MASKS = {torch.masked_fill, torch.Tensor.masked_fill}
 
 
 def _add_constants(entry: ExpertsModule, edit: RouterEdit, where: str) -> None:
