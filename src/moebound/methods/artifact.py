@@ -186,7 +186,8 @@ def _check_bounds(method: Method, group: GroupView) -> None:
         raise MethodError(f"method {method.setting!r} knows no bound, and one was given")
     if not given and method.needs_bound:
         raise MethodError(f"method {method.setting!r} needs a bound, and none was given")
-    missing = sorted(method.statistics - group.statistics.keys())
+    wanted = method.wanted_statistics(shared=group.experts[0].key.shared)
+    missing = sorted(wanted - group.statistics.keys())
     if missing:
         raise MethodError(
             f"method {method.setting!r} needs statistics that were not gathered: "

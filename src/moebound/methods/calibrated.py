@@ -21,10 +21,8 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -36,6 +34,7 @@ from moebound.codec.patch import pack_positions, positions_n_bytes, unpack_posit
 from moebound.errors import CorruptionError, MethodError
 from moebound.methods.base import Encoding, ExpertView, GroupView, MatrixSpec, Method, Payload
 from moebound.methods.bounded import reference
+from moebound.methods.one_thread import one_thread
 from moebound.methods.packing import code, pack, packed_bytes, uncode, unpack
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound
 
@@ -84,7 +83,7 @@ class Calibrated(Method):
         return True
 
     def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
-        with _one_thread():
+        with one_thread():
             return Encoding({e.key: self._expert(e, group) for e in group.experts})
 
     def _expert(self, expert: ExpertView, group: GroupView) -> dict[Role, Payload]:
@@ -254,27 +253,3 @@ def _steps(base: np.float32, levels: Array) -> Array:
     factors = np.ldexp(np.array(_QUARTERS)[quarters], octaves)
     steps: Array = (np.float64(base) * factors).astype(np.float32)
     return steps
-
-
-_lock = Lock()
-_inside = [0, 0]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch computes with one thread meanwhile: how a product is cut up decides its last bits, and
-    the bytes may not depend on the machine's CPUs. Several may be inside."""
-    import torch
-
-    with _lock:
-        if _inside[0] == 0:
-            _inside[1] = torch.get_num_threads()
-        _inside[0] += 1
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside[0] -= 1
-            if _inside[0] == 0:
-                torch.set_num_threads(_inside[1])

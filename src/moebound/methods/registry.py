@@ -18,8 +18,18 @@ METHODS = Plugins(
     built_in={
         BOUNDED: "moebound.methods.bounded:Bounded",
         "calibrated": "moebound.methods.calibrated:Calibrated",
+        "d2_moe_fixed": "moebound.methods.bases.d2_moe:D2Moe",
         "hqq": "moebound.methods.hqq:Hqq",
+        "milo_fixed": "moebound.methods.bases.milo:Milo",
+        "mobe_fixed": "moebound.methods.bases.mobe:Mobe",
+        "modegpt_re": "moebound.methods.bases.modegpt:ModeGpt",
+        "moe_i2_re": "moebound.methods.bases.moe_i2:MoeI2",
+        "resmoe_fixed": "moebound.methods.bases.resmoe:ResMoe",
+        "residual": "moebound.methods.bases.residual:Residual",
+        "rfid_re": "moebound.methods.bases.rfid:Rfid",
         "rtn": "moebound.methods.rtn:Rtn",
+        "soco_lite": "moebound.methods.bases.soco:SoCoLite",
+        "svd": "moebound.methods.bases.svd:Svd",
     },
     error=MethodError,
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args
 
 from moebound.checkpoint import Checkpoint, Expert, Role
 from moebound.errors import MethodError, PlanError
-from moebound.files.formats.statistics import Side, Statistics
+from moebound.files.formats.statistics import Statistics
 from moebound.methods import ExpertView, GroupView, Method, get_method
 from moebound.plan import Plan
 from moebound.types import Array, ErrorBound, ExpertKey
@@ -38,7 +37,7 @@ class Recipe:
         made = cls._of(bound, method)
         settings = {made.method} if made.plan is None else made.plan.methods
         for setting in sorted(settings):
-            if get_method(setting).statistics and calibration is None:
+            if get_method(setting).wanted_statistics() and calibration is None:
                 raise MethodError(
                     f"method {setting!r} needs statistics of the model's inputs: make them with "
                     "`moebound calibrate`, and give the folder with --calibration"
@@ -90,6 +89,7 @@ class Recipe:
                 {m.role: checkpoint.read(m) for m in expert.matrices},
                 self.bounds(expert),
                 frozenset(m.role for m in expert.matrices if m.transposed),
+                any(m.interleaved for m in expert.matrices),
             )
             for expert in experts
         )
@@ -97,12 +97,11 @@ class Recipe:
 
     def _statistics(
         self, method: Method, keys: Sequence[ExpertKey]
-    ) -> dict[str, dict[ExpertKey, Array]]:
+    ) -> dict[str, Mapping[ExpertKey, Array]]:
         if self.calibration is None:
             return {}
-        sides: tuple[Side, ...] = get_args(Side)
-        wanted = [side for side in sides if side in method.statistics]
-        return {side: {k: self.calibration.moments(k, side) for k in keys} for side in wanted}
+        wanted = sorted(method.wanted_statistics(shared=keys[0].shared))
+        return {name: _Read(self.calibration, name, keys) for name in wanted}
 
     def group_of(self, key: ExpertKey) -> tuple[object, ...]:
         """Experts with equal ones are seen together by their method."""
@@ -128,3 +127,22 @@ class Recipe:
     def with_shared(self) -> bool:
         """Whether a plan is for shared experts too."""
         return self.plan is not None and any(e.key.shared for e in self.plan.experts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read(Mapping[ExpertKey, Array]):
+    """One kind of statistics, each expert's read when it is asked for: second moments of all experts
+    of a layer may be larger than the layer."""
+
+    calibration: Statistics
+    name: str
+    keys_: Sequence[ExpertKey]
+
+    def __getitem__(self, key: ExpertKey) -> Array:
+        return self.calibration.array(key, self.name)
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self.keys_)
+
+    def __len__(self) -> int:
+        return len(self.keys_)

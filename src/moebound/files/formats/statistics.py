@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import safetensors
@@ -135,8 +135,14 @@ class Statistics:
 
     def outputs(self, key: ExpertKey) -> Array:
         """[2, N] float64: sum of g f(x), and of its square."""
+        return self.array(key, "outputs")
+
+    def array(self, key: ExpertKey, name: str) -> Array:
+        """One expert's row of an array, float64; of `inputs` and `hidden` the `moments`."""
+        if name in get_args(Side):
+            return self.moments(key, cast(Side, name))
         part = self._part(key)
-        return self._read(part, "outputs", key.expert - part.first).astype(np.float64)
+        return np.asarray(self._read(part, name, key.expert - part.first), np.float64)
 
     def gates(self, key: ExpertKey) -> float:
         part = self._part(key)
