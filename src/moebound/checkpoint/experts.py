@@ -26,8 +26,8 @@ class ExpertMatrix:
 
     name: of the tensor in the checkpoint. index: which leading slice of it, or None for all of it.
     shape: of the matrix, 2-D. source: where the (whole) tensor's bytes are. transposed: whether it
-    is [in, out] rather than [out, in]; None where only the shape tells. interleaved: gate and up, in
-    one, take turns (`Layout`).
+    is [in, out] rather than [out, in]; None where only the shape tells. interleaved: gate and up,
+    in one, take turns (`Layout`).
     """
 
     name: str

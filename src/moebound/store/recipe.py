@@ -131,8 +131,8 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class _Read(Mapping[ExpertKey, Array]):
-    """One kind of statistics, each expert's read when it is asked for: second moments of all experts
-    of a layer may be larger than the layer."""
+    """One kind of statistics, each expert's read when it is asked for: second moments of all
+    experts of a layer may be larger than the layer."""
 
     calibration: Statistics
     name: str

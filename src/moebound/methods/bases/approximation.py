@@ -7,6 +7,7 @@ a rank costs is known beforehand, so sizes are met to within one rank of one mat
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -122,10 +123,9 @@ class Approximation(Method):
         """Bytes that `bits` a weight leave for payloads, the frames counted off."""
         shapes = [m.shape for expert in group.experts for m in expert.matrices.values()]
         total = self.bits * n_weights(group) / 8
-        length = int(total / len(shapes))
-        frames = sum(_frame(self.id, shape, uses, length) for shape in shapes)
+        frames = sum(_frame(self.id, shape, uses) for shape in shapes)
         for part in range(parts):
-            frames += len(SharedBlob(self.id, 1, 0, part, length, _EMPTY).build()) + 3
+            frames += len(SharedBlob(self.id, 1, 0, part, n_weights(group), _EMPTY).build()) + 3
         return total - frames
 
     def refuse_small(self, group: GroupView, room: float, fixed: float, what: str) -> None:
@@ -134,7 +134,7 @@ class Approximation(Method):
             least = self.bits + 8 * (fixed - room) / n_weights(group)
             raise MethodError(
                 f"{self.bits:g} bits a weight of layer {group.layer}: {what}; the least is "
-                f"{least:.3g} bits"
+                f"{np.ceil(least * 1000) / 1000:g} bits"
             )
 
     def refuse_large(self, group: GroupView, left: float, unit: float) -> None:
@@ -147,9 +147,10 @@ class Approximation(Method):
             )
 
 
-def _frame(name: str, shape: tuple[int, ...], uses: int, payload: int) -> int:
+def _frame(name: str, shape: tuple[int, ...], uses: int) -> int:
+    """Of a matrix whose payload has a byte a weight at most."""
     used = tuple(Use(part, 0) for part in range(uses))
-    length = max(1, -(-payload.bit_length() // 7))
+    length = max(1, -(-math.prod(shape).bit_length() // 7))
     return len(MatrixBlob(name, 1, shape, "BF16", 0, used, _EMPTY).build()) - 1 + length
 
 
@@ -277,7 +278,8 @@ class SecondMoments:
         return None if found is None else len(found[self._group.experts[0].key])
 
     def of(self, key: ExpertKey, role: Role) -> Array | None:
-        """[in, in] float64, positive definite: the mean of its diagonal is 1, damped by 1 % of it."""
+        """[in, in] float64, positive definite: the mean of its diagonal is 1, damped by 1 % of
+        it."""
         mixed = self.total(key, role)
         if mixed is None:
             return None

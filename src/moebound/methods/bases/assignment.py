@@ -1,8 +1,8 @@
 """The assignment of rows to columns with the least sum of costs.
 
-Jonker and Volgenant's shortest augmenting paths (Computing 38, 1987), a row of NumPy at a time. With
-nothing but sums, differences and minima of float64 it gives the same assignment on every machine,
-ties included.
+Jonker and Volgenant's shortest augmenting paths (Computing 38, 1987), a row of NumPy at a time.
+With nothing but sums, differences and minima of float64 it gives the same assignment on every
+machine, ties included.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def take_signed(read: FieldReader, shape: tuple[int, ...], bits: int) -> Array:
 
 
 def product_bytes(shape: tuple[int, ...], rank: int, bits: int) -> int:
-    """What `write_product` writes for a matrix [rows, cols], but for its head of at most 8 bytes."""
+    """What `write_product` writes for a matrix [rows, cols], but for its head of at most 8
+    bytes."""
     rows, cols = shape
     return rank + signed_bytes(rank * rows, bits) + signed_bytes(rank * cols, bits)
 
@@ -142,7 +143,11 @@ def take_powers(read: FieldReader, rank: int, bits: int) -> tuple[np.float64, Ar
     """u, and [rank] e. Raises CorruptionError for sums that need not be exact."""
     unit = np.frombuffer(read.take(4), "<f4")[0]
     exponents = np.frombuffer(read.take(rank), np.uint8).astype(np.int64)
-    if bits not in WIDTHS or not math.isfinite(unit) or exponents.max(initial=0) > limit(bits, rank):
+    if (
+        bits not in WIDTHS
+        or not math.isfinite(unit)
+        or exponents.max(initial=0) > limit(bits, rank)
+    ):
         raise CorruptionError(f"a sum of {rank} products of {bits} bits, unit {unit:g}")
     return np.float64(unit), exponents
 
@@ -171,8 +176,8 @@ def take_scaled(read: FieldReader, rows: int, rank: int, bits: int) -> tuple[np.
 
 
 def write_dense(matrix: Array, bits: int, dtype: DType = "BF16") -> bytes:
-    """[rows, cols] float32 -> a byte of bits, then the matrix in `dtype` (16 bits: a byte says which)
-    or entropy-coded whole numbers of about so many bits each."""
+    """[rows, cols] float32 -> a byte of bits, then the matrix in `dtype` (16 bits: a byte says
+    which) or entropy-coded whole numbers of about so many bits each."""
     if bits == 16:
         cast = matrix.astype(NUMPY_DTYPES[dtype])
         return bytes([16, _DENSE_DTYPES.index(dtype)]) + cast.tobytes()
@@ -237,7 +242,6 @@ def nothing_left(read: FieldReader) -> None:
     """Raises CorruptionError for bytes behind the end."""
     if read.left:
         raise CorruptionError(f"{read.left} bytes behind a matrix")
-
 
 
 def _two(shape: tuple[int, ...]) -> tuple[int, int]:

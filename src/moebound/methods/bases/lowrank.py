@@ -14,7 +14,8 @@ def spectrum(matrix: Array) -> Array:
 
 
 def factors(matrix: Array, moments: Array | None = None) -> tuple[Array, Array, Array]:
-    """left [rows, m], right [m, cols], energy [m]: left[:, :r] @ right[:r] is the nearest of rank r.
+    """left [rows, m], right [m, cols], energy [m]: left[:, :r] @ right[:r] is the nearest of rank
+    r.
 
     moments: H of the inputs, [cols, cols]; nearest is then the least tr((W - Ŵ) H (W - Ŵ)ᵀ), which
     is what the SVD of W L with H = L Lᵀ, multiplied by L⁻¹, gives: U Uᵀ W, U the eigenvectors of

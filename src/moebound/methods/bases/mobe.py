@@ -3,9 +3,9 @@
 
     W_e ≈ A_e f(Σ_j α_ej B_j)        A_e [p, r], B_j [r, d], α_e on the simplex (equation 4)
 
-for gate and up, f tanh (SiLU: `silu`), of W over its standard deviation. A, B and the logits of α are
-fitted to the weights with Adam on the mean square error, full batch; no data. It begins with the
-SVD of the experts of n/m consecutive ones, one above the other, and with α nearly one-hot.
+for gate and up, f tanh (SiLU: `silu`), of W over its standard deviation. A, B and the logits of α
+are fitted to the weights with Adam on the mean square error, full batch; no data. It begins with
+the SVD of the experts of n/m consecutive ones, one above the other, and with α nearly one-hot.
 
 Stored: for each projection m bases as whole numbers (one part); for each expert α as 16-bit whole
 numbers, A_e with steps of its own. The mixture is an exact sum, f is computed by `exact.apply`, its
@@ -14,10 +14,10 @@ values are rounded to 16 bits, and the product is an exact sum again.
 Repaired, of the released code: α starts at logits of which a softmax is one-hot (its ones are not);
 n need not be a multiple of m; the best state is kept from the first step on, not from the 200th;
 every group is trained. Deviations: 400 steps (sN; the paper trains 10,000 to 30,000) at a rate that
-falls from 0.07 to 0, from B of a size at which f bends; then every A_e is the least squares solution
-for the rounded f; bases number n/4 (mN), r is what the bytes allow (the paper: r = p, and m decides);
-all three projections have bases, down's turned so that they lie along the model's width (`gu`, as
-published: down stays as it is).
+falls from 0.07 to 0, from B of a size at which f bends; then every A_e is the least squares
+solution for the rounded f; bases number n/4 (mN), r is what the bytes allow (the paper: r = p, and
+m decides); all three projections have bases, down's turned so that they lie along the model's width
+(`gu`, as published: down stays as it is).
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ from moebound.methods.bases.exact import (
     write_scaled,
 )
 from moebound.methods.bases.lowrank import factors
-from moebound.methods.bases.rfid import stacked
 from moebound.methods.bases.shared import (
     GATE_UP_ONLY,
     as_is,
@@ -216,7 +215,7 @@ class _Bases:
 
 def _part(function: int, b: Array, bits: int) -> bytes:
     """b: [m, r, d]. function, bits, extents, u, e, whole numbers."""
-    m, rank, width = b.shape
+    rank = b.shape[1]
     out = bytearray([function, bits])
     for extent in b.shape:
         put_varint(out, extent)
@@ -240,9 +239,7 @@ def _least_squares(target: Array, basis: Array) -> Array:
     return found
 
 
-def fit(
-    target: Array, m: int, rank: int, function: Function, steps: int
-) -> tuple[Array, Array]:
+def fit(target: Array, m: int, rank: int, function: Function, steps: int) -> tuple[Array, Array]:
     """B [m, r, d] float64 and α [n, m], with A free, next to the least mean square error.
 
     target: [n, p, d] float32. The best state that was seen is kept.

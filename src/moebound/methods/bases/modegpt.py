@@ -7,11 +7,11 @@ Nyström, of the second moments C = Σ g² z zᵀ of an expert's hidden values z
     J     the p' channels of the largest ridge leverage, diag C (C + λ I)⁻¹, λ = 1 % of C's mean
     kept  G and U of J, and D C_:J (C_JJ + λ I)⁻¹ in the place of D
 
-Stored: which channels (a bit each, in each matrix), and what is kept in the checkpoint's dtype, or in
-N-bit entropy-coded whole numbers (`qN`). Other channels decode to 0. Deviations: C is shrunk towards
-the layer's, so that experts with few tokens have one; all experts keep the same share (`kN`, or what
-bytes allow), where the paper has a share for each layer by how much it changes its input. Its parts
-for attention are for attention.
+Stored: which channels (a bit each, in each matrix), and what is kept in the checkpoint's dtype, or
+in N-bit entropy-coded whole numbers (`qN`). Other channels decode to 0. Deviations: C is shrunk
+towards the layer's, so that experts with few tokens have one; all experts keep the same share
+(`kN`, or what bytes allow), where the paper has a share for each layer by how much it changes its
+input. Its parts for attention are for attention.
 """
 
 from __future__ import annotations

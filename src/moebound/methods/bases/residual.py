@@ -4,14 +4,15 @@
     W' = cast(Ŵ_base + R')     |R - R'| <= ε (1 - s), and what the sum or the cast moves beyond ε is
                                stored verbatim
 
-R is coded by codec `bound`, or by `calibrated`, which looks at inputs (`residual:calibrated:svd:b1`):
-error feedback on R with the same H, clamped on R. s is that of a few that takes the fewest bytes:
-where ε is near the spacing of the dtype's numbers, a narrower bound on R costs less than verbatim
-weights. Every base decodes to the same bits on every machine (`exact.py`), and so does the sum.
+R is coded by codec `bound`, or by `calibrated`, which looks at inputs
+(`residual:calibrated:svd:b1`): error feedback on R with the same H, clamped on R. s is that of a
+few that takes the fewest bytes: where ε is near the spacing of the dtype's numbers, a narrower
+bound on R costs less than verbatim weights. Every base decodes to the same bits on every machine
+(`exact.py`), and so does the sum.
 
-A base pays if it saves more bits of R than it takes: a base that n experts share, of b bits a weight,
-if ½ log2(1 / (1 - ρ)) n >= b, ρ the share of W² that it explains; a low-rank one of r (O + N) numbers
-of b bits, if ½ log2(1 / (1 - ρ)) O N >= b r (O + N).
+A base pays if it saves more bits of R than it takes: a base that n experts share, of b bits a
+weight, if ½ log2(1 / (1 - ρ)) n >= b, ρ the share of W² that it explains; a low-rank one of r (O +
+N) numbers of b bits, if ½ log2(1 / (1 - ρ)) O N >= b r (O + N).
 
 Weights that are not finite are 0 for the base, and stored verbatim.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -41,9 +43,9 @@ from moebound.methods.base import (
     Scope,
     SharedPayload,
 )
-from moebound.methods.bounded import reference
 from moebound.methods.bases.exact import nothing_left
-from moebound.methods.registry import get_method, method_class, method_ids
+from moebound.methods.bounded import reference
+from moebound.methods.registry import get_method, method_class
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound
 
 BOUND, CALIBRATED = "bound", "calibrated"
@@ -79,14 +81,14 @@ class Residual(Method):
             coder, rest = BOUND, options
         if not rest:
             raise MethodError(
-                f"method 'residual:{options}': expected a method behind it, as in residual:svd:b1 or "
-                "residual:calibrated:svd:b1"
+                f"method 'residual:{options}': expected a method behind it, as in residual:svd:b1 "
+                "or residual:calibrated:svd:b1"
             )
         inner = get_method(rest)
         if inner.takes_bound or inner.edits_router or inner.lossless:
             raise MethodError(
-                f"method 'residual:{options}': {inner.setting!r} keeps a bound or every bit itself, "
-                "or takes experts away; expected a method that only approximates"
+                f"method 'residual:{options}': {inner.setting!r} keeps a bound or every bit "
+                "itself, or takes experts away; expected a method that only approximates"
             )
         return cls(inner.setting, get_method(coder).setting if coder != BOUND else BOUND)
 
@@ -106,11 +108,11 @@ class Residual(Method):
     def versions(self) -> tuple[int, ...]:
         return (self.version, *self._inner.versions, *get_method(self.coder).versions)
 
-    @property
+    @cached_property
     def _inner(self) -> Method:
         return get_method(self.inner)
 
-    @property
+    @cached_property
     def _calibrated(self) -> Method | None:
         return None if self.coder == BOUND else get_method(self.coder)
 
@@ -137,7 +139,9 @@ class Residual(Method):
         name = _name(inner)
         opened = [inner.open_shared(memoryview(part.data)) for part in made.shared]
         matrices = {
-            expert.key: self._expert(expert, group, made.matrices[expert.key], opened, name, threads)
+            expert.key: self._expert(
+                expert, group, made.matrices[expert.key], opened, name, threads
+            )
             for expert in group.experts
         }
         shared = [SharedPayload(name + part.data, part.held_bytes) for part in made.shared]
@@ -309,11 +313,12 @@ def _name(inner: Method) -> bytes:
 
 
 def _take_inner(read: FieldReader) -> type[Method]:
-    """The base's method. Raises CorruptionError, FormatError for one that is newer than here."""
+    """The base's method. Raises CorruptionError, MethodError for one that is unknown here, and
+    FormatError for one that is newer than here."""
     name = bytes(read.take(read.take(1)[0])).decode("ascii", "replace")
     version = read.take(1)[0]
-    if name == Residual.id or name not in method_ids():
-        raise CorruptionError(f"a base of method {name!r:.50}")
+    if name == Residual.id:
+        raise CorruptionError("a residual of a residual")
     inner = method_class(name)
     if version > inner.version:
         raise FormatError(

@@ -1,19 +1,19 @@
-"""ResMoE (Ai et al., 2503.06881): a barycentre of a layer's experts, and sparse differences from it:
-`resmoe_fixed:b5`.
+"""ResMoE (Ai et al., 2503.06881): a barycentre of a layer's experts, and sparse differences from
+it: `resmoe_fixed:b5`.
 
 An expert is p hidden neurons, each a row [gate | up | down] of 3 d weights, and their order says
 nothing. So (section 4)
 
-    B      the rows with the least Σ_e min_T |T W_e - B|²: the free-support Wasserstein barycentre of
-           uniform masses, found by turns: permutations T_e by optimal assignment, B their mean;
+    B      the rows with the least Σ_e min_T |T W_e - B|²: the free-support Wasserstein barycentre
+           of uniform masses, found by turns: permutations T_e by optimal assignment, B their mean;
            it begins with the first expert
     Δ_e    T_e W_e - B, of which the largest |Δ|, of the whole layer, are kept (kN: that share; the
            paper keeps 25 %)
 
 Stored: B, in the checkpoint's dtype (`baseN`: N-bit entropy-coded whole numbers); for each expert
 and projection where Δ is kept (a bit each, or positions if they are fewer bytes) and 16-bit whole
-numbers (fN: N-bit); T_e, a byte or two a neuron, so that weights come back in their own places, which
-the paper leaves out, as the expert computes the same without.
+numbers (fN: N-bit); T_e, a byte or two a neuron, so that weights come back in their own places,
+which the paper leaves out, as the expert computes the same without.
 
 Repaired, of the released code: a row's partner is where its transport plan is largest, so ties give
 rows twice; here it is an assignment. Deviations: at most 8 turns (the paper: 100 of POT's solver,

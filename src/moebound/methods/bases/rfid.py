@@ -16,12 +16,12 @@ to mix, so α is dropped, and f of a free B is any matrix up to scale: what Adam
 of the group's matrices one above the other. Fitted is so: SVD, η in closed form (means of what is
 left in a bucket), SVD of what η leaves, η again.
 
-Stored: for each projection, the bases of all groups as whole numbers; for each expert A_e with steps
-of its own, the number of its group, η_e. Deviations, beside these: K_total is what the bytes allow,
-and what flooring leaves is spent, for all projections together; all three projections have bases, in
-the model's width (`gu`, as published: down stays as it is). `flat` does without statistics: groups
-in the order of the experts, ξ = 1. Randomly drawn buckets take 3 % of what is left with 3 % of the
-numbers, so η pays only where it is cheaper than a rank: compare eta0.
+Stored: for each projection, the bases of all groups as whole numbers; for each expert A_e with
+steps of its own, the number of its group, η_e. Deviations, beside these: K_total is what the bytes
+allow, and what flooring leaves is spent, for all projections together; all three projections have
+bases, in the model's width (`gu`, as published: down stays as it is). `flat` does without
+statistics: groups in the order of the experts, ξ = 1. Randomly drawn buckets take 3 % of what is
+left with 3 % of the numbers, so η pays only where it is cheaper than a rank: compare eta0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy as np
 
 from moebound.checkpoint import Role
 from moebound.codec.fields import FieldReader, put_varint
-from moebound.errors import CorruptionError, MethodError
+from moebound.errors import CorruptionError
 from moebound.methods.base import (
     Encoding,
     ExpertView,
@@ -69,9 +69,9 @@ from moebound.methods.bases.shared import (
     is_turned,
     stays,
     take_as_is,
+    take_head,
     upright,
     write_head,
-    take_head,
 )
 from moebound.methods.one_thread import one_thread
 from moebound.types import Array, ExpertKey

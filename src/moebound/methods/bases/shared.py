@@ -75,7 +75,9 @@ def neurons(expert: ExpertView, role: Role) -> tuple[Array, int]:
     if role == "gate_up":
         fold = TURNS if expert.interleaved else HALVES
         p = len(rows) // 2
-        rows = rows.reshape(p, -1) if fold == TURNS else np.concatenate((rows[:p], rows[p:]), axis=1)
+        rows = (
+            rows.reshape(p, -1) if fold == TURNS else np.concatenate((rows[:p], rows[p:]), axis=1)
+        )
     return rows, int(turned) | fold << 1
 
 

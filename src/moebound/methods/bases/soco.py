@@ -1,9 +1,9 @@
 """After SoCo (Li et al., 2502.15092): which singular components are worth their bytes:
 `soco_lite:b3`.
 
-SoCo writes W' = U (Σ · s) Vᵀ and learns s end to end, in three phases, with a loss that counts size.
-Here the loss is what the layer's matrices put out on the calibration text, Σ tr(E H Eᵀ), E = W - W'.
-As U is orthonormal, that is
+SoCo writes W' = U (Σ · s) Vᵀ and learns s end to end, in three phases, with a loss that counts
+size. Here the loss is what the layer's matrices put out on the calibration text, Σ tr(E H Eᵀ), E =
+W - W'. As U is orthonormal, that is
 
     Σ_k (1 - s_k)² σ_k² v_kᵀ H v_k
 
@@ -12,8 +12,8 @@ so no scale looks at another: s_k is 1 where component k is kept, and those are 
 down, not searched. Each role's gains are shares of what its matrices put out, as errors before and
 behind the activation have no common unit.
 
-Stored: as svd.py. Inspired by the paper, no more: its loss sees the whole model, its s differ from 0
-and 1, and it trains a bias, with a schedule that is not published.
+Stored: as svd.py. Inspired by the paper, no more: its loss sees the whole model, its s differ from
+0 and 1, and it trains a bias, with a schedule that is not published.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 singular values of the layer are kept, byte for byte, whichever matrix they are of.
 
 Stored: a sum of rank-1 matrices in 16-bit (fN: N-bit) whole numbers (`exact.py`), where papers keep
-bfloat16: the same bytes, but for one byte a rank. `LowRank` is what moe_i2.py and soco.py share with
-it: they choose other ranks.
+bfloat16: the same bytes, but for one byte a rank. `LowRank` is what moe_i2.py and soco.py share
+with it: they choose other ranks.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Svd(LowRank):
     id: ClassVar[str] = "svd"
     options: ClassVar[Mapping[str, Option]] = {
         "b": BITS, "r": RANK, "f": FACTORS,
-        "energy": Option("energy", means="the layer's largest singular values, of whichever matrix"),
+        "energy": Option("energy", means="the layer's largest singular values"),
     }  # fmt: skip
     sized_by: ClassVar[tuple[str, ...]] = ("b", "r")
     rank: int = -1
