@@ -62,7 +62,7 @@ class Approximation(Method):
     @classmethod
     def from_options(cls, options: str) -> Self:
         given: dict[str, Any] = {}
-        kinds = {field.name: type(field.default) for field in fields(cls)}
+        kinds = {field.name: type(getattr(cls, field.name)) for field in fields(cls)}
         for token in options.split(":") if options else []:
             found = _TOKEN.fullmatch(token)
             option = cls.options.get(found[1]) if found else None

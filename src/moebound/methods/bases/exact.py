@@ -179,8 +179,8 @@ def write_dense(matrix: Array, bits: int, dtype: DType = "BF16") -> bytes:
     """[rows, cols] float32 -> a byte of bits, then the matrix in `dtype` (16 bits: a byte says
     which) or entropy-coded whole numbers of about so many bits each."""
     if bits == 16:
-        cast = matrix.astype(NUMPY_DTYPES[dtype])
-        return bytes([16, _DENSE_DTYPES.index(dtype)]) + cast.tobytes()
+        cast: bytes = matrix.astype(NUMPY_DTYPES[dtype]).tobytes()
+        return bytes([16, _DENSE_DTYPES.index(dtype)]) + cast
     rms = math.sqrt(float((matrix.astype(np.float64) ** 2).sum()) / max(1, matrix.size))
     step = np.float32(rms * _GAUSSIAN / 2.0**bits)
     if not step > 0:
@@ -207,11 +207,14 @@ def take_dense(read: FieldReader, shape: tuple[int, ...]) -> Array:
         dtype = NUMPY_DTYPES[_DENSE_DTYPES[which]]
         whole = read.take(rows * cols * dtype.itemsize)
         nothing_left(read)
-        return np.frombuffer(whole, dtype).reshape(rows, cols).astype(np.float32)
+        kept: Array = np.frombuffer(whole, dtype).reshape(rows, cols).astype(np.float32)
+        return kept
     step = np.frombuffer(read.take(4), "<f4")[0]
     if not (bits in WIDTHS and math.isfinite(step) and step > 0):
         raise CorruptionError(f"a matrix of {bits} bits, step {step:g}")
-    return uncode(read.take(read.left), (rows, cols)) * step
+    codes: Array = uncode(read.take(read.left), (rows, cols))
+    codes *= step
+    return codes
 
 
 def dense_part(matrix: Array, bits: int, dtype: DType = "BF16") -> SharedPayload:
@@ -272,10 +275,12 @@ def apply(function: Function, x: Array) -> Array:
     """tanh or SiLU of float64, the same bits on every machine."""
     if function == "tanh":
         e = _exp_of_minus(2 * np.abs(x))
-        return np.copysign((1 - e) / (1 + e), x)
+        found: Array = np.copysign((1 - e) / (1 + e), x)
+        return found
     e = _exp_of_minus(np.abs(x))
     share = 1 / (1 + e)
-    return x * np.where(x >= 0, share, e * share)
+    gated: Array = x * np.where(x >= 0, share, e * share)
+    return gated
 
 
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10

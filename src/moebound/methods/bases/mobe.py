@@ -292,7 +292,7 @@ def _trained(
         loss = 0.0
         for span in spans:
             part = ((a[span] @ values(span) - target[span]) ** 2).sum() / target.numel()
-            part.backward()
+            part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
         if loss < best:
             best, kept = loss, (b.detach().clone(), logs.detach().clone())

@@ -171,7 +171,7 @@ class ResMoe(Approximation):
     @classmethod
     def open_shared(cls, payload: memoryview) -> Any:
         read = FieldReader(payload, 0)
-        if payload[:1] != b"\0":
+        if bytes(payload[:1]) != b"\0":
             return open_dense(payload)
         read.take(1)
         wide = read.take(1)[0]
