@@ -6,14 +6,14 @@ Q has groups of 64 weights (gN) with a float16 scale and zero point each, intege
 and HQQ's zero points (Badri and Shaji, 2023): E = shrink(W - Q, |·|^0.7, β), z = mean(q - (W - E)
 s), β from 10 by 1.01, at most 20 steps, until mean |W - Q| rises. No data.
 
-Stored: Q, as method `hqq` writes it; U V as a product of 8-bit whole numbers (fN) (`exact.py`).
+Stored: Q, as method `hqq` writes it; U V as a product of 4-bit whole numbers (fN) (`exact.py`).
 Repaired, of the released code: its compensator's scale is the largest number of a group, not the
 largest magnitude, which destroys groups of small or negative ones; the best turn is kept, with the
-rounded U V, where it keeps the last. Deviations: compensators of 8 bits with steps by rank, where
-the paper has 3 with groups of 64: which is better at equal bytes, fN says; 3 turns (iN; the paper
-10). Ranks are equal, or by tokens (`freq`: r_e = cnt share · r · n); with bN the widest integers
-that leave a 32nd of the bytes or more are taken, and the rest goes to ranks. No ranks by kurtosis:
-they are for a model whose attention is compressed as well.
+rounded U V, where it keeps the last. Deviations: compensators of 4 bits with a step a rank, where
+the paper has 3 and a step for each 64; 3 turns (iN; the paper 10). Ranks are equal, or by tokens
+(`freq`: r_e = cnt share · r · n); with bN the widest integers that leave a 32nd of the bytes or
+more are taken, and the rest goes to ranks. No ranks by kurtosis: they are for a model whose
+attention is compressed as well.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Milo(Approximation):
         "freq": Option("by_tokens", means="ranks by tokens"),
     }  # fmt: skip
     sized_by: ClassVar[tuple[str, ...]] = ("b", "r")
-    factors: int = 8
+    factors: int = 4
     rank: int = -1
     width: int = 0
     group: int = 64
