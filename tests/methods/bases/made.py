@@ -45,9 +45,9 @@ def measured(
     return {
         "inputs": {key: moments(d, rng) for key in keys},
         "hidden": {key: moments(p, rng) for key in keys},
-        "tokens": {key: np.float64(40 + 100 * key.expert**2) for key in keys},
+        "tokens": {key: np.asarray(40.0 + 100 * key.expert**2) for key in keys},
         "outputs": {key: np.abs(rng.standard_normal((2, d))) * (1 + key.expert) for key in keys},
-    }  # type: ignore[dict-item]
+    }
 
 
 def moments(n: int, rng: np.random.Generator) -> Array:

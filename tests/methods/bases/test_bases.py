@@ -308,7 +308,7 @@ def test_damaged_payloads_are_refused_or_decode(setting: str) -> None:
     cls = method_class(setting.split(":")[0])
     payloads = [bytes(parse_shared(part).payload) for part in artifact.shared]
     for role in ("gate", "down"):
-        matrix = artifact.experts[ExpertKey(3, 0)][role]  # type: ignore[index]
+        matrix = artifact.experts[ExpertKey(3, 0)][role]
         blob = parse_matrix(matrix.data)
         spec = MatrixSpec(blob.shape, "BF16")
         for _ in range(300):

@@ -319,15 +319,15 @@ def test_modegpt_makes_up_for_channels() -> None:
     hidden = (torch.nn.functional.silu(z) * torch.from_numpy(x @ up.T)).numpy()
     key = ExpertKey(0, 0)
     view = ExpertView(key, {r: m.astype(np.float32) for r, m in weights.items()})  # type: ignore[misc]
-    statistics = {"hidden": {key: hidden.T @ hidden}, "tokens": {key: np.float64(2000)}}
-    group = GroupView((view,), statistics)  # type: ignore[arg-type]
+    statistics = {"hidden": {key: hidden.T @ hidden}, "tokens": {key: np.asarray(2000.0)}}
+    group = GroupView((view,), statistics)
     want = swiglu(x, view.matrices)
 
     def error(weights: Any) -> float:
         return float(np.linalg.norm(swiglu(x, weights) - want) / np.linalg.norm(want))
 
     found = made("modegpt_re:k0.5", group).weights(key)
-    cut = dict(found, down=np.where(found["down"] != 0, view.matrices["down"], 0))
+    cut = {**found, "down": np.where(found["down"] != 0, view.matrices["down"], 0)}
     assert error(found) < 0.1
     assert error(cut) > 0.3
 

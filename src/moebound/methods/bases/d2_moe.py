@@ -56,7 +56,7 @@ from moebound.types import Array, ExpertKey
 
 BASE = Option("base", 2, 16, "bits of a weight of the base, 2 to 8 or 16")
 PLAIN = Option("plain", means="without statistics")
-_HEAD = 8
+_HEAD = 7
 
 
 @dataclass(frozen=True)

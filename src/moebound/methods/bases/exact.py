@@ -188,7 +188,8 @@ def write_dense(matrix: Array, bits: int, dtype: DType = "BF16") -> bytes:
     codes = np.rint(matrix / step)
     if not np.abs(codes).max(initial=0) <= _LARGEST:
         raise MethodError(f"weights {np.abs(codes).max() * 1.0:g} steps from 0, of {bits} bits")
-    return bytes([bits]) + step.astype("<f4").tobytes() + code(codes, _HALF)
+    head: bytes = bytes([bits]) + step.astype("<f4").tobytes()
+    return head + code(codes, _HALF)
 
 
 def dense_bytes(shape: tuple[int, ...], bits: int) -> float:

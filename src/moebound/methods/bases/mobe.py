@@ -72,7 +72,7 @@ from moebound.types import Array, ExpertKey
 
 _FUNCTIONS: tuple[Function, ...] = ("tanh", "silu")
 _ALPHA = 32767
-_HEAD = 12
+_HEAD = 8
 _OWN_SHARE = 0.95
 """Of α at the start: what the expert's own basis has."""
 _SCALE = 0.7
@@ -124,37 +124,51 @@ class Mobe(Approximation):
                 for expert in group.experts:
                     matrices[expert.key][role] = Payload(as_is(expert, role), uses=(at,))
                 continue
+            each = chosen[role]
             target = np.stack([upright(e, role) for e in group.experts]).astype(np.float32)
-            b, alpha = fit(target, m, chosen[role], function, self.steps)
+            b, alpha = fit(target, m, max(each), function, self.steps)
             part = _part(_FUNCTIONS.index(function), b, self.factors)
             parts.append(SharedPayload(part, held_bytes=2 * b.size))
             opened = self.open_shared(memoryview(part))
             for e, expert in enumerate(group.experts):
                 whole = np.rint(alpha[e] * _ALPHA).astype(np.int64)
                 mixed = opened.mixture(whole)
-                left = _least_squares(target[e].astype(np.float64), mixed.codes)
+                basis = mixed.codes[: each[e]]
+                left = _least_squares(target[e].astype(np.float64), basis)
                 out = bytearray([1, int(is_turned(expert, role)), self.factors])
                 out += pack_signed(whole, 16)
+                put_varint(out, each[e])
                 out += write_scaled(left, self.factors)
                 matrices[expert.key][role] = Payload(bytes(out), uses=(at,))
         return Encoding(matrices, parts)
 
-    def _ranks(self, group: GroupView, roles: list[Role], m: int) -> dict[Role, int]:
-        sizes = {role: one_shape(group, role) for role in roles}
-        first = group.experts[0]
-        sizes = {role: upright(first, role).shape for role in sizes}
-        caps = [min(d, len(group.experts) * p) for p, d in sizes.values()]
+    def _ranks(self, group: GroupView, roles: list[Role], m: int) -> dict[Role, list[int]]:
+        """r of each projection and expert. Where bytes are left for one more row of the bases, but
+        not for all experts to use it, the first ones do."""
+        n, sizes = len(group.experts), []
+        for role in roles:
+            one_shape(group, role)
+            sizes.append(upright(group.experts[0], role).shape)
+        caps = [min(d, n * p) for p, d in sizes]
         if not self.bits:
-            return {role: min(self.rank, cap) for role, cap in zip(sizes, caps, strict=True)}
-        n = len(group.experts)
-        costs = [self.factors * (n * p + m * d) / 8 + n + 1 for p, d in sizes.values()]
+            return {r: [min(self.rank, cap)] * n for r, cap in zip(roles, caps, strict=True)}
+        rows = [self.factors * m * d / 8 + 1 for _, d in sizes]
+        columns = [self.factors * p / 8 + 1 for p, _ in sizes]
+        costs = [row + n * column for row, column in zip(rows, columns, strict=True)]
         fixed = sum(len(as_is(e, r)) for e in group.experts for r in e.matrices if r not in roles)
-        fixed += len(roles) * (n * (2 * m + _HEAD) + _HEAD)
+        fixed += len(roles) * (n * (2 * m + _HEAD) + 12)
         room = self.room(group, uses=1, parts=len(roles_of(group)))
         self.refuse_small(group, room, fixed, "what stays as it is takes more")
         found = ranks([1.0] * len(costs), caps, costs, room - fixed)
-        self.refuse_large(group, room - fixed - float(np.dot(found, costs)), max(costs))
-        return dict(zip(sizes, found, strict=True))
+        left = room - fixed - float(np.dot(found, costs))
+        self.refuse_large(group, left, max(costs))
+        chosen = {role: [rank] * n for role, rank in zip(roles, found, strict=True)}
+        for role, cap, row, column in zip(roles, caps, rows, columns, strict=True):
+            more = min(n, int((left - row) // column))
+            if more > 0 and chosen[role][0] < cap:
+                chosen[role][:more] = [chosen[role][0] + 1] * more
+                left -= row + more * column
+        return chosen
 
     @classmethod
     def open_shared(cls, payload: memoryview) -> Any:
@@ -175,9 +189,12 @@ class Mobe(Approximation):
         if width != cols:
             raise CorruptionError(f"bases of width {width}, expected {cols}")
         alpha = take_signed(read, (m,), 16).astype(np.int64)
-        unit, left = take_scaled(read, rows, rank, bits)
+        own = read.varint()
+        if own > rank:
+            raise CorruptionError(f"rank {own} of bases of rank {rank}")
+        unit, left = take_scaled(read, rows, own, bits)
         nothing_left(read)
-        weights = ((left @ bases.mixture(alpha).codes) * unit).astype(np.float32)
+        weights = ((left @ bases.mixture(alpha).codes[:own]) * unit).astype(np.float32)
         return np.ascontiguousarray(weights.T) if turned else weights
 
 

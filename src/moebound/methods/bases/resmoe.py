@@ -68,7 +68,7 @@ from moebound.methods.one_thread import one_thread
 from moebound.types import Array, ExpertKey
 
 TURNS = 8
-_HEAD = 16
+_HEAD = 11
 _BINS = 1 << 15
 
 

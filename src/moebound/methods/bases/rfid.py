@@ -77,7 +77,8 @@ from moebound.methods.one_thread import one_thread
 from moebound.types import Array, ExpertKey
 
 _SEED = 0x9E3779B97F4A7C15
-_HEAD = 20
+_HEAD = 9
+_ETA_HEAD = 6
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ class Rfid(Approximation):
                 scores.append(score)
                 caps.append(min(len(some) * p, d))
                 costs.append(self.factors * (len(some) * p + d) / 8 + len(some))
-                fixed += len(some) * (_HEAD + signed_bytes(n_eta, self.factors)) + 4
+                head = _HEAD + _ETA_HEAD * bool(n_eta)
+                fixed += len(some) * (head + signed_bytes(n_eta, self.factors)) + 4
         parts = len(roles_of(group))
         room = self.room(group, uses=1, parts=parts) - 12 * parts
         what = "the residual and what stays take more" if self.eta else "frames alone take more"

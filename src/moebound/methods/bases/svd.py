@@ -37,7 +37,7 @@ from moebound.methods.one_thread import one_thread
 from moebound.methods.router_edit import RouterEdit
 from moebound.types import Array, ExpertKey
 
-_HEAD = 8
+_HEAD = 7
 """Bytes of a payload beside what grows with the rank."""
 Place = tuple[ExpertKey, Role]
 
