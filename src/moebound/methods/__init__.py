@@ -10,6 +10,7 @@ blob.py      the bytes around a payload; reading.py takes them apart again
 registry.py  methods by id, those of other packages included
 bounded.py   a bound on every weight, by any codec
 rtn.py, hqq.py   quantizers of groups
+bases/       low rank, shared bases, a base and what is left of it
 """
 
 from moebound.methods.artifact import Artifact, MatrixArtifact, compress, compress_expert, weakest

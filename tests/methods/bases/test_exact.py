@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from fractions import Fraction
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ from hypothesis import strategies as st
 
 from moebound.codec.fields import FieldReader
 from moebound.errors import CorruptionError, MethodError
+from moebound.methods import compress, get_method
 from moebound.methods.bases.assignment import assign
 from moebound.methods.bases.exact import (
     WIDTHS,
@@ -27,6 +34,10 @@ from moebound.methods.bases.exact import (
     write_dense,
     write_product,
 )
+from moebound.methods.reading import OpenPart, Stored
+from moebound.types import ErrorBound, ExpertKey
+
+from .made import layer
 
 
 def read(data: bytes) -> FieldReader:
@@ -199,3 +210,56 @@ def test_a_large_assignment_is_the_one_that_was_hidden(n: int) -> None:
     others = np.empty_like(rows)
     others[order] = rows + 0.02 * rng.standard_normal(rows.shape)
     assert np.array_equal(assign(-rows @ others.T), order)
+
+
+# What was written stays readable
+
+FIXTURE = Path(__file__).parent / "fixtures" / "payloads-1.json"
+SETTINGS = [
+    "svd:r3", "svd:r3:f6", "moe_i2_re:r3", "soco_lite:b9:f8", "d2_moe_fixed:r2:base5",
+    "rfid_re:b14",
+    "mobe_fixed:r4:s2:f8", "mobe_fixed:r4:s2:silu", "resmoe_fixed:k0.2", "milo_fixed:r2:int3:f4",
+    "modegpt_re:k0.5:q4", "residual:d2_moe_fixed:r2:f8", "residual:calibrated:svd:r1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_bytes_of_version_1_decode_to_the_same_bits(setting: str) -> None:
+    """Written on one machine, once; decoded on any to the weights that it had, bit for bit."""
+    stored = json.loads(FIXTURE.read_text(encoding="utf-8"))[setting]
+    parts = [OpenPart.of(bytes.fromhex(part), 0, i) for i, part in enumerate(stored["parts"])]
+    for role, one in stored["matrices"].items():
+        found = Stored.of(bytes.fromhex(one["data"])).decode(lambda _, i: parts[i])
+        assert hashlib.sha256(found.tobytes()).hexdigest() == one["sha256"], role
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["Prescott", "Nehalem"])
+def test_other_machines_products(kernels: str) -> None:
+    """The same bits with the matrix products of older processors, where NumPy has OpenBLAS's."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "version_1 or no_order"]
+    env = {**os.environ, "OPENBLAS_CORETYPE": kernels, "OPENBLAS_NUM_THREADS": "2"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def write_fixture() -> None:
+    """How it was made. It is never written again."""
+    found = {}
+    for setting in SETTINGS:
+        bound = ErrorBound(0.3, "rate") if setting.startswith("residual") else None
+        artifact = compress(get_method(setting), layer(3, 6, 10, bound=bound))
+        matrices = artifact.experts[ExpertKey(3, 1)]
+        found[setting] = {
+            "parts": [part.hex() for part in artifact.shared],
+            "matrices": {
+                role: {
+                    "data": m.data.hex(),
+                    "sha256": hashlib.sha256(m.decoded.tobytes()).hexdigest(),
+                }
+                for role, m in matrices.items()
+            },
+        }
+    FIXTURE.parent.mkdir(exist_ok=True)
+    FIXTURE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -183,6 +183,15 @@ def test_mobe_of_gaussian_weights() -> None:
     assert fitted < 0.40
 
 
+def test_a_fit_that_diverges_keeps_its_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = gaussian(4, 16, 24)
+    start = relative_error(group, made("mobe_fixed:r8:m2:s0", group))
+    for rate in (50.0, 1e30):
+        monkeypatch.setattr("moebound.methods.bases.mobe.RATE", rate)
+        found = relative_error(group, made("mobe_fixed:r8:m2:s20", group))
+        assert found <= start + 1e-6
+
+
 def test_a_random_residual_has_the_energy_of_its_share() -> None:
     """One-hot columns of norm 1: d / D of what has no structure, 3 % at 3 %."""
     rng = np.random.default_rng(0)
