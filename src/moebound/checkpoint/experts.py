@@ -26,7 +26,8 @@ class ExpertMatrix:
 
     name: of the tensor in the checkpoint. index: which leading slice of it, or None for all of it.
     shape: of the matrix, 2-D. source: where the (whole) tensor's bytes are. transposed: whether it
-    is [in, out] rather than [out, in]; None where only the shape tells (`Layout`).
+    is [in, out] rather than [out, in]; None where only the shape tells. interleaved: gate and up,
+    in one, take turns (`Layout`).
     """
 
     name: str
@@ -36,6 +37,7 @@ class ExpertMatrix:
     source: TensorInfo
     index: int | None = None
     transposed: bool | None = False
+    interleaved: bool = False
 
     @property
     def size(self) -> int:
@@ -138,9 +140,10 @@ def _matrices(
             f"expected {2 + sliced} dimensions"
         )
     shape, turned = cast(tuple[int, int], tensor.shape[-2:]), match.layout.transposed
+    mixed = match.layout.interleaved and match.role == "gate_up"
     if not sliced:
         key = ExpertKey(match.layer, match.expert or 0, shared)
-        yield ExpertMatrix(tensor.name, match.role, dtype, shape, tensor, None, turned), key
+        yield ExpertMatrix(tensor.name, match.role, dtype, shape, tensor, None, turned, mixed), key
         return
     if tensor.shape[0] > MAX_EXPERTS:
         raise CheckpointError(
@@ -149,7 +152,7 @@ def _matrices(
         )
     for index in range(tensor.shape[0]):
         key = ExpertKey(match.layer, index, shared)
-        yield ExpertMatrix(tensor.name, match.role, dtype, shape, tensor, index, turned), key
+        yield ExpertMatrix(tensor.name, match.role, dtype, shape, tensor, index, turned, mixed), key
 
 
 def _missing_roles(key: ExpertKey, by_role: Mapping[Role, ExpertMatrix], family: Family) -> str:

@@ -12,6 +12,7 @@ bounded.py   a bound on every weight, by any codec
 calibrated.py   a bound on every weight, rounded by what experts see: shrinkage.py (H), geometry.py
              (steps), feedback.py (errors handed on), outputs.py (what is certified)
 rtn.py, hqq.py   quantizers of groups
+bases/       low rank, shared bases, a base and what is left of it
 """
 
 from moebound.methods.artifact import Artifact, compress, compress_expert, weakest

@@ -37,12 +37,14 @@ class ExpertView:
     """One expert. matrices: by role, [rows, cols], C-contiguous, BF16, F16 or F32, as the
     checkpoint has them ("gate_up" where it keeps both in one). bounds: of each, None where none
     was given; one of scope "expert" is relative to all of them together. transposed: roles that the
-    checkpoint has as [in, out]; the others are [out, in]."""
+    checkpoint has as [in, out]; the others are [out, in]. interleaved: whether gate and up, where
+    they are in one matrix, take turns; else all of gate comes first."""
 
     key: ExpertKey
     matrices: Mapping[Role, Array]
     bounds: Mapping[Role, ErrorBound] | None = None
     transposed: frozenset[Role] = frozenset()
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)

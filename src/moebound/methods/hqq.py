@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
-from moebound.codec.fields import FieldReader
 from moebound.errors import MethodError
 from moebound.extras import need
 from moebound.methods.base import MatrixSpec
-from moebound.methods.rtn import Grouped, Head
+from moebound.methods.rtn import Grouped, take_groups
 from moebound.types import Array
 
 
@@ -47,9 +45,4 @@ class Hqq(Grouped):
 
     @classmethod
     def decode(cls, payload: memoryview, spec: MatrixSpec, shared: Sequence[Any]) -> Array:
-        read = FieldReader(payload, 0)
-        head = Head.read(read, spec)
-        scale, zero = (
-            np.frombuffer(read.take(2 * head.n_groups), "<f2").astype(np.float32) for _ in range(2)
-        )
-        return head.weights(read, spec, zero, scale)
+        return take_groups(payload, spec)

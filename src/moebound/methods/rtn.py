@@ -181,3 +181,13 @@ class Rtn(Grouped):
         zeros = read.take(packed_bytes(head.n_groups, head.bits))
         zero = unpack(zeros, head.n_groups, head.bits).astype(np.float32)
         return head.weights(read, spec, zero, np.where(scale > 0, scale, np.float32(1)))
+
+
+def take_groups(payload: memoryview, spec: MatrixSpec) -> Array:
+    """Integers of groups with a float16 scale and zero point each: (q - z) · s, float32."""
+    read = FieldReader(payload, 0)
+    head = Head.read(read, spec)
+    scale, zero = (
+        np.frombuffer(read.take(2 * head.n_groups), "<f2").astype(np.float32) for _ in range(2)
+    )
+    return head.weights(read, spec, zero, scale)

@@ -97,6 +97,7 @@ class Recipe:
                 {m.role: checkpoint.read(m) for m in expert.matrices},
                 self.bounds(expert),
                 frozenset(m.role for m in expert.matrices if m.transposed),
+                any(m.interleaved for m in expert.matrices),
             )
             for expert in experts
         )

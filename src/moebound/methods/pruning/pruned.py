@@ -12,6 +12,7 @@ The router's weights of the kept experts are as if only they had been there: the
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 
 from moebound.methods.base import GroupView
 from moebound.methods.keeping import Keeping, best, numbers, routing_of, some
