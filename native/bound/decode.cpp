@@ -76,15 +76,21 @@ void fill_values(const ArrayInfo& info, const Layout& layout, DecodeSetup& setup
     return;
   }
   if (layout.scaled) {
-    setup.scaled = true;
-    setup.by_row = layout.steps.by_row;
-    setup.first_bin = int32_t(int64_t(layout.symbol_low) << layout.low_bits);
     setup.steps = steps_of(layout, info.bound);
-    if (!setup.by_row) setup.steps.resize(layout.groups_per_row() * kGroup);
-    return;
+    const std::vector<uint8_t>& levels = layout.steps.levels;
+    if (std::all_of(levels.begin(), levels.end(), [&](uint8_t level) { return level == levels[0]; })) {
+      setup.values32 = multiples(layout, setup.steps[0], info.output);  // a table, as of any grid
+    } else {
+      setup.scaled = true;
+      setup.by_row = layout.steps.by_row;
+      setup.first_bin = first_bin(layout);
+      if (!setup.by_row) setup.steps.resize(layout.groups_per_row() * kGroup);
+      return;
+    }
+  } else {
+    const Grid grid = grid_of(info, layout);
+    setup.values32 = bin_values(layout, grid, info.output == DType::kF32 ? F32::kSign : BF16::kSign);
   }
-  const Grid grid = grid_of(info, layout);
-  setup.values32 = bin_values(layout, grid, info.output == DType::kF32 ? F32::kSign : BF16::kSign);
   if (info.output == DType::kF32) return;
   setup.values16.assign(setup.values32.begin(), setup.values32.end());
   setup.values16.resize(std::max(setup.values16.size(), kMostPermuted));  // whole registers

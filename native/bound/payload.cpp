@@ -20,6 +20,18 @@ std::vector<uint32_t> bin_values(const Layout& layout, const Grid& grid, uint32_
   return values;
 }
 
+std::vector<uint32_t> multiples(const Layout& layout, float step, DType output) {
+  std::vector<uint32_t> values(size_t(layout.n_symbols) << layout.low_bits);
+  with_dtype(output, [&](auto t) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      values[i] = pattern_of<decltype(t)>(float(first_bin(layout) + int32_t(i)) * step);
+    }
+  });
+  return values;
+}
+
+int32_t first_bin(const Layout& layout) { return int32_t(int64_t(layout.symbol_low) << layout.low_bits); }
+
 namespace {
 
 int64_t furthest_bin(const Layout& layout) {

@@ -17,6 +17,12 @@ std::vector<uint32_t> bin_values(const Layout& layout, const Grid& grid, uint32_
 // that no encoder uses.
 Grid grid_of(const ArrayInfo& info, const Layout& layout);
 
+// The same where every bin is so many times one step.
+std::vector<uint32_t> multiples(const Layout& layout, float step, DType output);
+
+// The bin of symbol 0 with low bits of 0.
+int32_t first_bin(const Layout& layout);
+
 // Throws Corrupt if the layout names a bin that no encoder uses.
 void check_bins(const Layout& layout);
 

@@ -1,4 +1,5 @@
-// 32 lanes in four vectors of eight. Compiled for AVX2; called only where the CPU has it.
+// 32 lanes in four vectors of eight, of up to two segments in lock step. Compiled for AVX2; called only
+// where the CPU has it.
 //
 // Table look-ups are eight scalar loads, not vpgatherdd: as quick on Intel, and a third quicker on
 // AMD's Zen, where the gather is microcode. Values come from byte shuffles while there are at most
@@ -8,7 +9,7 @@
 #include <algorithm>
 
 #include "base/bytes.h"
-#include "bound/rans/rows.h"
+#include "bound/rans/streams.h"
 
 namespace moebound {
 namespace {
@@ -80,45 +81,61 @@ __attribute__((always_inline)) inline void advance(__m256i& x, __m256i entry, __
   word += 2 * size_t(_mm_popcnt_u32(mask));
 }
 
-// The low bytes of four entry vectors as 32 bytes in the order of `packed_order`.
+// The low bytes of four entry vectors, in order.
 __attribute__((always_inline)) inline __m256i pack_symbols(const __m256i (&entry)[4]) {
   const __m256i byte = _mm256_set1_epi32(0xFF);
   const __m256i a = _mm256_packus_epi32(_mm256_and_si256(entry[0], byte), _mm256_and_si256(entry[1], byte));
   const __m256i b = _mm256_packus_epi32(_mm256_and_si256(entry[2], byte), _mm256_and_si256(entry[3], byte));
-  return _mm256_packus_epi16(a, b);  // dwords: 0a 1a 2a 3a | 0b 1b 2b 3b
+  const __m256i both = _mm256_packus_epi16(a, b);  // dwords: 0a 1a 2a 3a | 0b 1b 2b 3b
+  return _mm256_permutevar8x32_epi32(both, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+// Writes 32 values a turn with store(symbols, planes, group, out), symbols being bytes, those of a ragged
+// end by way of a buffer.
+template <class Value, class Store>
+__attribute__((always_inline)) inline void emit_groups(const DecodeSetup& setup, const uint16_t* symbols,
+                                                       const uint8_t* planes, size_t n, uint8_t* bytes,
+                                                       const Store& store) {
+  const auto* symbol = reinterpret_cast<const uint8_t*>(symbols);
+  const size_t plane_bytes = 4 * size_t(setup.layout->low_bits);
+  auto* out = reinterpret_cast<Value*>(bytes);
+  for (size_t i = 0; i < n; i += kLanes, planes += plane_bytes) {
+    Value ragged[kLanes];
+    const bool full = i + kLanes <= n;
+    store(symbol + i, planes, i, full ? out + i : ragged);
+    if (!full) std::copy_n(ragged, n - i, out + i);
+  }
+}
+
+__attribute__((always_inline)) inline __m256i load32(const uint8_t* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }
 
 // Emits 16-bit values by shuffles: block b of the tables serves symbols 16b .. 16b + 15.
 template <size_t kBlocks>
-struct ShuffleEmit {
-  using Out = uint16_t;
-  static constexpr bool kScaled = false;
-  const uint8_t *low, *high;
-
-  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t*, const float*,
-                                                 uint16_t* out) const {
-    const __m256i symbols = pack_symbols(entry);
+void emit_by_shuffles(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float*, size_t n,
+                      uint8_t* out) {
+  const uint8_t *const low = setup.shuffle_low.data(), *const high = setup.shuffle_high.data();
+  emit_groups<uint16_t>(setup, symbols, planes, n, out, [&](const uint8_t* symbol, const uint8_t*, size_t, uint16_t* to)
+                                                            __attribute__((always_inline)) {
+    const __m256i some = load32(symbol);
     __m256i lows = _mm256_setzero_si256(), highs = lows;
     __m256i block_start = lows;
 #pragma GCC unroll 8
     for (size_t b = 0; b < kBlocks; ++b) {
       // In this block: index 0x70 .. 0x7F, a shuffle by its low nibble. Outside: high bit, zero.
-      const __m256i index =
-          _mm256_adds_epu8(_mm256_sub_epi8(symbols, block_start), _mm256_set1_epi8(0x70));
-      const auto table = [&](const uint8_t* t) {
-        return _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(t + 32 * b)), index);
-      };
-      lows = _mm256_or_si256(lows, table(low));
-      highs = _mm256_or_si256(highs, table(high));
+      const __m256i index = _mm256_adds_epu8(_mm256_sub_epi8(some, block_start), _mm256_set1_epi8(0x70));
+      lows = _mm256_or_si256(lows, _mm256_shuffle_epi8(load32(low + 32 * b), index));
+      highs = _mm256_or_si256(highs, _mm256_shuffle_epi8(load32(high + 32 * b), index));
       block_start = _mm256_add_epi8(block_start, _mm256_set1_epi8(16));
     }
-    const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
-    lows = _mm256_permutevar8x32_epi32(lows, order);
-    highs = _mm256_permutevar8x32_epi32(highs, order);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi8(lows, highs));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_unpackhi_epi8(lows, highs));
-  }
-};
+    // Quarters 0 2 1 3: so that unpacking within halves gives them in order.
+    lows = _mm256_permute4x64_epi64(lows, 0xD8);
+    highs = _mm256_permute4x64_epi64(highs, 0xD8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_unpacklo_epi8(lows, highs));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), _mm256_unpackhi_epi8(lows, highs));
+  });
+}
 
 // Bit i of a plane as byte i: all ones where it is set.
 __attribute__((always_inline)) inline __m256i spread_bits(uint32_t plane) {
@@ -141,153 +158,188 @@ __attribute__((always_inline)) inline __m256i low_bytes(const uint8_t* planes, u
 
 // Emits values of any width by look-ups, with low bits from planes if there are any.
 template <class Value>
-struct LookUpEmit {
-  using Out = Value;
-  static constexpr bool kScaled = false;
+void emit_by_look_ups(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float*, size_t n,
+                      uint8_t* out) {
+  const uint32_t low_bits = setup.layout->low_bits;
   const Value* values;
-  uint32_t low_bits;
-
-  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t* planes, const float*,
-                                                 Value* out) const {
-    const __m256i symbols = _mm256_permutevar8x32_epi32(pack_symbols(entry), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    const __m256i low = low_bytes(planes, low_bits);
-    const auto bins = [&](__m128i symbol, __m128i low_part) {
-      return _mm256_or_si256(_mm256_slli_epi16(_mm256_cvtepu8_epi16(symbol), int(low_bits)),
+  if constexpr (sizeof(Value) == 4) values = setup.values32.data();
+  else values = setup.values16.data();
+  emit_groups<Value>(setup, symbols, planes, n, out, [&](const uint8_t* symbol, const uint8_t* plane, size_t, Value* to)
+                                                         __attribute__((always_inline)) {
+    const __m256i some = load32(symbol), low = low_bytes(plane, low_bits);
+    const auto bins = [&](__m128i high_part, __m128i low_part) {
+      return _mm256_or_si256(_mm256_slli_epi16(_mm256_cvtepu8_epi16(high_part), int(low_bits)),
                              _mm256_cvtepu8_epi16(low_part));
     };
     alignas(32) uint16_t bin[kLanes];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(bin),
-                       bins(_mm256_castsi256_si128(symbols), _mm256_castsi256_si128(low)));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bin), bins(_mm256_castsi256_si128(some), _mm256_castsi256_si128(low)));
     _mm256_store_si256(reinterpret_cast<__m256i*>(bin + 16),
-                       bins(_mm256_extracti128_si256(symbols, 1), _mm256_extracti128_si256(low, 1)));
+                       bins(_mm256_extracti128_si256(some, 1), _mm256_extracti128_si256(low, 1)));
 #pragma GCC unroll 32
-    for (size_t i = 0; i < kLanes; ++i) out[i] = values[bin[i]];
-  }
-};
+    for (size_t i = 0; i < kLanes; ++i) to[i] = values[bin[i]];
+  });
+}
 
-// Emits bins times steps. Symbols are the lowest bytes of entries, where they are needed.
-template <class T, bool kLow>
-struct ScaledEmit {
-  using Out = typename T::Bits;
-  static constexpr bool kScaled = true;
-  int32_t first_bin;
-  uint32_t low_bits;
+// A float's bits as a bfloat16 in the upper half, rounded to even; below it is anything.
+__attribute__((always_inline)) inline __m256i rounded(__m256 value) {
+  const __m256i bits = _mm256_castps_si256(value);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+}
 
-  __attribute__((always_inline)) void operator()(const __m256i (&entry)[4], const uint8_t* planes, const float* steps,
-                                                 Out* out) const {
+// Emits bins times steps.
+template <class T, bool kLow, bool kByRow>
+void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float* steps, size_t n,
+                 uint8_t* out) {
+  using Value = typename T::Bits;
+  const uint32_t low_bits = setup.layout->low_bits;
+  const __m256i first_bin = _mm256_set1_epi32(setup.first_bin);
+  const __m256 of_row = _mm256_set1_ps(*steps);
+  emit_groups<Value>(setup, symbols, planes, n, out, [&](const uint8_t* symbol, const uint8_t* plane, size_t i, Value* to)
+                                                         __attribute__((always_inline)) {
+    const auto eight = [](const uint8_t* from) __attribute__((always_inline)) {
+      return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    };
     alignas(32) [[maybe_unused]] uint8_t low[kLanes];
-    if constexpr (kLow) _mm256_store_si256(reinterpret_cast<__m256i*>(low), low_bytes(planes, low_bits));
+    if constexpr (kLow) _mm256_store_si256(reinterpret_cast<__m256i*>(low), low_bytes(plane, low_bits));
     __m256 value[4];
 #pragma GCC unroll 4
     for (size_t v = 0; v < 4; ++v) {
-      __m256i bin = _mm256_and_si256(entry[v], _mm256_set1_epi32(0xFF));
+      __m256i bin = eight(symbol + 8 * v);
       if constexpr (kLow) {
-        const __m256i below = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(low + 8 * v)));
-        bin = _mm256_or_si256(_mm256_sll_epi32(bin, _mm_cvtsi32_si128(int(low_bits))), below);
+        bin = _mm256_or_si256(_mm256_sll_epi32(bin, _mm_cvtsi32_si128(int(low_bits))), eight(low + 8 * v));
       }
-      bin = _mm256_add_epi32(bin, _mm256_set1_epi32(first_bin));
-      value[v] = _mm256_mul_ps(_mm256_cvtepi32_ps(bin), _mm256_loadu_ps(steps + 8 * v));
+      bin = _mm256_add_epi32(bin, first_bin);
+      value[v] = _mm256_mul_ps(_mm256_cvtepi32_ps(bin), kByRow ? of_row : _mm256_loadu_ps(steps + i + 8 * v));
     }
     if constexpr (T::kDType == DType::kF32) {
-      for (size_t v = 0; v < 4; ++v) _mm256_storeu_ps(reinterpret_cast<float*>(out + 8 * v), value[v]);
+      for (size_t v = 0; v < 4; ++v) _mm256_storeu_ps(reinterpret_cast<float*>(to + 8 * v), value[v]);
     } else if constexpr (T::kDType == DType::kF16) {
       for (size_t v = 0; v < 4; ++v) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * v),
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8 * v),
                          _mm256_cvtps_ph(value[v], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
       }
     } else {
-      const auto rounded = [](__m256 x) __attribute__((always_inline)) {
-        const __m256i bits = _mm256_castps_si256(x);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), 16);
-      };
 #pragma GCC unroll 2
       for (size_t v = 0; v < 4; v += 2) {
-        const __m256i both = _mm256_packus_epi32(rounded(value[v]), rounded(value[v + 1]));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * v), _mm256_permute4x64_epi64(both, 0xD8));
+        const __m256i both = _mm256_packus_epi32(_mm256_srli_epi32(rounded(value[v]), 16),
+                                                 _mm256_srli_epi32(rounded(value[v + 1]), 16));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * v), _mm256_permute4x64_epi64(both, 0xD8));
       }
     }
-  }
-};
+  });
+}
 
-template <class Emit>
-bool decode(const DecodeSetup& setup, const SegmentBytes& segment, size_t first, size_t last,
-            typename Emit::Out* out, const Emit emit) {
-  if (!states_are_valid(*setup.layout, segment)) return false;
+Emit emit_for(const DecodeSetup& setup) {
+  if (setup.scaled) {
+    return with_dtype(setup.output, [&](auto t) -> Emit {
+      using T = decltype(t);
+      if (setup.layout->low_bits) return setup.by_row ? emit_scaled<T, true, true> : emit_scaled<T, true, false>;
+      return setup.by_row ? emit_scaled<T, false, true> : emit_scaled<T, false, false>;
+    });
+  }
+  if (setup.output == DType::kF32) return emit_by_look_ups<uint32_t>;
+  switch (setup.shuffle_low.size() / 32) {
+    case 1: return emit_by_shuffles<1>;
+    case 2: return emit_by_shuffles<2>;
+    case 3: return emit_by_shuffles<3>;
+    case 4: return emit_by_shuffles<4>;
+    case 5: return emit_by_shuffles<5>;
+    case 6: return emit_by_shuffles<6>;
+    case 7: return emit_by_shuffles<7>;
+    case 8: return emit_by_shuffles<8>;
+    default: return emit_by_look_ups<uint16_t>;
+  }
+}
+
+using States = __m256i[4];
+constexpr size_t kTogether = 2;
+
+// n_rows rows of `columns` weights of K segments under way.
+template <size_t K>
+bool decode_rows(const DecodeSetup& setup, Stream* streams, States* states, size_t n_rows, size_t columns) {
   const __m128i table_log = _mm_cvtsi32_si128(int(setup.layout->table_log));
   const __m256i slot_mask = _mm256_set1_epi32(int((1u << setup.layout->table_log) - 1));
   const uint32_t* const tables = setup.tables.data();
-  __m256i x[4];
-  for (size_t v = 0; v < 4; ++v) {
-    x[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(segment.states + 32 * v));
-  }
-  const auto group = [&](const uint32_t* offsets, size_t n_active, auto all_active, const uint8_t*& word,
-                         const uint8_t* planes, const float* steps, typename Emit::Out* to) __attribute__((always_inline)) {
-    __m256i entry[4];
+  const uint32_t* offsets[K];
+  States x[K];
+  for (size_t k = 0; k < K; ++k) std::copy_n(states[k], 4, x[k]);
+  const auto start_row = [&](size_t k) { offsets[k] = setup.offsets(streams[k].row); };
+  const auto group = [&](size_t j, uint32_t active, size_t g) __attribute__((always_inline)) {
+    __m256i entry[K][4];
+#pragma GCC unroll 2
+    for (size_t k = 0; k < K; ++k) {
 #pragma GCC unroll 4
-    for (size_t v = 0; v < 4; ++v) {
-      __m256i index = _mm256_and_si256(x[v], slot_mask);
-      if (offsets) {
-        index = _mm256_add_epi32(
-            index, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(offsets + 8 * v)));
+      for (size_t v = 0; v < 4; ++v) {
+        __m256i index = _mm256_and_si256(x[k][v], slot_mask);
+        if (offsets[k]) {
+          const auto* at = reinterpret_cast<const __m256i*>(offsets[k] + j + 8 * v);
+          index = _mm256_add_epi32(index, _mm256_loadu_si256(at));
+        }
+        entry[k][v] = look_up(tables, index);
       }
-      entry[v] = look_up(tables, index);
     }
 #pragma GCC unroll 4
     for (size_t v = 0; v < 4; ++v) {
-      advance<!decltype(all_active)::value>(x[v], entry[v], first_lanes(n_active, v), table_log, word);
+#pragma GCC unroll 2
+      for (size_t k = 0; k < K; ++k) {
+        if (active == ~0u) [[likely]] {
+          advance<false>(x[k][v], entry[k][v], _mm256_setzero_si256(), table_log, streams[k].word);
+        } else {
+          const size_t n_active = size_t(_mm_popcnt_u32(active));
+          advance<true>(x[k][v], entry[k][v], first_lanes(n_active, v), table_log, streams[k].word);
+        }
+      }
     }
-    emit(entry, planes, steps, to);
+    for (size_t k = 0; k < K; ++k) {
+      auto* const symbols = reinterpret_cast<uint8_t*>(streams[k].symbols) + kLanes * g;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(symbols), pack_symbols(entry[k]));
+    }
   };
-  if (!walk_rows<Emit::kScaled>(setup, segment, first, last, out, group)) return false;
-  __m256i same = _mm256_set1_epi32(-1);
-  for (const __m256i lanes : x) {
-    same = _mm256_and_si256(same, _mm256_cmpeq_epi32(lanes, _mm256_set1_epi32(int(kStateLow))));
-  }
-  return _mm256_movemask_epi8(same) == -1;
+  if (!walk<K>(setup, streams, n_rows, columns, emit_for(setup), start_row, group)) return false;
+  for (size_t k = 0; k < K; ++k) std::copy_n(x[k], 4, states[k]);
+  return true;
 }
 
-bool decode_segment(const DecodeSetup& setup, const SegmentJob& job) {
-  const SegmentBytes& segment = *job.bytes;
-  const size_t first = job.first, last = job.last;
-  void* const out = job.out;
-  const uint32_t low_bits = setup.layout->low_bits;
-  if (setup.scaled) {
-    return with_dtype(setup.output, [&](auto t) {
-      using T = decltype(t);
-      auto* const to = static_cast<typename T::Bits*>(out);
-      return low_bits ? decode(setup, segment, first, last, to, ScaledEmit<T, true>{setup.first_bin, low_bits})
-                      : decode(setup, segment, first, last, to, ScaledEmit<T, false>{setup.first_bin, low_bits});
-    });
+// Whole rows of K segments together, as many as the shortest has.
+template <size_t K>
+bool decode_together(const DecodeSetup& setup, Stream* streams, States* states) {
+  return decode_rows<K>(setup, streams, states, common_rows<K>(setup, streams), setup.layout->columns);
+}
+
+bool decode(const DecodeSetup& setup, const SegmentJob* jobs, size_t n) {
+  Stream streams[kTogether];
+  States states[kTogether];
+  for (size_t k = 0; k < n; ++k) {
+    if (!states_are_valid(*setup.layout, *jobs[k].bytes)) return false;
+    streams[k].begin(jobs[k]);
+    for (size_t v = 0; v < 4; ++v) states[k][v] = load32(jobs[k].bytes->states + 32 * v);
   }
-  if (setup.output == DType::kF32) {
-    return decode(setup, segment, first, last, static_cast<uint32_t*>(out),
-                  LookUpEmit<uint32_t>{setup.values32.data(), low_bits});
+  // All whole rows that they have in common; each goes on alone.
+  if (n == kTogether && !decode_together<kTogether>(setup, streams, states)) return false;
+  const size_t last_columns = setup.n % setup.layout->columns;
+  const __m256i low = _mm256_set1_epi32(int(kStateLow));
+  for (size_t k = 0; k < n; ++k) {
+    if (!decode_together<1>(setup, streams + k, states + k)) return false;
+    if (streams[k].row < streams[k].last_row && !decode_rows<1>(setup, streams + k, states + k, 1, last_columns)) {
+      return false;
+    }
+    if (streams[k].word != streams[k].words_end) return false;
+    for (const __m256i& x : states[k]) {
+      if (_mm256_movemask_epi8(_mm256_cmpeq_epi32(x, low)) != -1) return false;
+    }
   }
-  const auto by_shuffles = [&](auto blocks) {
-    return decode(setup, segment, first, last, static_cast<uint16_t*>(out),
-                  ShuffleEmit<decltype(blocks)::value>{setup.shuffle_low.data(), setup.shuffle_high.data()});
-  };
-  switch (setup.shuffle_low.size() / 32) {
-    case 1: return by_shuffles(std::integral_constant<size_t, 1>{});
-    case 2: return by_shuffles(std::integral_constant<size_t, 2>{});
-    case 3: return by_shuffles(std::integral_constant<size_t, 3>{});
-    case 4: return by_shuffles(std::integral_constant<size_t, 4>{});
-    case 5: return by_shuffles(std::integral_constant<size_t, 5>{});
-    case 6: return by_shuffles(std::integral_constant<size_t, 6>{});
-    case 7: return by_shuffles(std::integral_constant<size_t, 7>{});
-    case 8: return by_shuffles(std::integral_constant<size_t, 8>{});
-    default: break;
-  }
-  return decode(setup, segment, first, last, static_cast<uint16_t*>(out),
-                LookUpEmit<uint16_t>{setup.values16.data(), low_bits});
+  return true;
 }
 
 }  // namespace
 
 bool decode_segments_avx2(const DecodeSetup& setup, const SegmentJob* jobs, size_t n) {
   if (setup.layout->lanes() != kLanes) return decode_segments_scalar(setup, jobs, n);
-  return std::all_of(jobs, jobs + n, [&](const SegmentJob& job) { return decode_segment(setup, job); });
+  for (size_t i = 0; i < n; i += kTogether) {
+    if (!decode(setup, jobs + i, std::min(kTogether, n - i))) return false;
+  }
+  return true;
 }
 
 namespace {

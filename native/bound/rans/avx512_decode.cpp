@@ -170,7 +170,7 @@ __attribute__((always_inline)) inline __m512i bins(const uint16_t* symbols, cons
 }
 
 // Writes 32 values a turn with store(bins, out), those of a ragged end by way of a buffer.
-template <class Value, class Store>
+template <class Value, bool kLow = true, class Store>
 __attribute__((always_inline)) inline void emit_groups(const DecodeSetup& setup, const uint16_t* symbols,
                                                        const uint8_t* planes, size_t n, uint8_t* bytes,
                                                        const Store& store) {
@@ -179,7 +179,7 @@ __attribute__((always_inline)) inline void emit_groups(const DecodeSetup& setup,
   for (size_t i = 0; i < n; i += kLanes, planes += 4 * low_bits) {
     Value ragged[kLanes];
     const bool full = i + kLanes <= n;
-    store(bins(symbols + i, planes, low_bits), full ? out + i : ragged);
+    store(kLow ? bins(symbols + i, planes, low_bits) : _mm512_loadu_si512(symbols + i), full ? out + i : ragged);
     if (!full) std::copy_n(ragged, n - i, out + i);
   }
 }
@@ -213,15 +213,17 @@ void emit_by_gathers(const DecodeSetup& setup, const uint16_t* symbols, const ui
   });
 }
 
-// Bins times steps. A float's upper half is a bfloat16 once it is rounded, so one permute packs 32.
-template <class T, bool kByRow>
+// Bins times steps. 32 floats are their upper halves, which are bfloat16, and their lower ones, which say
+// whether to round up: beyond the middle, or in it if the upper is odd.
+template <class T, bool kLow, bool kByRow>
 void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float* steps, size_t n,
                  uint8_t* out) {
-  const __m512i first_bin = _mm512_set1_epi32(setup.first_bin);
+  const __m512i first_bin = _mm512_set1_epi32(setup.first_bin), one = _mm512_set1_epi16(1);
   const __m512 of_row = _mm512_set1_ps(*steps);
-  __m512i upper = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  upper = pack_words(upper, _mm512_add_epi32(upper, _mm512_set1_epi32(32)));
-  emit_groups<typename T::Bits>(setup, symbols, planes, n, out, [&](__m512i bin, auto* to) __attribute__((always_inline)) {
+  __m512i lower = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  lower = pack_words(lower, _mm512_add_epi32(lower, _mm512_set1_epi32(32)));
+  const __m512i upper = _mm512_add_epi16(lower, one);
+  emit_groups<typename T::Bits, kLow>(setup, symbols, planes, n, out, [&](__m512i bin, auto* to) __attribute__((always_inline)) {
     __m512 value[2];
 #pragma GCC unroll 2
     for (size_t v = 0; v < 2; ++v) {
@@ -235,14 +237,12 @@ void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_
       }
     }
     if constexpr (T::kDType == DType::kBF16) {
-      __m512i rounded[2];
-#pragma GCC unroll 2
-      for (size_t v = 0; v < 2; ++v) {
-        const __m512i bits = _mm512_castps_si512(value[v]);
-        const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-        rounded[v] = _mm512_add_epi32(bits, _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7FFF), odd, _mm512_set1_epi32(0x8000)));
-      }
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(rounded[0], upper, rounded[1]));
+      const __m512i first = _mm512_castps_si512(value[0]), second = _mm512_castps_si512(value[1]);
+      const __m512i high = _mm512_permutex2var_epi16(first, upper, second);
+      const __m512i low = _mm512_permutex2var_epi16(first, lower, second);
+      const __m512i with_odd = _mm512_ternarylogic_epi32(low, high, one, 0xF8);  // low | (high & one)
+      const __mmask32 up = _mm512_cmpge_epu16_mask(with_odd, _mm512_set1_epi16(short(0x8001)));
+      _mm512_storeu_si512(to, _mm512_mask_add_epi16(high, up, high, one));
     }
     if constexpr (!kByRow) steps += kLanes;
   });
@@ -251,7 +251,9 @@ void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_
 Emit emit_for(const DecodeSetup& setup) {
   if (setup.scaled) {
     return with_dtype(setup.output, [&](auto t) -> Emit {
-      return setup.by_row ? emit_scaled<decltype(t), true> : emit_scaled<decltype(t), false>;
+      using T = decltype(t);
+      if (setup.layout->low_bits) return setup.by_row ? emit_scaled<T, true, true> : emit_scaled<T, true, false>;
+      return setup.by_row ? emit_scaled<T, false, true> : emit_scaled<T, false, false>;
     });
   }
   const size_t n_bins = size_t(setup.layout->n_symbols) << setup.layout->low_bits;
@@ -288,12 +290,7 @@ bool decode_rows(const DecodeSetup& setup, Stream* streams, States* states, size
 // Whole rows of K segments together, as many as the shortest has.
 template <size_t K, template <size_t> class Finder>
 bool decode_together(const DecodeSetup& setup, Stream* streams, States* states) {
-  const size_t whole = setup.n / setup.layout->columns;  // the row behind these is shorter
-  size_t n_rows = SIZE_MAX;
-  for (size_t k = 0; k < K; ++k) {
-    n_rows = std::min(n_rows, std::min(whole, streams[k].last_row) - std::min(whole, streams[k].row));
-  }
-  return decode_rows<K, Finder>(setup, streams, states, n_rows, setup.layout->columns);
+  return decode_rows<K, Finder>(setup, streams, states, common_rows<K>(setup, streams), setup.layout->columns);
 }
 
 template <template <size_t> class Finder>

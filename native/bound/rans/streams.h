@@ -1,6 +1,6 @@
-// How the AVX-512 path walks segments: several in lock step, because a state depends on the one
-// before it and a single segment leaves the CPU waiting; each in rows of groups of 32 lanes, the
-// last of a row maybe shorter. Included by that path only.
+// How vector paths walk segments: several in lock step, because a state depends on the one before it
+// and a single segment leaves the CPU waiting; each in rows of groups of 32 lanes, the last of a row
+// maybe shorter. Included by these paths only, each of which gets its own copy.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -18,7 +18,7 @@ constexpr size_t kChunkGroups = 16;
 // A group reads at most 32 words, and its loads reach at most 32 bytes beyond the last.
 constexpr size_t kReach = kChunkGroups * 2 * kLanes + 32;
 
-// The values of n symbols, planes and steps beginning at the first's: what comes out of a chunk. steps:
+// The values of n symbols (words, or bytes, as the path writes them), planes and steps beginning at the first's: what comes out of a chunk. steps:
 // one for all if they are by row, nothing where nothing is scaled.
 using Emit = void (*)(const DecodeSetup&, const uint16_t* symbols, const uint8_t* planes, const float* steps, size_t n,
                       uint8_t* out);
@@ -59,6 +59,17 @@ struct Stream {
     return true;
   }
 };
+
+// How many whole rows all K have ahead; the row behind these may be shorter.
+template <size_t K>
+size_t common_rows(const DecodeSetup& setup, const Stream* streams) {
+  const size_t whole = setup.n / setup.layout->columns;
+  size_t n_rows = SIZE_MAX;
+  for (size_t k = 0; k < K; ++k) {
+    n_rows = std::min(n_rows, std::min(whole, streams[k].last_row) - std::min(whole, streams[k].row));
+  }
+  return n_rows;
+}
 
 // Walks K streams through n_rows rows of `columns` weights. start_row(k) comes before a row of
 // stream k; group(j, active, g) decodes, in every stream, the lanes of `active` from column j on,
