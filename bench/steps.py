@@ -111,7 +111,8 @@ def blob(codes: Array, own: Array, kappa: float) -> bytes:
     sizes = 2 * own[0] / kappa
     levels = np.rint(4 * np.log2(sizes / sizes.min())).astype(np.uint8)
     head = struct.pack("<BffB", 0, kappa, sizes.min(), 8)
-    return head + levels.tobytes() + b"\0" + code(codes, 0.49)
+    found: bytes = head + levels.tobytes() + b"\0" + code(codes, 0.49)
+    return found
 
 
 def row(
