@@ -1,12 +1,13 @@
-"""Codec `bound`, version 2 (whole numbers times steps) beside version 1 at the same bytes, in one run.
+"""Codec `bound`, version 2 (whole numbers times steps), beside version 1 at the same bytes.
 
     python bench/steps.py > bench/results/steps.json          one thread; JSON
 
 Rows have, of each matrix: bits a weight of both envelopes; of version 2, what all but the segments
 takes (`header_bits`: steps, classes and tables among it), the patch, and the entropy of the whole
 numbers, as they are and given the class that the decoder knows of each (`entropy_bits`,
-`class_entropy_bits`). `over_bits` is by how much the payload is above the last. Then GB/s of decoded
-weights of both, for every instruction set that runs here, timed in turns, and their quotient.
+`class_entropy_bits`). `over_bits` is by how much the payload is above the last. Then GB/s of
+decoded weights of both, for every instruction set that runs here, timed in turns, and their
+quotient; and of `calibrated`'s own payload, version 1, which decodes in two steps.
 
 Matrices are of Gaussian weights: rounded to equal steps, and by method `calibrated` with second
 moments of inputs that are made up, of channels that hang together and differ in size.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +31,9 @@ from moebound.codec import Steps, bounds_by_step, encode_codes, parse
 from moebound.codec.bound import BoundCodec
 from moebound.codec.reference.bits import ByteReader
 from moebound.codec.reference.layout import read_layout
-from moebound.methods import ExpertView, GroupView, compress, get_method
+from moebound.methods import ExpertView, GroupView, MatrixSpec, compress, get_method
+from moebound.methods.calibrated import Calibrated
+from moebound.methods.packing import code
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound, ExpertKey
 
 KEY = ExpertKey(0, 0)
@@ -102,6 +106,15 @@ def decoding(data: bytes) -> Callable[[], object]:
     return lambda: BoundCodec().decompress(parsed.payload, parsed.spec, out, threads=1)
 
 
+def blob(codes: Array, own: Array, kappa: float) -> bytes:
+    """The same whole numbers as `calibrated` wrote them before (format-method.md, section 5)."""
+    sizes = 2 * own[0] / kappa
+    levels = np.rint(4 * np.log2(sizes / sizes.min())).astype(np.uint8)
+    head = struct.pack("<BffB", 0, kappa, sizes.min(), 8)
+    found: bytes = head + levels.tobytes() + b"\0" + code(codes, 0.49)
+    return found
+
+
 def row(
     name: str,
     shape: tuple[int, int],
@@ -125,7 +138,12 @@ def row(
     kappa = float(np.uint16(layout.scaling.kappa).view(np.float16))
     codes = np.rint(decoded.reshape(shape).astype(np.float64) / (2 * own / kappa))
     tables = np.stack([layout.tables_of_row(i) for i in range(shape[0])])
-    jobs = {"v1": decoding(other), "v2": decoding(data)}
+    before_v2, matrix = memoryview(blob(codes, own, kappa)), MatrixSpec(shape, "BF16")
+    jobs = {
+        "v1": decoding(other),
+        "v2": decoding(data),
+        "blob": lambda: Calibrated.decode(before_v2, matrix, []),
+    }
     speed: dict[str, dict[str, float]] = {}
     before = _native.isa()
     for isa in _native.runnable_isas():
@@ -133,7 +151,8 @@ def row(
         timed = interleaved(jobs, seconds)
         gb = {key: 2 * w.size / found.p20_s / 1e9 for key, found in timed.items()}
         speed[isa] = {
-            "v1_gb_per_s": gb["v1"], "v2_gb_per_s": gb["v2"], "v2_to_v1": gb["v2"] / gb["v1"],
+            "v1_gb_per_s": gb["v1"], "v2_gb_per_s": gb["v2"], "blob_gb_per_s": gb["blob"],
+            "v2_to_v1": gb["v2"] / gb["v1"], "v2_to_blob": gb["v2"] / gb["blob"],
         }  # fmt: skip
     _native.use_isa(before)
     given_class = entropy(codes, tables)

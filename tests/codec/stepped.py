@@ -74,7 +74,8 @@ def half(value: float) -> int:
 def drawn_levels(n: int, spread: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     """Of n steps, from the widest to `spread` below it."""
     found = np.random.default_rng(seed).integers(0, spread + 1, n)
-    return (found - found.min()).astype(np.uint8)
+    levels: npt.NDArray[np.uint8] = (found - found.min()).astype(np.uint8)
+    return levels
 
 
 def odd(weights: Array) -> Array:

@@ -241,7 +241,7 @@ void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_
       const __m512i high = _mm512_permutex2var_epi16(first, upper, second);
       const __m512i low = _mm512_permutex2var_epi16(first, lower, second);
       const __m512i with_odd = _mm512_ternarylogic_epi32(low, high, one, 0xF8);  // low | (high & one)
-      const __mmask32 up = _mm512_cmpgt_epu16_mask(with_odd, _mm512_set1_epi16(short(0x8000)));
+      const __mmask32 up = _mm512_cmpge_epu16_mask(with_odd, _mm512_set1_epi16(short(0x8001)));
       _mm512_storeu_si512(to, _mm512_mask_add_epi16(high, up, high, one));
     }
     if constexpr (!kByRow) steps += kLanes;

@@ -30,6 +30,11 @@ using __mmask32 = simde__mmask32;
 #undef _mm512_rcp14_ps
 #undef _mm512_cvtepu8_epi32
 #undef _mm256_mask_storeu_epi16
+#undef _mm512_cvtps_ph
+#undef _MM_FROUND_TO_NEAREST_INT
+#undef _MM_FROUND_NO_EXC
+#define _MM_FROUND_TO_NEAREST_INT 0
+#define _MM_FROUND_NO_EXC 8
 
 inline int _mm_popcnt_u32(uint32_t x) { return std::popcount(x); }
 
@@ -40,6 +45,25 @@ inline __m512i _mm512_i32gather_epi32(__m512i index, const void* base, int scale
     std::memcpy(&found[i], static_cast<const char*>(base) + int64_t(at[i]) * scale, 4);
   }
   return simde_mm512_loadu_si512(found);
+}
+
+// To the nearest, ties to even; no NaN comes here.
+inline __m256i _mm512_cvtps_ph(__m512 a, int) {
+  float in[16];
+  uint16_t out[16];
+  simde_mm512_storeu_ps(in, a);
+  for (int i = 0; i < 16; ++i) {
+    const float magnitude = in[i] < 0 ? -in[i] : in[i];
+    uint16_t found = 0x7C00;
+    if (magnitude < 0x1p-14f) {
+      found = uint16_t(std::bit_cast<uint32_t>(magnitude + 0.5f) - std::bit_cast<uint32_t>(0.5f));
+    } else if (magnitude < 65520.0f) {
+      const uint32_t bits = std::bit_cast<uint32_t>(magnitude) - (112u << 23);
+      found = uint16_t((bits + 0xFFF + (bits >> 13 & 1)) >> 13);
+    }
+    out[i] = uint16_t(found | (std::bit_cast<uint32_t>(in[i]) >> 16 & 0x8000));
+  }
+  return simde_mm256_loadu_si256(reinterpret_cast<const simde__m256i*>(out));
 }
 
 inline __mmask16 _mm512_cmplt_epu32_mask(__m512i a, __m512i b) {
