@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
-from moebound.text.generation import GenerationSettings, Piece
+from moebound.text.generation import GenerationSettings
 from moebound.text.serve.stats import Record
-from moebound.text.serve.worker import Event, Job, Worker
+from moebound.text.serve.worker import Event, Job, Text, Worker
 
 from ..tokenizers_made import byte_level
 from .live import PATIENCE_S
@@ -19,10 +19,11 @@ def job(max_new_tokens: int = 50) -> tuple[Job, list[Event], threading.Event]:
 
     def notify(event: Event) -> None:
         told.append(event)
-        if not isinstance(event, Piece) or event.finish is not None:
+        if isinstance(event, Exception) or event[1].finish is not None:
             done.set()
 
-    return Job([1, 2, 3], GenerationSettings(max_new_tokens), notify), told, done
+    text = Text([1, 2, 3], GenerationSettings(max_new_tokens))
+    return Job([text], notify), told, done
 
 
 def test_a_log_that_cannot_be_written_ends_nothing() -> None:
@@ -35,7 +36,7 @@ def test_a_log_that_cannot_be_written_ends_nothing() -> None:
         asked, told, done = job()
         worker.submit(asked)
         assert done.wait(PATIENCE_S)
-        assert "".join(event.text for event in told if isinstance(event, Piece)) == "the cat"
+        assert "".join(event[1].text for event in told if isinstance(event, tuple)) == "the cat"
     worker.close()
     assert worker.join(PATIENCE_S)
 

@@ -13,7 +13,6 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from moebound.text.generation import GenerationSettings
 from moebound.text.serve.answers import CLIENT_GONE, Events, Format, Kind, Stream, Whole
 from moebound.text.serve.bodies import Bodies, parse, with_body_limit
 from moebound.text.serve.config import ServeConfig
@@ -22,10 +21,9 @@ from moebound.text.serve.errors import ApiError, install_handlers
 from moebound.text.serve.guard import Guard
 from moebound.text.serve.prompts import Prompts
 from moebound.text.serve.schema import ChatRequest, CompletionRequest
-from moebound.text.serve.worker import Job, Worker
+from moebound.text.serve.worker import Job, Text, Worker
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
-Encoded = tuple[list[int], GenerationSettings]
 
 LAST_PASS_S = 60.0
 """What a forward pass that was running at shutdown is given to end."""
@@ -111,7 +109,9 @@ def _add_generation(
             "completion", request, partial(read, CompletionRequest, prompts.completion)
         )
 
-    def read(type_: type[R], encode: Callable[[R], Encoded], body: bytes) -> tuple[R, Encoded]:
+    def read(
+        type_: type[R], encode: Callable[[R], list[Text]], body: bytes
+    ) -> tuple[R, list[Text]]:
         asked = parse(type_, body)
         if asked.model is not None:
             _check_model(asked.model, config)
@@ -119,16 +119,16 @@ def _add_generation(
         return asked, encode(asked)
 
     async def answer(
-        kind: Kind, request: Request, read: Callable[[bytes], tuple[R, Encoded]]
+        kind: Kind, request: Request, read: Callable[[bytes], tuple[R, list[Text]]]
     ) -> Response:
         with worker.reserve() as place:  # before anything of the body is read
             try:
                 body = await bodies.read(request)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_GONE)
-            asked, (ids, settings) = await bodies.beside(partial(read, body))
+            asked, texts = await bodies.beside(partial(read, body))
             events, format_ = Events(), Format(kind, config.name)
-            job = Job(ids, settings, events.put, continues=kind == "completion")
+            job = Job(texts, events.put, n=asked.n or 1)
             place.submit(job)
         if asked.stream:
             return Stream(worker, job, events, format_, usage=asked.wants_usage)
