@@ -24,6 +24,7 @@ MAX_COMPLETION_LOGPROBS = 5
 # Field -> values that ask for nothing. None does so in all of them.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
+    "best_of": (1,),
     "echo": (False,),
     "function_call": ("auto", "none"),
     "functions": ([],),
@@ -43,6 +44,7 @@ IGNORED = frozenset({
 })  # fmt: skip
 _WHY = {
     "echo": "a chat has no prompt to repeat",
+    "best_of": "it is of /v1/completions",
     "top_logprobs": "of a completion, logprobs says how many",
 }
 
