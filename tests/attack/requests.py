@@ -38,7 +38,8 @@ FIELDS = sorted({
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 100, 10**6, 2**31, 2**63, 2**64, 10**30, 0.5, -0.5, 1e308, "",
     "a", "\x00", "é€😀", "a" * 3000, NAME, [], ["a"], [1, 2], [-1], [10**9], [None], [[]], [["a"]],
-    {}, {"type": "text"}, {"type": "json_object"}, {"5": 1}, {"include_usage": True}, {"a": {"b": [1]}},
+    {}, {"type": "text"}, {"type": "json_object"}, {"5": 1}, {"include_usage": True},
+    {"a": {"b": [1]}},
     [{"role": "user", "content": "a"}], [{"role": "wizard"}],
     [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
 ]  # fmt: skip

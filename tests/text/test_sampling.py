@@ -131,6 +131,7 @@ def test_a_bias_is_that_of_transformers() -> None:
         torch.tensor([[1]]), SOME[None]
     )[0]
     assert torch.equal(Penalties([2], bias=bias).apply(SOME), expected)
+    assert torch.equal(Penalties([2], bias={**bias, 70: 1.0}).apply(SOME), expected)
 
 
 def test_presence_and_frequency_are_those_of_the_api() -> None:

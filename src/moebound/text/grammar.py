@@ -33,7 +33,7 @@ class Grammar:
         words = _vocabulary(tokenizer, vocabulary, ends)
         grammar = library.LLMatcher.grammar_from_json_schema(schema)
         if wrong := library.LLMatcher.validate_grammar(grammar, words):
-            raise MoeboundError(f"the JSON schema cannot be carried out: {_first_line(wrong)}")
+            raise MoeboundError(f"the JSON schema cannot be carried out: {_said(wrong)}")
         self._matcher = library.LLMatcher(words, grammar)
         self._numpy = need("llguidance.numpy", "JSON by a schema")
         self._mask = self._numpy.allocate_token_bitmask(1, words.vocab_size)
@@ -49,7 +49,7 @@ class Grammar:
             mask = torch.nn.functional.pad(mask, (0, len(scores) - len(mask)))
         if self._matcher.is_error() or not mask.any():
             said = self._matcher.get_error()
-            reason = f": {_first_line(said)}" if said else ""
+            reason = f": {_said(said)}" if said else ""
             raise MoeboundError(
                 f"no token of this model's vocabulary can go on with the JSON{reason}"
             )
@@ -58,7 +58,7 @@ class Grammar:
     def add(self, token: int) -> bool:
         """A token that was taken. Returns whether the text is complete, and nothing may follow."""
         if not self._matcher.consume_token(token):
-            raise MoeboundError(f"JSON: {_first_line(self._matcher.get_error())}")
+            raise MoeboundError(f"JSON: {_said(self._matcher.get_error())}")
         return bool(self._matcher.is_stopped())
 
 
@@ -76,11 +76,11 @@ def _vocabulary(tokenizer: Any, vocabulary: int, ends: Collection[int]) -> Any:
         except Exception as error:
             raise MoeboundError(
                 "llguidance cannot read this model's tokenizer, so JSON cannot be enforced: "
-                f"{_first_line(str(error))}"
+                f"{_said(str(error))}"
             ) from error
     return known[key]
 
 
-def _first_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines)[:300]
+def _said(text: str) -> str:
+    """What went wrong, without the library's own state."""
+    return " ".join(text.partition("<state>")[0].split())[:300]

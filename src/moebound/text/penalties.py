@@ -7,7 +7,7 @@ in float32, as transformers does it, whatever the model computes in.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -48,19 +48,22 @@ class Penalties:
             return scores
         scores = scores.float().clone()
         if self._seen:
-            # The model may have fewer scores than embeddings: what it cannot say is no repetition.
-            at = self._index([token for token in self._seen if token < len(scores)], scores)
+            at = self._index(self._seen, scores)
             found = scores[at]
             scores[at] = torch.where(found < 0, found * self._repetition, found / self._repetition)
         if self._counts:
-            at = self._index(list(self._counts), scores)
+            at = self._index(self._counts, scores)
             counts = torch.tensor(list(self._counts.values()), device=scores.device)
             scores[at] -= self._frequency * counts + self._presence
         if self._bias:
-            at = self._index(list(self._bias), scores)
-            scores[at] += torch.tensor(list(self._bias.values()), device=scores.device)
+            at = self._index(self._bias, scores)
+            scores[at] += torch.tensor(
+                [self._bias[int(token)] for token in at], device=scores.device
+            )
         return scores
 
     @staticmethod
-    def _index(tokens: list[int], scores: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(tokens, dtype=torch.long, device=scores.device)
+    def _index(tokens: Iterable[int], scores: torch.Tensor) -> torch.Tensor:
+        """Some models have fewer scores than embeddings: what they cannot say is left out."""
+        known = [token for token in tokens if token < len(scores)]
+        return torch.tensor(known, dtype=torch.long, device=scores.device)

@@ -41,7 +41,7 @@ class Browser:
     """One page. events: what the browser told meanwhile."""
 
     def __init__(self, orders: int, answers: int) -> None:
-        self._orders, self._answers = os.fdopen(orders, "wb"), os.fdopen(answers, "rb")
+        self._orders, self._answers = orders, answers
         self._n, self._rest, self._session = 0, b"", ""
         self.events: list[dict[str, Any]] = []
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
@@ -56,8 +56,9 @@ class Browser:
         order: dict[str, Any] = {"id": self._n, "method": method, "params": params}
         if self._session:
             order["sessionId"] = self._session
-        self._orders.write(json.dumps(order).encode() + b"\0")
-        self._orders.flush()
+        message = json.dumps(order).encode() + b"\0"
+        while message:
+            message = message[os.write(self._orders, message) :]
         while True:
             answer = self._next()
             if answer.get("id") == self._n:
@@ -105,7 +106,7 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            got = os.read(self._answers.fileno(), 1 << 16)
+            got = os.read(self._answers, 1 << 16)
             assert got, "the browser has ended"
             self._rest += got
         message, _, self._rest = self._rest.partition(b"\0")
@@ -131,5 +132,7 @@ def browser(folder: Path) -> Iterator[Browser]:
     try:
         yield Browser(orders, answers)
     finally:
+        os.close(orders)
+        os.close(answers)
         process.terminate()
         process.wait(PATIENCE_S)

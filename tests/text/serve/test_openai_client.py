@@ -295,11 +295,11 @@ def test_sampling_fields_are_carried_out(client: openai.OpenAI, loaded: Loaded) 
     banned = client.chat.completions.create(**greedy, logit_bias={str(first): -100})
     assert not (banned.choices[0].message.content or "").startswith(text.split()[0])
     penalized = client.chat.completions.create(
-        **greedy, max_tokens=20, extra_body={"repetition_penalty": 1.7}
+        **greedy, max_tokens=20, extra_body={"repetition_penalty": 20.0}
     )
     ids = loaded.tokenizer(QUESTION)["input_ids"]
     out = loaded.model.generate(
-        torch.tensor([ids]), do_sample=False, max_new_tokens=20, repetition_penalty=1.7
+        torch.tensor([ids]), do_sample=False, max_new_tokens=20, repetition_penalty=20.0
     )[0][len(ids) :]
     assert penalized.choices[0].message.content == loaded.tokenizer.decode(
         out, skip_special_tokens=True

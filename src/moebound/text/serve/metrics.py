@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ class _Collector:
                 f"moebound_{metric}",
                 what,
                 buckets=[
-                    (core.floatToGoString(bound), count)
+                    ("+Inf" if bound == math.inf else f"{bound:g}", count)
                     for bound, count in zip(HISTOGRAMS[name], histogram.cumulative, strict=True)
                 ],
                 sum_value=histogram.total,

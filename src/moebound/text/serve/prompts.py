@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from moebound.errors import BackendUnavailable, CheckpointError, MoeboundError
 from moebound.text.encoding import check_tokens, encode, encode_chat, n_embeddings
 from moebound.text.generation import SEEDS, GenerationSettings, end_tokens, n_positions
@@ -143,7 +145,8 @@ class Prompts:
         ends = end_tokens(self._model, self._tokenizer)
         try:
             with self._lock:
-                Grammar(self._tokenizer, schema, vocabulary=self._vocabulary, ends=ends)
+                grammar = Grammar(self._tokenizer, schema, vocabulary=self._vocabulary, ends=ends)
+            grammar.allowed(torch.zeros(self._vocabulary))
         except BackendUnavailable as error:
             raise bad_request(
                 f"response_format: {error}", param="response_format", code="unsupported_parameter"
