@@ -106,7 +106,7 @@ def test_a_schema_that_cannot_be_carried_out(schema: str, said: str) -> None:
         Grammar(tokenizer, schema, vocabulary=len(tokenizer), ends=[tokenizer.eos_token_id])
 
 
-def test_a_model_without_an_end_mark() -> None:
+def test_a_model_that_has_no_end_mark() -> None:
     with pytest.raises(MoeboundError, match="end mark"):
         Grammar(byte_level(), ANY_OBJECT, vocabulary=300, ends=[])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def test_min_p_is_that_of_transformers(share: float) -> None:
     from transformers import MinPLogitsWarper
 
     scores = SOME.double()
-    expected = MinPLogitsWarper(share)(torch.empty(1, 0), scores[None])[0]
+    nothing: Any = torch.empty(1, 0)
+    expected = MinPLogitsWarper(share)(nothing, scores[None])[0]
     assert torch.equal(likely(scores.softmax(0), share) > 0, expected.isfinite())
 
 

@@ -58,12 +58,11 @@ class Logprobs:
         ]
 
     def _made(self, token: int, logprobs: torch.Tensor | None, offset: int) -> TokenLogprob:
-        own, top = None, ()
-        if logprobs is not None:
-            own, top = float(logprobs[token]), self._likeliest(logprobs)
-        return TokenLogprob(
-            token, self._texts.text(token), self._texts.data(token), own, top, offset
-        )
+        text, data = self._texts.text(token), self._texts.data(token)
+        if logprobs is None:
+            return TokenLogprob(token, text, data, None, (), offset)
+        top = self._likeliest(logprobs)
+        return TokenLogprob(token, text, data, float(logprobs[token]), top, offset)
 
     def _likeliest(self, logprobs: torch.Tensor) -> tuple[Likely, ...]:
         if not self._top:

@@ -77,6 +77,6 @@ def _bytes_of(name: str) -> bytes | None:
 
     if match := _BYTE.fullmatch(name):
         return bytes([int(match[1], 16)])
-    values = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    values = {sign: byte for byte, sign in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
     found = [values.get(sign) for sign in name]
     return bytes(byte for byte in found if byte is not None) if None not in found else None

@@ -283,10 +283,11 @@ def test_sampling_fields_are_carried_out(client: openai.OpenAI, loaded: Loaded) 
     text, *_ = reference(loaded, QUESTION)
     hot: dict[str, Any] = {"model": NAME, "messages": user(), "temperature": 2, "seed": 4}
 
-    def said(**extra: Any) -> str | None:
+    def said(**extra: Any) -> str:
         options = {**hot, **{k: v for k, v in extra.items() if k == "logit_bias"}}
         rest = {k: v for k, v in extra.items() if k != "logit_bias"}
-        return client.chat.completions.create(**options, extra_body=rest).choices[0].message.content
+        answer = client.chat.completions.create(**options, extra_body=rest)
+        return str(answer.choices[0].message.content)
 
     assert said(top_k=1) == said(min_p=1) == text
     assert said(top_k=-1) == said(top_k=0) == said()

@@ -222,7 +222,7 @@ class Worker:
             log.error("a request failed", exc_info=error)
             self._leave(job, "failed", type(error).__name__, begun)
             return error
-        self._leave(job, "completed", piece.finish.reason, begun, done)
+        self._leave(job, "completed", done[-1].reason, begun, done)
         return index, piece
 
     def _leave(
