@@ -61,6 +61,37 @@ def test_a_job_that_is_cancelled_before_the_start_runs_nothing() -> None:
     assert counts == {"completed": 1, "cancelled": 1, "failed": 0, "refused": 0}
 
 
+def test_the_texts_of_a_job_come_one_after_another_and_count_as_one_request() -> None:
+    records = list[Record]()
+    engine = ScriptedEngine.saying("the cat", byte_level())
+    worker = Worker(engine, 1, on_record=records.append)
+    told, done = list[Event](), threading.Event()
+
+    def notify(event: Event) -> None:
+        told.append(event)
+        if isinstance(event, tuple) and event[0] == 2 and event[1].finish is not None:
+            done.set()
+
+    text = Text([1, 2, 3], GenerationSettings(50))
+    other = Text([4, 5], GenerationSettings(2, echo=True), prompt="so: ")
+    worker.start()
+    worker.submit(Job([text, text, other], notify, n=2))
+    assert done.wait(PATIENCE_S)
+    worker.close()
+    assert worker.join(PATIENCE_S)
+    events = [event for event in told if isinstance(event, tuple)]
+    assert [index for index, _ in events] == sorted(index for index, _ in events)
+    texts = ["".join(piece.text for at, piece in events if at == index) for index in range(3)]
+    assert texts[:2] == ["the cat", "the cat"]
+    assert texts[2].startswith("so: ")
+    assert engine.begun == 3
+    (record,) = records
+    finishes = [piece.finish for _, piece in events if piece.finish is not None]
+    assert record.n_prompt == 3 + 2  # each prompt once
+    assert record.n_new == sum(finish.n_new for finish in finishes)
+    assert worker.stats.to_json()["requests"]["completed"] == 1
+
+
 def test_it_has_room_again_when_the_answer_is_there() -> None:
     worker = Worker(ScriptedEngine.saying("the cat", byte_level()), 0)
     worker.start()
