@@ -92,5 +92,29 @@ def test_both_modes_say_the_same(
         assert str(b["resps"][0][0]).strip() == str(a["resps"][0][0]).strip() != ""
 
 
+def test_the_chat_mode_generates(
+    shared: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval: Any = pytest.importorskip("lm_eval", reason="pip install 'moebound[lm-eval]'")
+    pytest.importorskip("tenacity", reason="pip install 'lm-eval[api]'")
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_tasks(tmp_path)
+    path = tmp_path / "written.yaml"
+    path.write_text(path.read_text().replace("<bos>", "").replace("<ans>", ""))
+    found = lm_eval.simple_evaluate(
+        model="local-chat-completions",
+        model_args={"model": NAME, "base_url": f"{shared.url}/chat/completions", "max_retries": 1},
+        tasks=["written"],
+        task_manager=TaskManager(include_path=str(tmp_path)),
+        apply_chat_template=True,
+        limit=2,
+        batch_size=1,
+        bootstrap_iters=0,
+    )
+    assert found["results"]["written"]["exact_match,none"] == 1
+
+
 def _responses(sample: dict[str, Any]) -> list[tuple[float, bool]]:
     return [(float(one[0][0]), str(one[0][1]) == "True") for one in sample["resps"]]
