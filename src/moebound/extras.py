@@ -19,6 +19,8 @@ PACKAGES = {
     "hqq": ("hqq", "peers"),
     "gguf": ("gguf", "peers"),
     "llama_cpp": ("llama-cpp-python", "peers"),
+    "llguidance": ("llguidance", "serve"),
+    "prometheus_client": ("prometheus-client", "serve"),
     "ray": ("ray", "ray"),
     "triton": ("triton", "gpu"),
     "lm_eval": ("lm-eval", "lm-eval"),

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moebound.text.serve.app import create_app
 from moebound.text.serve.config import ServeConfig
-from moebound.text.serve.schema import IGNORED, UNSUPPORTED, ChatRequest
+from moebound.text.serve.schema import IGNORED, UNSUPPORTED, ChatRequest, CompletionRequest
 from moebound.text.serve.worker import Worker
 
 from .cases import Attack, Case, Wrong
@@ -32,11 +32,14 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PATHS = [CHAT, COMPLETIONS, "/v1/models", f"/v1/models/{NAME}", "/v1/models/../x", "/health",
          "/stats", "/", "/v1", "/docs", "/openapi.json", "/v1/chat/completions/"]  # fmt: skip
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-FIELDS = sorted({*ChatRequest.model_fields, *UNSUPPORTED, *IGNORED, "prompt", "x"})
+FIELDS = sorted({
+    *ChatRequest.model_fields, *CompletionRequest.model_fields, *UNSUPPORTED, *IGNORED, "x",
+})  # fmt: skip
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 100, 10**6, 2**31, 2**63, 2**64, 10**30, 0.5, -0.5, 1e308, "",
     "a", "\x00", "é€😀", "a" * 3000, NAME, [], ["a"], [1, 2], [-1], [10**9], [None], [[]], [["a"]],
-    {}, {"type": "text"}, {"include_usage": True}, {"a": {"b": [1]}},
+    {}, {"type": "text"}, {"type": "json_object"}, {"5": 1}, {"include_usage": True},
+    {"a": {"b": [1]}},
     [{"role": "user", "content": "a"}], [{"role": "wizard"}],
     [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
 ]  # fmt: skip

@@ -177,8 +177,64 @@ def test_a_broken_model_is_named(loaded: Loaded) -> None:
         ({"max_new_tokens": 1, "top_p": float("nan")}, "top_p"),
         ({"max_new_tokens": 1, "seed": 1 << 63}, "seed"),
         ({"max_new_tokens": 1, "stop": ("",)}, "stop"),
+        ({"max_new_tokens": -1, "echo": True}, "max_new_tokens"),
+        ({"max_new_tokens": 1, "top_k": -1}, "top_k"),
+        ({"max_new_tokens": 1, "min_p": float("nan")}, "min_p"),
+        ({"max_new_tokens": 1, "repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"max_new_tokens": 1, "presence_penalty": 2.1}, "presence_penalty"),
+        ({"max_new_tokens": 1, "frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"max_new_tokens": 1, "logit_bias": {3: 101.0}}, "logit_bias"),
+        ({"max_new_tokens": 1, "logit_bias": {-3: 1.0}}, "logit_bias"),
+        ({"max_new_tokens": 1, "logprobs": 21}, "logprobs"),
     ],
 )
 def test_settings_that_are_none(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(MoeboundError, match=named):
         GenerationSettings(**wrong)
+
+
+def test_tokens_behind_a_stop_text_are_not_told(loaded: Loaded) -> None:
+    ids = ids_of(loaded, PROMPTS[0])
+    whole = list(generate(loaded.model, loaded.tokenizer, ids, GenerationSettings(30, logprobs=0)))
+    tokens = [token for piece in whole for token in piece.tokens]
+    assert len(tokens) == whole[-1].finish.n_new if whole[-1].finish else False
+    text = "".join(piece.text for piece in whole)
+    stop = text[tokens[4].offset : tokens[6].offset]  # two tokens
+    settings = GenerationSettings(30, logprobs=0, stop=(stop,))
+    cut = list(generate(loaded.model, loaded.tokenizer, ids, settings))
+    found = [token for piece in cut for token in piece.tokens]
+    assert found == [token for token in tokens if token.offset < text.index(stop)]
+    for piece, before in zip(cut, range(len(cut)), strict=True):
+        out = len("".join(one.text for one in cut[: before + 1]))
+        assert all(token.offset < out for token in piece.tokens)
+
+
+def test_a_prompt_is_scored_in_parts_as_it_is_at_once(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = ids_of(loaded, PROMPTS[0])
+    settings = GenerationSettings(2, logprobs=2, echo=True)
+
+    def told() -> list[Any]:
+        pieces = generate(loaded.model, loaded.tokenizer, ids, settings)
+        return [token for piece in pieces for token in piece.tokens]
+
+    once = told()
+    assert len(once) == len(ids) + 2
+    monkeypatch.setattr(generation, "SCORES_AT_ONCE", 5 * 299)
+    parts = told()
+    assert [token.token for token in parts] == [token.token for token in once]
+    assert [token.logprob for token in parts[1:]] == pytest.approx(
+        [token.logprob for token in once[1:]], abs=1e-4
+    )
+    monkeypatch.setattr(generation, "supports_cache", lambda model: False)
+    assert [token.logprob for token in told()[1:]] == pytest.approx(
+        [token.logprob for token in once[1:]], abs=1e-4
+    )
+
+
+def test_a_full_model_can_still_score_a_prompt(loaded: Loaded) -> None:
+    settings = GenerationSettings(0, logprobs=0, echo=True)
+    (piece,) = generate(loaded.model, loaded.tokenizer, [7] * 256, settings)
+    assert piece.finish is not None
+    assert (piece.finish.reason, piece.finish.n_new, len(piece.tokens)) == ("length", 0, 256)

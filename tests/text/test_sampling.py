@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 from moebound.errors import MoeboundError
 from moebound.text import sampling
-from moebound.text.sampling import Sampler
+from moebound.text.penalties import Penalties
+from moebound.text.sampling import Sampler, likeliest, likely
 
+SOME = torch.randn(64, generator=torch.Generator().manual_seed(3)) * 3
 SCORES = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.0])
 
 
@@ -82,3 +85,75 @@ def test_a_masked_token_is_never_drawn() -> None:
 def test_no_number_is_an_error(bad: float, temperature: float) -> None:
     with pytest.raises(MoeboundError, match="no number"):
         Sampler(temperature).choose(torch.tensor([0.0, bad]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 3, 63, 64, 1000])
+def test_top_k_is_that_of_transformers(dtype: torch.dtype, count: int) -> None:
+    from transformers import TopKLogitsWarper
+
+    scores = SOME.to(dtype)
+    scores[5] = scores[6]  # what is as likely as the last one stays
+    expected = TopKLogitsWarper(count)(torch.empty(1, 0), scores[None])[0]
+    assert torch.equal(likeliest(scores, count), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+def test_min_p_is_that_of_transformers(share: float) -> None:
+    from transformers import MinPLogitsWarper
+
+    scores = SOME.double()
+    nothing: Any = torch.empty(1, 0)
+    expected = MinPLogitsWarper(share)(nothing, scores[None])[0]
+    assert torch.equal(likely(scores.softmax(0), share) > 0, expected.isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_the_repetition_penalty_is_that_of_transformers(dtype: torch.dtype, penalty: float) -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    prompt, text = [3, 9, 9, 70], [1, 3]  # 70: an embedding that has no score
+    penalties = Penalties(prompt, repetition=penalty)
+    for token in text:
+        penalties.add(token)
+    scores = SOME.to(dtype)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([[*prompt, *text]]), scores.float()[None]
+    )[0]
+    assert torch.equal(penalties.apply(scores), expected)
+    assert torch.equal(scores, SOME.to(dtype))
+
+
+def test_a_bias_is_that_of_transformers() -> None:
+    from transformers import SequenceBiasLogitsProcessor
+
+    bias = {2: -100.0, 7: 0.25}
+    expected = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])(
+        torch.tensor([[1]]), SOME[None]
+    )[0]
+    assert torch.equal(Penalties([2], bias=bias).apply(SOME), expected)
+    assert torch.equal(Penalties([2], bias={**bias, 70: 1.0}).apply(SOME), expected)
+
+
+def test_presence_and_frequency_are_those_of_the_api() -> None:
+    penalties = Penalties([4, 4, 4], presence=0.5, frequency=0.25)
+    assert penalties.apply(SOME) is SOME  # the prompt does not count
+    for token in (1, 2, 1, 1):
+        penalties.add(token)
+    expected = SOME.clone()
+    expected[1] -= 3 * 0.25 + 0.5
+    expected[2] -= 0.25 + 0.5
+    assert torch.equal(penalties.apply(SOME), expected)
+
+
+def test_top_k_top_p_and_min_p_together() -> None:
+    # 0.64, 0.24, 0.09, 0.03 and 0.01 of the whole; 0.73 and 0.27 of the first two.
+    assert set(drawn(Sampler(1.0, seed=1, top_k=2), SCORES, 300)) == {1, 2}
+    assert set(drawn(Sampler(1.0, 0.7, seed=1, top_k=2), SCORES, 200)) == {1}
+    assert set(drawn(Sampler(1.0, seed=1, min_p=0.3), SCORES, 200)) == {1, 2}
+    assert set(drawn(Sampler(1.0, seed=1, min_p=0.4), SCORES, 200)) == {1}
+    assert set(drawn(Sampler(1.0, 0.99, seed=1, min_p=0.1), SCORES, 400)) == {0, 1, 2}
+    assert drawn(Sampler(1.0, seed=1), SCORES, 50) == drawn(
+        Sampler(1.0, seed=1, top_k=0, min_p=0.0), SCORES, 50
+    )

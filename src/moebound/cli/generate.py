@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +12,28 @@ from moebound.cli import exits, wording
 from moebound.cli.offload import load_offloaded, offload_options, stats_facts
 from moebound.cli.output import Output, output_options
 from moebound.errors import MoeboundError
+
+
+def _biases(
+    context: click.Context, option: click.Parameter, given: tuple[str, ...]
+) -> dict[int, float]:
+    found = {}
+    for text in given:
+        token, _, bias = text.partition("=")
+        try:
+            found[int(token)] = float(bias)
+        except ValueError as error:
+            raise click.BadParameter(f"{text!r}: expected TOKEN=BIAS, as 42=-100") from error
+    return found
+
+
+def _schema(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        json.loads(text)
+    except ValueError as error:  # of JSON, or of its encoding
+        raise MoeboundError(f"{path}: expected a JSON Schema: {error}") from error
+    return text
 
 
 @click.command()
@@ -22,6 +46,21 @@ from moebound.errors import MoeboundError
               help="0 takes the likeliest token.")  # fmt: skip
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0,
               show_default=True, help="Of this much probability together.")  # fmt: skip
+@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, metavar="K",
+              help="Of the K likeliest tokens; 0 for all.")  # fmt: skip
+@click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+              help="Of tokens with this share of the likeliest one's probability.")  # fmt: skip
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0,
+              show_default=True,
+              help="Divides the scores of tokens that prompt or text have.")  # fmt: skip
+@click.option("--presence-penalty", type=click.FloatRange(-2, 2), default=0.0, show_default=True,
+              help="Taken from the score of each token that the text has.")  # fmt: skip
+@click.option("--frequency-penalty", type=click.FloatRange(-2, 2), default=0.0, show_default=True,
+              help="The same, once for each time.")  # fmt: skip
+@click.option("--logit-bias", multiple=True, metavar="TOKEN=BIAS", callback=_biases,
+              help="Added to the score of a token id, -100 to 100; may be repeated.")  # fmt: skip
+@click.option("--json-schema", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              metavar="FILE", help="The text is JSON of this JSON Schema.")  # fmt: skip
 @click.option("--seed", type=int, help="Of the draws.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the text; may be repeated.")
 @click.option("--stats", is_flag=True, help="What was read, waited for and computed.")
@@ -35,6 +74,13 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
+    logit_bias: dict[int, float],
+    json_schema: Path | None,
     seed: int | None,
     stop: tuple[str, ...],
     stats: bool,
@@ -48,7 +94,20 @@ def generate(
     from moebound.text.generation import GenerationSettings
     from moebound.text.generation import generate as pieces
 
-    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed, stop)
+    settings = GenerationSettings(
+        max_new_tokens,
+        temperature,
+        top_p,
+        seed,
+        stop,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias,
+        json_schema=None if json_schema is None else _schema(json_schema),
+    )
     with load_offloaded(src, offload, output) as offloaded:
         ids = _tokens(offloaded.tokenizer, prompt, chat)
         offloaded.meter.reset()

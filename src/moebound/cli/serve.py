@@ -72,8 +72,9 @@ def serve(
 ) -> int:
     """Serve SRC, a store or a checkpoint, to clients of the OpenAI API.
 
-    /v1/models, /v1/chat/completions and /v1/completions, streamed or not; /health and /stats. One
-    text is generated at a time, others wait. Ctrl-C or SIGTERM ends it, with exit code 0.
+    /v1/models, /v1/chat/completions and /v1/completions, streamed or not; /health, /stats and
+    /metrics; a page at / to try the model. One text is generated at a time, others wait. Ctrl-C or
+    SIGTERM ends it, with exit code 0.
 
     --json: one document on stdout, as soon as requests are taken, with the URL.
     """
@@ -113,6 +114,7 @@ def serve(
                         f"serving {src}",
                         [
                             ("URL", url),
+                            ("page to try it", url.removesuffix("v1")),
                             ("model", config.name),
                             ("API key", "none" if config.api_key is None else "on every route"),
                             ("queue", f"1 runs, {queue} may wait"),

@@ -17,11 +17,23 @@ sorting a whole vocabulary takes milliseconds."""
 
 
 class Sampler:
-    """temperature: 0 for the most likely token, always. top_p: only the fewest tokens that together
-    have this probability, after the temperature. seed: of the draws; None for a new one."""
+    """temperature: 0 for the most likely token, always. Then, in this order, of what is left each
+    time: top_k: only so many of the likeliest, and what is as likely as the last of them; 0 for
+    all. top_p: only the fewest tokens that together have this probability. min_p: only tokens that
+    have this share of the likeliest one's probability (arXiv 2407.01082). seed: of the draws; None
+    for a new one. The order and the rules are those of transformers."""
 
-    def __init__(self, temperature: float, top_p: float = 1.0, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        temperature: float,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+    ) -> None:
         self._temperature, self._top_p = temperature, top_p
+        self._top_k, self._min_p = top_k, min_p
         self._generator = torch.Generator()
         if seed is None:
             self._generator.seed()
@@ -40,11 +52,13 @@ class Sampler:
             return int(token)
         # Relative to the best, so that no temperature is too small for the exponential.
         scaled = (scores.double().cpu() - best.double().cpu()) / self._temperature
+        if self._top_k:
+            scaled = likeliest(scaled, self._top_k)
         probabilities = scaled.softmax(dim=-1)
         if self._top_p >= 1:
-            return self._draw(probabilities)
+            return self._draw(likely(probabilities, self._min_p))
         kept, tokens = _nucleus(probabilities, self._top_p)
-        return int(tokens[self._draw(kept)])
+        return int(tokens[self._draw(likely(kept, self._min_p))])
 
     def _draw(self, probabilities: torch.Tensor) -> int:
         reached = probabilities.cumsum(dim=-1)
@@ -52,6 +66,19 @@ class Sampler:
         # right: a token whose probability is 0 is never drawn.
         place = int(torch.searchsorted(reached, at, right=True))
         return min(place, len(probabilities) - 1)
+
+
+def likeliest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Minus infinity for scores below the count-th: transformers' TopKLogitsWarper."""
+    last = scores.topk(min(count, len(scores)))[0][-1]
+    return scores.masked_fill(scores < last, float("-inf"))
+
+
+def likely(probabilities: torch.Tensor, share: float) -> torch.Tensor:
+    """0 for those below this share of the largest: transformers' MinPLogitsWarper."""
+    if share <= 0:
+        return probabilities
+    return probabilities.masked_fill(probabilities < share * probabilities.amax(), 0.0)
 
 
 def _nucleus(probabilities: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,10 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from moebound.text.generation import MAX_TOP_LOGPROBS
 from moebound.text.serve.app import create_app
 from moebound.text.serve.config import ServeConfig
 from moebound.text.serve.engine import PlainEngine
-from moebound.text.serve.schema import IGNORED, MAX_STOPS, UNSUPPORTED
+from moebound.text.serve.prompts import MOST_LOGPROBS
+from moebound.text.serve.schema import (
+    IGNORED,
+    MAX_CHOICES,
+    MAX_COMPLETION_LOGPROBS,
+    MAX_STOPS,
+    UNSUPPORTED,
+    ChatRequest,
+    CompletionRequest,
+)
 from moebound.text.serve.worker import Worker
 
 from .live import Live
@@ -49,17 +59,36 @@ def test_the_curl_lines_run(shared: Live) -> None:
 
 
 def test_the_fields_are_those_of_the_code() -> None:
-    section = TEXT.partition("**Carried out:**")[2].partition("\n\n")[0]
-    carried, _, rest = section.partition("**Accepted")
-    accepted, _, refused = rest.partition("**Refused")
-    assert f"up to {MAX_STOPS}" in " ".join(carried.split())
-    assert set(re.findall(r"`(\w+)`", accepted)) <= IGNORED
-    assert set(re.findall(r"`(\w+)`", refused)) <= UNSUPPORTED.keys()
+    table = TEXT.partition("| field |")[2].partition("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+    for column, request in ((1, ChatRequest), (2, CompletionRequest)):
+        written = {
+            field: row[column].strip() for row in rows for field in re.findall(r"`(\w+)`", row[0])
+        }
+        assert len(written) == sum(len(re.findall(r"`(\w+)`", row[0])) for row in rows)
+        known = dict.fromkeys(IGNORED, "ignored") | dict.fromkeys(UNSUPPORTED, "refused")
+        known |= dict.fromkeys(request.model_fields, "accepted")
+        assert {f: how for f, how in written.items() if how != "unknown"} == known
+    assert f"up to {MAX_STOPS} texts" in table
+    assert f"up to {MAX_CHOICES} texts" in table
+    assert f"0 to {MAX_COMPLETION_LOGPROBS}" in table
+    assert f"0 to {MAX_TOP_LOGPROBS}" in table
+    assert f"{MOST_LOGPROBS // 1_000_000} million" in TEXT
+
+
+def test_the_metrics_are_those_of_the_code(shared: Live) -> None:
+    pytest.importorskip("prometheus_client", reason="pip install 'moebound[serve]'")
+    with shared.client() as client:
+        found = set(re.findall(r"^# TYPE moebound_(\w+)", client.get("/metrics").text, re.M))
+    section = TEXT.partition("## Metrics")[2].partition("\n## ")[0]
+    names = {name for name in re.findall(r"`(\w+)`", section) if name != "moebound_"}
+    assert found == {name for name in names if not name.startswith("expert_")}
 
 
 def test_the_routes_are_those_of_the_application(engine: PlainEngine) -> None:
     app = create_app(engine, ServeConfig("any"), Worker(engine, 0))
     found = {getattr(route, "path", "") for route in app.routes}
     table = TEXT.partition("| route |")[2].partition("\n\n")[0]
-    written = re.findall(r"(/[\w/]+)", table)
+    written = re.findall(r"`(?:\w+ )?(/[\w/]*)", table)
+    written += re.findall(r", `(/[\w/]+)`", table)
     assert {path.replace("{name:path}", "NAME") for path in found} == set(written)

@@ -58,11 +58,18 @@ def test_half_of_a_surrogate_pair(shared: Live, body: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [{"logprobs": 0}, {"echo": 0}, {"n": True}, {"frequency_penalty": False}]
+    "field",
+    [
+        {"logprobs": True},
+        {"echo": 0},
+        {"n": True},
+        {"frequency_penalty": False},
+        {"suffix": False},
+        {"top_logprobs": False},
+    ],
 )
 def test_0_is_not_false_and_1_not_true(shared: Live, field: dict[str, Any]) -> None:
     error = refused(shared, COMPLETIONS, {"prompt": "a", **field})
-    assert error["code"] == "unsupported_parameter"
     assert [error["param"]] == list(field)
 
 
@@ -134,13 +141,28 @@ def test_a_body_of_another_type(shared: Live) -> None:
         ({"stop": ["a"] * 17}, "stop"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 2}, "best_of"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),  # the model cannot
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"299": 1}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
         ({"temprature": 0}, "temprature"),
     ],
 )  # fmt: skip
@@ -152,11 +174,38 @@ def test_a_field_that_is_wrong_is_named(shared: Live, fields: dict[str, Any], pa
 
 @pytest.mark.parametrize(
     "prompt",
-    [None, [], 5, {"a": 1}, ["a", "b"], [["a"], ["b"]], [1, "a"], [True], [1.5], [[[1]]],
-     [-1], [299], [1 << 70]],
+    [None, [], 5, {"a": 1}, [["a"], ["b"]], [1, "a"], [True], [1.5], [[[1]]], [[]], ["a", []],
+     [-1], [299], [[1], [299]], [1 << 70], ["a"] * 129],
 )  # fmt: skip
 def test_a_prompt_that_is_none(shared: Live, prompt: Any) -> None:
     assert refused(shared, COMPLETIONS, {"prompt": prompt})["param"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ["a"] * 2, "n": 65}, "n"),
+        ({"best_of": 2}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"suffix": "a"}, "suffix"),
+    ],
+)
+def test_a_field_of_a_completion_that_is_wrong_is_named(
+    shared: Live, fields: dict[str, Any], param: str
+) -> None:
+    assert refused(shared, COMPLETIONS, {"prompt": "a", **fields})["param"] == param
+
+
+def test_more_log_probabilities_than_fit(shared: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moebound.text.serve.prompts.MOST_LOGPROBS", 50)
+    body = {"prompt": ["a", "b"], "max_tokens": 10, "logprobs": 2}
+    assert "up to 60" in refused(shared, COMPLETIONS, body)["message"]
+    with shared.client() as client:
+        body["logprobs"] = 1
+        assert client.post(COMPLETIONS, json=body).status_code == 200
 
 
 def test_what_asks_for_nothing_is_accepted(shared: Live) -> None:

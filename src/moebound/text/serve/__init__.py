@@ -6,7 +6,9 @@ schema.py     what a request may say
 prompts.py    a request to token ids and settings, within the limits
 worker.py     one thread that generates, and the queue before it
 stats.py      what has been served, and how fast
-answers.py    a text, as it comes, to JSON bodies and event streams
+metrics.py    the same, as Prometheus reads it
+answers.py    texts, as they come, to JSON bodies and event streams
+page.py       the page at /, where a person tries the model; page.html is the page
 connections.py  what one client may take before it is known: connections, heads, time
 guard.py      API key, host and size of every request
 bodies.py     bodies: read within size and time, parsed one at a time

@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from moebound.text.generation import Finish, Piece
+from moebound.text.logprobs import Likely, TokenLogprob
 from moebound.text.serve.errors import ApiError, failed
 from moebound.text.serve.worker import Event, Job, Worker
 
@@ -45,12 +46,12 @@ class Events:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
-    async def get(self) -> Piece:
-        """The next piece. Raises ApiError for a text that failed."""
+    async def get(self) -> tuple[int, Piece]:
+        """The next piece, and of which text. Raises ApiError for a text that failed."""
         event = await self._queue.get()
-        if isinstance(event, Piece):
-            return event
-        raise failed(event)
+        if isinstance(event, Exception):
+            raise failed(event)
+        return event
 
 
 @dataclass(frozen=True)
@@ -62,24 +63,57 @@ class Format:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, text: str, finish: Finish) -> dict[str, Any]:
+    def whole(self, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+        object_ = "chat.completion" if self.kind == "chat" else "text_completion"
+        return {**self._head(object_), "choices": choices, "usage": usage}
+
+    def choice(
+        self, index: int, text: str, tokens: list[TokenLogprob] | None, finish: Finish
+    ) -> dict[str, Any]:
+        """tokens: None where their log probabilities were not asked for."""
         content = (
             {"message": {"role": "assistant", "content": text, "refusal": None}}
             if self.kind == "chat"
             else {"text": text}
         )
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish.reason}
-        object_ = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self._head(object_), "choices": [choice], "usage": _usage(finish)}
+        return {
+            "index": index,
+            **content,
+            "logprobs": self._logprobs(tokens),
+            "finish_reason": finish.reason,
+        }
 
-    def chunk(self, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+    def chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        tokens: Sequence[TokenLogprob] | None = None,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
         """delta: what is new of a message; of a completion, its content."""
         content = {"delta": delta} if self.kind == "chat" else {"text": delta.get("content", "")}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
+        choice = {
+            "index": index,
+            **content,
+            "logprobs": self._logprobs(tokens),
+            "finish_reason": reason,
+        }
         return {**self._head(self._chunk_object), "choices": [choice]}
 
-    def usage_chunk(self, finish: Finish) -> dict[str, Any]:
-        return {**self._head(self._chunk_object), "choices": [], "usage": _usage(finish)}
+    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+        return {**self._head(self._chunk_object), "choices": [], "usage": usage}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        if tokens is None:
+            return None
+        if self.kind == "chat":
+            return {"content": [_chat_logprob(token) for token in tokens], "refusal": None}
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [_rivals(token) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
 
     @property
     def _chunk_object(self) -> str:
@@ -95,16 +129,50 @@ class Format:
         }
 
 
-def _usage(finish: Finish) -> dict[str, int]:
+LEAST_LOGPROB = -9999.0
+"""What the API says for a token that cannot be: JSON has no infinity."""
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+
+
+def _chat_logprob(token: TokenLogprob) -> dict[str, Any]:
     return {
-        "prompt_tokens": finish.n_prompt,
-        "completion_tokens": finish.n_new,
-        "total_tokens": finish.n_prompt + finish.n_new,
+        "token": token.text,
+        "logprob": _finite(token.logprob),
+        "bytes": None if token.data is None else list(token.data),
+        "top_logprobs": [_rival(one) for one in token.top],
+    }
+
+
+def _rival(one: Likely) -> dict[str, Any]:
+    data = None if one.data is None else list(one.data)
+    return {"token": one.text, "logprob": _finite(one.logprob), "bytes": data}
+
+
+def _rivals(token: TokenLogprob) -> dict[str, float | None] | None:
+    """By their text, the token itself among them. Of two with one text, the likelier."""
+    if token.logprob is None:
+        return None
+    found: dict[str, float | None] = {}
+    for one in token.top:
+        found.setdefault(one.text, _finite(one.logprob))
+    found.setdefault(token.text, _finite(token.logprob))
+    return found
+
+
+def _usage(job: Job, finishes: Iterable[Finish]) -> dict[str, int]:
+    n_new = sum(finish.n_new for finish in finishes)
+    return {
+        "prompt_tokens": job.n_prompt,
+        "completion_tokens": n_new,
+        "total_tokens": job.n_prompt + n_new,
     }
 
 
 class Whole(Response):
-    """The text in one body, when it is done."""
+    """The texts in one body, when they are done."""
 
     def __init__(self, worker: Worker, job: Job, events: Events, format_: Format) -> None:
         super().__init__()
@@ -118,19 +186,26 @@ class Whole(Response):
         await (response or Response(status_code=CLIENT_GONE))(scope, receive, send)
 
     async def _collect(self) -> Response:
-        text = ""
+        finishes, choices = list[Finish](), list[dict[str, Any]]()
+        text, tokens = "", list[TokenLogprob]()
         try:
-            while True:
-                piece = await self._events.get()
+            while len(choices) < len(self._job.texts):
+                index, piece = await self._events.get()
                 text += piece.text
-                if piece.finish is not None:
-                    return JSONResponse(self._format.whole(text, piece.finish))
+                tokens += piece.tokens
+                if piece.finish is None:
+                    continue
+                told = None if self._job.texts[index].settings.logprobs is None else tokens
+                choices.append(self._format.choice(index, text, told, piece.finish))
+                finishes.append(piece.finish)
+                text, tokens = "", []
         except ApiError as error:
             return error.response()
+        return JSONResponse(self._format.whole(choices, _usage(self._job, finishes)))
 
 
 class Stream(Response):
-    """The text as server-sent events, a piece an event, closed by [DONE].
+    """The texts as server-sent events, a piece an event, one text after another, closed by [DONE].
 
     An error before the first event is an ordinary error body with its status; a later one is an
     event with that body, and ends the stream without [DONE].
@@ -163,27 +238,29 @@ class Stream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_pieces(self, send: Send) -> None:
-        opened = self._format.kind != "chat"
-        while True:
+        opened, finishes = -1, list[Finish]()
+        while len(finishes) < len(self._job.texts):
             try:
                 async with asyncio.timeout(KEEP_ALIVE_S):
-                    piece = await self._events.get()
+                    index, piece = await self._events.get()
             except TimeoutError:
                 await self._send(send, None)
                 continue
-            if not opened:
-                await self._send_chunk(
-                    send, self._format.chunk({"role": "assistant", "content": ""})
-                )
-                opened = True
-            if piece.text:
-                await self._send_chunk(send, self._format.chunk({"content": piece.text}))
+            if self._format.kind == "chat" and opened < index:
+                begin = {"role": "assistant", "content": ""}
+                await self._send_chunk(send, self._format.chunk(index, begin))
+                opened = index
+            told = None if self._job.texts[index].settings.logprobs is None else piece.tokens
+            if piece.text or piece.tokens:
+                delta = {"content": piece.text}
+                await self._send_chunk(send, self._format.chunk(index, delta, told))
             if piece.finish is not None:
-                await self._send_chunk(send, self._format.chunk({}, piece.finish.reason))
-                if self._usage:
-                    await self._send(send, self._format.usage_chunk(piece.finish))
-                await self._send(send, "[DONE]")
-                return
+                end = self._format.chunk(index, {}, reason=piece.finish.reason)
+                await self._send_chunk(send, end)
+                finishes.append(piece.finish)
+        if self._usage:
+            await self._send(send, self._format.usage_chunk(_usage(self._job, finishes)))
+        await self._send(send, "[DONE]")
 
     async def _send_chunk(self, send: Send, chunk: dict[str, Any]) -> None:
         await self._send(send, {**chunk, "usage": None} if self._usage else chunk)

@@ -13,19 +13,20 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from moebound.text.generation import GenerationSettings
+from moebound.errors import BackendUnavailable
 from moebound.text.serve.answers import CLIENT_GONE, Events, Format, Kind, Stream, Whole
 from moebound.text.serve.bodies import Bodies, parse, with_body_limit
 from moebound.text.serve.config import ServeConfig
 from moebound.text.serve.engine import Engine
 from moebound.text.serve.errors import ApiError, install_handlers
 from moebound.text.serve.guard import Guard
+from moebound.text.serve.metrics import exposition
+from moebound.text.serve.page import Page
 from moebound.text.serve.prompts import Prompts
 from moebound.text.serve.schema import ChatRequest, CompletionRequest
-from moebound.text.serve.worker import Job, Worker
+from moebound.text.serve.worker import Job, Text, Worker
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
-Encoded = tuple[list[int], GenerationSettings]
 
 LAST_PASS_S = 60.0
 """What a forward pass that was running at shutdown is given to end."""
@@ -56,20 +57,30 @@ def create_app(
     app = FastAPI(
         title="moebound", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
+    prompts = Prompts(engine, config)
+    page = Page()
     app.add_middleware(
         Guard,
+        page=page,
         api_key=config.api_key,
         hosts=hosts,
         max_body_bytes=config.max_body_bytes,
         max_header_bytes=config.max_header_bytes,
     )
     install_handlers(app)
-    _add_facts(app, engine, config, worker)
-    _add_generation(app, config, worker, Prompts(engine, config), bodies)
+    _add_facts(app, engine, config, worker, prompts, page)
+    _add_generation(app, config, worker, prompts, bodies)
     return app
 
 
-def _add_facts(app: FastAPI, engine: Engine, config: ServeConfig, worker: Worker) -> None:
+def _add_facts(
+    app: FastAPI,
+    engine: Engine,
+    config: ServeConfig,
+    worker: Worker,
+    prompts: Prompts,
+    page: Page,
+) -> None:
     model = {
         "id": config.name,
         "object": "model",
@@ -86,7 +97,22 @@ def _add_facts(app: FastAPI, engine: Engine, config: ServeConfig, worker: Worker
     async def stats() -> Response:
         found = await asyncio.to_thread(engine.stats)
         server = {**worker.state(), **worker.stats.to_json()}
-        return JSONResponse({"model": config.name, "server": server, "engine": found})
+        return JSONResponse(
+            {"model": config.name, "chat": prompts.has_chat, "server": server, "engine": found}
+        )
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        found = await asyncio.to_thread(engine.stats)
+        try:
+            body, type_ = await asyncio.to_thread(exposition, worker.stats, worker.state(), found)
+        except BackendUnavailable as error:
+            raise ApiError(501, str(error), kind="server_error", code="unavailable") from error
+        return Response(body, headers={"Content-Type": type_})
+
+    @app.get("/")
+    async def try_it() -> Response:
+        return page.response()
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -111,7 +137,9 @@ def _add_generation(
             "completion", request, partial(read, CompletionRequest, prompts.completion)
         )
 
-    def read(type_: type[R], encode: Callable[[R], Encoded], body: bytes) -> tuple[R, Encoded]:
+    def read(
+        type_: type[R], encode: Callable[[R], list[Text]], body: bytes
+    ) -> tuple[R, list[Text]]:
         asked = parse(type_, body)
         if asked.model is not None:
             _check_model(asked.model, config)
@@ -119,16 +147,16 @@ def _add_generation(
         return asked, encode(asked)
 
     async def answer(
-        kind: Kind, request: Request, read: Callable[[bytes], tuple[R, Encoded]]
+        kind: Kind, request: Request, read: Callable[[bytes], tuple[R, list[Text]]]
     ) -> Response:
         with worker.reserve() as place:  # before anything of the body is read
             try:
                 body = await bodies.read(request)
             except ClientDisconnect:
                 return Response(status_code=CLIENT_GONE)
-            asked, (ids, settings) = await bodies.beside(partial(read, body))
+            asked, texts = await bodies.beside(partial(read, body))
             events, format_ = Events(), Format(kind, config.name)
-            job = Job(ids, settings, events.put, continues=kind == "completion")
+            job = Job(texts, events.put, n=asked.n or 1)
             place.submit(job)
         if asked.stream:
             return Stream(worker, job, events, format_, usage=asked.wants_usage)

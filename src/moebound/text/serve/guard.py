@@ -8,16 +8,19 @@ import sys
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moebound.text.serve.errors import ApiError, bad_request
+from moebound.text.serve.page import Page
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Guard:
     """ASGI middleware. api_key: that every request must bear; None for no key. hosts: that requests
-    may be addressed to; None for any. max_body_bytes: of one request.
+    may be addressed to; None for any. max_body_bytes: of one request. page: what a browser that has
+    no key gets with its 401, to enter one.
 
     hosts are for a server on loopback without a key: the browser of the machine it runs on carries
     requests of any page there, if the page's own name is made to point to loopback (DNS rebinding);
@@ -32,8 +35,9 @@ class Guard:
         hosts: Collection[str] | None,
         max_body_bytes: int | None,
         max_header_bytes: int = 16 << 10,
+        page: Page | None = None,
     ) -> None:
-        self._app = app
+        self._app, self._page = app, page
         self._digest = None if api_key is None else _digest(api_key)
         self._hosts = hosts
         self._max_body_bytes = sys.maxsize if max_body_bytes is None else max_body_bytes
@@ -53,7 +57,11 @@ class Guard:
             self._check_key(headers)
             self._check_length(headers)
         except ApiError as error:
-            await error.response()(scope, receive, _closing(headers, send))
+            response: Response = error.response()
+            if error.status_code == 401 and self._page is not None and self._page.wanted(scope):
+                # A browser cannot bear a key before it has a page that asks for one.
+                response = self._page.response(401, error.headers)
+            await response(scope, receive, _closing(headers, send))
             return
         reading = _Counted(receive, self)
         await self._app(scope, reading, _closing(headers, send, reading))

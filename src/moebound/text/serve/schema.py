@@ -7,31 +7,30 @@ comes is a typing error, and is refused too.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from moebound.text.generation import SEEDS
+from moebound.text.generation import MAX_BIAS, MAX_PENALTY, MAX_TOP_LOGPROBS, SEEDS
+from moebound.text.grammar import ANY_OBJECT
 from moebound.text.serve.errors import ApiError, bad_request
 
 MAX_STOPS = 16
+MAX_CHOICES = 128
+"""Texts of one request: its prompts times n."""
+MAX_COMPLETION_LOGPROBS = 5
 
 # Field -> values that ask for nothing. None does so in all of them.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("auto", "none"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("auto", "none"),
     "tools": ([],),
@@ -43,7 +42,11 @@ IGNORED = frozenset({
     "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
     "safety_identifier", "service_tier", "store", "user",
 })  # fmt: skip
-_WHY = {"n": "one text a request", "logprobs": "no log probabilities"}
+_WHY = {
+    "echo": "a chat has no prompt to repeat",
+    "best_of": "it is of /v1/completions",
+    "top_logprobs": "of a completion, logprobs says how many",
+}
 
 
 def _stops(value: Any) -> Any:
@@ -57,17 +60,66 @@ def _stops(value: Any) -> Any:
     return found
 
 
-def _one_prompt(value: Any) -> Any:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
-        value = value[0]  # a batch of one
+def _prompts(value: Any) -> Any:
+    """One prompt or several, as a list of them: texts and lists of token ids."""
     if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        if value and all(type(token) is int for token in value):
-            return value
-        if len(value) > 1 and all(isinstance(one, (str, list)) for one in value):
-            raise ValueError(f"expected one prompt a request, found {len(value)}")
-    raise ValueError("expected a text or a list of token ids")
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a text, a list of token ids, or a list of such prompts")
+    if all(type(token) is int for token in value):
+        return [value]
+    if len(value) > MAX_CHOICES:
+        raise ValueError(f"expected at most {MAX_CHOICES} prompts, found {len(value)}")
+    for one in value:
+        tokens = isinstance(one, list) and one and all(type(token) is int for token in one)
+        if not (isinstance(one, str) or tokens):
+            raise ValueError("expected texts or lists of token ids in the list of prompts")
+    return value
+
+
+def _biases(value: Any) -> Any:
+    """Token ids are texts in JSON."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError("expected an object: a token id and a number each")
+    found = {}
+    for token, bias in value.items():
+        if not (isinstance(token, str) and token.isascii() and token.isdecimal()):
+            raise ValueError(f"expected token ids, found {token!r}")
+        number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+        if len(token) > 18 or not number or not abs(bias) <= MAX_BIAS:
+            raise ValueError(f"token {token}: expected a bias of -{MAX_BIAS:g} to {MAX_BIAS:g}")
+        found[int(token)] = float(bias)
+    return found
+
+
+def _schema(value: Any) -> Any:
+    """A response_format to a JSON Schema, as text; None for one that asks for plain text."""
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ANY_OBJECT
+    if kind != "json_schema":
+        raise ValueError(f"expected type text, json_object or json_schema, found {kind!r}")
+    described = value.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise ValueError("expected the schema as an object in json_schema.schema")
+    return json.dumps(schema)
+
+
+def _no_false(value: Any) -> Any:
+    """logprobs of a completion is a number, but clients of both kinds say false for none."""
+    return None if value is False else value
+
+
+def _top_k(value: Any) -> Any:
+    """-1 is vLLM's way to say all tokens."""
+    return 0 if value == -1 else value
 
 
 def _content(value: Any) -> Any:
@@ -117,11 +169,24 @@ class _Request(_Strict):
     seed: int | None = Field(None, ge=SEEDS.start, lt=SEEDS.stop)
     stop: Annotated[list[str], BeforeValidator(_stops)] = []
     max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    top_k: Annotated[int | None, BeforeValidator(_top_k)] = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    presence_penalty: float | None = Field(None, ge=-MAX_PENALTY, le=MAX_PENALTY)
+    frequency_penalty: float | None = Field(None, ge=-MAX_PENALTY, le=MAX_PENALTY)
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = {}
+    response_format: Annotated[str | None, BeforeValidator(_schema)] = None
 
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
         """(the field that says so, new tokens at most)"""
         return "max_tokens", self.max_tokens
+
+    @property
+    def asked_logprobs(self) -> tuple[str, int | None]:
+        """(the field that says so, rivals of each token whose log probabilities are told)"""
+        raise NotImplementedError
 
     @property
     def wants_usage(self) -> bool:
@@ -144,6 +209,8 @@ class ChatRequest(_Request):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
@@ -151,12 +218,18 @@ class ChatRequest(_Request):
             return "max_tokens", self.max_tokens
         return "max_completion_tokens", self.max_completion_tokens
 
+    @property
+    def asked_logprobs(self) -> tuple[str, int | None]:
+        return "top_logprobs", (self.top_logprobs or 0) if self.logprobs else None
+
     def check_rest(self) -> None:
         super().check_rest()
         if None not in (found := {self.max_tokens, self.max_completion_tokens}) and len(found) > 1:
             raise bad_request(
                 "max_tokens and max_completion_tokens say different things", param="max_tokens"
             )
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("top_logprobs: only goes with logprobs: true", param="top_logprobs")
         for index, message in enumerate(self.messages):
             for name, value in (message.model_extra or {}).items():
                 if name != "name" and value:  # what a client echoes of an answer is null or empty
@@ -166,14 +239,38 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """Of /v1/completions."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
+    max_tokens: int | None = Field(None, ge=0)
+    best_of: int | None = Field(None, ge=1)
+    echo: bool | None = None
+    logprobs: Annotated[int | None, BeforeValidator(_no_false)] = Field(
+        None, ge=0, le=MAX_COMPLETION_LOGPROBS
+    )
+
+    @property
+    def asked_logprobs(self) -> tuple[str, int | None]:
+        return "logprobs", self.logprobs
+
+    def check_rest(self) -> None:
+        super().check_rest()
+        n = self.n or 1
+        if self.best_of not in (None, n):
+            raise _unsupported("best_of", f"as many texts are made as n says, {n}")
+        if len(self.prompt) * n > MAX_CHOICES:
+            raise bad_request(
+                f"n: {len(self.prompt)} prompts with {n} texts each; expected at most "
+                f"{MAX_CHOICES} texts a request",
+                param="n",
+            )
+        if self.max_tokens == 0 and not self.echo:
+            raise bad_request("max_tokens: 0 only goes with echo: true", param="max_tokens")
 
 
 def _asks_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """0 == False, but of a completion's logprobs 0 asks for those of the tokens themselves."""
+    """0 == False, but nobody who writes one of them means the other."""
     return any(isinstance(value, bool) == isinstance(one, bool) and value == one for one in neutral)
 
 
-def _unsupported(name: str) -> ApiError:
-    why = _WHY.get(name, "this server does not have it")
+def _unsupported(name: str, why: str | None = None) -> ApiError:
+    why = why or _WHY.get(name, "this server does not have it")
     return bad_request(f"{name} is not supported: {why}", param=name, code="unsupported_parameter")

@@ -9,13 +9,24 @@ from __future__ import annotations
 import math
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 RECENT = 1000
 """Requests whose times are kept."""
+
+_REQUEST_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, math.inf)
+HISTOGRAMS = {
+    "queued_s": _REQUEST_S,
+    "ttft_s": _REQUEST_S,
+    "tpot_s": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, math.inf),
+    "total_s": _REQUEST_S,
+}
+"""Times of a record -> upper bounds of the buckets that they are counted in."""
 
 Outcome = Literal["completed", "cancelled", "failed"]
 
@@ -43,6 +54,19 @@ class Record:
         return f"{self.outcome} ({self.reason}): " + ", ".join(parts)
 
 
+@dataclass
+class Histogram:
+    """counts: of each bucket alone. total: of all values."""
+
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    @property
+    def cumulative(self) -> list[int]:
+        """Values up to each bound."""
+        return list(accumulate(self.counts))
+
+
 class ServeStats:
     """Counters since the start, and quantiles of the last RECENT requests. Thread-safe."""
 
@@ -51,6 +75,9 @@ class ServeStats:
         self._begun = time.monotonic()
         self._counts = Counter[str]()
         self._recent = deque[Record](maxlen=RECENT)
+        self._histograms = {
+            name: Histogram([0] * len(bounds)) for name, bounds in HISTOGRAMS.items()
+        }
 
     def add(self, record: Record) -> None:
         with self._lock:
@@ -58,6 +85,11 @@ class ServeStats:
             self._counts["prompt_tokens"] += record.n_prompt if record.n_new else 0
             self._counts["new_tokens"] += record.n_new
             self._recent.append(record)
+            for name, histogram in self._histograms.items():
+                value = getattr(record, name)
+                if value is not None:
+                    histogram.counts[bisect_left(HISTOGRAMS[name], value)] += 1
+                    histogram.total += value
 
     def refuse(self) -> None:
         """One request that found the queue full."""
@@ -69,6 +101,14 @@ class ServeStats:
         with self._lock:
             times = [r.total_s - r.queued_s for r in self._recent if r.outcome == "completed"]
         return sum(times) / len(times) if times else 0.0
+
+    def histograms(self) -> dict[str, Histogram]:
+        """Of all requests since the start."""
+        with self._lock:
+            return {
+                name: Histogram(list(found.counts), found.total)
+                for name, found in self._histograms.items()
+            }
 
     def to_json(self) -> dict[str, Any]:
         with self._lock:

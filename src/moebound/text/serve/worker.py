@@ -1,8 +1,9 @@
 """One thread that generates, one text at a time, and the bounded queue before it.
 
-A job's events go to `notify`, from the worker's thread: pieces, the last of which has a finish, or
-one exception. A job that is cancelled while it waits leaves the queue at once; one that runs stops
-before its next forward pass, for a pass cannot be broken off.
+A job is one request, which may ask for several texts: they are made one after another. Its events
+go to `notify`, from the worker's thread: the number of a text and a piece of it, of which the last
+one has a finish; or one exception. A job that is cancelled while it waits leaves the queue at once;
+one that runs stops before its next forward pass, for a pass cannot be broken off.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from moebound.text.generation import Finish, GenerationSettings, Piece, generate
@@ -22,20 +23,35 @@ from moebound.text.serve.stats import Outcome, Record, ServeStats
 
 LONGEST_RETRY_S = 60
 
-Event = Piece | Exception
+Event = tuple[int, Piece] | Exception
 log = logging.getLogger("moebound.serve")
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """One text to generate: what `generate` is called with."""
+
+    prompt_ids: list[int]
+    settings: GenerationSettings
+    continues: bool = False
+    prompt: str | None = None
 
 
 @dataclass(eq=False)
 class Job:
-    """One text to generate. accepted: on the clock of time.perf_counter."""
+    """Texts to generate, one after another; never none. n: as many of them, one behind another,
+    have the same prompt. accepted: on the clock of time.perf_counter."""
 
-    prompt_ids: list[int]
-    settings: GenerationSettings
+    texts: Sequence[Text]
     notify: Callable[[Event], None]
-    continues: bool = False
+    n: int = 1
     accepted: float = field(default_factory=time.perf_counter)
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of its prompts, each counted once."""
+        return sum(len(text.prompt_ids) for text in self.texts[:: self.n])
 
 
 class Place:
@@ -180,29 +196,34 @@ class Worker:
 
     def _run(self, job: Job) -> Event | None:
         """Returns the last event, which is still to be sent; None for a job that was cancelled."""
-        begun = time.perf_counter()
+        begun, done = time.perf_counter(), list[Finish]()
         try:
-            self._engine.begin_sequence()
-            for piece in generate(
-                self._engine.model,
-                self._engine.tokenizer,
-                job.prompt_ids,
-                job.settings,
-                continues=job.continues,
-                should_stop=job.cancelled.is_set,
-            ):
-                if piece.finish is None:
-                    job.notify(piece)
+            for index, text in enumerate(job.texts):
+                self._engine.begin_sequence()
+                for piece in generate(
+                    self._engine.model,
+                    self._engine.tokenizer,
+                    text.prompt_ids,
+                    text.settings,
+                    continues=text.continues,
+                    prompt=text.prompt,
+                    should_stop=job.cancelled.is_set,
+                ):
+                    if piece.finish is None:
+                        job.notify((index, piece))
+                assert piece.finish is not None  # of the last piece of any text
+                done.append(piece.finish)
+                if piece.finish.reason == "cancelled":
+                    self._leave(job, "cancelled", "while it ran", begun, done)
+                    return None
+                if index < len(job.texts) - 1:
+                    job.notify((index, piece))
         except Exception as error:
             log.error("a request failed", exc_info=error)
             self._leave(job, "failed", type(error).__name__, begun)
             return error
-        assert piece.finish is not None  # of the last piece of any text
-        if piece.finish.reason == "cancelled":
-            self._leave(job, "cancelled", "while it ran", begun, piece.finish)
-            return None
-        self._leave(job, "completed", piece.finish.reason, begun, piece.finish)
-        return piece
+        self._leave(job, "completed", done[-1].reason, begun, done)
+        return index, piece
 
     def _leave(
         self,
@@ -210,20 +231,26 @@ class Worker:
         outcome: Outcome,
         reason: str,
         begun: float | None = None,
-        finish: Finish | None = None,
+        done: Sequence[Finish] = (),
     ) -> None:
         """begun: on the clock of time.perf_counter, None for a job that only waited."""
         now = time.perf_counter()
         queued = (now if begun is None else begun) - job.accepted
-        first = None if finish is None else finish.first_token_s
+        # Of the tokens behind the first ones of all texts.
+        paces = [
+            (finish.seconds_per_token, finish.n_new - 1)
+            for finish in done
+            if finish.seconds_per_token is not None
+        ]
+        first = done[0].first_token_s if done else None
         record = Record(
             outcome=outcome,
             reason=reason,
-            n_prompt=len(job.prompt_ids),
-            n_new=0 if finish is None else finish.n_new,
+            n_prompt=job.n_prompt,
+            n_new=sum(finish.n_new for finish in done),
             queued_s=queued,
             ttft_s=None if first is None else queued + first,
-            tpot_s=None if finish is None else finish.seconds_per_token,
+            tpot_s=sum(s * n for s, n in paces) / sum(n for _, n in paces) if paces else None,
             total_s=now - job.accepted,
         )
         self.stats.add(record)
