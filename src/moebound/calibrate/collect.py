@@ -261,9 +261,10 @@ class _Sums:
         found = inner(some.where(mine))
         loads = [found.routed.loads[expert] for expert in found.routed.used]
         columns = (found.weights, found.inputs, found.hidden, found.outputs)
-        for expert, g, x, h, y in zip(
-            found.routed.used, *(torch.split(c.float(), loads) for c in columns), strict=True
+        for expert, *some_of in zip(
+            found.routed.used, *(torch.split(c, loads) for c in columns), strict=True
         ):
+            g, x, h, y = (part.float() for part in some_of)  # one expert's at a time
             at = expert - first
             self.tokens[at] += len(g)
             self.gates[at] += g.double().sum()
