@@ -319,10 +319,10 @@ class _Sums:
         self.sent_gates += gates[:, first : first + n].double().sum(0)
         self._add_ratios(gates[real])
         self._add_logits(real)
-        for expert, g, x, h, y, token in zip(
+        for expert, *some_of, token in zip(
             found.routed.used, *(torch.split(c, loads) for c in columns), strict=True
         ):
-            g, x, h, y = (part.float() for part in (g, x, h, y))
+            g, x, h, y = (part.float() for part in some_of)  # one expert's at a time
             at = expert - first
             self.norms[at] += (gates[token, expert] * y.norm(dim=1)).double().sum()
             self.plain[at, 0] += y.double().sum(0)
