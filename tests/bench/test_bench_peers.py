@@ -348,7 +348,7 @@ def test_real_peers(calibrated: tuple[str, Statistics], tmp_path: Path, setting:
     made = run_peer(peer, checkpoint, text, tmp_path, environments=Path(ENVIRONMENTS))
     n_weights = sum(expert.size for expert in checkpoint.experts())
     bits = 8 * made.n_bytes / n_weights
-    assert peer.asked.get("bits", 3) < bits < peer.asked.get("bits", 4.5) + 0.7
+    assert peer.asked.get("bits", 3) < bits < peer.asked.get("bits", 4.5) + 0.8
     # Every matrix is near what it was, and not the same.
     changed = open_checkpoint(str(made.checkpoint))
     for expert in checkpoint.experts():

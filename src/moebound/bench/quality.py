@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,7 @@ class _Run:
         found: list[QualityRow] = []
         self.began = time.monotonic()
         for method in methods:
-            row = self.row(kept, method, method, lambda method=method: self.store(method))
+            row = self.row(kept, method, method, partial(self.store, method))
             found.append(row)
             room = OF_EXPERTS * row.n_bytes
             found += self.ways(kept, row, [*UNIFORM, *planned], room)
@@ -307,9 +308,7 @@ class _Run:
             assert self.calibration is not None
             text = text_of(loaded, self.checkpoint, self.calibration, self.peers.text)
         for peer in asked:
-            row = self.row(
-                kept, peer.setting, peer.setting, lambda peer=peer: self.peer(peer, text)
-            )
+            row = self.row(kept, peer.setting, peer.setting, partial(self.peer, peer, text))
             found.append(row)
             found += self.ways(kept, row, beside, OF_THE_WHOLE * row.n_bytes_whole, among=found)
         for plan in plans:
@@ -330,7 +329,7 @@ class _Run:
         """Ours at the bytes of a row, give or take `room`. among: rows of ours that are taken for
         it where they are as near."""
         makers: dict[str, Callable[[], QualityRow]] = {
-            way.name: lambda way=way: self.at_size(like, room, self.planned(way)) for way in ways
+            way.name: partial(self.at_size, like, room, self.planned(way)) for way in ways
         }
         if self.calibration is not None:
             makers[CALIBRATED] = lambda: self.at_size(like, room, self.calibrated())

@@ -201,7 +201,7 @@ def bench_quality(
         if work is None:
             raise click.UsageError("--peers needs --work, a folder for their checkpoints")
         asked = Peers(_names(peers), work, peer_environments, calibration_text)
-    names = QUANTIZERS if peers is None else ()
+    names: tuple[str, ...] = QUANTIZERS if peers is None else ()
     if quantizers is not None:
         names = _names(quantizers)
     with step_bar(output) as say:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -165,9 +166,9 @@ class Sums:
             per_problem=tuple(zip(each, reproduced, strict=True)),
         )
 
-    def _quantiles(self) -> dict[str, float]:
+    def _quantiles(self) -> dict[str, Any]:
         far, of, answers = (torch.cat(parts).numpy() for parts in zip(*self._each, strict=True))
-        found = {}
+        found: dict[str, Any] = {}
         for prefix, chosen in (("kl", slice(None)), ("answer_kl", answers)):
             values, problems = far[chosen], of[chosen]
             for name, share in QUANTILES.items() if len(values) else ():

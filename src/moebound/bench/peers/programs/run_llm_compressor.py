@@ -66,9 +66,8 @@ def run(request: Request, answer: Path) -> dict[str, Any]:
             AWQModifier(mappings=_mappings(model), offload_device=None),
             QuantizationModifier(config_groups=groups, ignore=["lm_head"]),
         ]
-    data = DataLoader(
-        [{"input_ids": torch.tensor(rows)} for rows in by_length(request.rows)], batch_size=None
-    )
+    batches: Any = [{"input_ids": torch.tensor(rows)} for rows in by_length(request.rows)]
+    data: Any = DataLoader(batches, batch_size=None)
     oneshot(model=model, dataset=data, recipe=recipe,
             moe_calibrate_all_experts=not setting["routed"])  # fmt: skip
     after = _norms(model)
