@@ -157,4 +157,5 @@ class Sums:
             n_answer_tokens=int(answer_n.sum()),
             exact=self._exact,
             per_problem=tuple(zip(each, reproduced, strict=True)),
+            kl_sums=tuple(zip(far.tolist(), answer_far.tolist(), strict=True)),
         )

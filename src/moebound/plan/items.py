@@ -11,7 +11,7 @@ errors of different experts do not correlate, which rounding errors hardly do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,14 @@ LOSS_FLOOR = 0.01
 not free, another text may reach it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExpertSizes:
     """What encoding one expert comes to. By role of its matrices, as the checkpoint has them.
 
-    sizes: bytes at each of `RATES`, envelopes whole. n_bytes: of the source. mean_abs: of all its
-    weights. effective_rank: see `schemes.effective_rank`; None where nobody asked.
+    sizes: bytes at each of `rates`, envelopes whole. n_bytes: of the source. mean_abs: of all its
+    weights. effective_rank: see `schemes.effective_rank`; None where nobody asked. errors: at each
+    of `rates`, the squared error that the matrix leaves in the residual stream, a token of the
+    calibration text (`methods.outputs`); empty without such a text.
     """
 
     key: ExpertKey
@@ -43,6 +45,8 @@ class ExpertSizes:
     n_bytes: int
     mean_abs: float
     effective_rank: float | None = None
+    rates: Floats = field(default_factory=lambda: RATES)
+    errors: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -55,7 +59,8 @@ class Items:
 
     keys: [N]. roles: [N] the matrices that share the item's bound. n_weights: [N].
     rates: [R] ascending. sizes: [N, R] bytes. loss: [N, R] nats of KL, each item changed alone;
-    None where nothing is known.
+    None where nothing is known. errors: [N, R] what they leave in the residual stream, a token;
+    None without statistics.
     """
 
     keys: tuple[ExpertKey, ...]
@@ -64,6 +69,7 @@ class Items:
     rates: Floats
     sizes: Ints
     loss: Floats | None = None
+    errors: Floats | None = None
 
     @classmethod
     def of(cls, experts: Sequence[ExpertSizes], *, per_role: bool) -> Items:
@@ -72,13 +78,19 @@ class Items:
         roles: list[tuple[str, ...]] = []
         n_weights: list[int] = []
         sizes: list[Ints] = []
+        errors: list[Floats] = []
         for expert in experts:
             for group in [(role,) for role in expert.roles] if per_role else [expert.roles]:
                 keys.append(expert.key)
                 roles.append(group)
                 n_weights.append(sum(expert.n_weights[role] for role in group))
                 sizes.append(np.sum([expert.sizes[role] for role in group], axis=0))
-        return cls(tuple(keys), tuple(roles), np.array(n_weights), RATES, np.array(sizes))
+                if expert.errors:
+                    errors.append(np.sum([expert.errors[role] for role in group], axis=0))
+        return cls(
+            tuple(keys), tuple(roles), np.array(n_weights), experts[0].rates, np.array(sizes),
+            errors=np.array(errors) if errors else None,
+        )  # fmt: skip
 
     def with_loss(self, loss: Floats, *, floor: float = LOSS_FLOOR) -> Items:
         """The same with losses [N, R]: never falling with the rate, none below the floor."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import get_args
 
 from moebound.checkpoint import Checkpoint, Expert, Role
 from moebound.errors import MethodError, PlanError
-from moebound.files.formats.statistics import Side, Statistics
+from moebound.files.formats.statistics import Statistics
 from moebound.methods import ExpertView, GroupView, Method, get_method
 from moebound.plan import Plan
-from moebound.types import Array, ErrorBound, ExpertKey
+from moebound.types import ErrorBound, ExpertKey
 
 
 @dataclass(frozen=True)
@@ -93,16 +92,10 @@ class Recipe:
             )
             for expert in experts
         )
-        return GroupView(views, self._statistics(method, [view.key for view in views]))
-
-    def _statistics(
-        self, method: Method, keys: Sequence[ExpertKey]
-    ) -> dict[str, dict[ExpertKey, Array]]:
         if self.calibration is None:
-            return {}
-        sides: tuple[Side, ...] = get_args(Side)
-        wanted = [side for side in sides if side in method.statistics]
-        return {side: {k: self.calibration.moments(k, side) for k in keys} for side in wanted}
+            return GroupView(views)
+        keys = [view.key for view in views]
+        return GroupView(views, self.calibration.wanted(method.statistics, keys))
 
     def group_of(self, key: ExpertKey) -> tuple[object, ...]:
         """Experts with equal ones are seen together by their method."""

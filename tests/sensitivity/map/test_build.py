@@ -84,7 +84,8 @@ def test_layer_after_layer_where_memory_is_short(model: Any, tmp_path: Path) -> 
 def test_what_the_planner_reads(model: Any, tmp_path: Path) -> None:
     found = Build(model, random_text(3), Named("m", "t"), SETTINGS, tmp_path / "map.json").run()
     document = json.loads((tmp_path / "map.json").read_text())
-    assert (document["format"], document["version"]) == ("moebound.sensitivity", 1)
+    assert (document["format"], document["version"]) == ("moebound.sensitivity", 2)
+    assert document["tokens"] == "answers"
     assert document["bounds"] == [0.3, 0.8]
     live = live_experts(model)
     assert [(e["layer"], e["expert"]) for e in document["experts"]] == [
@@ -132,7 +133,8 @@ def test_rows(tmp_path: Path) -> None:
     "edit",
     [
         lambda d: d.update(format="moebound.plan"),
-        lambda d: d.update(version=2),
+        lambda d: d.update(version=3),
+        lambda d: d.update(tokens="some"),
         lambda d: d.pop("bounds"),
         lambda d: d.update(experts=3),
         lambda d: d["experts"][0].pop("layer"),

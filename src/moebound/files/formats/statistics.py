@@ -18,10 +18,10 @@ Sums, not means: those of two texts can be added.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import safetensors
@@ -132,6 +132,13 @@ class Statistics:
         found = np.zeros((n, n))
         found[np.triu_indices(n)] = row
         return found + np.triu(found, 1).T
+
+    def wanted(
+        self, names: Collection[str], keys: Sequence[ExpertKey]
+    ) -> dict[str, dict[ExpertKey, Array]]:
+        """What a method asks for of these experts, by the names it asks for."""
+        sides: tuple[Side, ...] = get_args(Side)
+        return {side: {k: self.moments(k, side) for k in keys} for side in sides if side in names}
 
     def outputs(self, key: ExpertKey) -> Array:
         """[2, N] float64: sum of g f(x), and of its square."""
