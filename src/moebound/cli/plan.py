@@ -330,7 +330,8 @@ class _Trying:
         task, problems = self._text
         if self._searched:
             # Fewer than are wanted are shared out alike.
-            at = min(self._n_search, len(problems) // 2)
+            short = len(problems) < self._n_search + self._n_measured
+            at = len(problems) // 2 if short else self._n_search
             problems = problems[:at] if of_search else problems[at:]
         if not problems:
             raise PlanError(f"{task.name}: has too few problems to search on some and measure on "

@@ -59,8 +59,8 @@ class Items:
 
     keys: [N]. roles: [N] the matrices that share the item's bound. n_weights: [N].
     rates: [R] ascending. sizes: [N, R] bytes. loss: [N, R] nats of KL, each item changed alone;
-    None where nothing is known. errors: [N, R] what they leave in the residual stream, a token;
-    None without statistics.
+    None where nothing is known. within: [N] octaves by which an expert's rate should be wider than
+    its layer's mean, if all experts of a layer are to lose as much; None where that is not known.
     """
 
     keys: tuple[ExpertKey, ...]
@@ -69,7 +69,7 @@ class Items:
     rates: Floats
     sizes: Ints
     loss: Floats | None = None
-    errors: Floats | None = None
+    within: Floats | None = None
 
     @classmethod
     def of(cls, experts: Sequence[ExpertSizes], *, per_role: bool) -> Items:
@@ -78,19 +78,30 @@ class Items:
         roles: list[tuple[str, ...]] = []
         n_weights: list[int] = []
         sizes: list[Ints] = []
-        errors: list[Floats] = []
         for expert in experts:
             for group in [(role,) for role in expert.roles] if per_role else [expert.roles]:
                 keys.append(expert.key)
                 roles.append(group)
                 n_weights.append(sum(expert.n_weights[role] for role in group))
                 sizes.append(np.sum([expert.sizes[role] for role in group], axis=0))
-                if expert.errors:
-                    errors.append(np.sum([expert.errors[role] for role in group], axis=0))
-        return cls(
-            tuple(keys), tuple(roles), np.array(n_weights), experts[0].rates, np.array(sizes),
-            errors=np.array(errors) if errors else None,
-        )  # fmt: skip
+        grid = experts[0].rates
+        return cls(tuple(keys), tuple(roles), np.array(n_weights), grid, np.array(sizes))
+
+    def with_within(self, lost: Mapping[ExpertKey, float], power: float) -> Items:
+        """The same with `within`, of what each expert loses at one rate, a power of the rate. One
+        that loses nothing counts for the least there is in its layer; none for more than 2 octaves.
+        """
+        layers = np.array([key.layer for key in lost])
+        values = np.array(list(lost.values()))
+        wider = np.zeros(len(values))
+        for layer in np.unique(layers):
+            of = layers == layer
+            least = values[of][values[of] > 0].min(initial=np.inf)
+            if np.isfinite(least):
+                logs = np.log2(np.maximum(values[of], least)) / power
+                wider[of] = np.clip(logs.mean() - logs, -2, 2)
+        by_key = dict(zip(lost, wider.tolist(), strict=True))
+        return replace(self, within=np.array([by_key[key] for key in self.keys]))
 
     def with_loss(self, loss: Floats, *, floor: float = LOSS_FLOOR) -> Items:
         """The same with losses [N, R]: never falling with the rate, none below the floor."""

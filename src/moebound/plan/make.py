@@ -152,6 +152,8 @@ def make_plan(
     if evidence.calibration is not None:
         made["calibration"] = evidence.calibration.of.to_json()
 
+    if chosen == "search":
+        items = _with_within(items, evidence, experts)
     source_bytes = sum(expert.n_bytes for expert in experts)
     n_weights = int(items.n_weights.sum())
 
@@ -258,6 +260,27 @@ class _Shaped:
             return fit(lambda n: self.plan_of(shaped_within_bytes(self.items, shape, n)))
 
         return make
+
+
+def _with_within(items: Items, evidence: Evidence, experts: Sequence[ExpertSizes]) -> Items:
+    """What tells a layer's experts apart: what a map says of each, jumps and all, or the errors
+    that statistics know of."""
+    if evidence.map is not None:
+        from_sensitivity(evidence.map, experts, per_role=False)  # is it of this model?
+        lines = {line.key: line for line in evidence.map.experts}
+        at = len(evidence.map.bounds) // 2
+        return items.with_within({e.key: lines[e.key].predicted_kl[at] for e in experts}, LINEAR)
+    if all(expert.errors for expert in experts):
+        lost = {
+            e.key: float(sum(e.errors[role][len(e.rates) // 2] for role in e.roles))
+            for e in experts
+        }
+        return items.with_within(lost, SQUARE)
+    return items
+
+
+LINEAR, SQUARE = 1.0, 2.0
+"""Powers of the rate that KL with routers' jumps grows with, and squared errors."""
 
 
 def _rates(

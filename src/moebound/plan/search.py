@@ -7,8 +7,8 @@ a budget of real bytes that every plan keeps, and no model of the loss has the l
 
   start    one rate for all, which loses K. Then every layer alone, at that rate and an octave or
            two about it, which loses K_l(α). Over the layers the sum of K_l(α_l)^m is made least
-           within the bytes, on hulls (`allocate.py`); m is such that for one rate the sum is K^m.
-           Losses of layers do not add up to K but to more; m says how much more
+           within the bytes, on hulls (`allocate.py`). With m = 1 losses add up; they come to more
+           than K, and with another m to K. Both are tried, and both by half
   search   one number of the shape after another (`shape.py`): each layer's, each role's, and how
            much of the difference between a layer's experts is made good; half an octave finer, or
            coarser where finer is no better. A sweep that found nothing is followed by one of half
@@ -43,6 +43,8 @@ FINEST = 0.125
 OCTAVES = (0.0, 1.0, -1.0, 2.0)
 """About one rate for all, at which every layer alone is measured, for as long as there are half of
 the measurements left."""
+PARTS = (1.0, 0.5)
+"""Of the way from one rate to what losses of layers ask for."""
 _LEAST, _MOST = 1.0, 4.0
 """Of m."""
 _SURE = 1.5
@@ -104,8 +106,10 @@ def search(
         )
     first = run.best
     curves = run.curves() if len(run.layers) > 1 else {}
-    if curves:
-        run.take(joined(items, fit, curves, run.wide, first.kl), "layers by their losses")
+    for power in joinings(curves, first.kl):
+        shape = joined(items, fit, curves, run.wide, power)
+        for part in PARTS:
+            run.take(shape.scaled(part), f"layers by losses^{power:.2f}, {part:g} of the way")
     run.sweeps(_numbers(items, {layer: at[0.0] for layer, at in curves.items()}))
     return Found(run.plan, run.shape, run.best, first, run.n)
 
@@ -114,11 +118,17 @@ Curves = Mapping[int, Mapping[float, float]]
 """What each layer alone loses, by octaves about one rate for all."""
 
 
-def joined(items: Items, fit: Fit, curves: Curves, wide: float, together: float) -> Shape:
-    """Layers' rates by what each loses alone. wide: the rate of all at 0 octaves. together: what
-    they then lose."""
+def joinings(curves: Curves, together: float) -> list[float]:
+    """Powers m to try: losses that add up, and such that they come to what was measured of all."""
+    if not curves:
+        return []
+    alone = np.array([curve[0.0] for curve in curves.values()])
+    return sorted({_LEAST, joining(alone, together)})
+
+
+def joined(items: Items, fit: Fit, curves: Curves, wide: float, power: float) -> Shape:
+    """Layers' rates by what each loses alone. wide: the rate of all at 0 octaves."""
     layers = sorted(curves)
-    power = joining(np.array([curves[layer][0.0] for layer in layers]), together)
     by_octave = (len(items.rates) - 1) / math.log2(items.rates[-1] / items.rates[0])
     low, high = (math.log2(rate / wide) for rate in (items.rates[0], items.rates[-1]))
     at = np.arange(math.ceil(low * by_octave), math.floor(high * by_octave) + 1) / by_octave
@@ -160,8 +170,10 @@ def _along(curve: Mapping[float, float], at: Floats) -> Floats:
     # A model of which nothing is left is as far as it gets, and a loss of nothing is some loss.
     values = np.where(np.isfinite(values), values, 16 * largest)
     logs = np.log2(np.maximum(np.maximum.accumulate(values), 1e-6 * largest))
-    inside = np.clip(at, x[0], x[-1])
-    return np.asarray(2.0 ** (np.interp(inside, x, logs) + 2 * (at - inside)))
+    # Narrower than what was measured, as between the narrowest two; wider, as the square.
+    slope = float(np.clip((logs[1] - logs[0]) / (x[1] - x[0]), 0.5, 2)) if len(x) > 1 else 1.0
+    below, above = np.minimum(at - x[0], 0), np.maximum(at - x[-1], 0)
+    return np.asarray(2.0 ** (np.interp(at, x, logs) + slope * below + 2 * above))
 
 
 def _numbers(items: Items, losses: Mapping[int, float]) -> list[tuple[str, int | str]]:
@@ -170,7 +182,7 @@ def _numbers(items: Items, losses: Mapping[int, float]) -> list[tuple[str, int |
     found: list[tuple[str, int | str]] = [("layers", layer) for layer in layers if len(layers) > 1]
     if all(len(group) == 1 for group in items.roles):
         found += [("roles", role) for role in sorted({role for (role,) in items.roles})]
-    if items.errors is not None:
+    if items.within is not None:
         found.append(("experts", 0))
     return found
 

@@ -23,8 +23,7 @@ _HALVINGS = 60
 @dataclass(frozen=True)
 class Shape:
     """Octaves by which rates are wider. layers, roles: 0 for those not named. experts: how much of
-    the difference is made good that experts of a layer have in their errors at one rate: 0 none of
-    it, and at 1 rates are in inverse proportion to the root of the error."""
+    the difference between a layer's experts is made good (`Items.within`): 0 none of it, 1 all."""
 
     layers: Mapping[int, float] = field(default_factory=dict)
     roles: Mapping[str, float] = field(default_factory=dict)
@@ -40,6 +39,14 @@ class Shape:
         role = str(name)
         return replace(self, roles={**self.roles, role: self.roles.get(role, 0.0) + by})
 
+    def scaled(self, by: float) -> Shape:
+        """All its numbers times this."""
+        return Shape(
+            {layer: by * octaves for layer, octaves in self.layers.items()},
+            {role: by * octaves for role, octaves in self.roles.items()},
+            by * self.experts,
+        )
+
     def to_json(self) -> dict[str, object]:
         """For people."""
         return {
@@ -49,7 +56,8 @@ class Shape:
         }
 
     def offsets(self, items: Items) -> Floats:
-        """[N] octaves. Raises PlanError where experts are to differ and no errors are known."""
+        """[N] octaves. Raises PlanError where experts are to differ, and nothing is known of them.
+        """
         found = np.array(
             [
                 self.layers.get(key.layer, 0.0)
@@ -58,22 +66,10 @@ class Shape:
             ]
         )
         if self.experts:
-            found += self.experts * _by_errors(items)
+            if items.within is None:
+                raise PlanError("what experts lose is not known: give --sensitivity")
+            found += self.experts * items.within
         return found
-
-
-def _by_errors(items: Items) -> Floats:
-    """[N] -½ log2 of an expert's error a weight over its layer's, at the middle of the grid."""
-    if items.errors is None:
-        raise PlanError("errors of experts are not known: give --calibration")
-    middle = items.errors[:, len(items.rates) // 2]
-    _, expert = np.unique([[*key] for key in items.keys], axis=0, return_inverse=True)
-    expert = expert.reshape(-1)
-    mean = np.bincount(expert, middle) / np.bincount(expert, items.n_weights)
-    least = mean[mean > 0].min(initial=1.0)
-    logs = -0.5 * np.log2(np.maximum(mean, least))[expert]
-    layer = np.unique([key.layer for key in items.keys], return_inverse=True)[1]
-    return np.asarray(logs - (np.bincount(layer, logs) / np.bincount(layer))[layer])
 
 
 def within_bytes(items: Items, shape: Shape, budget_bytes: int) -> Floats:
