@@ -4,11 +4,12 @@
     python bench/plan_quality.py map.json --calibration stats --search 96 --skip 0 --limit 200 \
         --work searches > rows.json
 
-map.json: of `moebound sensitivity`; --skip leaves out the problems that it was made with. Every row
-is a real store, verified, loaded and read, over all tokens and over those of answers. Beside its KL
-stand the plan's own figures: predicted from the map, and measured as `moebound plan` does, on
---measure problems behind the held-out ones. --search adds plans that are searched for on the model,
-and --calibration rows of method calibrated, with one rate and searched for; searches read
+map.json: of `moebound sensitivity`, one or more, say one of answers and one of all tokens; --skip
+leaves out the problems that they were made with. Every row is a real store, verified, loaded and
+read, over all tokens and over those of answers. Beside its KL stand the plan's own figures:
+predicted from the map, and measured as `moebound plan` does, on --measure problems behind the
+held-out ones. "Bound planned" is by the first map. --search adds plans that are searched for on the
+model, and --calibration rows of method calibrated, with one rate and searched for; searches read
 --search-problems others, and keep what they measured in --work. Rows go to stdout as JSON, a table
 and progress to stderr.
 """
@@ -38,7 +39,7 @@ from moebound.files.documents import Document
 from moebound.files.formats.sensitivity_map import FORMAT, SensitivityMap
 from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.plan import Budget, Evidence, ExpertSizes, Plan, Scheme, Search, make_plan
-from moebound.score import Score
+from moebound.score import Score, Tokens
 from moebound.score.statistics import ratio_stderr
 from moebound.sensitivity.trial import N_PROBLEMS, Trial, unread_by
 from moebound.sensitivity.tries import Tries
@@ -48,7 +49,10 @@ from moebound.tasks.base import Problem
 from moebound.wordmath.builtin import resolve
 
 BOUND, CALIBRATED = "bounded:bound", "calibrated"
-SCHEMES: tuple[Scheme, ...] = ("uniform", "layer", "sensitivity")
+
+
+def tokens_of(document: Document) -> Tokens:
+    return SensitivityMap.of(document).tokens
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Bench:
     args: argparse.Namespace
     checkpoint: Checkpoint
     loaded: Loaded
-    document: Document
+    maps: Sequence[Document]
     calibration: Statistics | None
     task: Task
     problems: Sequence[Problem]
@@ -99,22 +103,35 @@ class Bench:
     def bound_sizes(self) -> list[ExpertSizes]:
         return measure_sizes(self.checkpoint)
 
-    def rows(self) -> Iterator[tuple[str, Scheme]]:
-        """Methods and schemes."""
+    def rows(self) -> Iterator[tuple[str, Scheme, Document | None]]:
+        """Methods, schemes, and the maps they go by."""
+        # What tells a layer's experts apart has to be of the tokens that are protected.
+        same = (found for found in self.maps if tokens_of(found) == self.args.tokens)
+        known = next(same, None)
         if not self.args.only_calibrated:
-            yield from ((BOUND, scheme) for scheme in SCHEMES)
+            yield BOUND, "uniform", self.maps[0]
+            for document in self.maps:
+                yield BOUND, "layer", document
+                yield BOUND, "sensitivity", document
             if self.args.search:
-                yield BOUND, "search"
+                yield BOUND, "search", known
         if self.calibration is not None:
-            yield CALIBRATED, "uniform"
+            yield CALIBRATED, "uniform", None
             if self.args.search:
-                yield CALIBRATED, "search"
+                yield CALIBRATED, "search", known
 
-    def plan(self, method: str, scheme: Scheme, bpw: float, sizes: list[ExpertSizes]) -> Plan:
-        evidence = Evidence(sensitivity=self.document)
+    def plan(
+        self,
+        method: str,
+        scheme: Scheme,
+        document: Document | None,
+        bpw: float,
+        sizes: list[ExpertSizes],
+    ) -> Plan:
+        evidence = Evidence(sensitivity=document)
         encoded = None
         if method == CALIBRATED:
-            evidence = Evidence(calibration=self.calibration)
+            evidence = Evidence(sensitivity=document, calibration=self.calibration)
             encoded = Encoded(self.checkpoint, self.calibration, memo=self.memo)
         search = None
         if scheme == "search":
@@ -156,9 +173,9 @@ def ratio(found: Score, to: Score) -> dict[str, list[float]]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """KL in 1e-5 nats a token, ± one standard error."""
     lines = [
-        "| bits a weight | method | scheme | KL, all tokens | to one rate | to bound planned | "
-        "KL, answers | to one rate | to bound planned |",
-        "|" + "---|" * 9,
+        "| bits a weight | method | scheme | map of | KL, all tokens | to one rate | "
+        "to bound planned | KL, answers | to one rate | to bound planned |",
+        "|" + "---|" * 10,
     ]
 
     def of(row: Mapping[str, Any], name: str) -> str:
@@ -170,8 +187,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     for row in rows:
         cells = [
-            f"{row['bits_per_weight']:.3f}", row["method"], row["scheme"], of(row, "kl"),
-            part(row, "to_uniform", "all"), part(row, "to_planned_bound", "all"),
+            f"{row['bits_per_weight']:.3f}", row["method"], row["scheme"], row["map_tokens"] or "",
+            of(row, "kl"), part(row, "to_uniform", "all"), part(row, "to_planned_bound", "all"),
             of(row, "answer_kl"), part(row, "to_uniform", "answers"),
             part(row, "to_planned_bound", "answers"),
         ]  # fmt: skip
@@ -181,8 +198,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("map", type=Path)
-    parser.add_argument("--src", default="builtin:wordmath", help="the model that the map is of")
+    parser.add_argument("maps", type=Path, nargs="+", metavar="map.json")
+    parser.add_argument("--src", default="builtin:wordmath", help="the model that the maps are of")
     parser.add_argument("--task", default="wordmath-hard")
     parser.add_argument("--bpw", type=float, nargs="+", default=[2.0, 3.0, 4.0])
     parser.add_argument("--skip", type=int, default=64)
@@ -193,12 +210,12 @@ def main() -> None:
     parser.add_argument("--search", type=int, default=0, help="measurements of each search")
     parser.add_argument("--search-problems", type=int, default=128)
     parser.add_argument("--tokens", choices=["all", "answers"], default=None,
-                        help="what searches protect; default: the map's")  # fmt: skip
+                        help="what searches protect; default: as the one map, or all")  # fmt: skip
     parser.add_argument("--work", type=Path)
     args = parser.parse_args()
 
-    document = FORMAT.read(args.map)
-    args.tokens = args.tokens or SensitivityMap.of(document).tokens
+    maps = [FORMAT.read(path) for path in args.maps]
+    args.tokens = args.tokens or ("all" if len(maps) > 1 else tokens_of(maps[0]))
     checkpoint, loaded = open_checkpoint(resolve(args.src)), load(args.src)
     calibration = None if args.calibration is None else read_statistics(args.calibration)
     if calibration is not None:
@@ -211,7 +228,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        bench = Bench(args, checkpoint, loaded, document, calibration, task, problems, others, work)
+        bench = Bench(args, checkpoint, loaded, maps, calibration, task, problems, others, work)
         rows = measured(bench)
     about_run = {
         "source": args.src,
@@ -237,21 +254,26 @@ def measured(bench: Bench) -> list[dict[str, Any]]:
                 bench.checkpoint, bench.calibration, bits_per_weight=bpw
             )
         scores: dict[tuple[str, Scheme], Score] = {}
-        for method, scheme in bench.rows():
-            print(f"{bpw:g} bits, {method}, {scheme}", file=sys.stderr)
+        planned: Score | None = None
+        for method, scheme, document in bench.rows():
+            by = "" if document is None else tokens_of(document)
+            print(f"{bpw:g} bits, {method}, {scheme} {by}", file=sys.stderr)
             sizes = calibrated if method == CALIBRATED else bench.bound_sizes
-            plan = bench.plan(method, scheme, bpw, sizes)
+            plan = bench.plan(method, scheme, document, bpw, sizes)
             assert plan.measured is not None
             options = {"calibration": bench.calibration} if method == CALIBRATED else {}
             with in_a_store(bench.checkpoint, plan, **options) as (folder, about):
                 found = score(in_folder(folder), bench.original).score
             scores[method, scheme] = found
-            uniform, planned = scores.get((method, "uniform")), scores.get((BOUND, "sensitivity"))
+            uniform = scores.get((method, "uniform"))
+            if planned is None and (method, scheme) == (BOUND, "sensitivity"):
+                planned = found
             rows.append(
                 {
                     "bpw": bpw,
                     "method": method,
                     "scheme": scheme,
+                    "map_tokens": by or None,
                     "bits_per_weight": 8 * about["n_bytes"] / about["n_weights"],
                     "predicted_kl": plan.kl,
                     "plan_measured_kl": plan.measured.kl,

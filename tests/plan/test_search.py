@@ -22,6 +22,7 @@ from moebound.types import ExpertKey
 from .conftest import as_document, experts, sensitivity
 
 SIZES = experts(4, 8)
+AT_3, NOTHING = Budget(bpw=3), Evidence()
 N_WEIGHTS = 4 * 8 * 3 * 2048
 FACTORS = np.random.default_rng(5).gamma(0.5, size=32)  # a few problems make most of a loss
 
@@ -34,10 +35,16 @@ class Model:
         self.by_layer, self.luck = by_layer, luck
         self.tried: list[tuple[str, int | None]] = []
 
-    def measure(self, plan: Plan, layer: int | None = None) -> Measured:
+    def measure(self, plan: Plan, layer: int | None = None, expert: int | None = None) -> Measured:
         self.tried.append((plan.sha256, layer))
         lost = {
-            key: math.hypot(*(e.bounds["down"].value for e in plan.experts if e.key.layer == key))
+            key: math.hypot(
+                *(
+                    e.bounds["down"].value
+                    for e in plan.experts
+                    if e.key.layer == key and expert in (None, e.key.expert)
+                )
+            )
             for key in self.by_layer
             if layer in (None, key)
         }
@@ -58,9 +65,9 @@ STEEP = {1: 1.0, 2: 0.2, 3: 0.05, 4: 0.3}
 
 def searched(
     model: Model,
-    budget: Budget = Budget(bpw=3),
+    budget: Budget = AT_3,
     n: int = 80,
-    evidence: Evidence = Evidence(),
+    evidence: Evidence = NOTHING,
     encoded: Callable[[Plan], Mapping[ExpertKey, int]] | None = None,
     sizes: list[ExpertSizes] = SIZES,
 ) -> Plan:
@@ -163,8 +170,10 @@ def test_experts_of_a_layer_by_what_a_map_says(tmp_path: Path) -> None:
         within_bytes(items, Shape(experts=1.0), 3 * N_WEIGHTS // 8)
 
     class Experts(Model):
-        def measure(self, plan: Plan, layer: int | None = None) -> Measured:
-            found = super().measure(plan, layer)
+        def measure(
+            self, plan: Plan, layer: int | None = None, expert: int | None = None
+        ) -> Measured:
+            found = super().measure(plan, layer, expert)
             most = sum(e.bounds["up"].value for e in plan.experts if e.key.expert == 0)
             sums = tuple((kl * (0.1 + most), 0.0) for kl, _ in found.score.kl_sums)
             kl = float(np.mean([kl for kl, _ in sums]))
@@ -179,14 +188,41 @@ def test_experts_of_a_layer_by_what_a_map_says(tmp_path: Path) -> None:
     assert first < 0.8 * others
 
 
+def test_experts_are_measured_alone_where_there_are_measurements_for_it() -> None:
+    class Uneven(Model):
+        def measure(
+            self, plan: Plan, layer: int | None = None, expert: int | None = None
+        ) -> Measured:
+            found = super().measure(plan, layer, expert)
+            hurts = [e for e in plan.experts if e.key.expert == 3 and expert in (None, 3)]
+            of = [e.bounds["up"].value for e in hurts if layer in (None, e.key.layer)]
+            more = 1e-2 * sum(of)
+            sums = tuple((kl + more, 0.0) for kl, _ in found.score.kl_sums)
+            kl = float(np.mean([kl for kl, _ in sums]))
+            return replace(found, score=replace(found.score, kl_nats=kl, kl_sums=sums))
+
+    model = Uneven(dict.fromkeys(STEEP, 0.1))
+    plan = searched(model, n=140)
+    assert plan.made["search"]["shape"]["experts"] > 0
+    third, others = (
+        np.mean([e.bounds["up"].value for e in plan.experts if (e.key.expert == 3) == is_third])
+        for is_third in (True, False)
+    )
+    assert third < 0.7 * others
+    few = searched(Uneven(dict.fromkeys(STEEP, 0.1)), n=40)
+    assert few.made["search"]["shape"]["experts"] == 0
+
+
 @pytest.mark.parametrize("tokens", ["all", "answers"])
 def test_a_plan_protects_the_tokens_that_count(tokens: Tokens) -> None:
     """Prompts feel the first layer, and answers the last."""
 
     class Both(Model):
-        def measure(self, plan: Plan, layer: int | None = None) -> Measured:
-            prompts = Model({1: 1.0, 2: 0.1, 3: 0.1, 4: 0.0}).measure(plan, layer)
-            answers = Model({1: 0.0, 2: 0.1, 3: 0.1, 4: 0.5}).measure(plan, layer)
+        def measure(
+            self, plan: Plan, layer: int | None = None, expert: int | None = None
+        ) -> Measured:
+            prompts = Model({1: 1.0, 2: 0.1, 3: 0.1, 4: 0.0}).measure(plan, layer, expert)
+            answers = Model({1: 0.0, 2: 0.1, 3: 0.1, 4: 0.5}).measure(plan, layer, expert)
             sums = tuple(
                 (one + other, other)
                 for (one, _), (other, _) in zip(
@@ -219,7 +255,7 @@ def test_how_losses_join() -> None:
 def test_what_cannot_be_searched() -> None:
     with pytest.raises(PlanError, match=r"scheme 'search' needs measured losses.*--task"):
         make_plan(SIZES, Evidence(), Budget(bpw=3), source="x", scheme="search")
-    with pytest.raises(PlanError, match="--bpw 0.1 cannot be met"):
+    with pytest.raises(PlanError, match=r"--bpw 0\.1 cannot be met"):
         searched(Model(STEEP), Budget(bpw=0.1))
     with pytest.raises(PlanError, match="leaves nothing of the model"):
         searched(Model(dict.fromkeys(STEEP, math.inf)))

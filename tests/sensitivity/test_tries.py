@@ -55,11 +55,11 @@ class Dying:
     def __init__(self, trial: Trial, left: int) -> None:
         self.trial, self.left, self.n = trial, left, 0
 
-    def measure(self, plan: Plan, layer: int | None = None) -> Any:
+    def measure(self, plan: Plan, layer: int | None = None, expert: int | None = None) -> Any:
         if self.n >= self.left:
             raise Killed
         self.n += 1
-        return self.trial.measure(plan, layer)
+        return self.trial.measure(plan, layer, expert)
 
 
 def test_a_killed_search_goes_on(
@@ -82,7 +82,7 @@ def test_a_killed_search_goes_on(
         try:
             plan = make_plan(
                 sizes, Evidence(calibration=calibration), Budget(bpw=4), source="m",
-                method="calibrated", encoded=tries.sizes, search=Search(tries, 14),
+                method="calibrated", encoded=tries.sizes, search=Search(tries, 52),
             )  # fmt: skip
         finally:
             tries.close()

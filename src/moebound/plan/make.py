@@ -20,7 +20,7 @@ from moebound.plan.joint import Joint
 from moebound.plan.losses import from_sensitivity, from_study, shares_from_profile
 from moebound.plan.plan import CODEC_METHOD, Plan, planned_experts
 from moebound.plan.schemes import Scheme
-from moebound.plan.search import Found, Say, Tries
+from moebound.plan.search import LINEAR, SQUARE, Found, Say, Tries
 from moebound.plan.search import search as search_for
 from moebound.plan.shape import Shape
 from moebound.plan.shape import within_bytes as shaped_within_bytes
@@ -195,7 +195,8 @@ def make_plan(
                 f"{what} needs measured losses: give --sensitivity or --study, or say with --task "
                 "on what to measure plans"
             )
-        shaped = _Shaped(items, fit, plan_of, search, n_weights, chosen == "search")
+        mapped = evidence.map is not None
+        shaped = _Shaped(items, fit, plan_of, search, n_weights, chosen == "search", mapped)
         most = budget.n_bytes(n_weights=n_weights, source_bytes=source_bytes)
         _check(budget, items, most, joint, source_bytes)
         if most is not None:
@@ -217,7 +218,8 @@ def make_plan(
 
 @dataclass(frozen=True, eq=False)
 class _Shaped:
-    """Plans of shapes. searched: whether a shape is looked for, or all have one rate."""
+    """Plans of shapes. searched: whether a shape is looked for, or all have one rate. mapped:
+    whether a map says what tells experts apart."""
 
     items: Items
     fit: Callable[[int], Fit]
@@ -225,6 +227,7 @@ class _Shaped:
     search: Search
     n_weights: int
     searched: bool
+    mapped: bool
 
     def of_bytes(self, most: int) -> Plan:
         found = self._found(most)
@@ -246,7 +249,7 @@ class _Shaped:
     def _found(self, most: int) -> Found:
         return search_for(
             self.items, self.fit(most), self.plan_of, self.search.tries, self.search.n_most,
-            say=self.search.say,
+            told_apart=self.mapped, say=self.search.say,
         )  # fmt: skip
 
     def _like(self, shape: Shape, kl: float, bits: float) -> Callable[[float], Plan]:
@@ -277,10 +280,6 @@ def _with_within(items: Items, evidence: Evidence, experts: Sequence[ExpertSizes
         }
         return items.with_within(lost, SQUARE)
     return items
-
-
-LINEAR, SQUARE = 1.0, 2.0
-"""Powers of the rate that KL with routers' jumps grows with, and squared errors."""
 
 
 def _rates(

@@ -8,7 +8,9 @@ a budget of real bytes that every plan keeps, and no model of the loss has the l
   start    one rate for all, which loses K. Then every layer alone, at that rate and an octave or
            two about it, which loses K_l(α). Over the layers the sum of K_l(α_l)^m is made least
            within the bytes, on hulls (`allocate.py`). With m = 1 losses add up; they come to more
-           than K, and with another m to K. Both are tried, and both by half
+           than K, and with another m to K. Both are tried, and both by half. Then, if that takes
+           no more than half of the measurements left, every expert alone, and the same within
+           each layer: a map says as much for less (`told_apart`)
   search   one number of the shape after another (`shape.py`): each layer's, each role's, and how
            much of the difference between a layer's experts is made good; half an octave finer, or
            coarser where finer is no better. A sweep that found nothing is followed by one of half
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +39,10 @@ from moebound.plan.measured import Measured
 from moebound.plan.plan import Plan
 from moebound.plan.shape import Shape, within_bytes
 from moebound.score.record import finite
+from moebound.types import ExpertKey
 
+LINEAR, SQUARE = 1.0, 2.0
+"""Powers of the rate that KL with routers' jumps grows with, and squared errors."""
 STEP = 0.5
 FINEST = 0.125
 OCTAVES = (0.0, 1.0, -1.0, 2.0)
@@ -57,8 +62,8 @@ Say = Callable[[str, int, int], None]
 class Tries(Protocol):
     """What tries plans. The same for the same plan."""
 
-    def measure(self, plan: Plan, layer: int | None = None) -> Measured:
-        """With one layer's experts changed as planned, or all."""
+    def measure(self, plan: Plan, layer: int | None = None, expert: int | None = None) -> Measured:
+        """With all experts changed as planned, those of one layer, or one of them."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,13 @@ def search(
     tries: Tries,
     n_most: int,
     *,
+    told_apart: bool = False,
     say: Say = lambda *_: None,
 ) -> Found:
     """The best plan that so many measurements find, one rate for all among them.
 
-    plan_of: the plan that gives items these rates. Raises PlanError where nothing is left of the
+    plan_of: the plan that gives items these rates. told_apart: whether `items.within` is of a
+    measured loss already. Raises PlanError where nothing is left of the
     model with one rate for all, and what `tries` raises.
     """
     run = _Run(items, fit, plan_of, tries, n_most, say)
@@ -110,7 +117,9 @@ def search(
         shape = joined(items, fit, curves, run.wide, power)
         for part in PARTS:
             run.take(shape.scaled(part), f"layers by losses^{power:.2f}, {part:g} of the way")
-    run.sweeps(_numbers(items, {layer: at[0.0] for layer, at in curves.items()}))
+    if not told_apart:
+        run.told_apart()
+    run.sweeps(_numbers(run.items, {layer: at[0.0] for layer, at in curves.items()}))
     return Found(run.plan, run.shape, run.best, first, run.n)
 
 
@@ -223,6 +232,20 @@ class _Run:
                 found[layer][octave] = measured.kl
                 self._count(f"layer {layer} alone, {octave:+g} octaves: {measured.kl:.3g}")
         return found if all(found.values()) else {}
+
+    def told_apart(self) -> None:
+        """What every expert alone loses at its rate of now, where half of what is left is enough
+        to measure that; and the shape with half and all of the difference made good."""
+        keys = list(dict.fromkeys(self.items.keys))
+        if 2 * len(keys) > self.n_most - self.n:
+            return
+        lost = dict[ExpertKey, float]()
+        for key in keys:
+            lost[key] = self.tries.measure(self.plan, key.layer, key.expert).kl
+            self._count(f"{key} alone: {lost[key]:.3g}")
+        self.items = self.items.with_within(lost, LINEAR)
+        for part in (STEP, 2 * STEP):
+            self.take(replace(self.shape, experts=part), f"experts by losses, {part:g} of the way")
 
     @property
     def wide(self) -> float:

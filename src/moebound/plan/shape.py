@@ -56,8 +56,7 @@ class Shape:
         }
 
     def offsets(self, items: Items) -> Floats:
-        """[N] octaves. Raises PlanError where experts are to differ, and nothing is known of them.
-        """
+        """[N] octaves. Raises PlanError where experts are to differ, and nothing tells them apart."""
         found = np.array(
             [
                 self.layers.get(key.layer, 0.0)

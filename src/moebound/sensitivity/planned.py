@@ -10,7 +10,7 @@ has a method, and every matrix a bound, of its own.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from moebound.checkpoint.families import Role
@@ -33,13 +33,13 @@ def planned(
     *,
     dtype: DType | None = None,
     calibration: Statistics | None = None,
-    layer: int | None = None,
+    only: Collection[ExpertKey] | None = None,
     memo: Memo | None = None,
 ) -> Iterator[int]:
     """Inside of the `with`, every expert is what its method makes of it within its bounds.
 
     plan: of exactly these experts. dtype: of the weights in their checkpoint; found out for each
-    expert if None. calibration: for methods that need statistics. layer: change its experts only.
+    expert if None. calibration: for methods that need statistics. only: change these, None for all.
     memo: of experts that were made before, by plans of this model with these statistics. Yields
     the bytes that it all takes, framing included (of families that keep two projections in one
     tensor a little more than in a store, which encodes them as one). Keeps a copy of what it
@@ -56,13 +56,14 @@ def planned(
         has = "which the model has" if others[0] in experts else "which the model has not"
         raise MoeboundError(f"{which} {others[0]}, {has}{more}")
     n_bytes = 0
+    wanted = set(experts if only is None else only)
     with exactly_undone(tuple(experts.values())) as undo:
         for setting, group in _groups(plan):
-            if layer is not None and group[0].key.layer != layer:
+            if wanted.isdisjoint(entry.key for entry in group):
                 continue
             taken, made = _made(experts, setting, group, memo, calibration, dtype)
-            for key, weights in made.items():
-                undo.replace(experts[key], as_live(experts[key], weights))
+            for key in wanted & made.keys():
+                undo.replace(experts[key], as_live(experts[key], made[key]))
             n_bytes += taken
         yield n_bytes
 

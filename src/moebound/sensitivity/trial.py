@@ -77,12 +77,19 @@ class Trial:
         original = Original(loaded.model, Baseline.of(loaded.model, rows))
         return cls(original, experts, task.name, tokens, calibration, memo)
 
-    def measure(self, plan: Plan, layer: int | None = None) -> Measured:
-        """What a plan loses on them, of all experts or those of one layer. Raises MoeboundError if
-        it is not for this model, and UnsupportedArchitectureError where experts cannot be changed
-        in place: quantized weights, and weights that are not in memory."""
+    def measure(self, plan: Plan, layer: int | None = None, expert: int | None = None) -> Measured:
+        """What a plan loses on them, of all experts, those of one layer or one of them.
+
+        Raises MoeboundError if it is not for this model, and UnsupportedArchitectureError where
+        experts cannot be changed in place: quantized weights, and weights that are not in memory.
+        """
+        some = [
+            key
+            for key in self.experts
+            if layer in (None, key.layer) and expert in (None, key.expert)
+        ]
         changed = planned(
-            self.experts, plan, calibration=self.calibration, layer=layer, memo=self.memo
+            self.experts, plan, calibration=self.calibration, only=some, memo=self.memo
         )
         return Measured(score(changed, self.original).score, self.task, tokens=self.tokens)
 

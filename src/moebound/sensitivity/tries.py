@@ -38,7 +38,9 @@ class Tries:
         self._trial_of, self._encoded = trial_of, encoded
         self._rows = Rows(path, {"rows": "moebound.plan.search", "version": 1, **header})
         self._measured = {
-            (row["plan"], row["layer"]): _read(row) for row in self._rows.found if "score" in row
+            (row["plan"], row["layer"], row["expert"]): _read(row)
+            for row in self._rows.found
+            if "score" in row
         }
         self._sizes = {row["plan"]: row["sizes"] for row in self._rows.found if "sizes" in row}
         self.n_found = len(self._rows.found)
@@ -56,12 +58,13 @@ class Tries:
         keys = [expert.key for expert in plan.experts]
         return dict(zip(keys, self._sizes[plan.sha256], strict=True))
 
-    def measure(self, plan: Plan, layer: int | None = None) -> Measured:
-        """What it loses, or one layer of it."""
-        name = plan.sha256, layer
+    def measure(self, plan: Plan, layer: int | None = None, expert: int | None = None) -> Measured:
+        """What it loses, or one layer of it, or one expert."""
+        name = plan.sha256, layer, expert
         if name not in self._measured:
-            found = self._trial.measure(plan, layer)
-            self._rows.append({"plan": plan.sha256, "layer": layer, **_written(found)})
+            found = self._trial.measure(plan, layer, expert)
+            of = {"plan": plan.sha256, "layer": layer, "expert": expert}
+            self._rows.append({**of, **_written(found)})
             self._measured[name] = found
         return self._measured[name]
 
