@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +46,7 @@ from moebound.sensitivity.tries import Tries
 from moebound.store import Encoded, Memo, measure_calibrated, measure_sizes
 from moebound.tasks import Task, get_task
 from moebound.tasks.base import Problem
+from moebound.types import ExpertKey
 from moebound.wordmath.builtin import resolve
 
 BOUND, CALIBRATED = "bounded:bound", "calibrated"
@@ -129,7 +130,7 @@ class Bench:
         sizes: list[ExpertSizes],
     ) -> Plan:
         evidence = Evidence(sensitivity=document)
-        encoded = None
+        encoded: Callable[[Plan], dict[ExpertKey, int]] | None = None
         if method == CALIBRATED:
             evidence = Evidence(sensitivity=document, calibration=self.calibration)
             encoded = Encoded(self.checkpoint, self.calibration, memo=self.memo)
@@ -261,7 +262,9 @@ def measured(bench: Bench) -> list[dict[str, Any]]:
             sizes = calibrated if method == CALIBRATED else bench.bound_sizes
             plan = bench.plan(method, scheme, document, bpw, sizes)
             assert plan.measured is not None
-            options = {"calibration": bench.calibration} if method == CALIBRATED else {}
+            options: dict[str, Any] = {}
+            if method == CALIBRATED:
+                options["calibration"] = bench.calibration
             with in_a_store(bench.checkpoint, plan, **options) as (folder, about):
                 found = score(in_folder(folder), bench.original).score
             scores[method, scheme] = found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from moebound.score import Tokens
     from moebound.sensitivity.trial import Trial
     from moebound.sensitivity.tries import Tries
-    from moebound.store import Encoded
     from moebound.tasks.base import Problem, Task
     from moebound.types import ExpertKey
 
@@ -240,7 +239,7 @@ class _Asked:
         if trying is not None:
             trying.check()
         sizes = self.sizes(output)
-        encoded = None
+        encoded: Callable[[Plan], dict[ExpertKey, int]] | None = None
         if calibration is not None:
             memo = trying.memo if trying is not None else None
             encoded = Encoded(self.checkpoint, calibration, memo=memo, jobs=self.jobs)
@@ -341,7 +340,7 @@ class _Trying:
             calibration=self.asked.evidence.calibration, memo=self.memo,
         )  # fmt: skip
 
-    def tries(self, encoded: Encoded | None) -> Tries:
+    def tries(self, encoded: Callable[[Plan], dict[ExpertKey, int]] | None) -> Tries:
         from moebound.checkpoint import experts_name
         from moebound.sensitivity.tries import Tries
 

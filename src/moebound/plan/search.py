@@ -34,7 +34,7 @@ import numpy as np
 from moebound.errors import PlanError
 from moebound.plan.allocate import within_bytes as hull_within_bytes
 from moebound.plan.fit import Fit
-from moebound.plan.items import Floats, Items
+from moebound.plan.items import Floats, Ints, Items
 from moebound.plan.measured import Measured
 from moebound.plan.plan import Plan
 from moebound.plan.shape import Shape, within_bytes
@@ -167,7 +167,7 @@ def joining(alone: Floats, together: float) -> float:
     return (low + high) / 2
 
 
-def _least(sizes: Floats) -> int:
+def _least(sizes: Ints) -> int:
     return int(sizes[:, -1].sum())
 
 

@@ -56,7 +56,7 @@ class Shape:
         }
 
     def offsets(self, items: Items) -> Floats:
-        """[N] octaves. Raises PlanError where experts are to differ, and nothing tells them apart."""
+        """[N] octaves. Raises PlanError for experts that differ where nothing tells them apart."""
         found = np.array(
             [
                 self.layers.get(key.layer, 0.0)

@@ -158,7 +158,7 @@ def _around(
     """Octaves about the one at which a sample of experts has the size."""
     experts = checkpoint.experts()
     chosen = np.unique(np.linspace(0, len(experts) - 1, _SAMPLE).round().astype(int))
-    n_weights = sum(experts[at].size for at in chosen)
+    n_weights: int = sum(experts[at].size for at in chosen)
 
     def bits(octave: int) -> float:
         rounded = [
