@@ -242,6 +242,18 @@ def test_statistics_that_are_missing_or_wrong(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_a_budget_that_rounding_cannot_meet(
+    run: Run, mapped: tuple[Path, Path], calibrated: Path, tmp_path: Path
+) -> None:
+    """Found out when a search begins: nothing of it is left."""
+    ran = run("plan", mapped[0], "--calibration", calibrated, "--bpw", 0.2, "--problems", 3,
+              "-o", tmp_path / "plan.json")  # fmt: skip
+    assert ran.code == 2
+    assert "--bpw 0.2 cannot be met" in ran.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_input(run: Run, source: Path, measured: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     assert run("plan", source, "--bpw", "6", "-o", out).code == 0

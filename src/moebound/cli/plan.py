@@ -156,10 +156,17 @@ def plan(
     trying = None
     if not no_measure and (evidence.sensitivity or evidence.calibration or task):
         protected = tokens or (evidence.map.tokens if evidence.map is not None else "all")
-        trying = _Trying(output, asked_for, out, task, protected, problems, search_problems)
-    made = asked_for.make(
-        output, trying, searches, N_SEARCHED if n_searched is None else n_searched
-    )
+        searches = searches or (max_kl is not None and not asked_for.knows_losses)
+        trying = _Trying(
+            output, asked_for, out, task, protected, problems, search_problems, searches
+        )
+    n_most = N_SEARCHED if n_searched is None else n_searched
+    try:
+        made = asked_for.make(output, trying, searches, n_most)
+    except BaseException:
+        if trying is not None:
+            trying.stopped()
+        raise
     made.save(out)
     if trying is not None:
         trying.finished()
@@ -213,6 +220,12 @@ class _Asked:
                 "`moebound calibrate`, and give the folder with --calibration"
             )
 
+    @property
+    def knows_losses(self) -> bool:
+        """Whether a size can be found for a loss without measuring any plan."""
+        given = self.evidence.sensitivity is not None or self.evidence.study is not None
+        return given and self.setting.startswith("bounded:")
+
     def sizes(self, output: Output) -> list[ExpertSizes]:
         from moebound.store import measure_calibrated, measure_sizes
 
@@ -245,7 +258,7 @@ class _Asked:
             encoded = Encoded(self.checkpoint, calibration, memo=memo, jobs=self.jobs)
         with step_bar(output) as say:
             search = None
-            if trying is not None and (searches or (self.budget.max_kl and calibration)):
+            if trying is not None and trying.searches:
                 tries = trying.tries(encoded)
                 encoded = tries.sizes if encoded is not None else None
                 search = Search(tries, n_searched, say)
@@ -255,7 +268,7 @@ class _Asked:
                 self.budget,
                 source=self.checkpoint.name,
                 method=self.setting,
-                scheme=self.scheme or (None if searches or calibration is None else "uniform"),
+                scheme=self.scheme or ("uniform" if calibration and not searches else None),
                 per_role=self.per_role,
                 measure=None if trying is None else trying.measure,
                 encoded=encoded,
@@ -275,13 +288,14 @@ class _Trying:
         tokens: Tokens,
         problems: int | None,
         search_problems: int | None,
+        searches: bool,
     ) -> None:
         from moebound.sensitivity.trial import N_PROBLEMS
         from moebound.store import Memo
 
         self.output, self.asked, self.out, self.tokens = output, asked, out, tokens
         self.memo = Memo()
-        self._task = task
+        self._task, self.searches = task, searches
         self._n_measured = N_PROBLEMS if problems is None else problems
         self._n_search = SEARCH_PROBLEMS if search_problems is None else search_problems
         self._tries: Tries | None = None
@@ -310,7 +324,7 @@ class _Trying:
 
         evidence, n = self.asked.evidence, self._n_search + self._n_measured
         if evidence.sensitivity is not None and self._task is None:
-            return unread(evidence.sensitivity, n if self._searched else self._n_measured)
+            return unread(evidence.sensitivity, n if self.searches else self._n_measured)
         if evidence.calibration is not None:
             task = get_task(self._task or evidence.calibration.of.text)
             return task, unread_by(self._loaded, evidence.calibration, task, n, skip=HELD_OUT)
@@ -318,16 +332,12 @@ class _Trying:
         task = get_task(self._task)
         return task, task.problems(HELD_OUT + n)[HELD_OUT:] or task.problems(n)
 
-    @property
-    def _searched(self) -> bool:
-        return self._tries is not None
-
     def _trial(self, of_search: bool) -> Trial:
         from moebound.errors import PlanError
         from moebound.sensitivity.trial import Trial
 
         task, problems = self._text
-        if self._searched:
+        if self.searches:
             # Fewer than are wanted are shared out alike.
             short = len(problems) < self._n_search + self._n_measured
             at = len(problems) // 2 if short else self._n_search
@@ -374,6 +384,10 @@ class _Trying:
     def finished(self) -> None:
         if self._tries is not None:
             self._tries.remove()
+
+    def stopped(self) -> None:
+        if self._tries is not None:
+            self._tries.close()
 
 
 def _predicted(plan: Plan) -> dict[ExpertKey, int]:

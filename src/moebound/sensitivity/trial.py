@@ -132,11 +132,14 @@ def unread_by(
     if calibration.of.text != task.name:
         return task.problems(skip + n_problems)[skip:] or task.problems(n_problems)
     n_read = calibration.of.n_sequences
-    problems = task.problems(_FAR + n_read + n_problems)
-    ids = [_hashed([*p, *a]) for p, a in solved_rows(loaded.tokenizer, task, problems)]
-    for start in (skip, *range(len(ids) - n_read + 1)):
-        if sha256(b"".join(ids[start : start + n_read])).hexdigest() == calibration.of.text_sha256:
+    for read in (skip + n_read, _FAR + n_read):  # where it most likely is, then anywhere
+        problems = task.problems(read + n_problems)
+        rows = solved_rows(loaded.tokenizer, task, problems[:read])
+        ids = [_hashed([*prompt, *solution]) for prompt, solution in rows]
+        for start in range(len(ids) - n_read, -1, -1):
             behind = start + n_read
+            if sha256(b"".join(ids[start:behind])).hexdigest() != calibration.of.text_sha256:
+                continue
             chosen = [*problems[behind:], *problems[skip:start]][:n_problems]
             if chosen:
                 return chosen

@@ -69,7 +69,11 @@ class Tries:
         return self._measured[name]
 
     def close(self) -> None:
-        self._rows.close()
+        """What is measured is kept; where nothing is, nothing is left."""
+        if self._sizes or self._measured:
+            self._rows.close()
+        else:
+            self._rows.remove()
 
     def remove(self) -> None:
         """The plan is written: the rows have done their work."""
