@@ -104,11 +104,15 @@ class Bench:
     def bound_sizes(self) -> list[ExpertSizes]:
         return measure_sizes(self.checkpoint)
 
+    @property
+    def known(self) -> Document | None:
+        """The map of the tokens that are protected."""
+        same = (found for found in self.maps if tokens_of(found) == self.args.tokens)
+        return next(same, None)
+
     def rows(self) -> Iterator[tuple[str, Scheme, Document | None]]:
         """Methods, schemes, and the maps they go by."""
-        # What tells a layer's experts apart has to be of the tokens that are protected.
-        same = (found for found in self.maps if tokens_of(found) == self.args.tokens)
-        known = next(same, None)
+        known = self.known
         if not self.args.only_calibrated:
             yield BOUND, "uniform", self.maps[0]
             for document in self.maps:
@@ -118,6 +122,8 @@ class Bench:
                 yield BOUND, "search", known
         if self.calibration is not None:
             yield CALIBRATED, "uniform", None
+            if known is not None:
+                yield CALIBRATED, "sensitivity", known
             if self.args.search:
                 yield CALIBRATED, "search", known
 
@@ -252,7 +258,10 @@ def measured(bench: Bench) -> list[dict[str, Any]]:
         calibrated: list[ExpertSizes] = []
         if bench.calibration is not None:
             calibrated = measure_calibrated(
-                bench.checkpoint, bench.calibration, bits_per_weight=bpw
+                bench.checkpoint,
+                bench.calibration,
+                bits_per_weight=bpw,
+                plain_rates=() if bench.known is None else SensitivityMap.of(bench.known).bounds,
             )
         scores: dict[tuple[str, Scheme], Score] = {}
         planned: Score | None = None

@@ -180,7 +180,7 @@ def test_experts_of_a_layer_by_what_a_map_says(tmp_path: Path) -> None:
             return replace(found, score=replace(found.score, kl_nats=kl, kl_sums=sums))
 
     plan = searched(Experts(dict.fromkeys(STEEP, 1.0)), evidence=evidence)
-    assert plan.made["search"]["shape"]["experts"] > 0
+    assert plan.made["search"]["shape"]["losses"] > 0
     first, others = (
         np.mean([e.bounds["up"].value for e in plan.experts if (e.key.expert == 0) == is_first])
         for is_first in (True, False)
@@ -259,5 +259,5 @@ def test_what_cannot_be_searched() -> None:
         searched(Model(STEEP), Budget(bpw=0.1))
     with pytest.raises(PlanError, match="leaves nothing of the model"):
         searched(Model(dict.fromkeys(STEEP, math.inf)))
-    with pytest.raises(PlanError, match=r"'layer' .* knows none of method 'calibrated'"):
+    with pytest.raises(PlanError, match=r"'layer' .* none of method 'calibrated'"):
         make_plan(SIZES, Evidence(), Budget(bpw=3), source="x", method="calibrated", scheme="layer")

@@ -240,8 +240,9 @@ class _Asked:
             most = self.budget.n_bytes(n_weights=weights, source_bytes=self.checkpoint.expert_bytes)
             return measure_calibrated(
                 self.checkpoint, self.evidence.calibration, method=self.setting,
-                bits_per_weight=None if most is None else 8 * most / weights, jobs=self.jobs,
-                progress=progress,
+                bits_per_weight=None if most is None else 8 * most / weights,
+                plain_rates=() if self.evidence.map is None else self.evidence.map.bounds,
+                jobs=self.jobs, progress=progress,
             )  # fmt: skip
 
     def make(self, output: Output, trying: _Trying | None, searches: bool, n_searched: int) -> Plan:
@@ -268,7 +269,7 @@ class _Asked:
                 self.budget,
                 source=self.checkpoint.name,
                 method=self.setting,
-                scheme=self.scheme or ("uniform" if calibration and not searches else None),
+                scheme=self.scheme,
                 per_role=self.per_role,
                 measure=None if trying is None else trying.measure,
                 encoded=encoded,

@@ -36,7 +36,8 @@ class ExpertSizes:
     sizes: bytes at each of `rates`, envelopes whole. n_bytes: of the source. mean_abs: of all its
     weights. effective_rank: see `schemes.effective_rank`; None where nobody asked. errors: at each
     of `rates`, the squared error that the matrix leaves in the residual stream, a token of the
-    calibration text (`methods.outputs`); empty without such a text.
+    calibration text (`methods.outputs`); empty without such a text. plain: the same of codec
+    `bound`, at the rates of a sensitivity map; empty without one.
     """
 
     key: ExpertKey
@@ -47,6 +48,7 @@ class ExpertSizes:
     effective_rank: float | None = None
     rates: Floats = field(default_factory=lambda: RATES)
     errors: Mapping[str, Floats] = field(default_factory=dict)
+    plain: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -61,6 +63,8 @@ class Items:
     rates: [R] ascending. sizes: [N, R] bytes. loss: [N, R] nats of KL, each item changed alone;
     None where nothing is known. within: [N] octaves by which an expert's rate should be wider than
     its layer's mean, if all experts of a layer are to lose as much; None where that is not known.
+    hull: [N] octaves by which an item's rate is wider than the mean in the plan that predicted
+    losses ask for; None where none are known.
     """
 
     keys: tuple[ExpertKey, ...]
@@ -70,6 +74,7 @@ class Items:
     sizes: Ints
     loss: Floats | None = None
     within: Floats | None = None
+    hull: Floats | None = None
 
     @classmethod
     def of(cls, experts: Sequence[ExpertSizes], *, per_role: bool) -> Items:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from moebound.errors import PlanError
 from moebound.files.documents import Document, fields_of
 from moebound.files.formats.sensitivity_map import SensitivityMap
@@ -17,10 +19,10 @@ from moebound.plan import schemes
 from moebound.plan.fit import Fit
 from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.plan.joint import Joint
-from moebound.plan.losses import from_sensitivity, from_study, shares_from_profile
+from moebound.plan.losses import from_errors, from_sensitivity, from_study, shares_from_profile
 from moebound.plan.plan import CODEC_METHOD, Plan, planned_experts
 from moebound.plan.schemes import Scheme
-from moebound.plan.search import LINEAR, SQUARE, Found, Say, Tries
+from moebound.plan.search import SQUARE, Found, Say, Tries
 from moebound.plan.search import search as search_for
 from moebound.plan.shape import Shape
 from moebound.plan.shape import within_bytes as shaped_within_bytes
@@ -122,18 +124,24 @@ def make_plan(
     setting = CODEC_METHOD + codec if method is None else method
     chosen = scheme or ("search" if search is not None else evidence.scheme)
     bounded = setting.startswith(CODEC_METHOD)
-    if not bounded and chosen in ("sensitivity", "layer"):
+    by_errors = not bounded and evidence.map is not None and all(e.plain for e in experts)
+    if not bounded and not by_errors and chosen in ("sensitivity", "layer"):
         raise PlanError(
-            f"scheme {chosen!r} goes by losses of codecs, and knows none of method {setting!r}; "
-            "take scheme 'search', which measures them"
+            f"scheme {chosen!r} goes by losses, and there are none of method {setting!r}: give "
+            "--sensitivity, or take scheme 'search', which measures them"
         )
-    roles = evidence.has_roles and chosen == "sensitivity" if per_role is None else per_role
+    by_losses = chosen in ("sensitivity", "search") and (bounded or by_errors)
+    roles = evidence.has_roles and by_losses if per_role is None else per_role
     share = None
     if evidence.profile is not None:
         share = shares_from_profile(evidence.profile, [expert.key for expert in experts])
     made: dict[str, Any] = {}
     joint = Joint()
-    if not bounded:
+    if by_errors and evidence.sensitivity is not None and evidence.map is not None:
+        with fields_of(str(evidence.sensitivity.path), PlanError):
+            items, facts = from_errors(evidence.map, experts, per_role=roles)
+        made = {"sensitivity": evidence.sensitivity.describe(), **facts}
+    elif not bounded:
         items = Items.of(experts, per_role=roles)
     elif evidence.sensitivity is not None and evidence.map is not None:
         where = str(evidence.sensitivity.path)
@@ -152,8 +160,6 @@ def make_plan(
     if evidence.calibration is not None:
         made["calibration"] = evidence.calibration.of.to_json()
 
-    if chosen == "search":
-        items = _with_within(items, evidence, experts)
     source_bytes = sum(expert.n_bytes for expert in experts)
     n_weights = int(items.n_weights.sum())
 
@@ -195,10 +201,10 @@ def make_plan(
                 f"{what} needs measured losses: give --sensitivity or --study, or say with --task "
                 "on what to measure plans"
             )
-        mapped = evidence.map is not None
-        shaped = _Shaped(items, fit, plan_of, search, n_weights, chosen == "search", mapped)
         most = budget.n_bytes(n_weights=n_weights, source_bytes=source_bytes)
         _check(budget, items, most, joint, source_bytes)
+        known = _told_apart(items, experts, most)
+        shaped = _Shaped(known, fit, plan_of, search, n_weights, chosen == "search")
         if most is not None:
             plan = shaped.of_bytes(most)
         else:
@@ -218,8 +224,7 @@ def make_plan(
 
 @dataclass(frozen=True, eq=False)
 class _Shaped:
-    """Plans of shapes. searched: whether a shape is looked for, or all have one rate. mapped:
-    whether a map says what tells experts apart."""
+    """Plans of shapes. searched: whether a shape is looked for, or all have one rate."""
 
     items: Items
     fit: Callable[[int], Fit]
@@ -227,7 +232,6 @@ class _Shaped:
     search: Search
     n_weights: int
     searched: bool
-    mapped: bool
 
     def of_bytes(self, most: int) -> Plan:
         found = self._found(most)
@@ -249,7 +253,7 @@ class _Shaped:
     def _found(self, most: int) -> Found:
         return search_for(
             self.items, self.fit(most), self.plan_of, self.search.tries, self.search.n_most,
-            told_apart=self.mapped, say=self.search.say,
+            say=self.search.say,
         )  # fmt: skip
 
     def _like(self, shape: Shape, kl: float, bits: float) -> Callable[[float], Plan]:
@@ -265,14 +269,12 @@ class _Shaped:
         return make
 
 
-def _with_within(items: Items, evidence: Evidence, experts: Sequence[ExpertSizes]) -> Items:
-    """What tells a layer's experts apart: what a map says of each, jumps and all, or the errors
-    that statistics know of."""
-    if evidence.map is not None:
-        from_sensitivity(evidence.map, experts, per_role=False)  # is it of this model?
-        lines = {line.key: line for line in evidence.map.experts}
-        at = len(evidence.map.bounds) // 2
-        return items.with_within({e.key: lines[e.key].predicted_kl[at] for e in experts}, LINEAR)
+def _told_apart(items: Items, experts: Sequence[ExpertSizes], most: int | None) -> Items:
+    """With what a search may begin with: the plan that predicted losses ask for, or the errors that
+    statistics know of."""
+    if items.loss is not None and most is not None:
+        octaves = np.log2(schemes.sensitivity(items, budget_bytes=most, max_kl=None))
+        return replace(items, hull=octaves - octaves.mean())
     if all(expert.errors for expert in experts):
         lost = {
             e.key: float(sum(e.errors[role][len(e.rates) // 2] for role in e.roles))

@@ -10,7 +10,8 @@ a budget of real bytes that every plan keeps, and no model of the loss has the l
            within the bytes, on hulls (`allocate.py`). With m = 1 losses add up; they come to more
            than K, and with another m to K. Both are tried, and both by half. Then, if that takes
            no more than half of the measurements left, every expert alone, and the same within
-           each layer: a map says as much for less (`told_apart`)
+           each layer (`told_apart`). Where a sensitivity map predicts losses, it begins with the
+           plan that they ask for instead, and with half of the way to it
   search   one number of the shape after another (`shape.py`): each layer's, each role's, and how
            much of the difference between a layer's experts is made good; half an octave finer, or
            coarser where finer is no better. A sweep that found nothing is followed by one of half
@@ -95,13 +96,11 @@ def search(
     tries: Tries,
     n_most: int,
     *,
-    told_apart: bool = False,
     say: Say = lambda *_: None,
 ) -> Found:
     """The best plan that so many measurements find, one rate for all among them.
 
-    plan_of: the plan that gives items these rates. told_apart: whether `items.within` is of a
-    measured loss already. Raises PlanError where nothing is left of the
+    plan_of: the plan that gives items these rates. Raises PlanError where nothing is left of the
     model with one rate for all, and what `tries` raises.
     """
     run = _Run(items, fit, plan_of, tries, n_most, say)
@@ -112,12 +111,17 @@ def search(
             "search from; ask for a larger one"
         )
     first = run.best
-    curves = run.curves() if len(run.layers) > 1 else {}
+    curves: Curves = {}
+    if items.hull is not None:
+        for part in reversed(PARTS):
+            run.take(Shape(losses=part), f"predicted losses, {part:g} of the way")
+    elif len(run.layers) > 1:
+        curves = run.curves()
     for power in joinings(curves, first.kl):
         shape = joined(items, fit, curves, run.wide, power)
         for part in PARTS:
             run.take(shape.scaled(part), f"layers by losses^{power:.2f}, {part:g} of the way")
-    if not told_apart:
+    if items.hull is None:
         run.told_apart()
     run.sweeps(_numbers(run.items, {layer: at[0.0] for layer, at in curves.items()}))
     return Found(run.plan, run.shape, run.best, first, run.n)
@@ -191,8 +195,8 @@ def _numbers(items: Items, losses: Mapping[int, float]) -> list[tuple[str, int |
     found: list[tuple[str, int | str]] = [("layers", layer) for layer in layers if len(layers) > 1]
     if all(len(group) == 1 for group in items.roles):
         found += [("roles", role) for role in sorted({role for (role,) in items.roles})]
-    if items.within is not None:
-        found.append(("experts", 0))
+    found += [("experts", 0)] * (items.within is not None)
+    found += [("losses", 0)] * (items.hull is not None)
     return found
 
 
@@ -291,8 +295,9 @@ class _Run:
                 step /= 2
 
     def _along(self, kind: str, name: int | str, step: float) -> bool:
-        what = kind if kind == "experts" else f"{kind.removesuffix('s')} {name}"
-        for by in (-step, step) if kind != "experts" else (step, -step):
+        whole = kind in ("experts", "losses")
+        what = kind if whole else f"{kind.removesuffix('s')} {name}"
+        for by in (step, -step) if whole else (-step, step):
             taken = False
             while self.left and self.take(self.shape.moved(kind, name, by), f"{what} {by:+g}"):
                 taken = True

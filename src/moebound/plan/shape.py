@@ -23,16 +23,20 @@ _HALVINGS = 60
 @dataclass(frozen=True)
 class Shape:
     """Octaves by which rates are wider. layers, roles: 0 for those not named. experts: how much of
-    the difference between a layer's experts is made good (`Items.within`): 0 none of it, 1 all."""
+    the difference between a layer's experts is made good (`Items.within`): 0 none of it, 1 all.
+    losses: how far to go from one rate to what predicted losses ask for (`Items.hull`)."""
 
     layers: Mapping[int, float] = field(default_factory=dict)
     roles: Mapping[str, float] = field(default_factory=dict)
     experts: float = 0.0
+    losses: float = 0.0
 
     def moved(self, kind: str, name: int | str, by: float) -> Shape:
         """With one of its numbers changed."""
         if kind == "experts":
             return replace(self, experts=self.experts + by)
+        if kind == "losses":
+            return replace(self, losses=self.losses + by)
         if kind == "layers":
             layer = int(name)
             return replace(self, layers={**self.layers, layer: self.layers.get(layer, 0.0) + by})
@@ -45,6 +49,7 @@ class Shape:
             {layer: by * octaves for layer, octaves in self.layers.items()},
             {role: by * octaves for role, octaves in self.roles.items()},
             by * self.experts,
+            by * self.losses,
         )
 
     def to_json(self) -> dict[str, object]:
@@ -53,6 +58,7 @@ class Shape:
             "layers": {str(layer): by for layer, by in sorted(self.layers.items())},
             "roles": dict(self.roles),
             "experts": self.experts,
+            "losses": self.losses,
         }
 
     def offsets(self, items: Items) -> Floats:
@@ -68,6 +74,10 @@ class Shape:
             if items.within is None:
                 raise PlanError("what experts lose is not known: give --sensitivity")
             found += self.experts * items.within
+        if self.losses:
+            if items.hull is None:
+                raise PlanError("what experts lose is not known: give --sensitivity")
+            found += self.losses * items.hull
         return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -28,6 +28,8 @@ own. Their rate is that of the widest channel, and most channels are far narrowe
 _AROUND = 2
 """Octaves to either side of the rate at which all experts together have the size that is asked."""
 _SAMPLE = 8
+_PLAIN = "bounded:bound"
+"""Whose errors sensitivity maps are of."""
 
 
 def measure_sizes(
@@ -70,6 +72,7 @@ def measure_calibrated(
     *,
     method: str = "calibrated",
     bits_per_weight: float | None = None,
+    plain_rates: Sequence[float] = (),
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[ExpertSizes]:
@@ -79,7 +82,8 @@ def measure_calibrated(
     Every expert is rounded and encoded once an octave, by a sample of its rows if it is large; at
     the two rates between, a third of an octave apart, sizes lie on a line over the logarithm of the
     rate, and errors on a power of the rate. bits_per_weight: only rates that lie around it; None
-    for all there are. Raises MoeboundError for statistics of another model.
+    for all there are. plain_rates: of a sensitivity map, at which codec `bound` is measured too
+    (`ExpertSizes.plain`). Raises MoeboundError for statistics of another model.
     """
     calibration.check_model(experts_name(checkpoint), checkpoint.name)
     octaves = list(range(NARROWEST, WIDEST + 1))
@@ -99,10 +103,16 @@ def measure_calibrated(
             lost = np.array([one.errors[role] for one in found]) / n_tokens
             logs = np.interp(between, at, np.log(np.maximum(lost, tiny)))
             errors[role] = np.where(logs > np.log(2 * tiny), np.exp(logs), 0.0)
+        plain = [_rounded(checkpoint, expert, calibration, _PLAIN, rate) for rate in plain_rates]
         return ExpertSizes(
             key=expert.key,
             n_weights={matrix.role: matrix.size for matrix in expert.matrices},
             sizes=sizes,
+            plain={
+                matrix.role: np.array([one.errors[matrix.role] / n_tokens for one in plain])
+                for matrix in expert.matrices
+                if plain
+            },
             n_bytes=expert.n_bytes,
             mean_abs=found[0].mean_abs,
             rates=2.0**between,
@@ -139,10 +149,8 @@ def _rounded(
     artifact = compress(made, seen)
     decoded = artifact.weights(expert.key)
     grown = {m.role: m.size / some[m.role].size for m in expert.matrices}
-    lost = residual_errors(
-        some, decoded, seen.statistics["inputs"][expert.key], seen.statistics["hidden"][expert.key],
-        view.transposed,
-    )  # fmt: skip
+    inputs, hidden = (calibration.moments(expert.key, side) for side in ("inputs", "hidden"))
+    lost = residual_errors(some, decoded, inputs, hidden, view.transposed)
     sizes = {role: len(matrix.data) for role, matrix in artifact.experts[expert.key].items()}
     return _Rounded(
         {role: round(n * grown[role]) for role, n in sizes.items()},
