@@ -274,7 +274,9 @@ def _told_apart(items: Items, experts: Sequence[ExpertSizes], most: int | None) 
     statistics know of."""
     if items.loss is not None and most is not None:
         octaves = np.log2(schemes.sensitivity(items, budget_bytes=most, max_kl=None))
-        return replace(items, hull=octaves - octaves.mean())
+        layers = np.unique([key.layer for key in items.keys], return_inverse=True)[1]
+        mean = np.bincount(layers, octaves) / np.bincount(layers)
+        return replace(items, hull=octaves - octaves.mean(), within=octaves - mean[layers])
     if all(expert.errors for expert in experts):
         lost = {
             e.key: float(sum(e.errors[role][len(e.rates) // 2] for role in e.roles))

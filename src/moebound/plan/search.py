@@ -10,8 +10,9 @@ a budget of real bytes that every plan keeps, and no model of the loss has the l
            within the bytes, on hulls (`allocate.py`). With m = 1 losses add up; they come to more
            than K, and with another m to K. Both are tried, and both by half. Then, if that takes
            no more than half of the measurements left, every expert alone, and the same within
-           each layer (`told_apart`). Where a sensitivity map predicts losses, it begins with the
-           plan that they ask for instead, and with half of the way to it
+           each layer (`told_apart`). Where a sensitivity map predicts losses, the plan that they
+           ask for is tried, too, and layers by what was measured with experts by what is
+           predicted: a map knows little of what routers do, which is most in the first layers
   search   one number of the shape after another (`shape.py`): each layer's, each role's, and how
            much of the difference between a layer's experts is made good; half an octave finer, or
            coarser where finer is no better. A sweep that found nothing is followed by one of half
@@ -111,16 +112,17 @@ def search(
             "search from; ask for a larger one"
         )
     first = run.best
-    curves: Curves = {}
     if items.hull is not None:
         for part in reversed(PARTS):
             run.take(Shape(losses=part), f"predicted losses, {part:g} of the way")
-    elif len(run.layers) > 1:
-        curves = run.curves()
+    curves = run.curves() if len(run.layers) > 1 else {}
     for power in joinings(curves, first.kl):
-        shape = joined(items, fit, curves, run.wide, power)
+        whole = joined(items, fit, curves, run.wide, power)
         for part in PARTS:
-            run.take(shape.scaled(part), f"layers by losses^{power:.2f}, {part:g} of the way")
+            shape, what = whole.scaled(part), f"layers by losses^{power:.2f}, {part:g} of the way"
+            run.take(shape, what)
+            if items.hull is not None:
+                run.take(replace(shape, experts=1.0), f"{what}, experts by predicted losses")
     if items.hull is None:
         run.told_apart()
     run.sweeps(_numbers(run.items, {layer: at[0.0] for layer, at in curves.items()}))
@@ -260,6 +262,8 @@ class _Run:
 
     def take(self, shape: Shape, what: str) -> bool:
         """Whether a shape is better than the best so far, which it then is."""
+        if self.n and not self.left:
+            return False
         try:
             plan = self.fit(lambda n_bytes: self._shaped(shape, n_bytes))
         except PlanError:
