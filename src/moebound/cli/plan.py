@@ -324,14 +324,27 @@ class _Trying:
         from moebound.tasks import get_task
 
         evidence, n = self.asked.evidence, self._n_search + self._n_measured
-        if evidence.sensitivity is not None and self._task is None:
-            return unread(evidence.sensitivity, n if self.searches else self._n_measured)
+        n = n if self.searches else self._n_measured
         if evidence.calibration is not None:
-            task = get_task(self._task or evidence.calibration.of.text)
-            return task, unread_by(self._loaded, evidence.calibration, task, n, skip=HELD_OUT)
+            mapped = None if evidence.map is None else evidence.map.task
+            task = get_task(self._task or mapped or evidence.calibration.of.text)
+            read = self._mapped(task)
+            most = n + len(read)
+            found = unread_by(self._loaded, evidence.calibration, task, most, skip=HELD_OUT)
+            return task, [problem for problem in found if problem.id not in read][:n]
+        if evidence.sensitivity is not None and self._task is None:
+            return unread(evidence.sensitivity, n)
         assert self._task is not None
         task = get_task(self._task)
         return task, task.problems(HELD_OUT + n)[HELD_OUT:] or task.problems(n)
+
+    def _mapped(self, task: Task) -> set[str]:
+        """Problems of a task that the map read."""
+        found = self.asked.evidence.map
+        if found is None or found.task != task.name or found.skip is None:
+            return set()
+        read = task.problems(found.skip + found.n_prompts)[found.skip :]
+        return {problem.id for problem in read}
 
     def _trial(self, of_search: bool) -> Trial:
         from moebound.errors import PlanError
