@@ -171,6 +171,89 @@ def test_what_cannot_be_measured(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def calibrated(mapped: tuple[Path, Path]) -> Path:
+    out = mapped[0].parent / "stats"
+    told = ["--task", "wordmath", "--limit", "4", "-o", str(out), "-q"]
+    assert main(["calibrate", str(mapped[0]), *told]) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_calibrated_plans(
+    run: Run, mapped: tuple[Path, Path], calibrated: Path, tmp_path: Path
+) -> None:
+    """Statistics in, a plan of method calibrated out; the store takes what the plan says."""
+    folder, sensitivity = mapped
+    out, dst = tmp_path / "plan.json", tmp_path / "store"
+    options = ["--calibration", calibrated, "--problems", 3, "--search-problems", 3, "--search", 6]
+    ran = run("plan", folder, *options, "--bpw", 4, "-o", out, "--json")
+    assert ran.code == 0, ran.stderr
+    found = ran.document
+    assert (found["method"], found["scheme"]) == ("calibrated", "search")
+    assert 3.8 < found["predicted"]["bits_per_weight"] <= 4
+    assert found["measured"]["tokens"] == "all"
+    assert found["measured"]["n_problems"] == 3
+    assert found["measured"]["kl"] == found["measured"]["score"]["kl_nats"]
+    assert found["made"]["calibration"]["text"] == "wordmath"
+    assert found["made"]["search"]["n_measured"] <= 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json"]
+    ran = run("compress", folder, dst, "--plan", out)
+    assert ran.code == 2
+    assert "needs statistics of the model's inputs" in ran.stderr
+    assert not dst.exists()
+    ran = run("compress", folder, dst, "--plan", out, "--calibration", calibrated, "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.document["expert_bytes_after"] == found["predicted"]["bytes"]
+    assert run("verify", dst, "--against", folder).code == 0
+    # Answers only, with a map for what tells experts apart; a ratio; no search.
+    ran = run("plan", folder, *options, "--sensitivity", sensitivity, "--tokens", "answers",
+              "--ratio", 4, "-o", out, "--json")  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    found = ran.document
+    assert found["measured"]["tokens"] == "answers"
+    assert found["measured"]["kl"] == found["measured"]["score"]["answer_kl_nats"]
+    ran = run("plan", folder, "--calibration", calibrated, "--no-measure", "--bpw", 4,
+              "-o", out, "--json")  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    assert (ran.document["scheme"], ran.document["measured"]) == ("uniform", None)
+    assert 3.8 < ran.document["predicted"]["bits_per_weight"] <= 4
+
+
+def test_statistics_that_are_missing_or_wrong(
+    run: Run, mapped: tuple[Path, Path], calibrated: Path, source: Path, tmp_path: Path
+) -> None:
+    folder, out = mapped[0], tmp_path / "plan.json"
+    for src, options, message in (
+        (folder, ["--method", "calibrated"], "needs statistics of the model's inputs"),
+        (source, ["--calibration", calibrated], "has other weights"),
+        (folder, ["--calibration", tmp_path / "none"], "no such folder"),
+        (folder, ["--calibration", calibrated, "--codec", "sz3"], "--codec rounds without"),
+        (folder, ["--calibration", calibrated, "--method", "bounded:bound"], "at no statistics"),
+        (folder, ["--calibration", calibrated, "--scheme", "layer"], "none of method 'calibrated'"),
+        (folder, ["--method", "rtn:int4:g64"], "knows no bound, and plans choose bounds"),
+        (folder, ["--scheme", "search"], "--task"),
+        (folder, ["--search", "3"], "--search is for scheme search"),
+    ):
+        ran = run("plan", src, "--bpw", 4, *options, "-o", out)
+        assert ran.code == 2, options
+        assert message in ran.stderr, ran.stderr
+        assert "Traceback" not in ran.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_budget_that_rounding_cannot_meet(
+    run: Run, mapped: tuple[Path, Path], calibrated: Path, tmp_path: Path
+) -> None:
+    """Found out when a search begins: nothing of it is left."""
+    ran = run("plan", mapped[0], "--calibration", calibrated, "--bpw", 0.2, "--problems", 3,
+              "-o", tmp_path / "plan.json")  # fmt: skip
+    assert ran.code == 2
+    assert "--bpw 0.2 cannot be met" in ran.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_input(run: Run, source: Path, measured: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     assert run("plan", source, "--bpw", "6", "-o", out).code == 0

@@ -289,7 +289,7 @@ def test_plans_of_version_1() -> None:
     ("path", "to"),
     [
         (("version",), 1),
-        (("version",), 3),
+        (("version",), 4),
         (("format",), "moebound.certificates"),
         (("method",), ...),
         (("method",), "RTN"),

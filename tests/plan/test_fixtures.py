@@ -13,14 +13,17 @@ import pytest
 from moebound.plan import Plan
 from moebound.types import ExpertKey
 
-FOLDER = Path(__file__).parent / "fixtures" / "v1"
+FIXTURES = Path(__file__).parent / "fixtures"
+FOLDER, SECOND = FIXTURES / "v1", FIXTURES / "v2"
 NAMES = ["by_matrix", "not_finite", "uniform"]
+OF_2 = ["measured", "methods", "not_finite"]
 
 every = pytest.mark.parametrize("name", NAMES)
+every_2 = pytest.mark.parametrize("name", OF_2)
 
 
-def expected(name: str) -> dict[str, str]:
-    found: dict[str, str] = json.loads((FOLDER / "expected.json").read_bytes())[name]
+def expected(name: str, folder: Path = FOLDER) -> dict[str, str]:
+    found: dict[str, str] = json.loads((folder / "expected.json").read_bytes())[name]
     return found
 
 
@@ -83,5 +86,35 @@ def test_a_plan_written_again_is_the_same_plan(name: str, tmp_path: Path) -> Non
     assert again.joint == plan.joint
 
 
+@every_2
+def test_a_plan_of_version_2_says_the_same_for_ever(name: str, tmp_path: Path) -> None:
+    file = SECOND / f"{name}.json"
+    assert sha256(file.read_bytes()).hexdigest() == expected(name, SECOND)["file"]
+    says: dict[str, Any] = json.loads(file.read_bytes())
+    assert says["version"] == 2
+    plan = Plan.load(file)
+    plan.save(tmp_path / "again.json")
+    for found in (plan, Plan.load(tmp_path / "again.json")):
+        assert found.sha256 == expected(name, SECOND)["plan"]
+        assert found.method == says["method"]
+        for entry in says["experts"]:
+            key = ExpertKey(entry["layer"], entry["expert"], entry["shared"])
+            assert found[key].to_json() == entry
+
+
+def test_what_was_measured_by_version_2_is_of_answers(tmp_path: Path) -> None:
+    plan = Plan.load(SECOND / "measured.json")
+    plan.save(tmp_path / "again.json")
+    for found in (plan.measured, Plan.load(tmp_path / "again.json").measured):
+        assert found is not None
+        assert found.tokens == "answers"
+        assert (found.kl, found.stderr) == (0.00213, 0.000321)
+        assert (found.score.kl_nats, found.score.kl_stderr) == (0.04, 0.001)
+    broken = Plan.load(SECOND / "not_finite.json").measured
+    assert broken is not None
+    assert broken.kl == math.inf
+
+
 def test_no_plan_without_a_name() -> None:
-    assert sorted(file.stem for file in FOLDER.iterdir()) == sorted([*NAMES, "expected"])
+    for folder, names in ((FOLDER, NAMES), (SECOND, OF_2)):
+        assert sorted(file.stem for file in folder.iterdir()) == sorted([*names, "expected"])

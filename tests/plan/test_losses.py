@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moebound.plan import RATES, Budget, Evidence, curves_from_study, make_plan
 from moebound.plan.items import LOSS_FLOOR
 from moebound.plan.losses import (
     exponent,
+    from_errors,
     from_sensitivity,
     from_study,
     power_law,
@@ -223,3 +225,41 @@ def test_shares(tmp_path: Path) -> None:
     content["layers"][1]["counts"] = [1, 2]
     with pytest.raises(PlanError, match="no counts of layer 2 expert 2, layer 2 expert 3"):
         shares_from_profile(as_document(content, tmp_path), keys)
+
+
+def test_what_an_error_costs(tmp_path: Path) -> None:
+    """Of a method that a map has not measured: as much as the same error of codec `bound`."""
+    sizes = [
+        replace(
+            expert,
+            errors=dict.fromkeys(expert.roles, 3.0 * expert.rates**2),
+            plain={role: np.array(BOUNDS) ** 2 for role in expert.roles},
+        )
+        for expert in experts(2, 3)
+    ]
+    found = as_map(sensitivity(sizes, by_role=True), tmp_path)
+    for per_role in (False, True):
+        mine, facts = from_errors(found, sizes, per_role=per_role)
+        theirs, _ = from_sensitivity(found, sizes, per_role=per_role)
+        assert mine.loss is not None
+        assert theirs.loss is not None
+        assert mine.loss == pytest.approx(3 * theirs.loss, rel=1e-6)
+        assert "by errors" in facts["losses"]
+    # Half the error of one expert is half its loss, and a plan gives it a wider bound.
+    quiet = [
+        replace(e, errors={role: values / 8 for role, values in e.errors.items()}) if not i else e
+        for i, e in enumerate(sizes)
+    ]
+    evidence = Evidence(sensitivity=as_document(sensitivity(sizes, by_role=True), tmp_path))
+    plans = [
+        make_plan(some, evidence, Budget(bpw=3), source="x", method="calibrated")
+        for some in (sizes, quiet)
+    ]
+    assert plans[0].scheme == "sensitivity"
+    rates = [plan[sizes[0].key].bounds["up"].value for plan in plans]
+    assert rates[1] > rates[0]
+    with pytest.raises(PlanError, match="there are none of method 'calibrated'"):
+        make_plan(
+            experts(2, 3), evidence, Budget(bpw=3), source="x", method="calibrated",
+            scheme="sensitivity",
+        )  # fmt: skip

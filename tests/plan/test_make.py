@@ -170,7 +170,7 @@ def test_damaged_plans(evidence: Evidence, tmp_path: Path) -> None:
         ({"experts": [{**first, "layer": -1}]}, "layer: expected a whole number"),
         ({"method": None}, "method: expected str"),
         ({"version": 1}, "method: expected str"),
-        ({"version": 3}, "version 3"),
+        ({"version": 4}, "version 4"),
         ({"joint": {"sums": [2, 1], "measured": [1, 2]}}, "joint: sums: expected ascending"),
     ):
         path = tmp_path / "bad.json"

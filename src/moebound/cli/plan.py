@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from moebound.cli import exits, wording
-from moebound.cli.options import BoundValue, CodecId
+from moebound.cli.options import BoundValue, CodecId, MethodSetting
 from moebound.cli.output import Output, output_options
 from moebound.cli.progress import progress_bar
+from moebound.cli.steps import step_bar
 
 if TYPE_CHECKING:
     from moebound.checkpoint import Checkpoint
-    from moebound.plan import Document, Evidence, Measure, Measured, Plan, Scheme
+    from moebound.evaluate.loading import Loaded
+    from moebound.plan import Budget, Evidence, ExpertSizes, Measured, Plan, Scheme
+    from moebound.score import Tokens
+    from moebound.sensitivity.trial import Trial
+    from moebound.sensitivity.tries import Tries
+    from moebound.tasks.base import Problem, Task
+    from moebound.types import ExpertKey
 
-SCHEMES = ["sensitivity", "layer", "frequency", "rfid", "uniform"]
+SCHEMES = ["search", "sensitivity", "layer", "frequency", "rfid", "uniform"]
+N_SEARCHED = 96
+SEARCH_PROBLEMS = 128
+HELD_OUT = 500
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -29,6 +40,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("-o", "--output", "out", type=click.Path(dir_okay=False, path_type=Path),
               required=True, help="Where to write the plan, a JSON file.")  # fmt: skip
 @click.option("--sensitivity", type=_FILE, help="What `moebound sensitivity` measured.")
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="STATS",
+              help="What `moebound calibrate` wrote of SRC: a plan of method calibrated, searched "
+              "for on the model.")  # fmt: skip
 @click.option("--study", type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="A folder that `moebound study` wrote, for its layers' losses.")  # fmt: skip
 @click.option("--profile", type=_FILE, help="What `moebound profile` counted.")
@@ -37,17 +51,30 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-kl", type=BoundValue(),
               help="The smallest size whose KL is at most this, in nats a token: measured, where "
               "plans are measured, else predicted.")  # fmt: skip
+@click.option("--task", help="On whose problems plans are measured.  [default: that of the map or "
+              "statistics]")  # fmt: skip
+@click.option("--tokens", type=click.Choice(["all", "answers"]), default=None,
+              help="Which tokens a plan protects: all that the model reads, or those of solutions "
+              "only.  [default: those of the map, else all]")  # fmt: skip
 @click.option("--problems", type=click.IntRange(min=2), default=None,
-              help="Measure the plan on so many problems of the map's task that the map did not "
+              help="Measure the plan on so many problems that neither map, statistics nor search "
               "read.  [default: 384]")  # fmt: skip
+@click.option("--search", "n_searched", type=click.IntRange(min=1), default=None,
+              help=f"Measurements of scheme search.  [default: {N_SEARCHED}]")  # fmt: skip
+@click.option("--search-problems", type=click.IntRange(min=2), default=None,
+              help="Problems that each of them reads, others than the plan is measured on.  "
+              f"[default: {SEARCH_PROBLEMS}]")  # fmt: skip
 @click.option("--no-measure", is_flag=True,
               help="Load no model, and go by predictions, which are too low.")  # fmt: skip
 @click.option("--scheme", type=click.Choice(SCHEMES), default=None,
               help="How to divide the budget.  [default: by the best data given]")  # fmt: skip
 @click.option("--per", type=click.Choice(["expert", "matrix"]), default=None,
               help="A bound for each.  [default: matrix, where losses are known so]")  # fmt: skip
-@click.option("--codec", type=CodecId(), default="bound", show_default=True,
-              help="Whose sizes to plan with, and to compress with.")  # fmt: skip
+@click.option("--codec", type=CodecId(), default=None,
+              help="Whose sizes to plan with, and to compress with.  [default: bound]")  # fmt: skip
+@click.option("--method", type=MethodSetting(), default=None,
+              help="Instead of a codec: calibrated, or calibrated:k1.5.  [default: calibrated with "
+              "--calibration]")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), default=None,
               help="Experts to work on at a time.  [default: one a CPU]")  # fmt: skip
 @output_options
@@ -56,16 +83,22 @@ def plan(
     src: str,
     out: Path,
     sensitivity: Path | None,
+    calibration: Path | None,
     study: Path | None,
     profile: Path | None,
     bpw: float | None,
     ratio: float | None,
     max_kl: float | None,
+    task: str | None,
+    tokens: Tokens | None,
     problems: int | None,
+    n_searched: int | None,
+    search_problems: int | None,
     no_measure: bool,
     scheme: Scheme | None,
     per: str | None,
-    codec: str,
+    codec: str | None,
+    method: str | None,
     jobs: int | None,
 ) -> int:
     """Choose a bound for each expert of SRC so that the experts fit a budget.
@@ -76,6 +109,10 @@ def plan(
 
     With --sensitivity the plan is tried on the model, and what it loses on other problems than the
     map's is measured. --max-kl is then kept by what was measured, in a few tries.
+
+    With --calibration experts are rounded by what they see, and layers' rates are searched for by
+    measuring whole plans. Killed and started again, a search goes on from where it was; `compress
+    --plan` then needs the same --calibration.
     """
     asked = {"--bpw": bpw, "--ratio": ratio, "--max-kl": max_kl}
     given = [name for name, value in asked.items() if value is not None]
@@ -84,86 +121,310 @@ def plan(
         raise click.UsageError(f"expected one of {', '.join(asked)}, found {found}")
     if sensitivity is not None and study is not None:
         raise click.UsageError("--sensitivity and --study both measure losses: give one of them")
-    if problems is not None and (no_measure or sensitivity is None):
-        other = "--no-measure" if no_measure else "no --sensitivity"
+    if problems is not None and (no_measure or not (sensitivity or calibration or task)):
+        other = "--no-measure" if no_measure else "no --sensitivity, --calibration or --task"
         raise click.UsageError(f"--problems is for measuring with a map: found {other}")
+    if codec is not None and method is not None:
+        raise click.UsageError("--codec and --method exclude each other")
+    if codec is not None and calibration is not None:
+        raise click.UsageError("--codec rounds without --calibration: leave one of them out")
     # Read once, when torch is loaded; see `moebound sensitivity`.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from moebound.checkpoint import open_checkpoint
-    from moebound.plan import Budget, make_plan
-    from moebound.store import measure_sizes
+    from moebound.plan import Budget
 
-    evidence = _read(sensitivity, study, profile)
-    budget = Budget(bpw=bpw, ratio=ratio, max_kl=max_kl)
-    chosen = evidence.scheme if scheme is None else scheme
-    checkpoint = open_checkpoint(src)
-    measure = None
-    if evidence.sensitivity is not None and not no_measure:
-        measure = _trial(output, src, checkpoint, evidence.sensitivity, problems)
-    with progress_bar(output, "measuring sizes") as progress:
-        sizes = measure_sizes(
-            checkpoint, codec=codec, ranks=chosen == "rfid", jobs=jobs, progress=progress
-        )
-    made = make_plan(
-        sizes,
-        evidence,
-        budget,
-        source=checkpoint.name,
-        codec=codec,
-        scheme=chosen,
-        per_role=None if per is None else per == "matrix",
-        measure=measure,
+    evidence = _read(sensitivity, calibration, study, profile)
+    setting = _setting(codec, method, calibration is not None)
+    searches = not no_measure and (
+        scheme == "search" or (scheme is None and calibration is not None)
     )
+    for name, value in (("--search", n_searched), ("--search-problems", search_problems)):
+        if value is not None and not searches and max_kl is None:
+            raise click.UsageError(f"{name} is for scheme search")
+    asked_for = _Asked(
+        src,
+        open_checkpoint(src),
+        evidence,
+        Budget(bpw=bpw, ratio=ratio, max_kl=max_kl),
+        setting,
+        scheme,
+        None if per is None else per == "matrix",
+        jobs,
+    )
+    asked_for.check()
+    trying = None
+    if not no_measure and (evidence.sensitivity or evidence.calibration or task):
+        protected = tokens or (evidence.map.tokens if evidence.map is not None else "all")
+        searches = searches or (max_kl is not None and not asked_for.knows_losses)
+        trying = _Trying(
+            output, asked_for, out, task, protected, problems, search_problems, searches
+        )
+    n_most = N_SEARCHED if n_searched is None else n_searched
+    try:
+        made = asked_for.make(output, trying, searches, n_most)
+    except BaseException:
+        if trying is not None:
+            trying.stopped()
+        raise
     made.save(out)
+    if trying is not None:
+        trying.finished()
     document = made.to_json()
     del document["experts"]
     output.result({"path": str(out), **document}, wording.facts(f"{src} -> {out}", _lines(made)))
     return exits.OK
 
 
-def _trial(
-    output: Output, src: str, checkpoint: Checkpoint, sensitivity: Document, problems: int | None
-) -> Measure:
-    """What measures plans of SRC. Raises MoeboundError where it cannot be done."""
-    from moebound.errors import MoeboundError
-    from moebound.evaluate.loading import load
-    from moebound.score import kl_lines
-    from moebound.sensitivity.trial import N_PROBLEMS, Trial, check_memory, unread
+def _setting(codec: str | None, method: str | None, calibrated: bool) -> str:
+    """Raises MethodError for a method that plans cannot be made of, PlanError for statistics that
+    it does not look at."""
+    from moebound.errors import MethodError, PlanError
+    from moebound.methods import get_method
 
-    @contextmanager
-    def hinted() -> Iterator[None]:
-        try:
-            yield
-        except MoeboundError as error:
-            hint = "--no-measure plans without measuring, by the map's predictions"
-            raise type(error)(f"{error}. {hint}") from error
+    if codec is not None or (method is None and not calibrated):
+        return f"bounded:{codec or 'bound'}"
+    made = get_method(method or "calibrated")
+    if not made.takes_bound:
+        raise MethodError(f"method {made.setting!r} knows no bound, and plans choose bounds")
+    if calibrated and not made.statistics:
+        raise PlanError(f"method {made.setting!r} looks at no statistics: leave out --calibration")
+    return made.setting
 
-    with hinted():
-        check_memory(checkpoint)
-        text = unread(sensitivity, N_PROBLEMS if problems is None else problems)
 
-    @cache
-    def trial() -> Trial:
-        """Loaded when there is a plan to try: what cannot be planned says so sooner."""
-        return Trial.of(load(src), *text)
+@dataclass(frozen=True)
+class _Asked:
+    """What a plan is asked for."""
 
-    def measure(plan: Plan) -> Measured:
-        with hinted():
-            found = trial().measure(plan)
+    src: str
+    checkpoint: Checkpoint
+    evidence: Evidence
+    budget: Budget
+    setting: str
+    scheme: Scheme | None
+    per_role: bool | None
+    jobs: int | None
+
+    def check(self) -> None:
+        """Statistics that are missing, or another model's, before any work."""
+        from moebound.checkpoint import experts_name
+        from moebound.errors import MethodError
+        from moebound.methods import get_method
+
+        found = self.evidence.calibration
+        if found is not None:
+            found.check_model(experts_name(self.checkpoint), self.src)
+        elif get_method(self.setting).statistics:
+            raise MethodError(
+                f"method {self.setting!r} needs statistics of the model's inputs: make them with "
+                "`moebound calibrate`, and give the folder with --calibration"
+            )
+
+    @property
+    def knows_losses(self) -> bool:
+        """Whether a size can be found for a loss without measuring any plan."""
+        given = self.evidence.sensitivity is not None or self.evidence.study is not None
+        return given and self.setting.startswith("bounded:")
+
+    def sizes(self, output: Output) -> list[ExpertSizes]:
+        from moebound.store import measure_calibrated, measure_sizes
+
+        with progress_bar(output, "measuring sizes") as progress:
+            if self.evidence.calibration is None:
+                codec = self.setting.removeprefix("bounded:")
+                return measure_sizes(
+                    self.checkpoint, codec=codec, ranks=self.scheme == "rfid", jobs=self.jobs,
+                    progress=progress,
+                )  # fmt: skip
+            weights = sum(expert.size for expert in self.checkpoint.experts())
+            most = self.budget.n_bytes(n_weights=weights, source_bytes=self.checkpoint.expert_bytes)
+            return measure_calibrated(
+                self.checkpoint, self.evidence.calibration, method=self.setting,
+                bits_per_weight=None if most is None else 8 * most / weights,
+                plain_rates=() if self.evidence.map is None else self.evidence.map.bounds,
+                jobs=self.jobs, progress=progress,
+            )  # fmt: skip
+
+    def make(self, output: Output, trying: _Trying | None, searches: bool, n_searched: int) -> Plan:
+        from moebound.plan import Search, make_plan
+        from moebound.store import Encoded
+
+        calibration = self.evidence.calibration
+        if trying is not None:
+            trying.check()
+        sizes = self.sizes(output)
+        encoded: Callable[[Plan], dict[ExpertKey, int]] | None = None
+        if calibration is not None:
+            memo = trying.memo if trying is not None else None
+            encoded = Encoded(self.checkpoint, calibration, memo=memo, jobs=self.jobs)
+        with step_bar(output) as say:
+            search = None
+            if trying is not None and trying.searches:
+                tries = trying.tries(encoded)
+                encoded = tries.sizes if encoded is not None else None
+                search = Search(tries, n_searched, say)
+            return make_plan(
+                sizes,
+                self.evidence,
+                self.budget,
+                source=self.checkpoint.name,
+                method=self.setting,
+                scheme=self.scheme,
+                per_role=self.per_role,
+                measure=None if trying is None else trying.measure,
+                encoded=encoded,
+                search=search,
+            )
+
+
+class _Trying:
+    """Plans on the model: what measures them, on which problems."""
+
+    def __init__(
+        self,
+        output: Output,
+        asked: _Asked,
+        out: Path,
+        task: str | None,
+        tokens: Tokens,
+        problems: int | None,
+        search_problems: int | None,
+        searches: bool,
+    ) -> None:
+        from moebound.sensitivity.trial import N_PROBLEMS
+        from moebound.store import Memo
+
+        self.output, self.asked, self.out, self.tokens = output, asked, out, tokens
+        self.memo = Memo()
+        self._task, self.searches = task, searches
+        self._n_measured = N_PROBLEMS if problems is None else problems
+        self._n_search = SEARCH_PROBLEMS if search_problems is None else search_problems
+        self._tries: Tries | None = None
+
+    def check(self) -> None:
+        """What can be known before long work. Raises MoeboundError where plans cannot be tried."""
+        from moebound.sensitivity.trial import check_memory
+
+        with _hinted():
+            check_memory(self.asked.checkpoint)
+            if self.asked.evidence.calibration is None:
+                _ = self._text  # with statistics it takes the tokenizer
+
+    @cached_property
+    def _loaded(self) -> Loaded:
+        """When there is a plan to try: what cannot be planned says so sooner."""
+        from moebound.evaluate.loading import load
+
+        return load(self.asked.src)
+
+    @cached_property
+    def _text(self) -> tuple[Task, list[Problem]]:
+        """A task, and problems of it that nothing has read: the search's, then the others."""
+        from moebound.sensitivity.trial import unread, unread_by
+        from moebound.tasks import get_task
+
+        evidence, n = self.asked.evidence, self._n_search + self._n_measured
+        n = n if self.searches else self._n_measured
+        if evidence.calibration is not None:
+            mapped = None if evidence.map is None else evidence.map.task
+            task = get_task(self._task or mapped or evidence.calibration.of.text)
+            read = self._mapped(task)
+            most = n + len(read)
+            found = unread_by(self._loaded, evidence.calibration, task, most, skip=HELD_OUT)
+            return task, [problem for problem in found if problem.id not in read][:n]
+        if evidence.sensitivity is not None and self._task is None:
+            return unread(evidence.sensitivity, n)
+        assert self._task is not None
+        task = get_task(self._task)
+        return task, task.problems(HELD_OUT + n)[HELD_OUT:] or task.problems(n)
+
+    def _mapped(self, task: Task) -> set[str]:
+        """Problems of a task that the map read."""
+        found = self.asked.evidence.map
+        if found is None or found.task != task.name or found.skip is None:
+            return set()
+        read = task.problems(found.skip + found.n_prompts)[found.skip :]
+        return {problem.id for problem in read}
+
+    def _trial(self, of_search: bool) -> Trial:
+        from moebound.errors import PlanError
+        from moebound.sensitivity.trial import Trial
+
+        task, problems = self._text
+        if self.searches:
+            # Fewer than are wanted are shared out alike.
+            short = len(problems) < self._n_search + self._n_measured
+            at = len(problems) // 2 if short else self._n_search
+            problems = problems[:at] if of_search else problems[at:]
+        if not problems:
+            raise PlanError(f"{task.name}: has too few problems to search on some and measure on "
+                            "others")  # fmt: skip
+        return Trial.of(
+            self._loaded, task, problems, tokens=self.tokens,
+            calibration=self.asked.evidence.calibration, memo=self.memo,
+        )  # fmt: skip
+
+    def tries(self, encoded: Callable[[Plan], dict[ExpertKey, int]] | None) -> Tries:
+        from moebound.checkpoint import experts_name
+        from moebound.sensitivity.tries import Tries
+
+        calibration = self.asked.evidence.calibration
+        header = {
+            "model": experts_name(self.asked.checkpoint),
+            "calibration": None if calibration is None else calibration.of.to_json(),
+            "task": self._task,
+            "problems": self._n_search,
+            "tokens": self.tokens,
+        }
+        self._tries = Tries(lambda: self._trial(True), encoded or _predicted, self.out, header)
+        if self._tries.n_found:
+            self.output.note(f"going on from {self._tries.n_found} steps of an earlier run")
+        return self._tries
+
+    @cached_property
+    def _measuring(self) -> Trial:
+        return self._trial(False)
+
+    def measure(self, plan: Plan) -> Measured:
+        from moebound.score import kl_lines
+
+        with _hinted():
+            found = self._measuring.measure(plan)
         read = ", ".join(f"{field.title} {text}" for field, text in kl_lines(found.score))
-        output.note(
-            f"{plan.bits_per_weight:.3f} bits per weight: {read} measured, "
-            f"{plan.kl or 0:.3g} predicted"
-        )
+        predicted = "" if plan.kl is None else f", {plan.kl:.3g} predicted"
+        self.output.note(f"{plan.bits_per_weight:.3f} bits per weight: {read} measured{predicted}")
         return found
 
-    return measure
+    def finished(self) -> None:
+        if self._tries is not None:
+            self._tries.remove()
+
+    def stopped(self) -> None:
+        if self._tries is not None:
+            self._tries.close()
 
 
-def _read(sensitivity: Path | None, study: Path | None, profile: Path | None) -> Evidence:
+def _predicted(plan: Plan) -> dict[ExpertKey, int]:
+    return {expert.key: expert.n_bytes for expert in plan.experts}
+
+
+@contextmanager
+def _hinted() -> Iterator[None]:
+    from moebound.errors import MoeboundError
+
+    try:
+        yield
+    except MoeboundError as error:
+        hint = "--no-measure plans without measuring, by predictions"
+        raise type(error)(f"{error}. {hint}") from error
+
+
+def _read(
+    sensitivity: Path | None, calibration: Path | None, study: Path | None, profile: Path | None
+) -> Evidence:
     from moebound.files.formats import profile as profile_file
     from moebound.files.formats import sensitivity_map
+    from moebound.files.formats.statistics import read_statistics
     from moebound.files.formats.study import read_rows
     from moebound.plan import Evidence
 
@@ -171,6 +432,7 @@ def _read(sensitivity: Path | None, study: Path | None, profile: Path | None) ->
         None if sensitivity is None else sensitivity_map.FORMAT.read(sensitivity),
         None if study is None else read_rows(study),
         None if profile is None else profile_file.FORMAT.read(profile),
+        None if calibration is None else read_statistics(calibration),
     )
 
 
@@ -201,4 +463,5 @@ def _measured(made: Plan) -> list[tuple[str, str]]:
     return [
         *((f"measured {field.title}", text) for field, text in kl_lines(found.score)),
         ("measured on", f"{found.n_problems} other problems of {found.task}{tried}"),
+        ("protects", "all tokens" if found.tokens == "all" else "answers only"),
     ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from moebound.files.formats.sensitivity_map import SensitivityMap
+    from moebound.score import Tokens
 
 
 @click.command()
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
               help="Read N problems.")  # fmt: skip
 @click.option("--skip", type=click.IntRange(min=0), default=0, show_default=True,
               help="Leave out so many before them, to measure on later.")  # fmt: skip
+@click.option("--tokens", type=click.Choice(["all", "answers"]), default="all",
+              show_default=True,
+              help="Which tokens count: all that are read, or those of solutions.")  # fmt: skip
 @click.option("--measure", type=click.Choice(["sample", "all", "none"]), default="sample",
               show_default=True,
               help="Of which experts to measure KL too, beside predicting it.")  # fmt: skip
@@ -52,6 +56,7 @@ def sensitivity(
     codec: str,
     limit: int,
     skip: int,
+    tokens: Tokens,
     measure: str,
     sample: int,
     ties: int,
@@ -59,9 +64,10 @@ def sensitivity(
 ) -> int:
     """Predict, for every expert of SRC, what compressing it does to the model's predictions.
 
-    The result is KL divergence in nats per token of the solutions, for each expert alone and for
-    all together. Some experts are measured too, to say how good the predictions are. `moebound
-    plan --sensitivity` turns the map into a bound for each expert.
+    The result is KL divergence in nats per token, prompts included, for each expert alone and for
+    all together; with --tokens answers, per token of the solutions. Some experts are measured too,
+    to say how good the predictions are. `moebound plan --sensitivity` turns the map into a bound
+    for each expert.
 
     Killed and started again, it goes on from where it was.
     """
@@ -80,7 +86,7 @@ def sensitivity(
     asked = get_task(task)
     loaded = load(src)
     with step_bar(output) as say:
-        build = Build.of(loaded, asked, limit, settings, out, say, skip=skip)
+        build = Build.of(loaded, asked, limit, settings, out, say, skip=skip, tokens=tokens)
         if build.rows.found:
             output.note(f"going on from {build.rows.path}")
         found = build.run()
@@ -120,7 +126,8 @@ def _tables(found: SensitivityMap, out: Path) -> list[RenderableType]:
         f"{found.model}, {found.task}: {out}",
         [
             ("experts", f"{len(found.experts)} at {len(found.bounds)} bounds, codec {found.codec}"),
-            ("text", f"{found.n_prompts} problems, {found.n_positions} predicted tokens"),
+            ("text", f"{found.n_prompts} problems, {found.n_positions} predicted tokens"
+             f"{' of solutions' if found.tokens == 'answers' else ''}"),
             ("measured", f"{sampled} experts" if sampled else "none"),
             ("time", f"{checks['predicted_in_s']:.1f} s of computing for predictions; one by one "
              f"it would take {checks['speedup_vs_naive']:.1f} times as long"),

@@ -82,8 +82,8 @@ def plan(report: Report) -> str:
         "<p>At the same bytes, and beside the uniform store, the planned one's predictions are "
         f"{times(stored, uniform)} from the original's.</p>"
         f'<p class="note">KL in nats a token, ± standard error, on {report.n_problems} problems. A '
-        "plan protects what was measured, the solutions; the problems' own text, which the model "
-        "does not write, may pay for it.</p>",
+        "plan protects what its map measured: all that the model read, the problems' own text as "
+        "well as the solutions.</p>",
         how(
             f"moebound sensitivity {source} --task {report.task} --skip {report.n_problems} "
             f"--limit {report.map_problems} --rates {','.join(f'{r:g}' for r in report.map_rates)} "

@@ -1,8 +1,7 @@
 """The text that a map is measured on: prompts with their solutions, read at once.
 
-Teacher forced: position t of a sequence predicts token t + 1. What counts (`scored`) are the
-positions that predict the solution or its end: a model that was trained on solutions says nothing
-worth keeping about the next word of a prompt.
+Teacher forced: position t of a sequence predicts token t + 1. What counts (`scored`) are all
+positions, or those that predict the solution or its end.
 """
 
 from __future__ import annotations
@@ -16,20 +15,24 @@ import torch
 
 from moebound.errors import MoeboundError
 from moebound.evaluate.text import Batch
+from moebound.score import Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """N sequences of at most L tokens, padded on the right, shortest first.
 
-    input_ids, attention_mask: [N, L]. scored: [N, L] bool. lengths: tokens of each sequence up to
-    its last scored position, which are all that the scores depend on.
+    input_ids, attention_mask: [N, L]. scored, answers: [N, L] bool, positions that count and those
+    that predict the solution or its end. lengths: tokens of each sequence up to its last scored
+    position, which are all that the scores depend on. tokens: which of them count.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     scored: torch.Tensor
+    answers: torch.Tensor
     lengths: tuple[int, ...]
+    tokens: Tokens
 
     @property
     def n_sequences(self) -> int:
@@ -68,14 +71,16 @@ class Calibration:
         """These sequences as text to compare on: every token read predicts one that is there."""
         length = self.longest(rows)
         mask = self.attention_mask[rows, :length]
-        return Batch(self.input_ids[rows, :length], mask, mask.bool(), self.scored[rows, :length])
+        return Batch(self.input_ids[rows, :length], mask, mask.bool(), self.answers[rows, :length])
 
     def longest(self, rows: slice | torch.Tensor) -> int:
         return int(torch.tensor(self.lengths)[rows].max())
 
 
-def calibration_of(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Calibration:
-    """From token ids of (prompt, solution), the end mark included.
+def calibration_of(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], tokens: Tokens = "answers"
+) -> Calibration:
+    """From token ids of (prompt, solution), the end mark included. tokens: which of them count.
 
     Raises MoeboundError where there are none, or a prompt or solution is empty.
     """
@@ -87,13 +92,14 @@ def calibration_of(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Calib
     ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
     length = len(ordered[-1][0]) + len(ordered[-1][1]) - 1
     input_ids = torch.zeros(len(ordered), length, dtype=torch.long)
-    mask, scored = torch.zeros_like(input_ids), torch.zeros(input_ids.shape, dtype=torch.bool)
+    mask, answers = torch.zeros_like(input_ids), torch.zeros(input_ids.shape, dtype=torch.bool)
     lengths = []
     for index, (prompt, solution) in enumerate(ordered):
         # The last token is predicted, and predicts nothing: it is not read.
-        tokens = [*prompt, *solution][:-1]
-        input_ids[index, : len(tokens)] = torch.tensor(tokens)
-        mask[index, : len(tokens)] = 1
-        scored[index, len(prompt) - 1 : len(tokens)] = True
-        lengths.append(len(tokens))
-    return Calibration(input_ids, mask, scored, tuple(lengths))
+        read = [*prompt, *solution][:-1]
+        input_ids[index, : len(read)] = torch.tensor(read)
+        mask[index, : len(read)] = 1
+        answers[index, len(prompt) - 1 : len(read)] = True
+        lengths.append(len(read))
+    scored = answers if tokens == "answers" else mask.bool()
+    return Calibration(input_ids, mask, scored, answers, tuple(lengths), tokens)

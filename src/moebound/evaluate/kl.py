@@ -164,6 +164,7 @@ class Sums:
             exact=self._exact,
             **self._quantiles(),
             per_problem=tuple(zip(each, reproduced, strict=True)),
+            kl_sums=tuple(zip(far.tolist(), answer_far.tolist(), strict=True)),
         )
 
     def _quantiles(self) -> dict[str, Any]:

@@ -17,9 +17,11 @@ was seen.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from threading import Lock
-from typing import Any, Self
+from typing import Any, Self, cast, get_args
 
 import numpy as np
 
@@ -93,3 +95,37 @@ class Shrinkage:
             total += self.statistics.packed(key, side)
             tokens += self.statistics.tokens_of(key)
         return total / max(tokens, 1)
+
+
+@lru_cache(maxsize=2)
+def shrunk(statistics: Statistics) -> Shrinkage:
+    """By the rule; one for each folder, so that a layer's mean is read once."""
+    return Shrinkage(statistics)
+
+
+def wanted(
+    statistics: Statistics, names: Collection[str], keys: Sequence[ExpertKey]
+) -> dict[str, Mapping[ExpertKey, Array]]:
+    """What a method asks for of these experts, by the names it asks for."""
+    return {name: _Read(statistics, name, keys) for name in sorted(names)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Read(Mapping[ExpertKey, Array]):
+    """One kind of statistics, each expert's read when it is asked for: second moments of all
+    experts of a layer may be larger than the layer."""
+
+    statistics: Statistics
+    name: str
+    keys_: Sequence[ExpertKey]
+
+    def __getitem__(self, key: ExpertKey) -> Array:
+        if self.name in get_args(Side):
+            return shrunk(self.statistics).moments(key, cast(Side, self.name))
+        return self.statistics.array(key, self.name)
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self.keys_)
+
+    def __len__(self) -> int:
+        return len(self.keys_)

@@ -10,7 +10,7 @@ docs/plan.md says what is minimised, and which scheme is for what.
 from moebound.files.documents import Document
 from moebound.plan.items import RATES, ExpertSizes, Items
 from moebound.plan.losses import curves_from_study
-from moebound.plan.make import Budget, Evidence, make_plan
+from moebound.plan.make import Budget, Evidence, Search, make_plan
 from moebound.plan.measured import Measured
 from moebound.plan.plan import Plan, PlannedExpert
 from moebound.plan.schemes import Scheme, effective_rank
@@ -28,6 +28,7 @@ __all__ = [
     "Plan",
     "PlannedExpert",
     "Scheme",
+    "Search",
     "curves_from_study",
     "effective_rank",
     "make_plan",

@@ -11,7 +11,7 @@ errors of different experts do not correlate, which rounding errors hardly do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,15 @@ LOSS_FLOOR = 0.01
 not free, another text may reach it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExpertSizes:
     """What encoding one expert comes to. By role of its matrices, as the checkpoint has them.
 
-    sizes: bytes at each of `RATES`, envelopes whole. n_bytes: of the source. mean_abs: of all its
-    weights. effective_rank: see `schemes.effective_rank`; None where nobody asked.
+    sizes: bytes at each of `rates`, envelopes whole. n_bytes: of the source. mean_abs: of all its
+    weights. effective_rank: see `schemes.effective_rank`; None where nobody asked. errors: at each
+    of `rates`, the squared error that the matrix leaves in the residual stream, a token of the
+    calibration text (`methods.outputs`); empty without such a text. plain: the same of codec
+    `bound`, at the rates of a sensitivity map; empty without one.
     """
 
     key: ExpertKey
@@ -43,6 +46,9 @@ class ExpertSizes:
     n_bytes: int
     mean_abs: float
     effective_rank: float | None = None
+    rates: Floats = field(default_factory=lambda: RATES)
+    errors: Mapping[str, Floats] = field(default_factory=dict)
+    plain: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -55,7 +61,10 @@ class Items:
 
     keys: [N]. roles: [N] the matrices that share the item's bound. n_weights: [N].
     rates: [R] ascending. sizes: [N, R] bytes. loss: [N, R] nats of KL, each item changed alone;
-    None where nothing is known.
+    None where nothing is known. within: [N] octaves by which an expert's rate should be wider than
+    its layer's mean, if all experts of a layer are to lose as much; None where that is not known.
+    hull: [N] octaves by which an item's rate is wider than the mean in the plan that predicted
+    losses ask for; None where none are known.
     """
 
     keys: tuple[ExpertKey, ...]
@@ -64,6 +73,8 @@ class Items:
     rates: Floats
     sizes: Ints
     loss: Floats | None = None
+    within: Floats | None = None
+    hull: Floats | None = None
 
     @classmethod
     def of(cls, experts: Sequence[ExpertSizes], *, per_role: bool) -> Items:
@@ -78,7 +89,24 @@ class Items:
                 roles.append(group)
                 n_weights.append(sum(expert.n_weights[role] for role in group))
                 sizes.append(np.sum([expert.sizes[role] for role in group], axis=0))
-        return cls(tuple(keys), tuple(roles), np.array(n_weights), RATES, np.array(sizes))
+        grid = experts[0].rates
+        return cls(tuple(keys), tuple(roles), np.array(n_weights), grid, np.array(sizes))
+
+    def with_within(self, lost: Mapping[ExpertKey, float], power: float) -> Items:
+        """The same with `within`, of what each expert loses at one rate, a power of the rate. One
+        that loses nothing counts for the least there is in its layer; none for more than 2 octaves.
+        """
+        layers = np.array([key.layer for key in lost])
+        values = np.array(list(lost.values()))
+        wider = np.zeros(len(values))
+        for layer in np.unique(layers):
+            of = layers == layer
+            least = values[of][values[of] > 0].min(initial=np.inf)
+            if np.isfinite(least):
+                logs = np.log2(np.maximum(values[of], least)) / power
+                wider[of] = np.clip(logs.mean() - logs, -2, 2)
+        by_key = dict(zip(lost, wider.tolist(), strict=True))
+        return replace(self, within=np.array([by_key[key] for key in self.keys]))
 
     def with_loss(self, loss: Floats, *, floor: float = LOSS_FLOOR) -> Items:
         """The same with losses [N, R]: never falling with the rate, none below the floor."""

@@ -62,6 +62,43 @@ def from_sensitivity(
     experts or a sample, layer by layer and rate by rate.
     Raises PlanError for an expert that is missing, another model.
     """
+    items, loss, facts = _measured(found, experts, per_role=per_role)
+    return items.with_loss(power_law(np.array(found.bounds), loss, items.rates)), facts
+
+
+def from_errors(
+    found: SensitivityMap, experts: Sequence[ExpertSizes], *, per_role: bool
+) -> tuple[Items, dict[str, Any]]:
+    """The same for a method that rounds by statistics, whose errors a map has not measured.
+
+    A map says what codec `bound` loses, `ExpertSizes.plain` what squared error that leaves in the
+    residual stream: so it is known what an error costs there. The method's own errors
+    (`ExpertSizes.errors`) are taken to cost as much: loss is a function of the error, a power of it
+    between two that were measured, and in proportion beyond. Raises as `from_sensitivity`.
+    """
+    items, loss, facts = _measured(found, experts, per_role=per_role)
+    by_key = {expert.key: expert for expert in experts}
+    tiny = np.finfo(np.float64).tiny
+    rows = []
+    for i, (key, roles) in enumerate(zip(items.keys, items.roles, strict=True)):
+        expert = by_key[key]
+        plain = np.sum([expert.plain[role] for role in roles], axis=0)
+        errors = np.sum([expert.errors[role] for role in roles], axis=0)
+        good = (plain > tiny) & (loss[i] > tiny)
+        if not good.any():
+            rows.append(np.zeros(len(items.rates)))
+            continue
+        x = np.maximum.accumulate(np.log(plain[good]))
+        y = np.maximum.accumulate(np.log(loss[i][good]))
+        at = np.log(np.maximum(errors, tiny))
+        rows.append(np.exp(np.interp(at, x, y) + at - np.clip(at, x[0], x[-1])))
+    return items.with_loss(np.array(rows)), {**facts, "losses": f"{facts['losses']}, by errors"}
+
+
+def _measured(
+    found: SensitivityMap, experts: Sequence[ExpertSizes], *, per_role: bool
+) -> tuple[Items, Floats, dict[str, Any]]:
+    """Items, what a map says of them at its rates [N, M], and what a plan should say about that."""
     rates = np.array(found.bounds)
     lines = {line.key: line for line in found.experts}
     items = Items.of(experts, per_role=per_role)
@@ -90,7 +127,7 @@ def from_sensitivity(
         "experts_measured": sum(line.measured_kl is not None for line in lines.values()),
         "losses": "smooth part" if smooth else "whole",
     }
-    return items.with_loss(power_law(rates, loss, items.rates)), facts
+    return items, loss, facts
 
 
 def from_study(

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from moebound.errors import PlanError
 from moebound.files.documents import Document, fields_of
 from moebound.files.formats.sensitivity_map import SensitivityMap
+from moebound.files.formats.statistics import Statistics
 from moebound.files.formats.study import Row
 from moebound.plan import schemes
+from moebound.plan.fit import Fit
 from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.plan.joint import Joint
-from moebound.plan.losses import from_sensitivity, from_study, shares_from_profile
+from moebound.plan.losses import from_errors, from_sensitivity, from_study, shares_from_profile
 from moebound.plan.plan import CODEC_METHOD, Plan, planned_experts
 from moebound.plan.schemes import Scheme
+from moebound.plan.search import SQUARE, Found, Say, Tries
+from moebound.plan.search import search as search_for
+from moebound.plan.shape import Shape
+from moebound.plan.shape import within_bytes as shaped_within_bytes
 from moebound.plan.within import Measure, within_measured
+from moebound.types import ExpertKey
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured, all of it optional. study: rows. sensitivity, profile: documents."""
+    """What was measured, all of it optional. study: rows. sensitivity, profile: documents.
+    calibration: the statistics that experts were rounded by."""
 
     sensitivity: Document | None = None
     study: Sequence[Row] | None = None
     profile: Document | None = None
+    calibration: Statistics | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -45,6 +57,15 @@ class Evidence:
     def map(self) -> SensitivityMap | None:
         """What `sensitivity` says. Raises FormatError for fields that are wrong."""
         return None if self.sensitivity is None else SensitivityMap.of(self.sensitivity)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search. tries: what measures plans. n_most: measurements. say: is told of each."""
+
+    tries: Tries
+    n_most: int
+    say: Say = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -79,30 +100,50 @@ def make_plan(
     *,
     source: str,
     codec: str = "bound",
+    method: str | None = None,
     scheme: Scheme | None = None,
     per_role: bool | None = None,
     measure: Measure | None = None,
+    encoded: Callable[[Plan], Mapping[ExpertKey, int]] | None = None,
+    search: Search | None = None,
 ) -> Plan:
     """A bound for each expert, or each of its matrices.
 
-    experts: what they take at every rate, see `store.measure_sizes`, with that codec. scheme: None
-    for the one that makes most of the evidence. per_role: a bound for each matrix; None for yes
-    where losses are known so. measure: says what a plan loses, see `sensitivity/trial.py`; None to
-    go by predictions.
+    experts: what they take at every rate, with that codec or method, see `store.measure_sizes` and
+    `measure_calibrated`. method: a setting, instead of a codec. scheme: None for the one that makes
+    most of the evidence. per_role: a bound for each matrix; None for yes where losses are known so.
+    measure: says what a plan loses, see `sensitivity/trial.py`; None to go by predictions.
+    encoded: says what a plan's experts really take; None to believe `experts`. search: how, for the
+    scheme of that name, and for `max_kl` where no losses are known.
 
-    Guarantee: predicted bytes are within the budget; measured KL is, where there is a `measure`,
-    and the plan has it. Raises PlanError if the budget cannot be met, saying what can, and for
-    evidence that is missing or another model's; FormatError for damaged evidence; and what
-    `measure` raises.
+    Guarantee: predicted bytes are within the budget, and with `encoded` they are the store's to the
+    byte; measured KL is, where there is a `measure`, and the plan has it. Raises PlanError if the
+    budget cannot be met, saying what can, and for evidence that is missing or another model's;
+    FormatError for damaged evidence; and what `measure`, `encoded` and `search` raise.
     """
-    chosen = evidence.scheme if scheme is None else scheme
-    roles = evidence.has_roles and chosen == "sensitivity" if per_role is None else per_role
+    setting = CODEC_METHOD + codec if method is None else method
+    chosen = scheme or ("search" if search is not None else evidence.scheme)
+    bounded = setting.startswith(CODEC_METHOD)
+    by_errors = not bounded and evidence.map is not None and all(e.plain for e in experts)
+    if not bounded and not by_errors and chosen in ("sensitivity", "layer"):
+        raise PlanError(
+            f"scheme {chosen!r} goes by losses, and there are none of method {setting!r}: give "
+            "--sensitivity, or take scheme 'search', which measures them"
+        )
+    by_losses = chosen in ("sensitivity", "search") and (bounded or by_errors)
+    roles = evidence.has_roles and by_losses if per_role is None else per_role
     share = None
     if evidence.profile is not None:
         share = shares_from_profile(evidence.profile, [expert.key for expert in experts])
     made: dict[str, Any] = {}
     joint = Joint()
-    if evidence.sensitivity is not None and evidence.map is not None:
+    if by_errors and evidence.sensitivity is not None and evidence.map is not None:
+        with fields_of(str(evidence.sensitivity.path), PlanError):
+            items, facts = from_errors(evidence.map, experts, per_role=roles)
+        made = {"sensitivity": evidence.sensitivity.describe(), **facts}
+    elif not bounded:
+        items = Items.of(experts, per_role=roles)
+    elif evidence.sensitivity is not None and evidence.map is not None:
         where = str(evidence.sensitivity.path)
         with fields_of(where, PlanError):
             items, facts = from_sensitivity(evidence.map, experts, per_role=roles)
@@ -116,17 +157,15 @@ def make_plan(
         items = Items.of(experts, per_role=roles)
     if evidence.profile is not None:
         made["profile"] = evidence.profile.describe()
+    if evidence.calibration is not None:
+        made["calibration"] = evidence.calibration.of.to_json()
 
     source_bytes = sum(expert.n_bytes for expert in experts)
     n_weights = int(items.n_weights.sum())
 
-    def solve(asked: Budget) -> Plan:
-        most = asked.n_bytes(n_weights=n_weights, source_bytes=source_bytes)
-        loss = None if asked.max_kl is None else joint.sum_for(asked.max_kl)
-        _check(asked, items, most, joint, source_bytes)
-        rates = _rates(chosen, items, experts, share, most, loss)
+    def plan_of(rates: Floats) -> Plan:
         return Plan(
-            method=CODEC_METHOD + codec,
+            method=setting,
             scheme=chosen,
             budget=budget.asked,
             source=source,
@@ -136,12 +175,115 @@ def make_plan(
             made={**made, "bound_per": "matrix" if roles else "expert"},
         )
 
+    def total(plan: Plan) -> int:
+        assert encoded is not None
+        return sum(encoded(plan).values())
+
+    def fit(most: int) -> Fit:
+        return Fit(most, None if encoded is None else total)
+
+    def solve(asked: Budget) -> Plan:
+        most = asked.n_bytes(n_weights=n_weights, source_bytes=source_bytes)
+        loss = None if asked.max_kl is None else joint.sum_for(asked.max_kl)
+        _check(asked, items, most, joint, source_bytes)
+        if most is None:
+            return plan_of(_rates(chosen, items, experts, share, None, loss))
+        return fit(most)(lambda n: plan_of(_rates(chosen, items, experts, share, n, None)))
+
+    def really(plan: Plan) -> Plan:
+        """With the bytes that it takes."""
+        return plan if encoded is None else plan.with_bytes(encoded(plan))
+
+    if chosen == "search" or (budget.max_kl is not None and items.loss is None):
+        if search is None:
+            what = "scheme 'search'" if chosen == "search" else "a limit of loss (--max-kl)"
+            raise PlanError(
+                f"{what} needs measured losses: give --sensitivity or --study, or say with --task "
+                "on what to measure plans"
+            )
+        most = budget.n_bytes(n_weights=n_weights, source_bytes=source_bytes)
+        _check(budget, items, most, joint, source_bytes)
+        known = _told_apart(items, experts, most)
+        shaped = _Shaped(known, fit, plan_of, search, n_weights, chosen == "search")
+        if most is not None:
+            plan = shaped.of_bytes(most)
+        else:
+            assert budget.max_kl is not None
+            plan = shaped.of_loss(budget.max_kl, measure or search.tries.measure)
+        plan = really(plan)
+        if plan.measured is None and measure is not None:
+            plan = replace(plan, measured=measure(plan))
+        return plan
     if measure is None:
-        return solve(budget)
+        return really(solve(budget))
     if budget.max_kl is None:
-        plan = solve(budget)
+        plan = really(solve(budget))
         return replace(plan, measured=measure(plan))
-    return within_measured(lambda kl: solve(Budget(max_kl=kl)), measure, budget.max_kl)
+    return really(within_measured(lambda kl: solve(Budget(max_kl=kl)), measure, budget.max_kl))
+
+
+@dataclass(frozen=True, eq=False)
+class _Shaped:
+    """Plans of shapes. searched: whether a shape is looked for, or all have one rate."""
+
+    items: Items
+    fit: Callable[[int], Fit]
+    plan_of: Callable[[Floats], Plan]
+    search: Search
+    n_weights: int
+    searched: bool
+
+    def of_bytes(self, most: int) -> Plan:
+        found = self._found(most)
+        return replace(found.plan, made={**found.plan.made, "search": found.to_json()})
+
+    def of_loss(self, max_kl: float, measure: Measure) -> Plan:
+        """The smallest whose KL is at most this: searched for at the size at which one rate for all
+        has that KL, on the problems of the search, and then made smaller."""
+        near = within_measured(self._like(Shape(), max_kl, 4.0), self.search.tries.measure, max_kl)
+        if not self.searched:
+            shape, made, bits = Shape(), {}, near.bits_per_weight
+        else:
+            found = self._found(near.n_bytes)
+            shape, made = found.shape, {"search": found.to_json()}
+            bits = near.bits_per_weight - math.log2(max_kl / max(found.measured.kl, max_kl / 16))
+        plan = within_measured(self._like(shape, max_kl, bits), measure, max_kl)
+        return replace(plan, made={**plan.made, **made})
+
+    def _found(self, most: int) -> Found:
+        return search_for(
+            self.items, self.fit(most), self.plan_of, self.search.tries, self.search.n_most,
+            say=self.search.say,
+        )  # fmt: skip
+
+    def _like(self, shape: Shape, kl: float, bits: float) -> Callable[[float], Plan]:
+        """Plans of a shape by the KL that is asked of them, if one of so many bits has this one and
+        a bit less is twice as much."""
+        fit = self.fit(0)
+
+        def make(asked: float) -> Plan:
+            wanted = bits - math.log2(asked / kl)
+            fit.budget_bytes = int(wanted * self.n_weights / 8)
+            return fit(lambda n: self.plan_of(shaped_within_bytes(self.items, shape, n)))
+
+        return make
+
+
+def _told_apart(items: Items, experts: Sequence[ExpertSizes], most: int | None) -> Items:
+    """With what a search may begin with: the plan that predicted losses ask for, or the errors that
+    statistics know of."""
+    if items.loss is not None and most is not None:
+        octaves = np.log2(schemes.sensitivity(items, budget_bytes=most, max_kl=None))
+        layers = np.unique([key.layer for key in items.keys], return_inverse=True)[1]
+        mean = np.bincount(layers, octaves) / np.bincount(layers)
+        return replace(items, hull=octaves - octaves.mean(), within=octaves - mean[layers])
+    if all(expert.errors for expert in experts):
+        lost = {
+            e.key: float(sum(e.errors[role][len(e.rates) // 2] for role in e.roles))
+            for e in experts
+        }
+        return items.with_within(lost, SQUARE)
+    return items
 
 
 def _rates(

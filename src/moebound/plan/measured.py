@@ -15,19 +15,21 @@ from typing import Any
 
 from moebound.errors import FormatError, PlanError
 from moebound.files.documents import count, number
-from moebound.score import Score
+from moebound.score import Score, Tokens
+from moebound.score.record import finite, tokens_of
 
 
 @dataclass(frozen=True)
 class Measured:
     """The score of the model with all experts changed as planned. task: the text, which nothing
     that the plan is made from has read. n_tried: plans measured on these problems until this one
-    was taken.
+    was taken. tokens: which of the text's count.
     """
 
     score: Score
     task: str
     n_tried: int = 1
+    tokens: Tokens = "answers"
 
     @classmethod
     def of(
@@ -39,22 +41,23 @@ class Measured:
         *,
         exact: bool = True,
         n_tried: int = 1,
+        tokens: Tokens = "answers",
     ) -> Measured:
-        """Where no more than KL of the solutions' tokens is known."""
-        return cls(
-            Score(answer_kl_nats=kl, answer_kl_stderr=stderr, n_problems=n_problems, exact=exact),
-            task,
-            n_tried,
-        )
+        """Where no more than a KL is known. tokens: of which."""
+        if tokens == "all":
+            known = Score(kl_nats=kl, kl_stderr=stderr)
+        else:
+            known = Score(answer_kl_nats=kl, answer_kl_stderr=stderr)
+        return cls(replace(known, n_problems=n_problems, exact=exact), task, n_tried, tokens)
 
     @property
     def kl(self) -> float:
-        """Nats a token of the solutions: what plans keep a limit of."""
-        return self.score.answer_kl_nats
+        """Nats a token: what plans keep a limit of."""
+        return self.score.kl(self.tokens)[0]
 
     @property
     def stderr(self) -> float:
-        return self.score.answer_kl_stderr
+        return self.score.kl(self.tokens)[1]
 
     @property
     def n_problems(self) -> int:
@@ -66,14 +69,16 @@ class Measured:
     def to_json(self) -> dict[str, Any]:
         """Plans of before "score" have the figures in front of it, and keep their bytes."""
         score = self.score.to_json()
+        alone = Measured.of(0.0, 0.0, "", 0, tokens=self.tokens).score.to_json().keys()
         return {
-            "kl": score.get("answer_kl_nats"),
-            "stderr": score.get("answer_kl_stderr"),
+            "kl": finite(self.kl),
+            "stderr": finite(self.stderr),
+            "tokens": self.tokens,
             "task": self.task,
             "n_problems": self.n_problems,
             "exact": self.score.exact,
             "n_tried": self.n_tried,
-            **({"score": score} if score.keys() > _ALONE else {}),
+            **({"score": score} if score.keys() > alone else {}),
         }
 
     @classmethod
@@ -89,6 +94,7 @@ class Measured:
             count(data.get("n_problems"), "measured: n_problems"),
             exact=bool(data.get("exact", True)),
             n_tried=count(data.get("n_tried", 1), "measured: n_tried"),
+            tokens=tokens_of(data.get("tokens", "answers")),
         )
         if "score" not in data:
             return alone
@@ -96,6 +102,3 @@ class Measured:
             return replace(alone, score=Score.from_json(data["score"]))
         except FormatError as error:
             raise PlanError(f"measured: score: {error}") from error
-
-
-_ALONE = {"answer_kl_nats", "answer_kl_stderr", "n_problems", "exact"}

@@ -1,6 +1,7 @@
 """A plan: what every expert gets (a method, bounds), what it comes to, and how it was made.
 
-JSON, format "moebound.plan", version 2 (1 knew one codec and bounds; it is read for ever).
+JSON, format "moebound.plan", version 3. All earlier ones are read for ever: 1 knew one codec and
+bounds, and 2 measured answers only.
 `moebound plan` makes one, `moebound compress --plan` carries it out; a store keeps a copy.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from moebound.plan.joint import Joint
 from moebound.plan.measured import Measured
 from moebound.types import ErrorBound, ExpertKey
 
-FORMAT = Format("moebound.plan", 2, PlanError)
+FORMAT = Format("moebound.plan", 3, PlanError)
 CODEC_METHOD = "bounded:"
 """The method that keeps bounds, as `methods.get_method` knows it; a codec follows."""
 
@@ -157,6 +158,11 @@ class Plan:
     def n_bytes(self) -> int:
         """Predicted, of all experts' envelopes."""
         return sum(expert.n_bytes for expert in self.experts)
+
+    def with_bytes(self, n_bytes: Mapping[ExpertKey, int]) -> Plan:
+        """The same, with what its experts are known to take."""
+        experts = tuple(replace(e, n_bytes=n_bytes[e.key]) for e in self.experts)
+        return replace(self, experts=experts)
 
     @property
     def bits_per_weight(self) -> float:

@@ -8,6 +8,6 @@ Below everything that measures, so that plans and stores can carry what was meas
 """
 
 from moebound.score.fields import KL, READ, TABLE, Field, kl_lines
-from moebound.score.record import Score, Tally
+from moebound.score.record import Score, Tally, Tokens
 
-__all__ = ["KL", "READ", "TABLE", "Field", "Score", "Tally", "kl_lines"]
+__all__ = ["KL", "READ", "TABLE", "Field", "Score", "Tally", "Tokens", "kl_lines"]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from moebound.errors import FormatError
 from moebound.score.statistics import Interval, mcnemar, wilson
 
 QUANTILES = {"median": 0.5, "p99": 0.99, "p999": 0.999}
 """Of KL by token: as a Score's fields call them."""
+Tokens = Literal["all", "answers"]
+"""Which tokens a KL is the mean over: all that were read, prompts included, or those of the
+solutions and their ends."""
+
 DOWN_SHARE = 0.1
 """With fewer valid outputs than this share, a condition is down."""
 
@@ -64,9 +68,10 @@ class Score:
     tally: of greedy answers; lost, gained: problems that only the original, only the model solves
     in any format.
 
-    per_problem: of each, mean KL over its solution's tokens, and whether it was reproduced. where:
-    what changed layer by layer (see `paper/study/flow.py`), None if nobody listened. Neither is in
-    the JSON.
+    per_problem: of each, mean KL over its solution's tokens, and whether it was reproduced.
+    kl_sums: of each, KL summed over all its tokens, and over its solution's; of two models on the
+    same text they can be subtracted. where: what changed layer by layer (see
+    `paper/study/flow.py`), None if nobody listened. None of these is in the JSON.
 
     A mean that was not measured is NaN, and not in the JSON, nor is its error. One that is no
     number, since the model says nothing any more, is infinite: null in the JSON. A standard error
@@ -88,6 +93,7 @@ class Score:
     lost: int | None = None
     gained: int | None = None
     per_problem: tuple[tuple[float, bool | None], ...] = ()
+    kl_sums: tuple[tuple[float, float], ...] = ()
     where: Mapping[str, Any] | None = None
     kl_median_nats: float = math.nan
     kl_median_stderr: float = math.nan
@@ -116,6 +122,12 @@ class Score:
         unknown = self.lost is None or self.gained is None
         return None if unknown else mcnemar(self.lost or 0, self.gained or 0)
 
+    def kl(self, tokens: Tokens) -> tuple[float, float]:
+        """Nats a token, and the standard error."""
+        if tokens == "all":
+            return self.kl_nats, self.kl_stderr
+        return self.answer_kl_nats, self.answer_kl_stderr
+
     def to_json(self) -> dict[str, Any]:
         """The figures that are known."""
         found: dict[str, Any] = {}
@@ -137,12 +149,22 @@ class Score:
         return cls(**{name: _read(name, data[name]) for name in _STORED if name in data})
 
 
+def tokens_of(value: Any) -> Tokens:
+    """As a file has it. Raises FormatError."""
+    for known in get_args(Tokens):
+        if value == known:
+            found: Tokens = known
+            return found
+    raise FormatError(f"tokens: expected {' or '.join(get_args(Tokens))}, found {value!r}")
+
+
 def finite(value: float) -> float | None:
     """As JSON has it."""
     return value if math.isfinite(value) else None
 
 
-_STORED = [field.name for field in fields(Score) if field.name not in ("per_problem", "where")]
+_UNSTORED = ("per_problem", "kl_sums", "where")
+_STORED = [field.name for field in fields(Score) if field.name not in _UNSTORED]
 
 
 def _read(name: str, value: Any) -> Any:

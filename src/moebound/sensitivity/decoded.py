@@ -50,7 +50,7 @@ class Original:
         artifact = self.made(f"{BOUNDED}:{codec}", bounds)
         found = artifact.experts[self.expert.key]
         sizes = {role: len(matrix.data) for role, matrix in found.items()}
-        return as_live(self.expert, artifact), sizes
+        return as_live(self.expert, artifact.weights(self.expert.key)), sizes
 
     def decoded_at(self, rate: float, codec: str) -> tuple[Matrices, dict[Role, int]]:
         """The same with one bound for all: so much times the expert's mean |weight|."""
@@ -58,12 +58,12 @@ class Original:
         return self.decoded(dict.fromkeys(self.arrays, bound), codec)
 
 
-def as_live(expert: LiveExpert, artifact: Artifact) -> Matrices:
-    """What an artifact's expert decodes to, in the model's dtype, on its device."""
+def as_live(expert: LiveExpert, weights: Mapping[Role, Array]) -> Matrices:
+    """What an expert decodes to, in the model's dtype, on its device."""
     live = expert.matrices
     return {
         role: torch.from_numpy(decoded.astype(np.float32)).to(live[role])
-        for role, decoded in artifact.weights(expert.key).items()
+        for role, decoded in weights.items()
     }
 
 

@@ -11,6 +11,7 @@ docs/store.md describes the files.
 
 from moebound.store.card import Measurement, read_measurement, write_card
 from moebound.store.decompress import decompress
+from moebound.store.encoded import Encoded, Memo
 from moebound.store.format import ExpertRecord, MatrixRecord, Settings
 from moebound.store.planned import plan_of
 from moebound.store.reader import (
@@ -21,7 +22,7 @@ from moebound.store.reader import (
     compressed_tensors,
     open_store,
 )
-from moebound.store.sizes import measure_sizes
+from moebound.store.sizes import measure_calibrated, measure_sizes
 from moebound.store.summary import (
     CompressSummary,
     DecompressSummary,
@@ -36,11 +37,13 @@ from moebound.store.writer import compress
 __all__ = [
     "CompressSummary",
     "DecompressSummary",
+    "Encoded",
     "EncodedExpert",
     "ExpertRecord",
     "ExpertTotals",
     "MatrixRecord",
     "Measurement",
+    "Memo",
     "Problem",
     "Progress",
     "Settings",
@@ -51,6 +54,7 @@ __all__ = [
     "compress",
     "compressed_tensors",
     "decompress",
+    "measure_calibrated",
     "measure_sizes",
     "open_store",
     "plan_of",

@@ -13,9 +13,9 @@ from moebound.errors import MethodError, PlanError
 from moebound.files.formats.statistics import Of, Side, Statistics
 from moebound.methods import ExpertView, GroupView, Method, Routing, get_method
 from moebound.methods.base import Seen
-from moebound.methods.shrinkage import RULE, Rule, Shrinkage
+from moebound.methods.shrinkage import RULE, Rule, wanted
 from moebound.plan import Plan
-from moebound.types import Array, ErrorBound, ExpertKey
+from moebound.types import ErrorBound, ExpertKey
 
 
 @dataclass(frozen=True)
@@ -105,22 +105,12 @@ class Recipe:
         seen = {key: self._raw(method, key) for key in keys} if certify else {}
         return GroupView(
             views,
-            self._statistics(method, keys),
+            {}
+            if self.calibration is None
+            else wanted(self.calibration, method.wanted_statistics(shared=keys[0].shared), keys),
             {key: found for key, found in seen.items() if found is not None},
             _routing(checkpoint, method, keys),
         )
-
-    @cached_property
-    def _shrinkage(self) -> Shrinkage | None:
-        return None if self.calibration is None else Shrinkage(self.calibration)
-
-    def _statistics(
-        self, method: Method, keys: Sequence[ExpertKey]
-    ) -> dict[str, Mapping[ExpertKey, Array]]:
-        if self.calibration is None or self._shrinkage is None:
-            return {}
-        wanted = sorted(method.wanted_statistics(shared=keys[0].shared))
-        return {name: _Read(self.calibration, self._shrinkage, name, keys) for name in wanted}
 
     def _raw(self, method: Method, key: ExpertKey) -> Seen | None:
         """What an expert's outputs are certified by; None where the method asks for nothing."""
@@ -174,29 +164,6 @@ def _sides(method: Method) -> list[Side]:
     """Whose second moments a method asks for."""
     sides: tuple[Side, ...] = get_args(Side)
     return [side for side in sides if side in method.wanted_statistics()]
-
-
-@dataclass(frozen=True, eq=False)
-class _Read(Mapping[ExpertKey, Array]):
-    """One kind of statistics, each expert's read when it is asked for: second moments of all
-    experts of a layer may be larger than the layer. Second moments are shrunk toward the layer's.
-    """
-
-    calibration: Statistics
-    shrinkage: Shrinkage
-    name: str
-    keys_: Sequence[ExpertKey]
-
-    def __getitem__(self, key: ExpertKey) -> Array:
-        if self.name in get_args(Side):
-            return self.shrinkage.moments(key, cast(Side, self.name))
-        return self.calibration.array(key, self.name)
-
-    def __iter__(self) -> Iterator[ExpertKey]:
-        return iter(self.keys_)
-
-    def __len__(self) -> int:
-        return len(self.keys_)
 
 
 def _routing(checkpoint: Checkpoint, method: Method, keys: Sequence[ExpertKey]) -> Routing | None:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moebound.checkpoint import Checkpoint, Expert
+from moebound.checkpoint import Checkpoint, Expert, Role, experts_name
 from moebound.codec import stats, thread_count
+from moebound.codec.estimate import SAMPLE_WEIGHTS
+from moebound.files.formats.statistics import Statistics
 from moebound.jobs.ordered import in_order
+from moebound.methods import compress, get_method
 from moebound.methods.bounded import Bounded
+from moebound.methods.outputs import residual_errors
 from moebound.plan import RATES, ExpertSizes, effective_rank
+from moebound.plan.items import Floats, Ints
+from moebound.store.recipe import Recipe
 from moebound.store.summary import Meter, ProgressCallback
-from moebound.types import ErrorBound, TensorStats
+from moebound.types import Array, ErrorBound, TensorStats
+
+NARROWEST, WIDEST = -5, 9
+"""Octaves: rates of 1/32 to 512 are tried of methods that give each input channel a bound of its
+own. Their rate is that of the widest channel, and most channels are far narrower."""
+_AROUND = 2
+"""Octaves to either side of the rate at which all experts together have the size that is asked."""
+_SAMPLE = 8
+_PLAIN = "bounded:bound"
+"""Whose errors sensitivity maps are of."""
 
 
 def measure_sizes(
@@ -30,12 +47,6 @@ def measure_sizes(
     CPUs; memory is that of jobs + 1 experts.
     """
     method = Bounded.from_options(codec)
-    experts = checkpoint.experts()
-    meter = Meter(
-        progress,
-        total_bytes=sum(expert.n_bytes for expert in experts),
-        total_experts=len(experts),
-    )
 
     def measure(expert: Expert) -> ExpertSizes:
         arrays = {m.role: np.ascontiguousarray(checkpoint.read(m)) for m in expert.matrices}
@@ -52,6 +63,147 @@ def measure_sizes(
             effective_rank=effective_rank(list(arrays.values())) if ranks else None,
         )
 
+    return _each(checkpoint, measure, jobs, progress)
+
+
+def measure_calibrated(
+    checkpoint: Checkpoint,
+    calibration: Statistics,
+    *,
+    method: str = "calibrated",
+    bits_per_weight: float | None = None,
+    plain_rates: Sequence[float] = (),
+    jobs: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> list[ExpertSizes]:
+    """Bytes of a method that rounds by statistics, and the errors that it leaves
+    (`methods.residual_errors`), a token.
+
+    Every expert is rounded and encoded once an octave, by a sample of its rows if it is large; at
+    the two rates between, a third of an octave apart, sizes lie on a line over the logarithm of the
+    rate, and errors on a power of the rate. bits_per_weight: only rates that lie around it; None
+    for all there are. plain_rates: of a sensitivity map, at which codec `bound` is measured too
+    (`ExpertSizes.plain`). Raises MoeboundError for statistics of another model.
+    """
+    calibration.check_model(experts_name(checkpoint), checkpoint.name)
+    octaves = list(range(NARROWEST, WIDEST + 1))
+    if bits_per_weight is not None:
+        octaves = _around(checkpoint, calibration, method, bits_per_weight)
+    at = np.array(octaves, np.float64)
+    between = at[0] + np.arange(3 * (len(octaves) - 1) + 1) / 3
+
+    def measure(expert: Expert) -> ExpertSizes:
+        found = [_rounded(checkpoint, expert, calibration, method, 2.0**o) for o in octaves]
+        n_tokens, tiny = max(1, calibration.of.n_tokens), np.finfo(np.float64).tiny
+        sizes, errors = dict[str, Ints](), dict[str, Floats]()
+        for matrix in expert.matrices:
+            role = matrix.role
+            measured = np.array([one.n_bytes[role] for one in found], np.float64)
+            sizes[role] = np.rint(np.interp(between, at, measured)).astype(np.int64)
+            lost = np.array([one.errors[role] for one in found]) / n_tokens
+            logs = np.interp(between, at, np.log(np.maximum(lost, tiny)))
+            errors[role] = np.where(logs > np.log(2 * tiny), np.exp(logs), 0.0)
+        plain = [_rounded(checkpoint, expert, calibration, _PLAIN, rate) for rate in plain_rates]
+        return ExpertSizes(
+            key=expert.key,
+            n_weights={matrix.role: matrix.size for matrix in expert.matrices},
+            sizes=sizes,
+            plain={
+                matrix.role: np.array([one.errors[matrix.role] / n_tokens for one in plain])
+                for matrix in expert.matrices
+                if plain
+            },
+            n_bytes=expert.n_bytes,
+            mean_abs=found[0].mean_abs,
+            rates=2.0**between,
+            errors=errors,
+        )
+
+    return _each(checkpoint, measure, jobs, progress)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """One expert at one rate. n_bytes, errors: by role."""
+
+    n_bytes: Mapping[Role, int]
+    errors: Mapping[Role, float]
+    mean_abs: float
+
+
+def _rounded(
+    checkpoint: Checkpoint, expert: Expert, calibration: Statistics, method: str, rate: float
+) -> _Rounded:
+    bound = ErrorBound(rate, "rate", "expert")
+    made = get_method(method)
+    recipe = Recipe.of(bound, method, calibration)
+    seen = recipe.seen(checkpoint, [expert], made)
+    [view] = seen.experts
+    whole = sum((stats(array) for array in view.matrices.values()), TensorStats())
+    full = view.matrices
+    some = {role: _some_rows(array, role in view.transposed) for role, array in full.items()}
+    if any(some[role].size < array.size for role, array in full.items()):
+        absolute = ErrorBound(bound.absolute(whole))
+        view = replace(view, matrices=some, bounds=dict.fromkeys(some, absolute))
+        seen = replace(seen, experts=(view,))
+    artifact = compress(made, seen)
+    decoded = artifact.weights(expert.key)
+    grown = {m.role: m.size / some[m.role].size for m in expert.matrices}
+    inputs, hidden = (calibration.moments(expert.key, side) for side in ("inputs", "hidden"))
+    lost = residual_errors(some, decoded, inputs, hidden, view.transposed)
+    sizes = {role: len(matrix.data) for role, matrix in artifact.experts[expert.key].items()}
+    return _Rounded(
+        {role: round(n * grown[role]) for role, n in sizes.items()},
+        # Errors of gate and up are shares of what down makes of the hidden units.
+        {role: error * grown["down"] for role, error in lost.items()},
+        whole.mean_abs,
+    )
+
+
+def _around(
+    checkpoint: Checkpoint, calibration: Statistics, method: str, bits_per_weight: float
+) -> list[int]:
+    """Octaves about the one at which a sample of experts has the size."""
+    experts = checkpoint.experts()
+    chosen = np.unique(np.linspace(0, len(experts) - 1, _SAMPLE).round().astype(int))
+    n_weights: int = sum(experts[at].size for at in chosen)
+
+    def bits(octave: int) -> float:
+        rounded = [
+            _rounded(checkpoint, experts[at], calibration, method, 2.0**octave) for at in chosen
+        ]
+        return 8 * sum(sum(one.n_bytes.values()) for one in rounded) / n_weights
+
+    low, high = NARROWEST, WIDEST
+    while low < high:  # the narrowest that is small enough
+        middle = (low + high) // 2
+        low, high = (low, middle) if bits(middle) <= bits_per_weight else (middle + 1, high)
+    return list(range(max(NARROWEST, low - 1 - _AROUND), min(WIDEST, low + _AROUND) + 1))
+
+
+def _some_rows(array: Array, transposed: bool) -> Array:
+    """Outputs at equal distances, of a matrix of more than a million weights."""
+    if array.size <= 2 * SAMPLE_WEIGHTS:
+        return array
+    step = array.size // SAMPLE_WEIGHTS
+    return np.ascontiguousarray(
+        array[:, step // 2 :: step] if transposed else array[step // 2 :: step]
+    )
+
+
+def _each(
+    checkpoint: Checkpoint,
+    measure: Callable[[Expert], ExpertSizes],
+    jobs: int | None,
+    progress: ProgressCallback | None,
+) -> list[ExpertSizes]:
+    """Of every routed expert, in the order of the checkpoint."""
+    experts = checkpoint.experts()
+    meter = Meter(
+        progress,
+        total_bytes=sum(expert.n_bytes for expert in experts),
+        total_experts=len(experts),
+    )
     found = list[ExpertSizes]()
     jobs = thread_count() if jobs is None else jobs
     with closing(in_order(measure, experts, jobs=jobs)) as measured:

@@ -84,7 +84,8 @@ def test_layer_after_layer_where_memory_is_short(model: Any, tmp_path: Path) -> 
 def test_what_the_planner_reads(model: Any, tmp_path: Path) -> None:
     found = Build(model, random_text(3), Named("m", "t"), SETTINGS, tmp_path / "map.json").run()
     document = json.loads((tmp_path / "map.json").read_text())
-    assert (document["format"], document["version"]) == ("moebound.sensitivity", 1)
+    assert (document["format"], document["version"]) == ("moebound.sensitivity", 2)
+    assert document["tokens"] == "answers"
     assert document["bounds"] == [0.3, 0.8]
     live = live_experts(model)
     assert [(e["layer"], e["expert"]) for e in document["experts"]] == [
@@ -102,6 +103,32 @@ def test_what_the_planner_reads(model: Any, tmp_path: Path) -> None:
             assert entry["bytes"][at] == sum(sizes)
     assert found.joint["measured_kl"][1] > found.joint["measured_kl"][0] > 0
     assert found.checks["n_sampled"] == 3
+
+
+def test_a_map_of_all_tokens_reads_prompts(model: Any, tmp_path: Path) -> None:
+    """The same text: every token that predicts one counts, or those before the solution do not."""
+    answers, everything = random_text(3), random_text(3, tokens="all")
+    assert answers.digest != everything.digest
+    assert everything.n_positions == int(everything.attention_mask.sum()) > answers.n_positions
+    maps = {
+        text.tokens: Build(model, text, Named("m", "t"), SETTINGS, tmp_path / text.tokens).run()
+        for text in (answers, everything)
+    }
+    assert {found.tokens for found in maps.values()} == {"answers", "all"}
+    for tokens, found in maps.items():
+        assert SensitivityMap.load(tmp_path / tokens) == found
+        for score, kl in zip(found.joint["scores"], found.joint["measured_kl"], strict=True):
+            assert kl == score["kl_nats" if tokens == "all" else "answer_kl_nats"]
+    # The model is the same, and so is what all experts together do to it.
+    assert [s["kl_nats"] for s in maps["all"].joint["scores"]] == pytest.approx(
+        [s["kl_nats"] for s in maps["answers"].joint["scores"]]
+    )
+    lines = zip(maps["all"].experts, maps["answers"].experts, strict=True)
+    assert any(a.predicted_kl[1] > 1.1 * b.predicted_kl[1] for a, b in lines)
+    # Maps of before there was a choice are of answers.
+    document = json.loads((tmp_path / "answers").read_text())
+    del document["tokens"]
+    assert SensitivityMap.from_json({**document, "version": 1}).tokens == "answers"
 
 
 def test_rows_of_another_run_are_refused(model: Any, tmp_path: Path) -> None:
@@ -132,7 +159,8 @@ def test_rows(tmp_path: Path) -> None:
     "edit",
     [
         lambda d: d.update(format="moebound.plan"),
-        lambda d: d.update(version=2),
+        lambda d: d.update(version=3),
+        lambda d: d.update(tokens="some"),
         lambda d: d.pop("bounds"),
         lambda d: d.update(experts=3),
         lambda d: d["experts"][0].pop("layer"),

@@ -9,13 +9,19 @@ import torch
 
 from moebound.evaluate.calibration import Calibration, calibration_of
 from moebound.model.batched import NAME, register_batched
+from moebound.score import Tokens
 from tiny_models import tiny_model
 
 
 def random_text(
-    n: int = 6, *, seed: int = 0, longest: int = 14, vocabulary: int = 96
+    n: int = 6,
+    *,
+    seed: int = 0,
+    longest: int = 14,
+    vocabulary: int = 96,
+    tokens: Tokens = "answers",
 ) -> Calibration:
-    """n prompts with solutions, of different lengths."""
+    """n prompts with solutions, of different lengths. tokens: which count."""
     rng = np.random.default_rng(seed)
     rows = []
     for _ in range(n):
@@ -23,7 +29,7 @@ def random_text(
             rng.integers(3, vocabulary, rng.integers(3, longest)).tolist() for _ in range(2)
         )
         rows.append((prompt, solution))
-    return calibration_of(rows)
+    return calibration_of(rows, tokens)
 
 
 def sure_model(name: str, *, batched: bool = False) -> Any:

@@ -22,10 +22,11 @@ from moebound.files.documents import (
     numbers,
     save_json,
 )
-from moebound.score.record import finite
+from moebound.score.record import Tokens, finite, tokens_of
 from moebound.types import ExpertKey
 
-FORMAT = Format("moebound.sensitivity", 1)
+FORMAT = Format("moebound.sensitivity", 2)
+"""Version 1 has no `tokens`, and is of answers."""
 
 Numbers = tuple[float, ...]
 
@@ -126,7 +127,8 @@ class SensitivityMap:
     """All experts of a model at all rates.
 
     model, task: names. n_prompts, n_positions: of the calibration text. skip: problems of the task
-    that were left out before it; None where that is not known. codec: whose error it is.
+    that were left out before it; None where that is not known. tokens: which count in every KL.
+    codec: whose error it is.
     bounds: the rates, ascending, each relative to the expert's mean |weight|. joint: all experts
     perturbed at once, predicted and measured, by rate. checks: how good the predictions are on
     those that were measured, and what it took; see docs/sensitivity.md.
@@ -142,6 +144,7 @@ class SensitivityMap:
     joint: Mapping[str, Any]
     checks: Mapping[str, Any]
     skip: int | None = None
+    tokens: Tokens = "answers"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -149,6 +152,7 @@ class SensitivityMap:
             "model": self.model,
             "task": self.task,
             "skip": self.skip,
+            "tokens": self.tokens,
             "n_prompts": self.n_prompts,
             "n_positions": self.n_positions,
             "codec": self.codec,
@@ -183,6 +187,7 @@ class SensitivityMap:
                 dict(data.get("joint") or {}),
                 dict(data.get("checks") or {}),
                 None if data.get("skip") is None else count(data["skip"], "skip"),
+                tokens_of(data.get("tokens", "answers")),
             )
 
     @classmethod

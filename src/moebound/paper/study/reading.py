@@ -43,7 +43,7 @@ class Reading:
             self._listener: Listener | None = Listener(model, experts)
         except UnsupportedArchitectureError:
             self._listener = None
-        self._text = calibration_of(_fitting(model, pairs, self._listener))
+        self._text = calibration_of(_fitting(model, pairs, self._listener), "answers")
         self._kept = kept_tokens(vocabulary_of(model))
         self._before: list[_Part] = []
         for rows in self._text.batches(BATCH_TOKENS):

@@ -21,7 +21,7 @@ from moebound.evaluate.text import solved_rows
 from moebound.files.formats.sensitivity_map import FORMAT, SensitivityMap
 from moebound.model.fingerprint import of_experts
 from moebound.model.live import LiveExperts, live_experts
-from moebound.score.record import finite
+from moebound.score.record import Tokens, finite
 from moebound.sensitivity.map.layer import LayerPrediction, predict_layer
 from moebound.sensitivity.map.observe import Seen, observe
 from moebound.sensitivity.map.predict import Response, replaced
@@ -94,11 +94,13 @@ class Build:
         say: Say = lambda *_: None,
         *,
         skip: int = 0,
+        tokens: Tokens = "all",
     ) -> Build:
         """A map of a loaded model, on `limit` problems of a task with their solutions, behind the
-        first `skip`: those are left for measuring what came of it."""
+        first `skip`: those are left for measuring what came of it. tokens: which of theirs
+        count."""
         problems = task.problems(None if limit is None else skip + limit)[skip:]
-        text = calibration_of(solved_rows(loaded.tokenizer, task, problems))
+        text = calibration_of(solved_rows(loaded.tokenizer, task, problems), tokens)
         named = Named(loaded.source.name, task.name, skip)
         return cls(loaded.model, text, named, settings, path, say)
 
@@ -284,7 +286,7 @@ class Build:
         for rate in rates:
             bound = ErrorBound(rate, "rate", "expert")
             found = score(perturbed(self.live, f"codec:{self.settings.codec}", bound), original)
-            kl = finite(found.score.answer_kl_nats)
+            kl = finite(found.score.kl(self.calibration.tokens)[0])
             yield {"kind": "joint", "rate": rate, "kl": kl, "score": found.score.to_json()}
 
 

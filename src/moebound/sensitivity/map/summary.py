@@ -11,7 +11,7 @@ import torch
 
 from moebound.evaluate.calibration import Calibration
 from moebound.files.formats.sensitivity_map import ExpertLine, SensitivityMap
-from moebound.score.record import Score, finite
+from moebound.score.record import Score, Tokens, finite
 from moebound.sensitivity.map.predict import Response
 from moebound.sensitivity.map.ranks import rank_correlation
 from moebound.sensitivity.map.settings import MapSettings
@@ -35,13 +35,16 @@ def assemble(
     n_rates = len(settings.rates)
     experts = tuple(ExpertLine.from_json(e, n_rates) for row in layers for e in row["experts"])
     together = {row["rate"]: row for row in rows if row["kind"] == "joint"}
-    joint = _joint(experts, layers, settings, response, [together[rate] for rate in settings.rates])
+    joint = _joint(
+        experts, layers, settings, response, [together[rate] for rate in settings.rates],
+        calibration.tokens,
+    )  # fmt: skip
     [ties] = [row for row in rows if row["kind"] == "ties"]
     checks = _quality(experts, n_rates) | _speed(ties, layers, experts, settings)
     return SensitivityMap(
         model, task, calibration.n_sequences, calibration.n_positions, settings.codec,
         settings.rates, experts, joint, checks | {"settings": settings.to_json()},
-        skip,
+        skip, calibration.tokens,
     )  # fmt: skip
 
 
@@ -51,12 +54,13 @@ def _joint(
     settings: MapSettings,
     response: Response,
     rows: Sequence[Row],
+    tokens: Tokens,
 ) -> dict[str, Any]:
     """rows: one for each rate. A `measured_kl` of None: the model said nothing any more."""
     scores = [  # rows of an earlier version have no more than KL
         Score.from_json(row.get("score", {"answer_kl_nats": row["kl"]})) for row in rows
     ]
-    measured = [score.answer_kl_nats for score in scores]
+    measured = [score.kl(tokens)[0] for score in scores]
     alone = np.array([line.predicted_kl for line in experts]).sum(0)
     slopes = sum(_unpacked(row["slopes"]) for row in layers)  # [R, G, N]
     assert isinstance(slopes, torch.Tensor)
