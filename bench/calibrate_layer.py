@@ -1,6 +1,6 @@
 """One layer of Moonlight's shapes, calibrated and compressed: how long, in how much memory?
 
-    python bench/calibrate_layer.py --json > bench/results/calibrate_layer.json
+    python bench/calibrate_layer.py --memory 2147483648 --json > bench/results/calibrate_layer.json
 
 Writes a checkpoint with one layer of 64 experts (2048 x 1408, bf16, 6 of them a token), reads a
 text of drawn tokens through it as `moebound calibrate` does, and runs `moebound compress --method
