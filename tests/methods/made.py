@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moebound.checkpoint import Role
+from moebound.files.formats.statistics import RATIOS
 from moebound.methods import (
     Encoding,
     GroupView,
@@ -157,3 +158,11 @@ def known(*methods: type[Method]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(METHODS, "classes", {**METHODS.classes, **{m.id: m for m in methods}})
         yield
+
+
+def routed(n: int, width: int) -> tuple[Array, ...]:
+    """What `Chunk` has of n experts' routing behind their outputs: nothing was sent to them."""
+    return (
+        np.zeros(n, np.int64), np.zeros(n), np.zeros(n), np.zeros((n, 2, width)),
+        np.zeros((n, RATIOS), np.int64),
+    )  # fmt: skip

@@ -39,6 +39,8 @@ from moebound.score import Score
 from moebound.store import compress, open_store
 from moebound.store.format import CERTIFICATES_FILE, to_line
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound
+
+from .made import routed
 from tiny_models import make_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +121,7 @@ def statistics_of(source: Path) -> Statistics:
         Chunk(
             parts[-1], np.full(n, 9, np.int64), np.ones(n),
             np.ones((n, width), np.float32), np.ones((n, inner), np.float32),
-            np.ones((n, 2, width), np.float32),
+            np.ones((n, 2, width), np.float32), *routed(n, width),
         ).save(folder)  # fmt: skip
     save_statistics(folder, of, parts)
     return read_statistics(folder)

@@ -20,6 +20,8 @@ from moebound.files.formats.statistics import (
 from moebound.methods.shrinkage import RULE, Rule, Shrinkage
 from moebound.types import Array, ExpertKey
 
+from .made import routed
+
 N, TOKENS = 6, (0, 3, 5000)
 
 
@@ -40,7 +42,7 @@ def made(folder: Path, moments: Moments = "full", layers: int = 3) -> Statistics
             Chunk(
                 part, np.array(counts, np.int64), np.ones(len(counts)),
                 packed.astype(np.float32), packed.astype(np.float32),
-                np.zeros((len(counts), 2, N), np.float32),
+                np.zeros((len(counts), 2, N), np.float32), *routed(len(counts), N),
             ).save(folder)  # fmt: skip
     save_statistics(folder, of, parts)
     return read_statistics(folder)

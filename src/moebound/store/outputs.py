@@ -16,7 +16,8 @@ from moebound.methods import Method
 from moebound.methods.base import ColumnBounds
 from moebound.methods.blob import MatrixBlob
 from moebound.methods.geometry import Geometry
-from moebound.methods.outputs import columns_kept, one_thread, outputs_kept, promises, side_of
+from moebound.methods.one_thread import one_thread
+from moebound.methods.outputs import columns_kept, outputs_kept, promises, side_of
 from moebound.methods.shrinkage import Shrinkage
 from moebound.store.format import CONFIG_FILE
 from moebound.store.reader import Store, StoredExpert, StoredMatrix

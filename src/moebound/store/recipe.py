@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast, get_args
+from typing import get_args
 
 from moebound.checkpoint import Checkpoint, Expert, Role, top_k_of
 from moebound.checkpoint.families import router_groups_of
@@ -151,8 +151,7 @@ class Recipe:
         """What the statistics are of that anything here is made by, and how they are shrunk."""
         methods = [self.method] if self.plan is None else self.plan.methods
         asked = any(_sides(get_method(setting)) for setting in methods)
-        shrunk = self._shrinkage
-        return (shrunk.statistics.of, shrunk.rule) if shrunk is not None and asked else None
+        return (self.calibration.of, RULE) if self.calibration is not None and asked else None
 
     @property
     def with_shared(self) -> bool:

@@ -208,8 +208,8 @@ class Residual(Method):
             {role: ErrorBound(some.narrowed) for role, some in asked.items()},
             expert.transposed,
         )
-        made = coder.encode(GroupView((view,), group.statistics)).matrices[expert.key]
-        return found | {r: (m.data, m.decoded) for r, m in made.items() if isinstance(m, Encoded)}
+        coded = coder.encode(GroupView((view,), group.statistics)).matrices[expert.key]
+        return found | {r: (m.data, m.decoded) for r, m in coded.items() if isinstance(m, Encoded)}
 
     @classmethod
     def open_shared(cls, payload: memoryview) -> Any:
