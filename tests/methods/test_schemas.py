@@ -39,9 +39,9 @@ from moebound.score import Score
 from moebound.store import compress, open_store
 from moebound.store.format import CERTIFICATES_FILE, to_line
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound
+from tiny_models import make_tiny
 
 from .made import routed
-from tiny_models import make_tiny
 
 ROOT = Path(__file__).parents[2]
 RATE = ErrorBound(0.3, "rate", "expert")
