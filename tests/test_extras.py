@@ -20,7 +20,7 @@ def test_a_missing_package_is_named_with_the_command(
     module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package, extra = PACKAGES[module]
-    said = rf"^this needs {package}: pip install 'moebound\[{extra}\]'"
+    said = rf"^this needs {package}: pip install '\.\[{extra}\]'"
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(BackendUnavailable, match=said):
         need(module, "this")

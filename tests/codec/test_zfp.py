@@ -102,5 +102,5 @@ def test_one_bits_for_ever_are_not_read_past_the_buffer() -> None:
 
 def test_missing_zfpy_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zfpy", None)
-    with pytest.raises(BackendUnavailable, match=r"pip install 'moebound\[peers\]'"):
+    with pytest.raises(BackendUnavailable, match=r"pip install '\.\[peers\]'"):
         ZfpCodec().compress(np.ones(4, np.float32), ArraySpec((4,), "F32", "F32", 0.1))

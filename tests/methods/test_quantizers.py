@@ -86,7 +86,7 @@ def test_hqq_is_the_library_and_beats_rounding_to_nearest() -> None:
 
 def test_without_hqq_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "hqq.core.quantize", None)
-    with pytest.raises(BackendUnavailable, match=r"pip install 'moebound\[peers\]'"):
+    with pytest.raises(BackendUnavailable, match=r"pip install '\.\[peers\]'"):
         apply("hqq:int4:g64", weights(8, 64))
 
 

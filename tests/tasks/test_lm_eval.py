@@ -17,7 +17,7 @@ from moebound.tasks.lm_eval import Metric, metrics, run_lm_eval
 
 def test_without_it_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(BackendUnavailable, match=r"pip install 'moebound\[lm-eval\]'"):
+    with pytest.raises(BackendUnavailable, match=r"pip install '\.\[lm-eval\]'"):
         run_lm_eval(None, None, "lm-eval:hellaswag")
 
 

@@ -53,7 +53,7 @@ class Babble:
 @pytest.fixture(autouse=True)
 def _installed(request: pytest.FixtureRequest) -> None:
     if "without" not in request.node.name:
-        pytest.importorskip("llguidance", reason="pip install 'moebound[serve]'")
+        pytest.importorskip("llguidance", reason="pip install '.[serve]'")
 
 
 @pytest.mark.parametrize("made", [byte_level, byte_fallback])
@@ -113,5 +113,5 @@ def test_a_model_that_has_no_end_mark() -> None:
 
 def test_without_the_package_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(BackendUnavailable, match=r"moebound\[serve\]"):
+    with pytest.raises(BackendUnavailable, match=r"\.\[serve\]"):
         Grammar(byte_level(), ANY_OBJECT, vocabulary=300, ends=[0])

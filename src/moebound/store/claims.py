@@ -107,7 +107,7 @@ def _unfounded(record: MatrixRecord, setting: str, method: Method) -> Iterator[s
         if certificate.method != setting:  # coded; what is promised is the coder's promise
             if not method.merges:
                 yield from _unfounded(record, method.coder.setting, method.coder)
-            elif certificate.method.split(":")[0] != method.coder.id:
+            elif certificate.method.split(":")[0] not in (method.coder.id, BOUNDED):
                 yield f"method: coded by {method.coder.setting}, certified {certificate.method}"
             return
     expected: Guarantee = "lossless" if method.lossless else "none"
@@ -215,7 +215,7 @@ def _settings(store: Store) -> Iterator[Problem]:
     compressed = any(expert.key.shared for expert in experts)
     not_compressed = any(expert.key.layer in layers for expert in left)
     if settings.calibration is not None and not any(
-        matrix.record.certificate.outputs for expert in experts for matrix in expert.matrices
+        get_method(setting).wanted_statistics() for setting in {e.method for e in experts}
     ):
         yield Problem("certificate", CONFIG_FILE, "calibration, and no expert was rounded by it")
     if settings.shared_experts != compressed and (compressed or not_compressed):

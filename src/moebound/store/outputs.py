@@ -111,6 +111,10 @@ class Expected:
 
 def column_bounds(method: Method, found: Envelope | MatrixBlob) -> ColumnBounds | None:
     """What these bytes say of bounds by input channel. Raises as decoding them."""
+    if method.coder is not None:  # of what it keeps as it was
+        return None if method.merges else column_bounds(method.coder, found)
+    if isinstance(found, MatrixBlob) and found.method != method.id:
+        return None
     return method.column_bounds(found) if method.statistics else None
 
 

@@ -187,7 +187,7 @@ def test_a_payload_by_the_table() -> None:
     """Written from docs/format-method.md; what it decodes to is known by hand."""
     base = write_product(np.array([[1.0], [2.0]]), np.array([[1.0, 0.5, 0.25]]), 16)
     rest = np.array([[0, 0.5, -0.5], [1, 0, 0]], np.float32)
-    coded = b"\x01" + encode(rest, 1e-6)
+    coded = encode(rest, 1e-6)
     verbatim = np.array([7.0], "<f4").tobytes()
     # One place below 6: no low bits, 3 is the fourth of a unary number.
     from moebound.codec.patch import pack_positions

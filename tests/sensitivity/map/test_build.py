@@ -172,12 +172,14 @@ def test_damaged(edit: Callable[[dict[str, Any]], Any]) -> None:
     line = {"layer": 1, "expert": 0, "mean_abs": 1.0, "n_weights": 1, "n_tokens": 1, "bytes": [1],
             "predicted_kl": [0.1], "flips_kl": [0.0], "measured_kl": None,
             "by_role": {}}  # fmt: skip
-    document = {"format": "moebound.sensitivity", "version": 1, "model": "m", "task": "t",
-                "skip": 24, "n_prompts": 1, "n_positions": 1, "codec": "bound", "bounds": [0.3],
-                "experts": [line], "joint": {}, "checks": {}}  # fmt: skip
+    document = {"format": "moebound.sensitivity", "version": 2, "model": "m", "task": "t",
+                "tokens": "all", "skip": 24, "n_prompts": 1, "n_positions": 1, "codec": "bound",
+                "bounds": [0.3], "experts": [line], "joint": {}, "checks": {}}  # fmt: skip
     assert SensitivityMap.from_json(document).to_json() == document
     earlier = {name: value for name, value in document.items() if name != "skip"}
     assert SensitivityMap.from_json(earlier).skip is None
+    of_answers = {n: v for n, v in document.items() if n != "tokens"} | {"version": 1}
+    assert SensitivityMap.from_json(of_answers).tokens == "answers"
     edit(document)
     with pytest.raises(FormatError):
         SensitivityMap.from_json(document)

@@ -77,7 +77,7 @@ def test_the_fields_are_those_of_the_code() -> None:
 
 
 def test_the_metrics_are_those_of_the_code(shared: Live) -> None:
-    pytest.importorskip("prometheus_client", reason="pip install 'moebound[serve]'")
+    pytest.importorskip("prometheus_client", reason="pip install '.[serve]'")
     with shared.client() as client:
         found = set(re.findall(r"^# TYPE moebound_(\w+)", client.get("/metrics").text, re.M))
     section = TEXT.partition("## Metrics")[2].partition("\n## ")[0]

@@ -21,7 +21,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_answer_is_of_the_schema(stream: bool) -> None:
-    pytest.importorskip("llguidance", reason="pip install 'moebound[serve]'")
+    pytest.importorskip("llguidance", reason="pip install '.[serve]'")
     tokenizer = byte_level()
     engine = PlainEngine(Babble(len(tokenizer)), tokenizer)
     wrapped: Any = {"type": "json_schema", "json_schema": {"name": "things", "schema": SCHEMA}}
@@ -58,4 +58,4 @@ def test_without_the_package_it_is_refused(shared: Live, monkeypatch: pytest.Mon
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == ("response_format", "unsupported_parameter")
-    assert "moebound[serve]" in error["message"]
+    assert ".[serve]" in error["message"]

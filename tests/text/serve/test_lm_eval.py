@@ -55,7 +55,7 @@ metric_list: [{{metric: exact_match}}]
 def test_both_modes_say_the_same(
     shared: Live, loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
-    lm_eval: Any = pytest.importorskip("lm_eval", reason="pip install 'moebound[lm-eval]'")
+    lm_eval: Any = pytest.importorskip("lm_eval", reason="pip install '.[lm-eval]'")
     pytest.importorskip("tenacity", reason="pip install 'lm-eval[api]'")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -95,7 +95,7 @@ def test_both_modes_say_the_same(
 def test_the_chat_mode_generates(
     shared: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm_eval: Any = pytest.importorskip("lm_eval", reason="pip install 'moebound[lm-eval]'")
+    lm_eval: Any = pytest.importorskip("lm_eval", reason="pip install '.[lm-eval]'")
     pytest.importorskip("tenacity", reason="pip install 'lm-eval[api]'")
     from lm_eval.tasks import TaskManager
 

@@ -13,7 +13,7 @@ from .live import Live, chat_body, running
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
-    parser = pytest.importorskip("prometheus_client.parser", reason="pip install 'moebound[serve]'")
+    parser = pytest.importorskip("prometheus_client.parser", reason="pip install '.[serve]'")
     return {
         (sample.name, *sample.labels.values()): sample.value
         for family in parser.text_string_to_metric_families(text)
@@ -22,7 +22,7 @@ def samples(text: str) -> dict[tuple[str, ...], float]:
 
 
 def test_requests_tokens_times_and_the_queue(engine: PlainEngine) -> None:
-    pytest.importorskip("prometheus_client", reason="pip install 'moebound[serve]'")
+    pytest.importorskip("prometheus_client", reason="pip install '.[serve]'")
     with running(engine, queue=3) as live, live.client() as client:
         client.post("/v1/chat/completions", json=chat_body())
         client.post("/v1/chat/completions", json=chat_body(max_tokens=1))
@@ -45,7 +45,7 @@ def test_requests_tokens_times_and_the_queue(engine: PlainEngine) -> None:
 
 
 def test_what_offloaded_experts_did(tmp_path: Path) -> None:
-    pytest.importorskip("prometheus_client", reason="pip install 'moebound[serve]'")
+    pytest.importorskip("prometheus_client", reason="pip install '.[serve]'")
     from moebound.offload.loading import load
 
     with load("builtin:wordmath", ram_budget="20%") as offloaded:
@@ -67,4 +67,4 @@ def test_without_the_package_the_command_that_installs_it(
     with shared.client() as client:
         answer = client.get("/metrics")
     assert answer.status_code == 501
-    assert "moebound[serve]" in answer.json()["error"]["message"]
+    assert ".[serve]" in answer.json()["error"]["message"]
