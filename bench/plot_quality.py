@@ -1,6 +1,6 @@
 """Plot of stored rows of `moebound bench quality --json`: bits a weight against KL.
 
-    python bench/plot_quality.py bench/results/quality.json -o docs/images/quality.png
+    python bench/plot_quality.py bench/results/quality-peers-mixtral.json -o docs/images/quality.png
 
 Measures nothing. Two panels with one scale: KL over all tokens, prompts included, and over the
 answers' tokens only. Neither is shown without the other: a way can be near the original in one and
