@@ -13,6 +13,7 @@ calibrated.py   a bound on every weight, rounded by what experts see: shrinkage.
              (steps), feedback.py (errors handed on), outputs.py (what is certified)
 rtn.py, hqq.py   quantizers of groups
 bases/       low rank, shared bases, a base and what is left of it
+keeping.py   some experts are kept, and coded by another method: pruning/, merging/
 """
 
 from moebound.methods.artifact import Artifact, compress, compress_expert, weakest
