@@ -41,6 +41,13 @@ class Plugins(Generic[T]):
         found = {entry.name for entry in self._entry_points()}
         return sorted(self._built_in.keys() | self.classes.keys() | found)
 
+    def knows(self, plugin_id: str) -> bool:
+        """Whether it can be asked for. What other packages have is looked up only where it has to
+        be: that reads the metadata of all of them."""
+        if plugin_id in self._built_in or plugin_id in self.classes:
+            return True
+        return any(entry.name == plugin_id for entry in self._entry_points())
+
     def get(self, plugin_id: str) -> type[T]:
         """The class behind an id. Raises `error` for an unknown one, BackendUnavailable if it
         cannot be loaded."""

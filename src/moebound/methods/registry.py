@@ -56,7 +56,7 @@ def get_method(setting: str) -> Method:
     it cannot be loaded, CodecError as `get_codec`.
     """
     method_id, _, options = setting.partition(":")
-    if method_id not in METHODS.ids():
+    if not METHODS.knows(method_id):
         if method_id not in codec_ids():
             raise MethodError(
                 f"method {method_id!r}: unknown. Known here: {', '.join(method_ids())}; and a "
