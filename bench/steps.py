@@ -27,7 +27,7 @@ import numpy as np
 from moebound import _native, encode
 from moebound.bench.environment import describe
 from moebound.bench.timing import interleaved
-from moebound.codec import Steps, bounds_by_step, encode_codes, parse
+from moebound.codec import Steps, encode_codes, parse, steps_in
 from moebound.codec.bound import BoundCodec
 from moebound.codec.reference.bits import ByteReader
 from moebound.codec.reference.layout import read_layout
@@ -106,9 +106,8 @@ def decoding(data: bytes) -> Callable[[], object]:
     return lambda: BoundCodec().decompress(parsed.payload, parsed.spec, out, threads=1)
 
 
-def blob(codes: Array, own: Array, kappa: float) -> bytes:
+def blob(codes: Array, sizes: Array, kappa: float) -> bytes:
     """The same whole numbers as `calibrated` wrote them before (format-method.md, section 5)."""
-    sizes = 2 * own[0] / kappa
     levels = np.rint(4 * np.log2(sizes / sizes.min())).astype(np.uint8)
     head = struct.pack("<BffB", 0, kappa, sizes.min(), 8)
     found: bytes = head + levels.tobytes() + b"\0" + code(codes, 0.49)
@@ -130,15 +129,15 @@ def row(
     read = ByteReader(payload)
     layout = read_layout(read, w.size)
     header = read.at
-    own = bounds_by_step(parsed)
-    if own is None or layout.scaling is None:
+    found = steps_in(parsed)
+    if found is None or layout.scaling is None:
         raise ValueError(f"{name}: expected version 2, found version {parsed.codec_version}")
     decoded = np.empty(w.size, w.dtype)
     BoundCodec().decompress(parsed.payload, parsed.spec, decoded)
-    kappa = float(np.uint16(layout.scaling.kappa).view(np.float16))
-    codes = np.rint(decoded.reshape(shape).astype(np.float64) / (2 * own / kappa))
+    sizes, kappa, _ = found
+    codes = np.rint(decoded.reshape(shape).astype(np.float64) / sizes)
     tables = np.stack([layout.tables_of_row(i) for i in range(shape[0])])
-    before_v2, matrix = memoryview(blob(codes, own, kappa)), MatrixSpec(shape, "BF16")
+    before_v2, matrix = memoryview(blob(codes, sizes, kappa)), MatrixSpec(shape, "BF16")
     jobs = {
         "v1": decoding(other),
         "v2": decoding(data),

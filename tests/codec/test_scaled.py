@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebound import _native, decode, encode
-from moebound.codec import Steps, bounds_by_step, encode_codes, envelope
+from moebound.codec import Steps, encode_codes, envelope
 from moebound.codec.bound import SCALED
 from moebound.codec.reference import decode as reference_decode
 from moebound.codec.reference.bits import ByteReader
@@ -19,6 +19,7 @@ from moebound.codec.reference.rans import write_segment
 from moebound.codec.reference.steps import step_sizes, stretched_table
 from moebound.errors import CodecError, CorruptionError
 from moebound.types import DType, ErrorBound
+from stepped_bounds import bounds_by_step
 
 from . import weights
 from .kernel import ISAS, kernel_decode, using

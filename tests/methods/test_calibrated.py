@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moebound import store
 from moebound.calibrate import Text, collect
 from moebound.cli.main import main
-from moebound.codec import bounds_by_step, parse
+from moebound.codec import parse
 from moebound.codec.device import read_stream
 from moebound.errors import CorruptionError, FormatError, MethodError, MoeboundError
 from moebound.evaluate.loading import Loaded, Source
@@ -25,6 +25,7 @@ from moebound.methods.blob import MatrixBlob
 from moebound.methods.calibrated import Calibrated
 from moebound.methods.feedback import damped, round_with_feedback, upper_factor
 from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound, ExpertKey
+from stepped_bounds import bounds_by_step
 from tiny_models import MakeTiny, model_class
 
 KEY = ExpertKey(0, 0)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from moebound.errors import MoeboundError
 from moebound.files.documents import Format, load_json, save_json
@@ -14,7 +13,7 @@ from moebound.files.rows import KEY, Rows
 FORMAT = Format("moebound.bench.quality.rows", 1)
 
 
-class KeptRows:
+class KeptRows(Rows):
     """Rows by key. Open it in a `with`.
 
     folder: where they are kept. identity: what they are of. answers: a file for
@@ -41,22 +40,11 @@ class KeptRows:
         else:
             save_json(about, said)
         self.answers = folder / "original.jsonl"
-        self._rows = Rows(folder / "rows.jsonl")
+        super().__init__(folder / "rows.jsonl")
 
     def get(self, key: str) -> dict[str, Any] | None:
-        return self._rows.found.get(key)
+        return self.found.get(key)
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
         """On disk when this returns. Raises StoreError if the disk refuses."""
-        self._rows.append({KEY: key, **row})
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._rows.close()
+        self.append({KEY: key, **row})

@@ -10,7 +10,7 @@ import numpy as np
 
 from moebound.errors import MoeboundError, TaskError
 from moebound.evaluate.loading import Loaded
-from moebound.evaluate.text import encode_file, solved_rows
+from moebound.evaluate.text import Rows, encode_file, solved_rows
 from moebound.tasks.base import Task
 from moebound.text.generation import n_positions
 
@@ -44,10 +44,19 @@ def of_task(loaded: Loaded, task: Task, limit: int | None = None, *, skip: int =
 
     Raises TaskError where a problem has no solution, MoeboundError where no problem is left.
     """
+    return whole(task, solved(loaded, task, limit, skip=skip))
+
+
+def solved(loaded: Loaded, task: Task, limit: int | None = None, *, skip: int = 0) -> Rows:
+    """As `of_task`: prompts and solutions, apart."""
     problems = task.problems(None if limit is None else skip + limit)[skip:]
     if not problems:
         raise MoeboundError(f"task {task.name!r}: no problems behind the first {skip}")
-    rows = solved_rows(loaded.tokenizer, task, problems)
+    return solved_rows(loaded.tokenizer, task, problems)
+
+
+def whole(task: Task, rows: Rows) -> Text:
+    """Prompts and solutions, one behind the other."""
     return Text(task.name, tuple((*prompt, *solution) for prompt, solution in rows))
 
 

@@ -13,6 +13,7 @@ memory. Everything after this reads an ordinary checkpoint.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -95,18 +96,20 @@ class Weight:
 
 
 @dataclass(frozen=True, eq=False)
-class _Form:
+class _Form(ABC):
     """A quantization method's way to store weights."""
 
     path: Path
     quantization: Mapping[str, Any]
     stored: Tensors
 
+    @abstractmethod
     def weights(self) -> Iterator[TensorInfo]:
-        raise NotImplementedError
+        """Each weight, computed from its parts. Raises CheckpointError."""
 
+    @abstractmethod
     def words(self) -> str:
-        raise NotImplementedError
+        """What weights are stored as."""
 
     def part(self, name: str, *dtypes: str, of: str) -> TensorInfo:
         """Raises CheckpointError if it is missing or of another dtype."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moebound.cli import exits, wording
+from moebound.cli.options import check_text, reads_a_text
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
@@ -22,20 +23,12 @@ HELD_OUT = 500
 
 @click.command()
 @click.argument("src")
-@click.option("--task", metavar="TASK",
-              help="Read its problems with their solutions: wordmath, wordmath-hard, gsm8k, math, "
-              "or a file of problems.")  # fmt: skip
-@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              metavar="FILE", help="Read this file, UTF-8, window by window.")  # fmt: skip
+@reads_a_text(least_window=1)
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True,
               metavar="STATS", help="The folder to write.")  # fmt: skip
-@click.option("--limit", type=click.IntRange(min=1), metavar="N",
-              help="N problems of the task, or N windows of the file.")  # fmt: skip
 @click.option("--skip", type=click.IntRange(min=0), metavar="N",
               help="Leave the first N problems for measuring.  [default: 500 where --limit "
               "problems are left behind them, else 0]")  # fmt: skip
-@click.option("--window", type=click.IntRange(min=1), metavar="TOKENS",
-              help="Tokens of a window of --text.  [default: 512]")  # fmt: skip
 @click.option("--diagonal", is_flag=True,
               help="Keep the diagonal of H alone: smaller by a factor of a thousand, enough for "
               "steps by input channel.")  # fmt: skip
@@ -83,12 +76,7 @@ def calibrate(
 
     Killed and started again, it goes on from where it was.
     """
-    if (task is None) == (text is None):
-        raise click.UsageError("give one of --task and --text")
-    if task is None and skip is not None:
-        raise click.UsageError("--skip goes with --task")
-    if text is None and window is not None:
-        raise click.UsageError("--window goes with --text")
+    check_text(task, text, skip=skip, window=window)
     if (after is None) != (calibration is None):
         raise click.UsageError("--after and --calibration go together")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moebound.cli import exits, wording
+from moebound.cli.options import check_text, reads_a_text
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
@@ -23,17 +24,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("src")
 @click.argument("other")
-@click.option("--task", metavar="TASK",
-              help="Read its problems with their solutions: wordmath, wordmath-hard, gsm8k, math, "
-              "or a file of problems.")  # fmt: skip
-@click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              metavar="FILE", help="Read this file, UTF-8, window by window.")  # fmt: skip
-@click.option("--limit", type=click.IntRange(min=1), metavar="N",
-              help="N problems of the task, or N windows of the file.")  # fmt: skip
+@reads_a_text(least_window=2)
 @click.option("--skip", type=click.IntRange(min=0), default=0, metavar="N",
               help="Leave out the first N problems.  [default: 0]")  # fmt: skip
-@click.option("--window", type=click.IntRange(min=2), metavar="TOKENS",
-              help="Tokens of a window of --text.  [default: 512]")  # fmt: skip
 @click.option(
     "--floor",
     metavar="FILE",
@@ -59,12 +52,7 @@ def compare(
     of OTHER's files over the weights of SRC. `moebound card DST --measured FILE` puts what --json
     prints into a store's card.
     """
-    if (task is None) == (text is None):
-        raise click.UsageError("give one of --task and --text")
-    if task is None and skip:
-        raise click.UsageError("--skip goes with --task")
-    if text is None and window is not None:
-        raise click.UsageError("--window goes with --text")
+    check_text(task, text, skip=skip or None, window=window)
     if floor is not None and not (floor.endswith(".gguf") and other.endswith(".gguf")):
         raise click.UsageError("--floor is a GGUF file, and goes with OTHER as a GGUF file")
     for name in (other, floor):
@@ -88,22 +76,16 @@ def _reading(
     loaded: Loaded, task: Task | None, file: Path | None, limit: int | None, *, skip: int,
     window: int | None,
 ) -> Reading:  # fmt: skip
-    from moebound.calibrate.text import Text, of_file
-    from moebound.errors import MoeboundError
+    from moebound.calibrate.text import of_file, solved, whole
     from moebound.evaluate.receipt import Reading
-    from moebound.evaluate.text import solved_rows
 
     if task is None:
         assert file is not None
         windows = of_file(loaded, file, limit, window=window)
-        rows = [(row[:1], row[1:]) for row in windows.rows]
-        return Reading(windows.name, windows.sha256, rows, has_answers=False)
-    problems = task.problems(None if limit is None else skip + limit)[skip:]
-    if not problems:
-        raise MoeboundError(f"task {task.name!r}: no problems behind the first {skip}")
-    solved = solved_rows(loaded.tokenizer, task, problems)
-    whole = Text(task.name, tuple((*prompt, *solution) for prompt, solution in solved))
-    return Reading(whole.name, whole.sha256, solved, has_answers=True)
+        halves = [(row[:1], row[1:]) for row in windows.rows]
+        return Reading(windows.name, windows.sha256, halves, has_answers=False)
+    rows = solved(loaded, task, limit, skip=skip)
+    return Reading(task.name, whole(task, rows).sha256, rows, has_answers=True)
 
 
 def _tables(found: Receipt) -> list[RenderableType]:

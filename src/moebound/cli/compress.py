@@ -160,8 +160,7 @@ def compress(
                  if plan_file and done.bound else wording.bound(done.bound)),
                 *wording.promise(done.guarantee, done.worst, done.max_abs_error),
                 *wording.outputs(done.outputs),
-                *([("experts without weights", str(done.without_weights))]
-                  if done.without_weights else []),
+                *wording.without_weights(done.without_weights),
                 ("root mean square error", f"{done.rmse:.3g} in weight units"),
                 ("method", done.method),
                 ("experts", f"{done.n_experts}: {wording.n_bytes(before)} -> "

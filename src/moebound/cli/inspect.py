@@ -212,7 +212,7 @@ def describe_store(store: Store) -> Description:
          f"{wording.ratio(before, after)}, {wording.bits(bits)}"),
         *([("shared parts", str(len(store.parts)))] if store.parts else []),
         *([("routing edited", f"layers {wording.index_ranges(edits)}")] if edits else []),
-        *([("experts without weights", str(without))] if without else []),
+        *wording.without_weights(without),
         ("stored verbatim", f"{found.patched} of {found.n_weights} weights"),
         ("all tensors", wording.n_bytes(total)),
         run_line,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -163,3 +165,40 @@ def chosen_bound(
     if mode == "rate":
         return ErrorBound(value, "rate", scope or "expert")
     return ErrorBound(value, mode)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def reads_a_text(least_window: int) -> Callable[[F], F]:
+    """Adds --task and --text, with how much of them to read: see `check_text`."""
+    options = (
+        click.option("--task", metavar="TASK",
+                     help="Read its problems with their solutions: wordmath, wordmath-hard, gsm8k, "
+                     "math, or a file of problems."),
+        click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                     metavar="FILE", help="Read this file, UTF-8, window by window."),
+        click.option("--limit", type=click.IntRange(min=1), metavar="N",
+                     help="N problems of the task, or N windows of the file."),
+        click.option("--window", type=click.IntRange(min=least_window), metavar="TOKENS",
+                     help="Tokens of a window of --text.  [default: 512]"),
+    )  # fmt: skip
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def check_text(
+    task: str | None, text: Path | None, *, skip: int | None, window: int | None
+) -> None:
+    """Raises UsageError unless one of task and text was given, each with what goes with it."""
+    if (task is None) == (text is None):
+        raise click.UsageError("give one of --task and --text")
+    if task is None and skip is not None:
+        raise click.UsageError("--skip goes with --task")
+    if text is None and window is not None:
+        raise click.UsageError("--window goes with --text")

@@ -59,8 +59,7 @@ def verify(
          f"{wording.n_bytes(report.n_bytes)}"),
         *wording.promise(report.guarantee, report.worst, report.max_abs_error, measured),
         *wording.outputs(report.outputs, _computed(report)),
-        *([("experts without weights", str(report.without_weights))]
-          if report.without_weights else []),
+        *wording.without_weights(report.without_weights),
         ("time", f"{report.seconds:.1f} s"),
     ]  # fmt: skip
     problems = [

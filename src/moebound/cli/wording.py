@@ -14,10 +14,10 @@ from moebound.demo.columns import kept_over_asked
 from moebound.types import ErrorBound, Guarantee
 
 if TYPE_CHECKING:
-    from moebound.store.summary import OutputTotals
+    from moebound.store.summary import OutputTotals, WithoutWeights
 
 __all__ = ["bits", "bound", "facts", "grid", "index_ranges", "kept_over_asked", "n_bytes",
-           "outputs", "percent", "promise", "ratio"]  # fmt: skip
+           "outputs", "percent", "promise", "ratio", "without_weights"]  # fmt: skip
 
 EXACT = ErrorBound(math.ulp(0.0))
 """The smallest bound there is; what exact codecs are given when none is asked for."""
@@ -72,6 +72,11 @@ def outputs(found: OutputTotals | None, how: str = "") -> list[tuple[str, str]]:
     end = f" ({how})" if how else ""
     said = f"median {middle}, largest {most} of their power on the calibration text{end}"
     return [("error of outputs", said)]
+
+
+def without_weights(found: WithoutWeights) -> list[tuple[str, str]]:
+    """Experts of which nothing is promised; no line where there are none."""
+    return [("experts without weights", str(found))] if found else []
 
 
 GUARANTEES: dict[Guarantee, str] = {

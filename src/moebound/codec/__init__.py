@@ -16,7 +16,7 @@ from moebound.codec.envelope import Envelope, parse
 from moebound.codec.estimate import estimate_bytes
 from moebound.codec.measure import Distortion, measure, stats
 from moebound.codec.registry import codec_ids, get_codec, register_codec
-from moebound.codec.scaled import Steps, bounds_by_step, encode_codes
+from moebound.codec.scaled import Steps, encode_codes, steps_in
 
 __all__ = [
     "ArraySpec",
@@ -27,7 +27,6 @@ __all__ = [
     "Envelope",
     "Payload",
     "Steps",
-    "bounds_by_step",
     "codec_ids",
     "decode",
     "decode_array",
@@ -41,6 +40,7 @@ __all__ = [
     "parse",
     "register_codec",
     "stats",
+    "steps_in",
     "thread_count",
     "to_numpy",
     "to_torch",

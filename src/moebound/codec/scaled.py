@@ -153,13 +153,3 @@ def steps_in(parsed: Envelope) -> tuple[npt.NDArray[np.float64], float, bool] | 
     if len(spec.shape) != 2 or len(own) != spec.shape[0 if by_row else 1]:
         raise CorruptionError(f"bound: {len(own)} steps of a matrix {spec.shape}")
     return own, kappa, by_row
-
-
-def bounds_by_step(parsed: Envelope) -> npt.NDArray[np.float64] | None:
-    """How far from the original a weight may be, [1, cols] or [rows, 1]; as `steps_in`."""
-    found = steps_in(parsed)
-    if found is None:
-        return None
-    sizes, kappa, by_row = found
-    own = sizes * (kappa / 2)
-    return own[:, None] if by_row else own[None, :]

@@ -7,10 +7,10 @@ window is predicted from at least half a window of context, and each is counted 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -25,17 +25,31 @@ LENGTH = 1024
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value: e^nats. nats: mean negative log-likelihood a token; stderr: its standard error,
-    windows being the sample. n_tokens: tokens that were predicted. length: tokens of a window."""
+    """value: e^nats. nats: mean negative log-likelihood a token; stderr: its standard error, the
+    stretches of text that were read apart being the sample."""
 
     value: float
     nats: float
     stderr: float
-    n_tokens: int
-    length: int
+
+    @classmethod
+    def of(cls, sums: Sequence[float], counts: Sequence[float], **more: Any) -> Self:
+        """sums, counts: negative log-likelihoods and tokens of each stretch."""
+        nats = sum(sums) / sum(counts)
+        value = math.exp(nats) if nats < 700 else math.inf
+        return cls(value, nats, ratio_stderr(sums, counts), **more)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class TextPerplexity(Perplexity):
+    """Of a text, window by window. n_tokens: tokens that were predicted. length: tokens of a
+    window."""
+
+    n_tokens: int
+    length: int
 
 
 def perplexity(
@@ -45,7 +59,7 @@ def perplexity(
     limit: int | None = None,
     length: int = LENGTH,
     progress: Callable[[int, int], None] | None = None,
-) -> Perplexity:
+) -> TextPerplexity:
     """Of the text in a UTF-8 file. limit: the first so many tokens. length: of a window, at most
     what the model has positions for. Raises TaskError for a file that cannot be read, or is too
     short to predict anything.
@@ -67,9 +81,7 @@ def perplexity(
         done, start = stop, start + step
         if progress is not None:
             progress(done, len(ids))
-    nats = sum(sums) / sum(counts)
-    value = math.exp(nats) if nats < 700 else math.inf
-    return Perplexity(value, nats, ratio_stderr(sums, counts), sum(counts), length)
+    return TextPerplexity.of(sums, counts, n_tokens=sum(counts), length=length)
 
 
 @torch.inference_mode()

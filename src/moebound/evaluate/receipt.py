@@ -11,7 +11,6 @@ floor, measured on an unquantized GGUF file of the original.
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +22,12 @@ from moebound.errors import CheckpointError
 from moebound.evaluate.fidelity import LOGITS_BYTES, logits_of, predicted, vocabulary_of
 from moebound.evaluate.kl import Predicted, Sums, kept_tokens
 from moebound.evaluate.loading import Loaded, load
+from moebound.evaluate.perplexity import Perplexity
 from moebound.evaluate.text import Batch, Rows, batches, pad
 from moebound.extras import need
 from moebound.files.documents import Format
 from moebound.score import Score
 from moebound.score.record import QUANTILES
-from moebound.score.statistics import ratio_stderr
 
 FORMAT = Format("moebound.receipt", 1)
 
@@ -47,23 +46,6 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """value: e^nats. nats: mean negative log-likelihood of a token. stderr: of nats, sequences
-    being the sample."""
-
-    value: float
-    nats: float
-    stderr: float
-
-    @classmethod
-    def of(cls, sums: torch.Tensor, counts: torch.Tensor) -> Perplexity:
-        """sums, counts: of each sequence."""
-        nats = float(sums.sum() / counts.sum())
-        value = math.exp(nats) if nats < 700 else math.inf
-        return cls(value, nats, ratio_stderr(sums.tolist(), counts.tolist()))
-
-
-@dataclass(frozen=True)
 class Side:
     """One of the two models. n_bytes: of its files, all of them. perplexity, answers: over all
     tokens, and over those of solutions."""
@@ -79,8 +61,8 @@ class Side:
             "name": self.name,
             "engine": self.engine,
             "n_bytes": self.n_bytes,
-            "perplexity": vars(self.perplexity),
-            "answers": {"perplexity": vars(self.answers)} if has_answers else None,
+            "perplexity": self.perplexity.to_json(),
+            "answers": {"perplexity": self.answers.to_json()} if has_answers else None,
         }
 
 
@@ -270,7 +252,7 @@ class _Likelihoods:
                 self._sums[first + 1, row] = mask.sum()
 
     def side(self, name: str, engine: str, n_bytes: int) -> Side:
-        all_tokens, answers = self._sums[:2], self._sums[2:]
+        all_tokens, answers = self._sums.reshape(2, 2, -1).tolist()
         return Side(name, engine, n_bytes, Perplexity.of(*all_tokens), Perplexity.of(*answers))
 
 

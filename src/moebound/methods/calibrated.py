@@ -31,11 +31,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from moebound.checkpoint import Role
-from moebound.codec import Encoded, Envelope, Steps, encode_codes, stats
+from moebound.codec import Encoded, Envelope, Steps, encode_codes, stats, steps_in
 from moebound.codec.bound import SCALED_VERSION
 from moebound.codec.fields import FieldReader
 from moebound.codec.patch import positions_n_bytes, unpack_positions
-from moebound.codec.scaled import steps_in
 from moebound.errors import CodecError, CorruptionError, MethodError
 from moebound.files.formats.statistics import Side
 from moebound.methods.base import (

@@ -124,9 +124,7 @@ def residual_errors(
 
     def straight(arrays: Mapping[Role, Array], role: Role) -> Array:
         n = len(hidden if role == "down" else inputs)
-        array = arrays[role]
-        by_shape = array.shape[1] != n and array.shape[0] == n
-        return array.T if role in transposed or by_shape else array
+        return arrays[role].T if turned(arrays[role], n, role in transposed) else arrays[role]
 
     down = np.nan_to_num(straight(original, "down").astype(np.float64), posinf=0.0, neginf=0.0)
     units = np.diagonal(hidden) if hidden.ndim == 2 else hidden

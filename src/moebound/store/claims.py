@@ -36,7 +36,7 @@ def contradictions(store: Store) -> Iterator[Problem]:
             message = f"method: expected {method.setting}, found {expert.method}"
             yield Problem("certificate", name, message)
         if store.settings.plan is None and not expert.exact:
-            yield from _unlike_settings(store, expert)
+            yield from _unlike_settings(store, expert, method)
         if expert.exact:
             yield from _not_exact(expert)
         for message in _outputs(store, expert):
@@ -48,17 +48,18 @@ def contradictions(store: Store) -> Iterator[Problem]:
     yield from _settings(store)
 
 
-def _unlike_settings(store: Store, expert: StoredExpert) -> Iterator[Problem]:
-    """Without a plan, every chosen expert has the store's method and bound."""
+def _unlike_settings(store: Store, expert: StoredExpert, method: Method) -> Iterator[Problem]:
+    """Without a plan, every chosen expert has the store's method and bound. method: that it says
+    itself."""
     name, settings = expert.matrices[0].tensor.name, store.settings
-    method = settings.method
+    setting = settings.method
     if settings.version == 1:  # which has no methods, and no codec's options in its certificates
-        method = ":".join(method.split(":")[:2])
-    if expert.method != method:
-        message = f"method: {CONFIG_FILE} says {method}, certified {expert.method}"
+        setting = ":".join(setting.split(":")[:2])
+    if expert.method != setting:
+        message = f"method: {CONFIG_FILE} says {setting}, certified {expert.method}"
         yield Problem("certificate", name, message)
     for matrix in expert.matrices:
-        if unpromised(matrix.record, get_method(expert.method)):
+        if unpromised(matrix.record, method):
             continue
         if matrix.record.certificate.bound != settings.bound:
             message = (

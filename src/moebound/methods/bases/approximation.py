@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
@@ -18,9 +19,10 @@ import numpy as np
 from moebound.checkpoint import Role
 from moebound.codec.arrays import dtype_name
 from moebound.errors import MethodError
-from moebound.methods.base import ExpertView, GroupView, Method, Scope, SharedPayload
+from moebound.methods.base import Encoding, ExpertView, GroupView, Method, Scope, SharedPayload
 from moebound.methods.bases.exact import WIDTHS, dense_part
 from moebound.methods.blob import MatrixBlob, SharedBlob, Use
+from moebound.methods.one_thread import one_thread
 from moebound.types import Array, ExpertKey
 
 _TOKEN = re.compile(r"([a-z]+)(\d{1,9}(?:\.\d{1,6})?)?")
@@ -116,6 +118,14 @@ class Approximation(Method):
     def wanted_statistics(self, *, shared: bool = False) -> frozenset[str]:
         """Of shared experts there are none: they are taken as they are."""
         return frozenset() if shared else self.statistics
+
+    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
+        with one_thread():
+            return self._encode(group)
+
+    @abstractmethod
+    def _encode(self, group: GroupView) -> Encoding:
+        """As `encode`, while torch computes with one thread."""
 
     # What a number of bits leaves room for
 

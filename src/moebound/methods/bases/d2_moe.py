@@ -51,7 +51,6 @@ from moebound.methods.bases.exact import (
     write_product,
 )
 from moebound.methods.bases.lowrank import factors
-from moebound.methods.one_thread import one_thread
 from moebound.types import Array, ExpertKey
 
 BASE = Option("base", 2, 16, "bits of a weight of the base, 2 to 8 or 16")
@@ -78,10 +77,6 @@ class D2Moe(Approximation):
 
     def n_shared(self, roles: Sequence[Role]) -> int:
         return len(roles)
-
-    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
-        with one_thread():
-            return self._encode(group)
 
     def _encode(self, group: GroupView) -> Encoding:
         roles = roles_of(group)

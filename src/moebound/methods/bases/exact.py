@@ -192,11 +192,6 @@ def write_dense(matrix: Array, bits: int, dtype: DType = "BF16") -> bytes:
     return head + code(codes, _HALF)
 
 
-def dense_bytes(shape: tuple[int, ...], bits: int) -> float:
-    """About what `write_dense` writes."""
-    return math.prod(shape) * bits / 8
-
-
 def take_dense(read: FieldReader, shape: tuple[int, ...]) -> Array:
     """[rows, cols] float32: the rest of the bytes. Raises CorruptionError."""
     rows, cols = _two(shape)

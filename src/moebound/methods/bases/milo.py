@@ -41,7 +41,6 @@ from moebound.methods.bases.approximation import (
 )
 from moebound.methods.bases.exact import nothing_left, per_rank, take_product, write_product
 from moebound.methods.bases.lowrank import factors
-from moebound.methods.one_thread import one_thread
 from moebound.methods.packing import pack, packed_bytes
 from moebound.methods.rtn import take_groups
 from moebound.types import Array, ExpertKey
@@ -74,14 +73,13 @@ class Milo(Approximation):
     def wanted_statistics(self, *, shared: bool = False) -> frozenset[str]:
         return super().wanted_statistics(shared=shared) if self.by_tokens else frozenset()
 
-    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
+    def _encode(self, group: GroupView) -> Encoding:
         shapes = [expert.matrices[role].shape for expert, role in places(group)]
         width, found = self._sizes(group, shapes)
         matrices: dict[ExpertKey, dict[Role, Payload]] = {e.key: {} for e in group.experts}
-        with one_thread():
-            for (expert, role), rank in zip(places(group), found, strict=True):
-                data = self._matrix(as_stored(expert, role), width, rank)
-                matrices[expert.key][role] = Payload(data)
+        for (expert, role), rank in zip(places(group), found, strict=True):
+            data = self._matrix(as_stored(expert, role), width, rank)
+            matrices[expert.key][role] = Payload(data)
         return Encoding(matrices)
 
     def _sizes(self, group: GroupView, shapes: list[tuple[int, ...]]) -> tuple[int, list[int]]:

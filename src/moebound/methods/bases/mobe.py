@@ -67,7 +67,6 @@ from moebound.methods.bases.shared import (
     take_as_is,
     upright,
 )
-from moebound.methods.one_thread import one_thread
 from moebound.types import Array, ExpertKey
 
 _FUNCTIONS: tuple[Function, ...] = ("tanh", "silu")
@@ -104,10 +103,6 @@ class Mobe(Approximation):
 
     def n_shared(self, roles: Sequence[Role]) -> int:
         return len(roles)
-
-    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
-        with one_thread():
-            return self._encode(group)
 
     def _encode(self, group: GroupView) -> Encoding:
         n = len(group.experts)

@@ -38,7 +38,6 @@ from moebound.methods.bases.approximation import (
 )
 from moebound.methods.bases.exact import take_dense, write_dense
 from moebound.methods.bases.shared import from_neurons, neurons
-from moebound.methods.one_thread import one_thread
 from moebound.types import NUMPY_DTYPES, Array, ExpertKey
 
 _RIDGE = 0.01
@@ -60,44 +59,43 @@ class ModeGpt(Approximation):
     keep: float = -1.0
     coded: int = 16
 
-    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
-        with one_thread():
-            moments = SecondMoments(group)
-            seen = {e.key: moments.of(e.key, "down") for e in group.experts}
-            leverage = {key: _leverage(c) for key, c in seen.items() if c is not None}
-            if len(leverage) < len(group.experts):
-                raise MethodError(
-                    f"{group.experts[0].key}: no statistics of its hidden values; choose routed "
-                    "experts only"
-                )
-            rows = {(e.key, role): neurons(e, role)[0].shape for e, role in places(group)}
-            if not self.bits:
-                kept = [round(self.keep * len(leverage[e.key])) for e in group.experts]
-                return self._at(group, moments, leverage, kept)
-            per = [
-                sum(rows[e.key, role][1] for role in e.matrices)
-                * (self._width(e) if self.coded == 16 else self.coded / 8)
-                for e in group.experts
-            ]
-            fixed = sum(-(-shape[0] // 8) + _HEAD for shape in rows.values())
-            room = self.room(group)
-            self.refuse_small(group, room, fixed, "frames alone take more")
-            caps = [len(leverage[e.key]) for e in group.experts]
-            # What is entropy-coded has the bytes that it has: a few are made, and the best is kept.
-            factor = 1.0
-            tried: list[tuple[float, Encoding]] = []
-            for _ in range(1 if self.coded == 16 else _TRIES):
-                costs = [cost * factor for cost in per]
-                kept = ranks([1.0] * len(costs), caps, costs, room - fixed)
-                made = self._at(group, moments, leverage, kept)
-                size = _payload_bytes(made)
-                tried.append((abs(size - room), made))
-                if kept == caps:
-                    self.refuse_large(group, room - size, max(costs))
-                if tried[-1][0] <= 0.003 * room or kept == caps:
-                    break
-                factor *= max(0.1, (size - fixed) / max(1.0, float(np.dot(kept, costs))))
-            return min(tried, key=lambda one: one[0])[1]
+    def _encode(self, group: GroupView) -> Encoding:
+        moments = SecondMoments(group)
+        seen = {e.key: moments.of(e.key, "down") for e in group.experts}
+        leverage = {key: _leverage(c) for key, c in seen.items() if c is not None}
+        if len(leverage) < len(group.experts):
+            raise MethodError(
+                f"{group.experts[0].key}: no statistics of its hidden values; choose routed "
+                "experts only"
+            )
+        rows = {(e.key, role): neurons(e, role)[0].shape for e, role in places(group)}
+        if not self.bits:
+            kept = [round(self.keep * len(leverage[e.key])) for e in group.experts]
+            return self._at(group, moments, leverage, kept)
+        per = [
+            sum(rows[e.key, role][1] for role in e.matrices)
+            * (self._width(e) if self.coded == 16 else self.coded / 8)
+            for e in group.experts
+        ]
+        fixed = sum(-(-shape[0] // 8) + _HEAD for shape in rows.values())
+        room = self.room(group)
+        self.refuse_small(group, room, fixed, "frames alone take more")
+        caps = [len(leverage[e.key]) for e in group.experts]
+        # What is entropy-coded has the bytes that it has: a few are made, and the best is kept.
+        factor = 1.0
+        tried: list[tuple[float, Encoding]] = []
+        for _ in range(1 if self.coded == 16 else _TRIES):
+            costs = [cost * factor for cost in per]
+            kept = ranks([1.0] * len(costs), caps, costs, room - fixed)
+            made = self._at(group, moments, leverage, kept)
+            size = _payload_bytes(made)
+            tried.append((abs(size - room), made))
+            if kept == caps:
+                self.refuse_large(group, room - size, max(costs))
+            if tried[-1][0] <= 0.003 * room or kept == caps:
+                break
+            factor *= max(0.1, (size - fixed) / max(1.0, float(np.dot(kept, costs))))
+        return min(tried, key=lambda one: one[0])[1]
 
     @staticmethod
     def _width(expert: ExpertView) -> int:

@@ -64,7 +64,6 @@ from moebound.methods.bases.exact import (
     take_signed,
 )
 from moebound.methods.bases.shared import from_neurons, neurons
-from moebound.methods.one_thread import one_thread
 from moebound.types import Array, ExpertKey
 
 TURNS = 8
@@ -88,10 +87,6 @@ class ResMoe(Approximation):
 
     def n_shared(self, roles: Sequence[Role]) -> int:
         return 1 + len(roles)
-
-    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
-        with one_thread():
-            return self._encode(group)
 
     def _encode(self, group: GroupView) -> Encoding:
         roles = roles_of(group)

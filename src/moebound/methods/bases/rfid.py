@@ -73,7 +73,6 @@ from moebound.methods.bases.shared import (
     upright,
     write_head,
 )
-from moebound.methods.one_thread import one_thread
 from moebound.types import Array, ExpertKey
 
 _SEED = 0x9E3779B97F4A7C15
@@ -106,10 +105,6 @@ class Rfid(Approximation):
 
     def n_shared(self, roles: Sequence[Role]) -> int:
         return len(roles)
-
-    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
-        with one_thread():
-            return self._encode(group)
 
     def _encode(self, group: GroupView) -> Encoding:
         members = self.grouped(group)

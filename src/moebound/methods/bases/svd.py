@@ -33,7 +33,6 @@ from moebound.methods.bases.approximation import (
 )
 from moebound.methods.bases.exact import nothing_left, per_rank, take_product, write_product
 from moebound.methods.bases.lowrank import factors, spectrum
-from moebound.methods.one_thread import one_thread
 from moebound.methods.router_edit import RouterEdit
 from moebound.types import Array, ExpertKey
 
@@ -46,14 +45,11 @@ Place = tuple[ExpertKey, Role]
 class LowRank(Approximation):
     """A payload: one product (docs/format-method.md, section 9)."""
 
-    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
-        with one_thread():
-            edit = self.edit(group)
-            kept = [(e, role) for e, role in places(group) if _chosen(e.key, edit)]
-            found = self.chosen_ranks(group, kept)
-            data = {
-                (e.key, role): self.matrix(group, e, role, found[e.key, role]) for e, role in kept
-            }
+    def _encode(self, group: GroupView) -> Encoding:
+        edit = self.edit(group)
+        kept = [(e, role) for e, role in places(group) if _chosen(e.key, edit)]
+        found = self.chosen_ranks(group, kept)
+        data = {(e.key, role): self.matrix(group, e, role, found[e.key, role]) for e, role in kept}
         nothing = write_product(np.zeros((0, 0)), np.zeros((0, 0)), self.factors)
         matrices: dict[ExpertKey, dict[Role, Payload]] = {e.key: {} for e in group.experts}
         for expert, role in places(group):

@@ -8,6 +8,7 @@ comes is a typing error, and is refused too.
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -184,9 +185,9 @@ class _Request(_Strict):
         return "max_tokens", self.max_tokens
 
     @property
+    @abstractmethod
     def asked_logprobs(self) -> tuple[str, int | None]:
         """(the field that says so, rivals of each token whose log probabilities are told)"""
-        raise NotImplementedError
 
     @property
     def wants_usage(self) -> bool:
