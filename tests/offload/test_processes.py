@@ -82,6 +82,29 @@ class TestFork:
             offloaded.model(IDS)  # the parent goes on
 
 
+class TestThreads:
+    def test_passes_side_by_side_do_not_wait_for_each_others_room(self, store: Path) -> None:
+        """Each would hold experts that arrived, and wait for room that another holds."""
+        ids = [(IDS + 17 * n) % 60 for n in range(8)]
+        with load(store, ram_budget="60%", tier="disk") as offloaded, torch.no_grad():
+            expected = [offloaded.model(text).logits for text in ids]
+            found = dict[int, list[torch.Tensor]]()
+
+            def run(n: int) -> None:
+                with torch.no_grad():
+                    found[n] = [offloaded.model(ids[n]).logits for _ in range(25)]
+
+            threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+            hung = any(thread.is_alive() for thread in threads)
+        assert not hung
+        for n, logits in found.items():
+            assert all(torch.equal(one, expected[n]) for one in logits)
+
+
 def wait_for(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 20
     while not condition() and time.monotonic() < deadline:

@@ -30,7 +30,8 @@ Compute = Callable[[int, Slot | None], None]
 
 
 class Fetcher:
-    """The cache, the loader and the predictor of one model. One forward pass at a time.
+    """The cache, the loader and the predictor of one model. One visit at a time: two would each
+    hold room that the other waits for, and the cache has it for one.
 
     decoding: whether the pass under way computes one token a text, as opposed to a prompt. Nothing
     that it holds may hold it: dropped without `close`, it ends its threads as soon as Python
@@ -51,6 +52,7 @@ class Fetcher:
         self.foresight = foresight
         self.decoding = False
         self._grades, self._coarse = grades, coarse
+        self._one_visit = threading.Lock()
         self._process = os.getpid()
         dropped = weakref.finalize(self, _end_aside, self._process, cache, coarse, loader)
         dropped.atexit = False  # then daemon threads end by themselves
@@ -91,10 +93,24 @@ class Fetcher:
 
         first: number of the module's first expert in its layer. chosen, weights: [T, K], the
         router's. absent: numbers of experts that there is nothing to compute with. x: [T, H], what
-        the experts will be computed with. Raises what loading raises, an error of moebound's own
-        with the expert's name in front; nothing stays pinned then. CacheError in a forked child.
+        the experts will be computed with. Another thread's visit is waited for. Raises what loading
+        raises, an error of moebound's own with the expert's name in front; nothing stays pinned
+        then. CacheError in a forked child.
         """
         self.check_process()
+        with self._one_visit:
+            self._visit(layer, first, chosen, weights, x, compute, absent)
+
+    def _visit(
+        self,
+        layer: int,
+        first: int,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        x: torch.Tensor,
+        compute: Compute,
+        absent: Collection[int],
+    ) -> None:
         index = chosen.cpu().numpy()
         gates: Array = weights.detach().float().cpu().numpy()
         if len(index) == 1 and len(set(index[0].tolist())) == index.shape[1]:
