@@ -1,0 +1,138 @@
+"""One candidate, made by a process of its own: how long that takes, and the most memory it holds.
+
+    python -m moebound.bench.methods.making < what to make, as JSON
+
+The process reads the checkpoint, compresses it with one group at a time, writes the store, and only
+then verifies it. `seconds` is the time of the first three on the clock, `cpu_seconds` that of all
+its threads. `peak_bytes` is the most that the process had in memory until then, as the system counts
+it; `base_bytes` is what it had before it began, Python and its libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moebound.errors import BoundViolatedError, MoeboundError, SizeError
+from moebound.types import ErrorBound, Guarantee
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is made: the setting of a method, and the bound, in mean |weight| of an expert, of one
+    that keeps bounds. bits: a weight that it is thought to come to; None where nobody knows."""
+
+    setting: str
+    rate: float | None = None
+    bits: float | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a store came to. n_bytes: of the compressed experts, everything counted."""
+
+    setting: str
+    rate: float | None
+    n_bytes: int
+    n_weights: int
+    n_bytes_whole: int
+    n_parameters: int
+    guarantee: Guarantee
+    max_abs_error: float
+    rmse: float
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    base_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.n_bytes / self.n_weights
+
+
+def make(candidate: Candidate, src: str, calibration: Path | None, dst: Path) -> Made:
+    """A store at dst, verified, made by a process of its own.
+
+    Raises SizeError where the method cannot be so small or large, BoundViolatedError for a store
+    that breaks its promise, MoeboundError for whatever else went wrong there.
+    """
+    spec = {
+        "setting": candidate.setting,
+        "rate": candidate.rate,
+        "src": src,
+        "calibration": None if calibration is None else str(calibration),
+        "dst": str(dst),
+    }
+    command = [sys.executable, "-m", "moebound.bench.methods.making"]
+    done = subprocess.run(
+        command, input=json.dumps(spec), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        why = "killed, probably because memory ran out" if done.returncode == -9 else said[-1]
+        raise MoeboundError(f"{candidate.setting}: {why}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    if "error" not in found:
+        return Made(**found)
+    if found["kind"] == "size":
+        raise SizeError(found["error"], found["nearest"])
+    kind = BoundViolatedError if found["kind"] == "violated" else MoeboundError
+    raise kind(found["error"])
+
+
+def _made(spec: dict[str, Any]) -> dict[str, Any]:
+    from moebound.bench.offload.memory import peak_resident_bytes, resident_bytes
+    from moebound.checkpoint import open_checkpoint
+    from moebound.store import compress, verify
+
+    rate, dst = spec["rate"], Path(spec["dst"])
+    checkpoint, base = open_checkpoint(spec["src"]), resident_bytes()
+    begun, cpu = time.monotonic(), time.process_time()
+    summary = compress(
+        checkpoint,
+        dst,
+        bound=None if rate is None else ErrorBound(rate, "rate", "expert"),
+        method=spec["setting"],
+        calibration=spec["calibration"],
+        jobs=1,
+    )
+    seconds, cpu_seconds = time.monotonic() - begun, time.process_time() - cpu
+    peak = peak_resident_bytes()
+    checked = verify(dst, against=checkpoint)
+    if not checked.ok:
+        found = checked.problems[0]
+        return {
+            "kind": "violated",
+            "error": f"{summary.method}: a store breaks its promise or is damaged: {found.tensor}: "
+            f"{found.message}",
+        }
+    return vars(
+        Made(
+            summary.method, rate, summary.expert_bytes_after, summary.n_weights,
+            summary.model_bytes_after, summary.n_parameters, summary.guarantee,
+            summary.max_abs_error, summary.rmse, seconds, cpu_seconds, peak, base,
+        )
+    )  # fmt: skip
+
+
+def main() -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        found = _made(json.load(sys.stdin))
+    except SizeError as error:
+        found = {"kind": "size", "error": str(error), "nearest": error.nearest}
+    except BoundViolatedError as error:
+        found = {"kind": "violated", "error": str(error)}
+    except MoeboundError as error:
+        found = {"kind": "other", "error": str(error)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
