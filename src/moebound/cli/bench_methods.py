@@ -25,8 +25,7 @@ from moebound.cli.steps import step_bar
     "--bits",
     type=Numbers(),
     metavar="LIST",
-    help="Sizes: bits a weight of the experts, everything counted.  "
-    "[default: 8,6,5,4,3,2.5,2,1.5]",
+    help="Sizes: bits a weight of the experts, everything counted.  [default: 8,6,5,4,3,2.5,2,1.5]",
 )
 @click.option(
     "--removed",

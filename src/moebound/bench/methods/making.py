@@ -3,9 +3,9 @@
     python -m moebound.bench.methods.making < what to make, as JSON
 
 The process reads the checkpoint, compresses it with one group at a time, writes the store, and only
-then verifies it. `seconds` is the time of the first three on the clock, `cpu_seconds` that of all
-its threads. `peak_bytes` is the most that the process had in memory until then, as the system counts
-it; `base_bytes` is what it had before it began, Python and its libraries.
+then verifies it. `seconds` is the time of the first three on the clock, `cpu_seconds` that of
+all threads. `peak_bytes` is the most that the process had in memory until then, as the system
+counts it; `base_bytes` is what it had before it began, Python and its libraries.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moebound.bench.methods.making import Made
+from moebound.bench.methods.residuals import BaseRow
 from moebound.evaluate.evaluation import Evaluation, Scored, compare_to
 from moebound.files.documents import fields_of
 from moebound.score import Score
@@ -66,8 +67,7 @@ class MethodRow:
             **{name: getattr(self, name) for name in _PLAIN},
             "made": None if self.made is None else vars(self.made),
             "score": None if self.score is None else self.score.to_json(),
-            "evaluation": of
-            and {"source": of.source, "rows": [row.to_json() for row in of.rows]},
+            "evaluation": of and {"source": of.source, "rows": [row.to_json() for row in of.rows]},
             "kl_sums": [[finite(value) for value in pair] for pair in self.kl_sums],
         }
 
@@ -110,8 +110,10 @@ class MethodsReport:
     rows: tuple[MethodRow, ...]
     environment: dict[str, Any]
     calibration: dict[str, Any] | None = None
+    bases: tuple[BaseRow, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
+        """Without what claims come to: `claims.judge`."""
         return {
             "format": "moebound.bench.methods",
             "version": 1,
@@ -121,5 +123,6 @@ class MethodsReport:
             "calibration": self.calibration,
             "baseline": asdict(self.baseline.total),
             "rows": [row.to_json(self.baseline) for row in self.rows],
+            "residuals": [row.to_json() for row in self.bases],
             "environment": self.environment,
         }

@@ -12,12 +12,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moebound.bench.environment import describe
 from moebound.bench.kept import KeptRows
 from moebound.bench.methods.making import make
+from moebound.bench.methods.residuals import BaseRow, base_row
 from moebound.bench.methods.rows import MethodRow, MethodsReport
 from moebound.bench.methods.sizing import WITHIN, Place, Sizing, sizing_of
 from moebound.checkpoint import experts_name, open_checkpoint
@@ -30,17 +32,18 @@ from moebound.evaluate.scoring import evaluate
 from moebound.evaluate.text import solved_rows
 from moebound.evaluate.transcript import read_transcript
 from moebound.files.formats.statistics import Statistics
+from moebound.methods import get_method
 from moebound.tasks import Task
 
 BITS = (8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5)
 REMOVED = (25.0, 40.0, 60.0)
-COMPARED = ("svd", "d2_moe_fixed", "mobe_fixed", "rfid_re")
+_LOW_RANK = ("svd", "d2_moe_fixed", "mobe_fixed", "rfid_re")
 """Whom the RFID-MoE paper compares, at shares of the parameters removed."""
 
 _QUANTIZERS = ("rtn", "rtn:coded", "hqq", "milo_fixed")
 _BOUNDED = ("bound", "calibrated")
 _BASES = (
-    *COMPARED,
+    *_LOW_RANK,
     *("moe_i2_re", "soco_lite", "resmoe_fixed", "modegpt_re"),
     # As published they spend 16 bits on a number, which is dear: the same with 8, bases in 5.
     *("svd:f8", "d2_moe_fixed:f8:base5", "mobe_fixed:f8", "rfid_re:f8", "moe_i2_re:f8"),
@@ -50,6 +53,8 @@ _KEEPING = (
     *("frequency", "reap_re", "lu_re", "mone_re"),
     *("m_smoe_re", "hc_smoe_fixed", "sub_moe_re"),
 )
+COMPARED = (*_LOW_RANK, *_KEEPING)
+"""What is measured at shares removed, which is how their papers state sizes."""
 _CODED = tuple(f"{name}+{coder}" for name in _KEEPING for coder in ("rtn", "bound"))
 _PAIRS = ("puzzle_moe_re:seed0", "puzzle_moe_re:seed0+rtn")
 _RESIDUALS = (
@@ -57,6 +62,12 @@ _RESIDUALS = (
     "residual:d2_moe_fixed:r0:base3",
     "residual:resmoe_fixed:k0:base4",
 )
+BASES = (
+    *("svd:r0", "svd:r2:f8", "svd:b1:f4", "rfid_re:b1:f8", "milo_fixed:b3"),
+    *("d2_moe_fixed:r0:base3", "d2_moe_fixed:r0:base5", "d2_moe_fixed:r2:f8:base3"),
+    *("resmoe_fixed:k0:base4", "modegpt_re:k0.25:q4", "mobe_fixed:b1:f8:s100"),
+)
+"""Whose residuals are compared with plain `bound`. svd:r0 is none: what frames cost."""
 METHODS = (*_BOUNDED, *_QUANTIZERS, *_BASES, *_KEEPING, *_CODED, *_PAIRS, *_RESIDUALS)
 """What is measured if nobody says: all there are, as they are published and in fewer bits."""
 
@@ -72,6 +83,7 @@ def run(
     methods: Sequence[str] | None = None,
     bits: Sequence[float] = BITS,
     removed: Sequence[float] = (),
+    bases: Sequence[str] | None = None,
     calibration: Statistics | None = None,
     limit: int | None = None,
     rows: Path | None = None,
@@ -81,8 +93,9 @@ def run(
 
     methods: as `sizing.py` knows them; None for METHODS, without those whose library is not
     installed. removed: percents of the experts' bytes, at which COMPARED are measured, too.
-    calibration: statistics of the model's inputs; what needs them has no row without. limit:
-    problems of the task. rows: a folder where rows are kept, so that the same call goes on after an
+    bases: whose residuals are compared with plain `bound`; None for BASES if `methods` is None,
+    else for none. calibration: statistics of the model's inputs; what needs them has no row
+    without. limit: problems of the task. rows: a folder where rows are kept, so that the same call goes on after an
     interruption.
 
     Raises MethodError for an unknown method, before any work, and what the parts raise.
@@ -106,21 +119,23 @@ def run(
             "below 100"
         )
     cells: list[tuple[str, Sizing, float, float | None]] = [
-        (name, sizing, size, None)
-        for size in dict.fromkeys(bits)
-        for name, sizing in asked.items()
+        (name, sizing, size, None) for size in dict.fromkeys(bits) for name, sizing in asked.items()
     ]
     cells += [
         (name, sizing, place.raw_bits * (1 - share / 100), share)
         for share in dict.fromkeys(removed)
         for name, sizing in compared.items()
     ]
-    run_ = _Run(src, task, limit, place, say, len(cells))
+    if bases is None:
+        bases = BASES if methods is None else ()
+    for base in bases:
+        get_method(f"residual:{base}")  # an unknown one before any work
+    run_ = _Run(src, task, limit, place, say, len(cells) + len(bases))
     with (
         tempfile.TemporaryDirectory(prefix="moebound-methods-") as temporary,
         KeptRows(rows or Path(temporary), run_.identity()) as kept,
     ):
-        return run_.all(cells, kept)
+        return run_.all(cells, bases, kept)
 
 
 class _Run:
@@ -144,7 +159,10 @@ class _Run:
         }  # fmt: skip
 
     def all(
-        self, cells: Sequence[tuple[str, Sizing, float, float | None]], kept: KeptRows
+        self,
+        cells: Sequence[tuple[str, Sizing, float, float | None]],
+        bases: Sequence[str],
+        kept: KeptRows,
     ) -> MethodsReport:
         self.say("loading", 0, self.total)
         loaded = load(self.src)
@@ -159,11 +177,27 @@ class _Run:
         for done, (method, sizing, bits, removed) in enumerate(cells):
             self.say(f"{method} at {bits:g} bits{self.left(done)}", done, self.total)
             found.append(self.row(kept, method, sizing, bits, removed))
+        measured = []
+        for done, base in enumerate(bases, len(cells)):
+            self.say(f"residual of {base}{self.left(done)}", done, self.total)
+            measured.append(self.base(kept, base))
         of = None if self.place.calibration is None else self.place.calibration.of.to_json()
         return MethodsReport(
             self.src, self.task.name, len(problems), self.answers, lengths(baseline),
-            tuple(found), describe(), of,
+            tuple(found), describe(), of, tuple(measured),
         )  # fmt: skip
+
+    def base(self, kept: KeptRows, base: str) -> BaseRow:
+        """What a base's residual comes to, kept already, or measured and kept."""
+        key = f"residual of {base}"
+        before = kept.get(key)
+        if before is not None:
+            return BaseRow.of_kept(before)
+        row = base_row(self.place.checkpoint, base, self.place.calibration)
+        self.made += 1
+        if row.reason is None:
+            kept.add(key, asdict(row))
+        return row
 
     def row(
         self, kept: KeptRows, method: str, sizing: Sizing, bits: float, removed: float | None
@@ -193,9 +227,7 @@ class _Run:
         seconds = (time.monotonic() - self.began) / self.made * (self.total - done)
         return f"; {seconds / 60:.0f} min left" if seconds >= 100 else f"; {seconds:.0f} s left"
 
-    def at_size(
-        self, method: str, sizing: Sizing, bits: float, removed: float | None
-    ) -> MethodRow:
+    def at_size(self, method: str, sizing: Sizing, bits: float, removed: float | None) -> MethodRow:
         """A store that takes so many bits a weight, measured: what is asked is set right by what
         came of it. Raises SizeError if none of a few does."""
         search, asked = sizing.search(bits), bits
