@@ -32,7 +32,13 @@ from moebound.cli.steps import step_bar
     type=Numbers(),
     metavar="LIST",
     help="Percents of the experts' bytes to save, as papers on low rank state sizes (25,40,60): "
-    "at these, svd, d2_moe_fixed, mobe_fixed and rfid_re are compared, too.",
+    "at these, svd, d2_moe_fixed, mobe_fixed, rfid_re, pruning and merging are compared, too.",
+)
+@click.option(
+    "--residuals",
+    metavar="LIST",
+    help="Bases whose residual is compared with plain bound, at several rates: svd:r2:f8.  "
+    "[default: some of each kind; none where --methods are given]",
 )
 @click.option(
     "--calibration",
@@ -55,6 +61,7 @@ def bench_methods(
     methods: str | None,
     bits: list[float] | None,
     removed: list[float] | None,
+    residuals: str | None,
     calibration: Path | None,
     work: Path | None,
     limit: int | None,
@@ -72,12 +79,14 @@ def bench_methods(
     from moebound.files.formats.statistics import read_statistics
     from moebound.tasks import get_task
 
-    names = None
-    if methods is not None:
-        names = [part.strip() for part in methods.split(",") if part.strip()]
+    names, bases = (
+        None if asked is None else [part.strip() for part in asked.split(",") if part.strip()]
+        for asked in (methods, residuals)
+    )
     with step_bar(output) as say:
         report = run(
             src, get_task(task), methods=names, bits=bits or BITS, removed=removed or (),
+            bases=bases,
             calibration=None if calibration is None else read_statistics(calibration),
             limit=limit, rows=work, say=say,
         )  # fmt: skip

@@ -129,7 +129,7 @@ def _measured(
         return measured(checkpoint, method, own, some)[0]
 
     return BaseRow(
-        inner.setting, 8 * n_bytes / n_weights, 1 - left / energy, tuple(rates),
+        inner.setting, 8 * n_bytes / n_weights, max(0.0, 1 - left / max(energy, 1e-300)), tuple(rates),
         tuple(bits(_PLAIN, rate) for rate in rates),
         tuple(bits(f"residual:{base}", rate) for rate in rates),
     )  # fmt: skip

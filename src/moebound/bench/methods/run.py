@@ -95,8 +95,8 @@ def run(
     installed. removed: percents of the experts' bytes, at which COMPARED are measured, too.
     bases: whose residuals are compared with plain `bound`; None for BASES if `methods` is None,
     else for none. calibration: statistics of the model's inputs; what needs them has no row
-    without. limit: problems of the task. rows: a folder where rows are kept, so that the same call goes on after an
-    interruption.
+    without. limit: problems of the task. rows: a folder where rows are kept, so that the same call
+    goes on after an interruption.
 
     Raises MethodError for an unknown method, before any work, and what the parts raise.
     """
