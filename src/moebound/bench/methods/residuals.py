@@ -128,8 +128,9 @@ def _measured(
         some = layers if method.scope == "layer" else [[e] for layer in layers for e in layer]
         return measured(checkpoint, method, own, some)[0]
 
+    explained = max(0.0, 1 - left / max(energy, 1e-300))
     return BaseRow(
-        inner.setting, 8 * n_bytes / n_weights, max(0.0, 1 - left / max(energy, 1e-300)), tuple(rates),
+        inner.setting, 8 * n_bytes / n_weights, explained, tuple(rates),
         tuple(bits(_PLAIN, rate) for rate in rates),
         tuple(bits(f"residual:{base}", rate) for rate in rates),
     )  # fmt: skip
