@@ -52,6 +52,12 @@ from moebound.cli.steps import step_bar
     metavar="FOLDER",
     help="Keep rows here: the same command goes on from them.",
 )
+@click.option(
+    "--page",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.html",
+    help="Write a page, too: plots, what papers claim and whether it holds here, every row.",
+)
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N problems only.")
 @output_options
 def bench_methods(
@@ -64,6 +70,7 @@ def bench_methods(
     residuals: str | None,
     calibration: Path | None,
     work: Path | None,
+    page: Path | None,
     limit: int | None,
 ) -> int:
     """What a model loses to each way of making its experts small, at the same bytes.
@@ -75,10 +82,16 @@ def bench_methods(
     and groups, or a bound. Behind a + is what codes the experts that are kept.
     """
     from moebound.bench.methods import BITS, run
+    from moebound.bench.methods.claims import to_json
+    from moebound.bench.methods.page import render
     from moebound.bench.methods.table import render_methods
+    from moebound.extras import check
+    from moebound.files.durable import save_bytes
     from moebound.files.formats.statistics import read_statistics
     from moebound.tasks import get_task
 
+    if page is not None:
+        check("--page", "matplotlib")  # before long work
     names, bases = (
         None if asked is None else [part.strip() for part in asked.split(",") if part.strip()]
         for asked in (methods, residuals)
@@ -90,5 +103,7 @@ def bench_methods(
             calibration=None if calibration is None else read_statistics(calibration),
             limit=limit, rows=work, say=say,
         )  # fmt: skip
-    output.result(report.to_json(), render_methods(report))
+    if page is not None:
+        save_bytes(page, render(report).encode())
+    output.result(to_json(report), render_methods(report))
     return exits.NEGATIVE if any(row.violated for row in report.rows) else exits.OK

@@ -176,9 +176,7 @@ def named(where: str, kind: type[MoeboundError] = MethodError) -> Iterator[None]
     try:
         yield
     except MoeboundError as error:
-        same = type(error)(f"{where}: {error}")
-        vars(same).update(vars(error))  # what it says beside its message
-        raise same from error
+        raise type(error)(f"{where}: {error}") from error
     except MemoryError as error:
         raise MemoryError(f"{where}: out of memory: {error}") from error
     except Exception as error:

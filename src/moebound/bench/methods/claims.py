@@ -195,3 +195,9 @@ def difference(
     if error:
         p = 2 * NormalDist().cdf(-abs(value) / error)
     return Interval(value, value - reach, value + reach), p
+
+
+def to_json(report: MethodsReport) -> dict[str, Any]:
+    """The report with its claims judged."""
+    found = report.to_json()
+    return {**found, "claims": [one.to_json() for one in judge(report)]}

@@ -121,12 +121,19 @@ def _made(spec: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _first(error: SizeError) -> SizeError:
+    """What the method itself said: on its way it got names of tensors and files in front."""
+    cause = error.__cause__
+    return _first(cause) if isinstance(cause, SizeError) else error
+
+
 def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         found = _made(json.load(sys.stdin))
     except SizeError as error:
-        found = {"kind": "size", "error": str(error), "nearest": error.nearest}
+        first = _first(error)
+        found = {"kind": "size", "error": str(first), "nearest": first.nearest}
     except BoundViolatedError as error:
         found = {"kind": "violated", "error": str(error)}
     except MoeboundError as error:

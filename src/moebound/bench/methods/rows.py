@@ -113,7 +113,7 @@ class MethodsReport:
     bases: tuple[BaseRow, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Without what claims come to: `claims.judge`."""
+        """Without claims: `claims.to_json` has them, too."""
         return {
             "format": "moebound.bench.methods",
             "version": 1,
