@@ -15,22 +15,33 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moebound.checkpoint import Checkpoint, open_checkpoint
 from moebound.errors import BoundViolatedError, MoeboundError, SizeError
+from moebound.plan import Plan, PlannedExpert
 from moebound.types import ErrorBound, Guarantee
 
 
 @dataclass(frozen=True)
 class Candidate:
     """What is made: the setting of a method, and the bound, in mean |weight| of an expert, of one
-    that keeps bounds. bits: a weight that it is thought to come to; None where nobody knows."""
+    that keeps bounds. layers: settings of its own for each layer; none where all have one."""
 
     setting: str
     rate: float | None = None
-    bits: float | None = None
+    layers: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def said(self) -> str:
+        """The setting, or those of the layers."""
+        counts = Counter(setting for _, setting in self.layers)
+        each = [f"{setting} in {n} layers" for setting, n in sorted(counts.items())]
+        return ", ".join(each) or self.setting
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ def make(candidate: Candidate, src: str, calibration: Path | None, dst: Path) ->
     spec = {
         "setting": candidate.setting,
         "rate": candidate.rate,
+        "layers": candidate.layers,
         "src": src,
         "calibration": None if calibration is None else str(calibration),
         "dst": str(dst),
@@ -76,10 +88,10 @@ def make(candidate: Candidate, src: str, calibration: Path | None, dst: Path) ->
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         why = "killed, probably because memory ran out" if done.returncode == -9 else said[-1]
-        raise MoeboundError(f"{candidate.setting}: {why}")
+        raise MoeboundError(f"{candidate.said}: {why}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if "error" not in found:
-        return Made(**found)
+        return Made(candidate.said, candidate.rate, **found)
     if found["kind"] == "size":
         raise SizeError(found["error"], found["nearest"])
     kind = BoundViolatedError if found["kind"] == "violated" else MoeboundError
@@ -88,17 +100,18 @@ def make(candidate: Candidate, src: str, calibration: Path | None, dst: Path) ->
 
 def _made(spec: dict[str, Any]) -> dict[str, Any]:
     from moebound.bench.offload.memory import peak_resident_bytes, resident_bytes
-    from moebound.checkpoint import open_checkpoint
     from moebound.store import compress, verify
 
     rate, dst = spec["rate"], Path(spec["dst"])
     checkpoint, base = open_checkpoint(spec["src"]), resident_bytes()
     begun, cpu = time.monotonic(), time.process_time()
+    bound = None if rate is None else ErrorBound(rate, "rate", "expert")
+    plan = _plan(checkpoint, dict(spec["layers"]), spec["src"]) if spec["layers"] else None
     summary = compress(
         checkpoint,
         dst,
-        bound=None if rate is None else ErrorBound(rate, "rate", "expert"),
-        method=spec["setting"],
+        bound=plan or bound,
+        method=None if plan else spec["setting"],
         calibration=spec["calibration"],
         jobs=1,
     )
@@ -112,13 +125,34 @@ def _made(spec: dict[str, Any]) -> dict[str, Any]:
             "error": f"{summary.method}: a store breaks its promise or is damaged: {found.tensor}: "
             f"{found.message}",
         }
-    return vars(
-        Made(
-            summary.method, rate, summary.expert_bytes_after, summary.n_weights,
-            summary.model_bytes_after, summary.n_parameters, summary.guarantee,
-            summary.max_abs_error, summary.rmse, seconds, cpu_seconds, peak, base,
-        )
-    )  # fmt: skip
+    return {
+        "n_bytes": summary.expert_bytes_after,
+        "n_weights": summary.n_weights,
+        "n_bytes_whole": summary.model_bytes_after,
+        "n_parameters": summary.n_parameters,
+        "guarantee": summary.guarantee,
+        "max_abs_error": summary.max_abs_error,
+        "rmse": summary.rmse,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_bytes": peak,
+        "base_bytes": base,
+    }
+
+
+def _plan(checkpoint: Checkpoint, layers: Mapping[int, str], src: str) -> Plan:
+    """Each layer's experts by a setting of their own, that knows no bound."""
+    experts = checkpoint.experts()
+    return Plan(
+        method=layers[experts[0].key.layer],
+        scheme="layers",
+        budget={},
+        source=src,
+        source_bytes=sum(expert.n_bytes for expert in experts),
+        experts=tuple(
+            PlannedExpert(e.key, {}, e.size, e.n_bytes, method=layers[e.key.layer]) for e in experts
+        ),
+    )
 
 
 def _first(error: SizeError) -> SizeError:

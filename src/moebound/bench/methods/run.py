@@ -18,7 +18,7 @@ from typing import Any
 
 from moebound.bench.environment import describe
 from moebound.bench.kept import KeptRows
-from moebound.bench.methods.making import make
+from moebound.bench.methods.making import Candidate, make
 from moebound.bench.methods.residuals import BaseRow, base_row
 from moebound.bench.methods.rows import MethodRow, MethodsReport
 from moebound.bench.methods.sizing import WITHIN, Place, Sizing, sizing_of
@@ -47,7 +47,7 @@ _BASES = (
     *("moe_i2_re", "soco_lite", "resmoe_fixed", "modegpt_re"),
     # As published they spend 16 bits on a number, which is dear: the same with 8, bases in 5.
     *("svd:f8", "d2_moe_fixed:f8:base5", "mobe_fixed:f8", "rfid_re:f8", "moe_i2_re:f8"),
-    *("soco_lite:f8", "resmoe_fixed:f8:base5", "modegpt_re:q4"),
+    *("soco_lite:f8", "resmoe_fixed:f8:base5", "modegpt_re:q4", "modegpt_re:q8"),
 )
 _KEEPING = (
     *("frequency", "reap_re", "lu_re", "mone_re"),
@@ -232,13 +232,13 @@ class _Run:
         came of it. Raises SizeError if none of a few does."""
         search, asked = sizing.search(bits), bits
         near: list[float] = []
-        tried: set[tuple[str, float | None]] = set()
+        tried: set[Candidate] = set()
         with tempfile.TemporaryDirectory(prefix="moebound-methods-") as temporary:
             for number in range(_TRIES):
                 candidate = search(asked)
-                if (candidate.setting, candidate.rate) in tried:
+                if candidate in tried:
                     break
-                tried.add((candidate.setting, candidate.rate))
+                tried.add(candidate)
                 folder = Path(temporary) / f"store{number}"
                 try:
                     made = make(candidate, self.src, self.statistics, folder)

@@ -9,7 +9,8 @@ What is asked for is a setting of a method without what says its size:
     rtn, rtn:coded, hqq                           integers of 2 to 8 bits, groups of any number of
                                                   weights: of the pairs that come to the size, the
                                                   one with the least error on a sample
-    reap_re, hc_smoe_fixed:kmeans, ...            keep whole experts: so many as the bytes allow
+    reap_re, hc_smoe_fixed:kmeans, ...            keep whole experts: so many as the bytes allow,
+                                                  in some layers one more than in others
     reap_re+rtn, reap_re+bound, mone_re+...       keep experts coded: so many that each has 3 to 4
                                                   bits a weight, 3.5 if it can be, and what is
                                                   behind the + is searched as it is by itself
@@ -39,6 +40,8 @@ from moebound.types import ErrorBound
 
 WITHIN = 0.01
 """How near to the size that was asked a row has to be."""
+_ABOUT = 0.1
+"""How near a guess has to be, for the thing itself to be made."""
 CODED_BITS = (3.0, 3.5, 4.0)
 """Bits a weight of kept experts, where they are coded: the least, what is aimed at, the most."""
 _SMALLEST_GROUP, _LARGEST_GROUP = 8, 1 << 16
@@ -70,6 +73,10 @@ class Place:
         experts = self.checkpoint.experts()
         return 8 * sum(e.n_bytes for e in experts) / sum(e.size for e in experts)
 
+    @cached_property
+    def layers(self) -> list[int]:
+        return sorted({expert.key.layer for expert in self.checkpoint.experts()})
+
     def counts(self) -> list[int]:
         """How many of a layer's experts can be kept, fewer than all."""
         groups, chosen = router_groups_of(self.checkpoint.config)
@@ -81,7 +88,7 @@ class Place:
         """At which a method comes to so many bits on a sample. Raises SizeError if at none."""
         rate = rate_at(self.checkpoint, setting, self.calibration, bits, whole=False)
         size, _ = self.measured(setting, rate)
-        if abs(size - bits) > 5 * WITHIN * bits:
+        if abs(size - bits) > _ABOUT * bits:
             raise SizeError(
                 f"{bits:g} bits a weight: no rate comes to that; the nearest is {size:.4g} bits",
                 size,
@@ -128,7 +135,7 @@ class BySize(Sizing):
     options: str
 
     def search(self, bits: float) -> Search:
-        return lambda asked: Candidate(f"{self.name}:b{asked:.4f}{self.options}", bits=asked)
+        return lambda asked: Candidate(f"{self.name}:b{asked:.4f}{self.options}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,16 +230,7 @@ class ByCount(Sizing):
         if not counts:
             raise SizeError(f"{n} experts in a layer, all of which the router needs")
         if self.coder is None:
-            raw = self.place.raw_bits
-            kept = min(counts, key=lambda count: abs(count * raw / n - bits))
-            size = kept * raw / n
-            if abs(size - bits) > 1.5 * WITHIN * bits:
-                raise SizeError(
-                    f"{bits:g} bits a weight: with {raw:g} bits for each weight of an expert that "
-                    f"is kept, of {n} a layer, the nearest is keep{kept}, {size:.4g} bits",
-                    size,
-                )
-            return lambda asked: Candidate(f"{self.name}:keep{kept}{self.options}", bits=size)
+            return self._alone(bits, counts)
         least, aim, most = CODED_BITS
         kept = min(counts, key=lambda count: abs(count * aim - bits * n))
         each = bits * n / kept
@@ -250,6 +248,37 @@ class ByCount(Sizing):
             own = f"{self.name}:keep{kept}{self.options}+{found.setting}"
             return Candidate(own, found.rate)
 
+        return at
+
+    def _alone(self, bits: float, counts: list[int]) -> Search:
+        """One more in some layers than in others, spread evenly, where one number does not do."""
+        layers, n, raw = self.place.layers, self.place.n_experts, self.place.raw_bits
+        step = counts[1] - counts[0] if len(counts) > 1 else 1
+        least, most = counts[0] * len(layers), counts[-1] * len(layers)
+
+        def total(asked: float) -> int:
+            """Experts that are kept, of all layers together."""
+            wanted = asked * n * len(layers) / raw
+            return min(max(least + round((wanted - least) / step) * step, least), most)
+
+        def at(asked: float) -> Candidate:
+            steps, more = divmod((total(asked) - least) // step, len(layers))
+            each = [
+                counts[0]
+                + step * (steps + (more * (i + 1) // len(layers) > more * i // len(layers)))
+                for i in range(len(layers))
+            ]
+            settings = [f"{self.name}:keep{kept}{self.options}" for kept in each]
+            mixed = tuple(zip(layers, settings, strict=True)) if len(set(kept)) > 1 else ()
+            return Candidate(settings[0], layers=mixed)
+
+        size = total(bits) * raw / n / len(layers)
+        if abs(size - bits) > _ABOUT * bits:
+            raise SizeError(
+                f"{bits:g} bits a weight: with {raw:g} bits for each weight of an expert that is "
+                f"kept, {counts[0]} to {counts[-1]} of {n} a layer, the nearest is {size:.4g} bits",
+                size,
+            )
         return at
 
 
@@ -284,7 +313,7 @@ class AsItIs(Sizing):
 
     def search(self, bits: float) -> Search:
         size, _ = self.place.measured(self.setting)
-        if abs(size - bits) > 5 * WITHIN * bits:
+        if abs(size - bits) > _ABOUT * bits:
             raise SizeError(
                 f"{bits:g} bits a weight: nothing of it is searched, and it takes {size:.4g} bits",
                 size,
