@@ -262,13 +262,11 @@ class ByCount(Sizing):
             return min(max(least + round((wanted - least) / step) * step, least), most)
 
         def at(asked: float) -> Candidate:
-            steps, more = divmod((total(asked) - least) // step, len(layers))
-            each = [
-                counts[0]
-                + step * (steps + (more * (i + 1) // len(layers) > more * i // len(layers)))
-                for i in range(len(layers))
-            ]
-            settings = [f"{self.name}:keep{kept}{self.options}" for kept in each]
+            # By layer, steps above the fewest: what one has more than those before it.
+            steps, here = (total(asked) - least) // step, range(len(layers))
+            above = [steps * (i + 1) // len(layers) - steps * i // len(layers) for i in here]
+            kept = [counts[0] + step * more for more in above]
+            settings = [f"{self.name}:keep{count}{self.options}" for count in kept]
             mixed = tuple(zip(layers, settings, strict=True)) if len(set(kept)) > 1 else ()
             return Candidate(settings[0], layers=mixed)
 
