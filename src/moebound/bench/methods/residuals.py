@@ -82,10 +82,11 @@ class BaseRow:
     def of_kept(cls, data: Mapping[str, Any]) -> BaseRow:
         """Raises FormatError."""
         with fields_of("rows that are kept"):
-            return cls(
-                str(data["base"]), float(data["base_bits"]), float(data["explained"]),
-                *(tuple(map(float, data[name])) for name in ("rates", "plain", "residual")),
-            )  # fmt: skip
+            rates, plain, residual = (
+                tuple(map(float, data[name])) for name in ("rates", "plain", "residual")
+            )
+            bits, explained = float(data["base_bits"]), float(data["explained"])
+            return cls(str(data["base"]), bits, explained, rates, plain, residual)
 
 
 def base_row(

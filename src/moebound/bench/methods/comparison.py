@@ -36,7 +36,6 @@ from moebound.methods import get_method
 from moebound.tasks import Task
 
 BITS = (8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5)
-REMOVED = (25.0, 40.0, 60.0)
 _LOW_RANK = ("svd", "d2_moe_fixed", "mobe_fixed", "rfid_re")
 """Whom the RFID-MoE paper compares, at shares of the parameters removed."""
 
