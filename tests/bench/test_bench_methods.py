@@ -85,7 +85,8 @@ def test_an_unknown_method_is_found_before_any_work(name: str) -> None:
 
 
 def test_sizes_are_numbers_above_0() -> None:
-    for sizes in ({"bits": [0.0]}, {"removed": [100.0]}, {"bits": [-1.0]}):
+    wrong: list[dict[str, Any]] = [{"bits": [0.0]}, {"removed": [100.0]}, {"bits": [-1.0]}]
+    for sizes in wrong:
         with pytest.raises(MoeboundError, match="above 0"):
             run(MODELS[1], get_task("wordmath"), methods=["bound"], limit=1, **sizes)
 

@@ -21,6 +21,8 @@ from moebound.score.statistics import CONFIDENCE, Interval, Paired, holm, ratio_
 
 Verdict = Literal["holds", "does not hold", "depends on the size", "cannot be told", "not measured"]
 SIGNIFICANT = 0.05
+RFID_ORDER = ("rfid_re", "mobe_fixed", "d2_moe_fixed", "svd")
+"""The order that the RFID-MoE paper finds, the best first."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
-from itertools import groupby
+from itertools import groupby, pairwise
 
-from moebound.bench.methods.claims import Found, Judged, Verdict, judge
+from moebound.bench.methods.claims import RFID_ORDER, Found, Judged, Verdict, judge
 from moebound.bench.methods.plots import KINDS, bits_against_kl, kind_of
 from moebound.bench.methods.residuals import BaseRow
 from moebound.bench.methods.rows import MethodRow, MethodsReport
@@ -16,6 +16,7 @@ from moebound.bench.methods.sizing import CODED_BITS, WITHIN
 from moebound.page import document
 from moebound.page.parts import code, facts, figure, machine, plain_table, section
 from moebound.score import TABLE
+from moebound.score.statistics import Interval
 
 _BADGES: dict[Verdict, str] = {
     "holds": "supports",
@@ -33,6 +34,7 @@ def render(report: MethodsReport) -> str:
         _opening(report),
         _plots(report),
         _verdicts(judged),
+        _removed(report, judged),
         _residuals(report.bases),
         _sizes(report),
         _missed(report),
@@ -93,10 +95,7 @@ def _size(row: MethodRow) -> str:
 def _by_size(report: MethodsReport) -> list[MethodRow]:
     """Rows that were reached: sizes in their order, and of each the least KL first."""
     sizes = list(dict.fromkeys(map(_size, report.rows)))
-    return sorted(
-        _reached(report),
-        key=lambda row: (sizes.index(_size(row)), row.score.kl_nats if row.score else math.inf),
-    )
+    return sorted(_by_kl(_reached(report)), key=lambda row: sizes.index(_size(row)))
 
 
 def _plots(report: MethodsReport) -> str:
@@ -154,12 +153,59 @@ def _verdict(one: Judged) -> str:
 
 
 def _found(one: Found) -> str:
-    value, low, high = (
-        f"{1e3 * x:.3g}" if math.isfinite(x) else "∞" if x > 0 else "-∞"
-        for x in (one.difference.value, one.difference.low, one.difference.high)
-    )
-    text = f"{one.bits:g}: {value} ({low} to {high})"
+    at = f"{one.bits:g}" if one.removed is None else f"{one.removed:g} % removed"
+    text = f"{at}: {_thousandths(one.difference)}"
     return f"<b>{text}</b>" if one.holds is not None else text
+
+
+def _thousandths(found: Interval) -> str:
+    """A difference of KL with its interval, in 10^-3 nats."""
+    value, low, high = (
+        f"{1e3 * x:.{max(0, 2 - int(math.log10(max(abs(1e3 * x), 1))))}f}"
+        if math.isfinite(x)
+        else "∞"
+        if x > 0
+        else "-∞"
+        for x in (found.value, found.low, found.high)
+    )
+    return f"{value} ({low} to {high})"
+
+
+def _removed(report: MethodsReport, judged: Sequence[Judged]) -> str:
+    """The comparison of the RFID-MoE paper, as it states sizes."""
+    shares = list(dict.fromkeys(row.removed for row in report.rows if row.removed is not None))
+    if not shares:
+        return ""
+    steps = list(pairwise(RFID_ORDER))
+    by_pair = {(one.claim.better, one.claim.worse): one for one in judged}
+    said = []
+    for share in shares:
+        rows = [row for row in _reached(report) if row.removed == share]
+        order = [row.method for row in _by_kl(rows) if row.method in RFID_ORDER]
+        found = []
+        for better, worse in steps:
+            at = [one for one in by_pair[better, worse].found if one.removed == share]
+            for one in at:
+                word = {True: "holds", False: "does not hold", None: "cannot be told"}[one.holds]
+                found.append(
+                    f"{code(better)} before {code(worse)} {word}: {_thousandths(one.difference)}"
+                )
+        said.append(
+            f"<li>{share:g} % removed: found {', '.join(map(code, order)) or 'nothing'}. "
+            f"{'; '.join(found)}.</li>"
+        )
+    return section(
+        "removed",
+        "RFID-MoE's comparison, at shares of the parameters removed",
+        f"<p>The paper's order is {', '.join(map(code, RFID_ORDER))}, the best first. Here a share "
+        "removed is one of the experts' bytes, everything counted, with 16 bits a number. What the "
+        "second of each two loses more, in 10<sup>-3</sup> nats a token:</p>",
+        f"<ul>{''.join(said)}</ul>",
+    )
+
+
+def _by_kl(rows: Sequence[MethodRow]) -> list[MethodRow]:
+    return sorted(rows, key=lambda row: row.score.kl_nats if row.score else math.inf)
 
 
 def _residuals(bases: Sequence[BaseRow]) -> str:

@@ -44,6 +44,8 @@ def bits_against_kl(kind: str, rows: Sequence[MethodRow], every: Sequence[Method
     """rows: of this kind. every: among which is the reference."""
 
     def draw(figure: Any) -> None:
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+
         panels = figure.subplots(1, 2, sharey=True)
         for axes, (field, title) in zip(panels, _PANELS, strict=True):
             reference = [row for row in every if row.method == REFERENCE]
@@ -57,6 +59,8 @@ def bits_against_kl(kind: str, rows: Sequence[MethodRow], every: Sequence[Method
                     markerfacecolor="none", elinewidth=1.0, capsize=2,
                 )  # fmt: skip
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_title(title)
             axes.set_xlabel("bits a weight, experts")
             axes.grid(color=FAINT, linewidth=0.7)
