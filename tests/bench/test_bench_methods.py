@@ -27,7 +27,13 @@ from moebound.bench.methods.table import render_methods
 from moebound.calibrate import collect, of_task
 from moebound.checkpoint import open_checkpoint
 from moebound.cli.main import main
-from moebound.errors import BackendUnavailable, MethodError, MoeboundError, SizeError
+from moebound.errors import (
+    BackendUnavailable,
+    BoundViolatedError,
+    MethodError,
+    MoeboundError,
+    SizeError,
+)
 from moebound.evaluate.loading import load
 from moebound.files.formats.statistics import Statistics
 from moebound.tasks import get_task
@@ -109,6 +115,36 @@ def test_kept_experts_are_coded_in_3_to_4_bits(place: Place) -> None:
     with pytest.raises(SizeError, match="keep7") as raised:
         sizing_of("reap_re+rtn", place).search(5.0)
     assert raised.value.nearest == pytest.approx(3.5)
+
+
+def test_plans_are_taken_by_their_size(source: str, tmp_path: Path) -> None:
+    for bits in ("3", "5"):
+        assert main(["plan", source, "--bpw", bits, "-o", str(tmp_path / f"{bits}.json")]) == 0
+    asked = f"plan:{tmp_path}"
+    report = run(source, get_task("wordmath"), methods=[asked], bits=[5.0, 4.0], limit=1)
+    reached, missed = report.rows
+    assert reached.made is not None
+    assert reached.made.setting == f"plan:{tmp_path / '5.json'}"
+    assert reached.made.bits_per_weight == pytest.approx(5.0, rel=0.01)
+    assert reached.made.guarantee == "max_abs"
+    assert missed.nearest in (pytest.approx(3, rel=0.01), pytest.approx(5, rel=0.01))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MethodError, match="found none"):
+        run(source, get_task("wordmath"), methods=[f"plan:{tmp_path / 'empty'}"], limit=1)
+
+
+def test_a_broken_promise_is_a_row_and_an_exit_code(
+    source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise BoundViolatedError("bounded:bound: a store breaks its promise")
+
+    monkeypatch.setattr("moebound.bench.methods.comparison.make", broken)
+    asked = ["bench", "methods", source, "--task", "wordmath", "--limit", "1", "--json"]
+    assert main([*asked, "--methods", "bound", "--bits", "4"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["violated"]
+    assert not row["reached"]
 
 
 def test_integers_and_groups_are_those_with_the_least_error(place: Place) -> None:

@@ -79,7 +79,8 @@ def bench_methods(
     original; what a method cannot come to is a row that says so, and the nearest that it can.
 
     A method is named without its size, which is found for it: ranks, how much is kept, integers
-    and groups, or a bound. Behind a + is what codes the experts that are kept.
+    and groups, or a bound. Behind a + is what codes the experts that are kept. plan:FOLDER stands
+    for files of `moebound plan`, each at its own size.
     """
     from moebound.bench.methods import BITS, run
     from moebound.bench.methods.claims import to_json

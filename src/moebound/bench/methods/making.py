@@ -30,11 +30,13 @@ from moebound.types import ErrorBound, Guarantee
 @dataclass(frozen=True)
 class Candidate:
     """What is made: the setting of a method, and the bound, in mean |weight| of an expert, of one
-    that keeps bounds. layers: settings of its own for each layer; none where all have one."""
+    that keeps bounds. layers: settings of its own for each layer; none where all have one. plan: a
+    file that says it all instead."""
 
     setting: str
     rate: float | None = None
     layers: tuple[tuple[int, str], ...] = ()
+    plan: str | None = None
 
     @property
     def said(self) -> str:
@@ -77,6 +79,7 @@ def make(candidate: Candidate, src: str, calibration: Path | None, dst: Path) ->
         "setting": candidate.setting,
         "rate": candidate.rate,
         "layers": candidate.layers,
+        "plan": candidate.plan,
         "src": src,
         "calibration": None if calibration is None else str(calibration),
         "dst": str(dst),
@@ -106,7 +109,11 @@ def _made(spec: dict[str, Any]) -> dict[str, Any]:
     checkpoint, base = open_checkpoint(spec["src"]), resident_bytes()
     begun, cpu = time.monotonic(), time.process_time()
     bound = None if rate is None else ErrorBound(rate, "rate", "expert")
-    plan = _plan(checkpoint, dict(spec["layers"]), spec["src"]) if spec["layers"] else None
+    plan = None
+    if spec["plan"] is not None:
+        plan = Plan.load(Path(spec["plan"]))
+    elif spec["layers"]:
+        plan = _plan(checkpoint, dict(spec["layers"]), spec["src"])
     summary = compress(
         checkpoint,
         dst,

@@ -16,6 +16,8 @@ What is asked for is a setting of a method without what says its size:
                                                   behind the + is searched as it is by itself
     puzzle_moe_re:seed0+rtn                       pairs of experts share weights of 2 (bits - 2)
                                                   bits
+    plan:FOLDER                                   files of `moebound plan`, of any planner and any
+                                                  method: the one whose size is the nearest
     whatever is a whole setting, as svd:r64       is made as it is
 
 A method that cannot come to a size raises SizeError, with the nearest that it can.
@@ -24,9 +26,10 @@ A method that cannot come to a size raises SizeError, with the nearest that it c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from moebound.bench.at_size import groups_of, measured, rate_at, sample
 from moebound.bench.methods.making import Candidate
@@ -35,11 +38,14 @@ from moebound.checkpoint.families import router_groups_of, top_k_of
 from moebound.errors import MethodError, MoeboundError, SizeError
 from moebound.files.formats.statistics import Statistics
 from moebound.methods import get_method
+from moebound.plan import Plan
 from moebound.store.recipe import Recipe
 from moebound.types import ErrorBound
 
 WITHIN = 0.01
 """How near to the size that was asked a row has to be."""
+PLAN = "plan:"
+"""What a file of `moebound plan`, or a folder of them, stands behind."""
 _ABOUT = 0.1
 """How near a guess has to be, for the thing itself to be made."""
 CODED_BITS = (3.0, 3.5, 4.0)
@@ -319,11 +325,39 @@ class AsItIs(Sizing):
         return lambda asked: Candidate(self.setting)
 
 
+@dataclass(frozen=True, eq=False)
+class OfPlans(Sizing):
+    """Plans, by what they are predicted to come to."""
+
+    plans: Mapping[str, Plan]
+
+    def search(self, bits: float) -> Search:
+        file = min(self.plans, key=lambda name: abs(self.plans[name].bits_per_weight - bits))
+        size = self.plans[file].bits_per_weight
+        if abs(size - bits) > 2 * WITHIN * bits:
+            raise SizeError(
+                f"{bits:g} bits a weight: no plan is for that; the nearest is {file}, {size:.4g} "
+                "bits",
+                size,
+            )
+        return lambda asked: Candidate(f"plan:{file}", plan=file)
+
+
+def _plans(path: Path) -> Mapping[str, Plan]:
+    """By file. Raises MethodError for a folder without any, PlanError for a file that is none."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise MethodError(f"plan:{path}: expected files of `moebound plan`, found none")
+    return {str(file): Plan.load(file) for file in files}
+
+
 def sizing_of(asked: str, place: Place) -> Sizing:
     """How a method that was asked for comes to a size.
 
     Raises MethodError for what is none, BackendUnavailable where its library is missing.
     """
+    if asked.startswith(PLAN):
+        return OfPlans(_plans(Path(asked.removeprefix(PLAN))))
     if not _is_known(asked):
         own, plus, inner = asked.partition("+")
         name, colon, options = own.partition(":")
