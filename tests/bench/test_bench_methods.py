@@ -180,7 +180,7 @@ def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
     said: list[str] = []
     options: dict[str, Any] = {
         "methods": ASKED, "bits": [4.0, 2.5], "bases": ["svd:r0"], "calibration": statistics,
-        "limit": 3, "rows": tmp_path / "work",
+        "limit": 3, "answers": 2, "rows": tmp_path / "work",
     }  # fmt: skip
     report = run(
         source, get_task("wordmath"), **options, say=lambda what, done, total: said.append(what)
@@ -202,7 +202,8 @@ def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
         assert row["seconds"] > 0
         assert row["max_abs_error"] > 0
         assert row["fidelity"]["kl_nats"] > 0
-        assert row["to_original"]["pia"]["n"] == 3
+        assert row["to_original"]["pia"]["n"] == 2
+        assert row["fidelity"]["n_problems"] == 3
     assert rows["mone_re+rtn", 4.0]["nearest_bits_per_weight"] == pytest.approx(3.5)
     assert rows["puzzle_moe_re", 2.5]["nearest_bits_per_weight"] == pytest.approx(8, rel=0.01)
     assert document["residuals"][0]["beats_at"] == ()

@@ -59,6 +59,12 @@ from moebound.cli.steps import step_bar
     help="Write a page, too: plots, what papers claim and whether it holds here, every row.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N problems only.")
+@click.option(
+    "--answers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Answer the first N of them only, which is what takes long; KL is over all.",
+)
 @output_options
 def bench_methods(
     output: Output,
@@ -72,6 +78,7 @@ def bench_methods(
     work: Path | None,
     page: Path | None,
     limit: int | None,
+    answers: int | None,
 ) -> int:
     """What a model loses to each way of making its experts small, at the same bytes.
 
@@ -102,7 +109,7 @@ def bench_methods(
             src, get_task(task), methods=names, bits=bits or BITS, removed=removed or (),
             bases=bases,
             calibration=None if calibration is None else read_statistics(calibration),
-            limit=limit, rows=work, say=say,
+            limit=limit, answers=answers, rows=work, say=say,
         )  # fmt: skip
     if page is not None:
         save_bytes(page, render(report).encode())

@@ -85,6 +85,7 @@ def run(
     bases: Sequence[str] | None = None,
     calibration: Statistics | None = None,
     limit: int | None = None,
+    answers: int | None = None,
     rows: Path | None = None,
     say: Say = lambda what, done, total: None,
 ) -> MethodsReport:
@@ -94,8 +95,9 @@ def run(
     installed. removed: percents of the experts' bytes, at which COMPARED are measured, too.
     bases: whose residuals are compared with plain `bound`; None for BASES if `methods` is None,
     else for none. calibration: statistics of the model's inputs; what needs them has no row
-    without. limit: problems of the task. rows: a folder where rows are kept, so that the same call
-    goes on after an interruption.
+    without. limit: problems of the task. answers: of these, how many are answered, all if None:
+    models that are broken answer at length. rows: a folder where rows are kept, so that the same
+    call goes on after an interruption.
 
     Raises MethodError for an unknown method, before any work, and what the parts raise.
     """
@@ -129,7 +131,7 @@ def run(
         bases = BASES if methods is None else ()
     for base in bases:
         get_method(f"residual:{base}")  # an unknown one before any work
-    run_ = _Run(src, task, limit, place, say, len(cells) + len(bases))
+    run_ = _Run(src, task, limit, answers, place, say, len(cells) + len(bases))
     with (
         tempfile.TemporaryDirectory(prefix="moebound-methods-") as temporary,
         KeptRows(rows or Path(temporary), run_.identity()) as kept,
@@ -141,9 +143,17 @@ class _Run:
     """One comparison: the original, what it is compared on, and what is measured beside it."""
 
     def __init__(
-        self, src: str, task: Task, limit: int | None, place: Place, say: Say, total: int
+        self,
+        src: str,
+        task: Task,
+        limit: int | None,
+        answers: int | None,
+        place: Place,
+        say: Say,
+        total: int,
     ) -> None:
-        self.src, self.task, self.limit, self.place, self.say = src, task, limit, place, say
+        self.src, self.task, self.place, self.say = src, task, place, say
+        self.limit, self.n_answers = limit, answers
         self.made, self.total, self.began = 0, total, 0.0
 
     def identity(self) -> dict[str, Any]:
@@ -153,6 +163,7 @@ class _Run:
             "model": experts_name(self.place.checkpoint),
             "task": self.task.name,
             "limit": self.limit,
+            "answers": self.n_answers,
             "calibration": of and {"text_sha256": of.text_sha256, "moments": of.moments,
                                    "routed": of.routed, "searched": of.searched},
         }  # fmt: skip
@@ -169,7 +180,8 @@ class _Run:
         text = solved_rows(loaded.tokenizer, self.task, problems)
         baseline = Baseline.of(loaded.model, text)
         self.original = Original(loaded.model, baseline)
-        self.answers = evaluate(loaded, self.task, limit=self.limit, answers=kept.answers)
+        self.asked = self.limit if self.n_answers is None else min(self.n_answers, len(problems))
+        self.answers = evaluate(loaded, self.task, limit=self.asked, answers=kept.answers)
         self.drafts = read_transcript(kept.answers).texts
         self.began = time.monotonic()
         found = []
@@ -269,7 +281,7 @@ class _Run:
         found = score(
             in_folder(folder),
             self.original,
-            ask=lambda one: evaluate(one, self.task, limit=self.limit, drafts=self.drafts),
+            ask=lambda one: evaluate(one, self.task, limit=self.asked, drafts=self.drafts),
         )
         return MethodRow(
             row.method, row.bits, row.removed, row.made,
