@@ -141,7 +141,7 @@ class BySize(Sizing):
     options: str
 
     def search(self, bits: float) -> Search:
-        return lambda asked: Candidate(f"{self.name}:b{asked:.4f}{self.options}")
+        return lambda asked: Candidate(f"{self.name}:b{round(asked, 4):.8g}{self.options}")
 
 
 @dataclass(frozen=True, eq=False)
