@@ -26,6 +26,7 @@ ERRORS = {
     "MethodError",
     "MoeboundError",
     "PlanError",
+    "SizeError",
     "StoreError",
     "TaskError",
     "UnsupportedArchitectureError",

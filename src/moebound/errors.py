@@ -13,6 +13,7 @@ MoeboundError
 ├── CacheError           a budget that experts do not fit into, or an expert that was not loaded
 ├── CodecError           no such codec, or it cannot take this array
 ├── MethodError          no such method, or it cannot make these experts smaller
+│   └── SizeError        it cannot make them as small, or as large, as was asked
 └── BackendUnavailable   an optional dependency is not installed; the message has the command
 
 A message names the file, tensor or option, what was expected and what was found. The command
@@ -72,6 +73,15 @@ class CodecError(MoeboundError, ValueError):
 
 class MethodError(MoeboundError, ValueError):
     """An unknown method or option, or a method that failed; the message names it."""
+
+
+class SizeError(MethodError):
+    """A size that a method cannot come to. nearest: the nearest that it can, in bits a weight;
+    None where that is not known."""
+
+    def __init__(self, message: str, nearest: float | None = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
 
 
 class BackendUnavailable(MoeboundError, ImportError):

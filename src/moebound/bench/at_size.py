@@ -9,7 +9,7 @@ import numpy as np
 
 from moebound.checkpoint import Checkpoint, Expert
 from moebound.files.formats.statistics import Statistics
-from moebound.methods import compress, get_method
+from moebound.methods import Method, compress, get_method
 from moebound.store.recipe import Recipe
 from moebound.types import ErrorBound
 
@@ -19,27 +19,27 @@ _STEPS = 12
 
 
 def rate_at(
-    checkpoint: Checkpoint, method: str, calibration: Statistics, bits_per_weight: float
+    checkpoint: Checkpoint,
+    method: str,
+    calibration: Statistics | None,
+    bits_per_weight: float,
+    *,
+    whole: bool = True,
 ) -> float:
     """The rate at which `method` takes so many bits a weight, headers and all, over all experts.
 
-    Found on a sample, then set right by one pass over all: halving a rate costs about a bit a
-    weight.
+    Found on a sample, then set right by one pass over all, unless not `whole`: halving a rate costs
+    about a bit a weight.
     """
-    experts = list(checkpoint.experts())
-    # Spread so that neither one expert of every layer is taken, nor all of one layer.
-    chosen = np.unique(np.linspace(0, len(experts) - 1, SAMPLE).round().astype(int))
-    sample = [experts[at] for at in chosen]
     made = get_method(method)
 
-    def bits(of: Sequence[Expert], rate: float) -> float:
+    def bits(of: Sequence[Sequence[Expert]], rate: float) -> float:
         recipe = Recipe.of(ErrorBound(rate, "rate", "expert"), method, calibration)
-        n_bytes = sum(
-            compress(made, recipe.seen(checkpoint, [expert], made)).n_bytes for expert in of
-        )
-        return 8 * n_bytes / sum(expert.size for expert in of)
+        return measured(checkpoint, made, recipe, of)[0]
 
-    at, found = 0.0, bits(sample, 1.0)
+    groups = groups_of(checkpoint, made)
+    some = sample(groups, made)
+    at, found = 0.0, bits(some, 1.0)
     low, high = -math.inf, math.inf
     for _ in range(_STEPS):
         if abs(found - bits_per_weight) <= TOLERANCE * bits_per_weight:
@@ -48,5 +48,44 @@ def rate_at(
         at += float(np.clip(found - bits_per_weight, -4, 4))
         if not low < at < high:
             at = (low + high) / 2
-        found = bits(sample, math.exp2(at))
-    return math.exp2(at + bits(experts, math.exp2(at)) - bits_per_weight)
+        found = bits(some, math.exp2(at))
+    if not whole:
+        return math.exp2(at)
+    return math.exp2(at + bits(groups, math.exp2(at)) - bits_per_weight)
+
+
+def groups_of(checkpoint: Checkpoint, method: Method) -> list[list[Expert]]:
+    """Experts as the method sees them: one at a time, or a layer's."""
+    experts = list(checkpoint.experts())
+    if method.scope == "expert":
+        return [[expert] for expert in experts]
+    layers: dict[int, list[Expert]] = {}
+    for expert in experts:
+        layers.setdefault(expert.key.layer, []).append(expert)
+    return list(layers.values())
+
+
+def sample(groups: Sequence[Sequence[Expert]], method: Method) -> list[Sequence[Expert]]:
+    """SAMPLE experts, spread so that neither one expert of every layer is taken, nor all of one
+    layer; of methods that see a layer, the one in the middle."""
+    if method.scope == "layer":
+        return [groups[len(groups) // 2]]
+    chosen = np.unique(np.linspace(0, len(groups) - 1, SAMPLE).round().astype(int))
+    return [groups[at] for at in chosen]
+
+
+def measured(
+    checkpoint: Checkpoint,
+    method: Method,
+    recipe: Recipe,
+    groups: Sequence[Sequence[Expert]],
+) -> tuple[float, float]:
+    """Bits a weight of these groups, and the mean square of what their weights are off by."""
+    n_bytes, n_weights, squares = 0, 0, 0.0
+    for group in groups:
+        found = compress(method, recipe.seen(checkpoint, group, method))
+        size = sum(expert.size for expert in group)
+        n_bytes += found.n_bytes
+        n_weights += size
+        squares += found.rmse**2 * size
+    return 8 * n_bytes / n_weights, squares / n_weights

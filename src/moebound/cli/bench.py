@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moebound.cli import exits
+from moebound.cli.bench_methods import bench_methods
 from moebound.cli.options import CodecIds, Counts, Numbers
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 @click.group()
 def bench() -> None:
     """Measure on this machine."""
+
+
+bench.add_command(bench_methods)
 
 
 @bench.command("codec")

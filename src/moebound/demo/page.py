@@ -6,9 +6,9 @@ from html import escape
 from importlib.resources import files
 
 from moebound.demo import page_model, page_stores
-from moebound.demo.page_parts import code, facts
 from moebound.demo.report import Report
 from moebound.page import document
+from moebound.page.parts import code, facts, machine
 
 
 def render(report: Report) -> str:
@@ -125,17 +125,9 @@ def _again(report: Report) -> str:
 
 
 def _facts(report: Report) -> str:
-    about = report.environment
-    versions = {"Python": about.get("python"), **(about.get("versions") or {})}
-    machine = {
-        "processor": f"{about.get('cpu') or 'unknown'}, {about.get('cpus')} cores used",
-        "kernel": str(about.get("kernel")),
-        "vector units": ", ".join(about.get("cpu_flags") or []) or "none that are used",
-        "system": f"{about.get('system')} {about.get('machine')}",
-        "versions": ", ".join(f"{name} {text}" for name, text in versions.items() if text),
-        "date": str(about.get("date")),
-        "commit": str(about.get("commit") or "unknown"),
+    about = {
+        **machine(report.environment),
         "time taken": f"{sum(report.seconds.values()):.0f} s, as the clock on the wall goes: "
         + ", ".join(f"{name} {seconds:.0f}" for name, seconds in report.seconds.items()),
     }
-    return f"<section><h2>Machine and versions</h2>\n{facts(machine)}</section>"
+    return f"<section><h2>Machine and versions</h2>\n{facts(about)}</section>"

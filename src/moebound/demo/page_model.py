@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from html import escape
 
-from moebound.demo.page_parts import code, facts, figure, how, interval, plain_table, section
 from moebound.demo.report import Report
 from moebound.page import inline
+from moebound.page.parts import code, facts, figure, how, interval, plain_table, section
 from moebound.paper.report import page_verdicts, plots
 from moebound.paper.report.by_layer import whole_layers
 from moebound.paper.report.cells import source_name

@@ -6,8 +6,9 @@ from html import escape
 
 from moebound.demo import plots
 from moebound.demo.columns import KL_DIGITS, kept_over_asked, speed_columns, store_columns
-from moebound.demo.page_parts import code, figure, grouped_table, how, plain_table, section
+from moebound.demo.page_parts import grouped_table
 from moebound.demo.report import Report, StoreRow, kept_rate
+from moebound.page.parts import code, figure, how, plain_table, section
 from moebound.score import kl_lines
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from moebound.checkpoint import Role
 from moebound.codec.arrays import dtype_name
-from moebound.errors import MethodError
+from moebound.errors import MethodError, SizeError
 from moebound.methods.base import Encoding, ExpertView, GroupView, Method, Scope, SharedPayload
 from moebound.methods.bases.exact import WIDTHS, dense_part
 from moebound.methods.blob import MatrixBlob, SharedBlob, Use
@@ -139,21 +139,24 @@ class Approximation(Method):
         return total - frames
 
     def refuse_small(self, group: GroupView, room: float, fixed: float, what: str) -> None:
-        """Raises MethodError, naming the least it can, where `fixed` bytes do not fit into room."""
+        """Raises SizeError, naming the least it can, where `fixed` bytes do not fit into room."""
         if room < fixed:
             least = self.bits + 8 * (fixed - room) / n_weights(group)
-            raise MethodError(
+            least = float(np.ceil(least * 1000) / 1000)
+            raise SizeError(
                 f"{self.bits:g} bits a weight of layer {group.layer}: {what}; the least is "
-                f"{np.ceil(least * 1000) / 1000:g} bits"
+                f"{least:g} bits",
+                least,
             )
 
     def refuse_large(self, group: GroupView, left: float, unit: float) -> None:
-        """Raises MethodError, naming the most it can, where more than a unit of bytes is left."""
+        """Raises SizeError, naming the most it can, where more than a unit of bytes is left."""
         if left > unit:
             most = self.bits - 8 * left / n_weights(group)
-            raise MethodError(
+            raise SizeError(
                 f"{self.bits:g} bits a weight of layer {group.layer}: at full rank it takes "
-                f"{most:.4g} bits, and that is the most"
+                f"{most:.4g} bits, and that is the most",
+                most,
             )
 
 

@@ -18,7 +18,7 @@ Stored: as svd.py. Inspired by the paper, no more: its loss sees the whole model
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,13 +54,17 @@ class SoCoLite(LowRank):
             group, kept, lambda e, role: found[e.key, role] / max(whole[role], 1e-300)
         )
 
-    def matrix(self, group: GroupView, expert: ExpertView, role: Role, rank: int) -> bytes:
-        moments = SecondMoments(group)
-        left, right, _ = self._components(expert, role, moments)
-        left, right = left[:, :rank], right[:rank]
-        if is_transposed(expert, role, moments.n_inputs(role)):
-            left, right = right.T, left.T
-        return write_product(left, right, self.factors)
+    def maker(self, group: GroupView) -> Callable[[ExpertView, Role, int], bytes]:
+        moments = SecondMoments(group)  # reads the layer's, once for all of its matrices
+
+        def make(expert: ExpertView, role: Role, rank: int) -> bytes:
+            left, right, _ = self._components(expert, role, moments)
+            left, right = left[:, :rank], right[:rank]
+            if is_transposed(expert, role, moments.n_inputs(role)):
+                left, right = right.T, left.T
+            return write_product(left, right, self.factors)
+
+        return make
 
     def _components(
         self, expert: ExpertView, role: Role, moments: SecondMoments

@@ -49,7 +49,8 @@ class LowRank(Approximation):
         edit = self.edit(group)
         kept = [(e, role) for e, role in places(group) if _chosen(e.key, edit)]
         found = self.chosen_ranks(group, kept)
-        data = {(e.key, role): self.matrix(group, e, role, found[e.key, role]) for e, role in kept}
+        make = self.maker(group)
+        data = {(e.key, role): make(e, role, found[e.key, role]) for e, role in kept}
         nothing = write_product(np.zeros((0, 0)), np.zeros((0, 0)), self.factors)
         matrices: dict[ExpertKey, dict[Role, Payload]] = {e.key: {} for e in group.experts}
         for expert, role in places(group):
@@ -66,10 +67,14 @@ class LowRank(Approximation):
     ) -> Mapping[Place, int]:
         """The rank of every matrix that is kept."""
 
-    def matrix(self, group: GroupView, expert: ExpertView, role: Role, rank: int) -> bytes:
-        """A matrix at a rank."""
-        left, right, _ = factors(as_stored(expert, role))
-        return write_product(left[:, :rank], right[:rank], self.factors)
+    def maker(self, group: GroupView) -> Callable[[ExpertView, Role, int], bytes]:
+        """What makes the payload of a matrix at a rank."""
+
+        def make(expert: ExpertView, role: Role, rank: int) -> bytes:
+            left, right, _ = factors(as_stored(expert, role))
+            return write_product(left[:, :rank], right[:rank], self.factors)
+
+        return make
 
     def by_score(
         self,
