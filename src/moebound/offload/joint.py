@@ -1,4 +1,4 @@
-"""A layer's experts for several sequences at once: each is fetched and decoded once for all of them.
+"""A layer's experts for several sequences at once: each is fetched and decoded once for all.
 
 Strands (`model/strands.py`) that have come to the layer are served by one visit of their union.
 Of those with one token, the rows that an expert gets are computed together, ROWS at a time

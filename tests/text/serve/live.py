@@ -63,8 +63,8 @@ class Live:
 
 @contextmanager
 def running(engine: Engine, **settings: Any) -> Iterator[Live]:
-    """Serves until the block ends, and then shuts down as after a signal. One text at a time, unless
-    settings say otherwise."""
+    """Serves until the block ends, and then shuts down as after a signal. Unless settings say
+    otherwise, one text at a time."""
     config = ServeConfig(**{"name": NAME, "max_sequences": 1, **settings})
     bound = bind("127.0.0.1", 0)
     ready, records = threading.Event(), list[Record]()

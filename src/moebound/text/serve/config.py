@@ -14,12 +14,12 @@ class ServeConfig:
     """name: of the model, in requests and answers. api_key: what every request must bear; None for
     no key. max_sequences: texts that are generated at a time. kv_budget: bytes for their keys and
     values; None for no limit. queue: requests that may wait beside as many. max_prompt_tokens,
-    max_new_tokens: of a request; None for what the model's positions allow. max_body_bytes, max_header_bytes: of a
-    request; None for a body that can fill the model's positions (`bodies.py`). max_connections:
-    open at a time. receive_s: that the head and then the body of a request may take to arrive, and
-    an idle connection may stay. send_s: that a client may take nothing of what is sent. grace_s:
-    seconds that running requests are given when the server shuts down. chat_template: Jinja, in
-    place of the tokenizer's.
+    max_new_tokens: of a request; None for what the model's positions allow. max_body_bytes,
+    max_header_bytes: of a request; None for a body that can fill the model's positions
+    (`bodies.py`). max_connections: open at a time. receive_s: that the head and then the body of a
+    request may take to arrive, and an idle connection may stay. send_s: that a client may take
+    nothing of what is sent. grace_s: seconds that running requests are given when the server shuts
+    down. chat_template: Jinja, in place of the tokenizer's.
 
     Raises MoeboundError for what cannot be.
     """
