@@ -18,12 +18,13 @@ thread that started them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import error, getcurrent, greenlet
 
 Serve = Callable[[list[Any]], Sequence[Any]]
 """Called with what strands have left at one place, in their order; returns a result for each."""
@@ -82,11 +83,17 @@ class Strand(greenlet):
         self.wait = None
         self.switch(found) if self else self.switch()
 
+    def end(self) -> None:
+        """Unwind it where it stands; nothing is computed any more. In another thread than its own,
+        nothing happens: it is left to Python."""
+        with contextlib.suppress(error):
+            self.throw()
+
     def _call(self) -> None:
         try:
             self._work()
-        except Exception as error:
-            self.error = error
+        except Exception as failed:
+            self.error = failed
 
 
 def current() -> Strand | None:
@@ -129,9 +136,9 @@ class Strands:
         found: Sequence[Any]
         try:
             found = chosen.serve(items)
-        except Exception as error:
+        except Exception as failed:
             found = (
-                [_Failed(error)]
+                [_Failed(failed)]
                 if len(some) == 1
                 else [_alone(chosen.serve, item) for item in items]
             )
@@ -142,5 +149,5 @@ class Strands:
 def _alone(serve: Serve, item: Any) -> Any:
     try:
         return serve([item])[0]
-    except Exception as error:
-        return _Failed(error)
+    except Exception as failed:
+        return _Failed(failed)

@@ -155,6 +155,8 @@ class Together:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for strand in list(self._by_strand):
+            strand.end()
         self._running.clear()
         self._by_strand.clear()
         if self._linears is not None:
@@ -173,10 +175,9 @@ class Together:
             if one.strand.error is not None:
                 one.tell(one.strand.error)
         for one in self._running:
-            if one.cache is not None and one.n_passes % MEASURE_EVERY == 1:
-                one.n_bytes = held_bytes(one.cache)
-            if one.n_passes == 1 or one.n_passes % MEASURE_EVERY == 1:
-                self._memory.saw(one.n_tokens, one.n_bytes if one.cache is not None else 0)
+            if one.n_passes % MEASURE_EVERY == 1:
+                one.n_bytes = 0 if one.cache is None else held_bytes(one.cache)
+                self._memory.saw(one.n_tokens, one.n_bytes)
 
     def _generate(self, one: _Running) -> None:
         self._begin()
@@ -206,7 +207,7 @@ class Together:
 
 def shares_state(model: Any) -> bool:
     """Whether sequences of this model change each other through the model itself."""
-    config = getattr(model, "config", None)
+    config = model.config.get_text_config(decoder=True)
     found = list[Any]()
     for name in ("rope_parameters", "rope_scaling"):
         value = getattr(config, name, None)
