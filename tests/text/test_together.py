@@ -271,7 +271,7 @@ def experts_of(offloaded: Offloaded, prompt: list[int]) -> set[ExpertKey]:
     cache.visit = watched  # type: ignore[method-assign]
     for _ in generate(offloaded.model, Numbers(), prompt, GenerationSettings(1)):
         pass
-    del cache.visit  # type: ignore[method-assign]
+    del cache.visit
     return found
 
 

@@ -89,7 +89,8 @@ class JoinedLinears:
                     )
                 if apart[shape]:
                     self._before.append((module, vars(module).get("forward")))
-                    module.forward = partial(_forward, module, module.forward)
+                    joined = partial(_forward, module, module.forward)
+                    module.forward = joined  # type: ignore[method-assign]
 
     def __len__(self) -> int:
         return len(self._before)

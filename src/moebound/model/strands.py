@@ -43,7 +43,7 @@ class _Failed:
     error: Exception
 
 
-class Strand(greenlet):
+class Strand(greenlet):  # type: ignore[misc]  # greenlet has no types
     """One call on its way. joins: whether it meets others; where not, it computes all by itself.
     error: what its call has raised. round: a mark that those have who were advanced together."""
 

@@ -20,7 +20,7 @@ A prompt is read whole, in one pass, and others wait for that pass.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -232,7 +232,7 @@ def generate_together(
     most: int = MOST,
     kv_budget: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[int, Piece]]:
+) -> Generator[tuple[int, Piece], None, None]:
     """Yields pieces of all texts as they come, each with the number of its prompt; of every text
     the last one has a finish. Take them in one thread.
 
