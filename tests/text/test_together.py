@@ -309,6 +309,19 @@ def test_who_is_given_up_ends_before_the_next_pass_and_the_others_go_on(
     assert "".join(piece.text for piece in found[0]) == expected
 
 
+def test_those_that_end_in_one_pass_are_all_gone_behind_it(mixtral: Offloaded) -> None:
+    found = list[Any]()
+    with Together(mixtral.model, Numbers()) as together:
+        for prompt in PROMPTS:
+            together.start(Text(prompt, GenerationSettings(2)), found.append)
+        assert together.running == 5
+        together.step()
+        assert together.running == 5
+        together.step()
+        assert together.running == 0
+    assert sum(piece.finish is not None for piece in found) == 5
+
+
 def test_texts_are_admitted_in_order_as_memory_allows(mixtral: Offloaded) -> None:
     """Nobody starves: a large prompt at the head of the queue waits for room, and gets it."""
     began = list[int]()

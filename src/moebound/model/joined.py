@@ -24,7 +24,7 @@ ROWS = 8
 as with one."""
 
 LEAST_WEIGHTS = 1 << 16
-"""A layer of fewer weights is computed by itself: meeting would take longer."""
+"""A layer, or an expert, of fewer weights is computed row by row: it takes no longer."""
 
 _TRIES = 4
 
@@ -55,6 +55,11 @@ def rows_stay_apart(
     return True
 
 
+def worth_joining(n_weights: int) -> bool:
+    """Whether rows that so many weights are for are computed together."""
+    return n_weights >= LEAST_WEIGHTS
+
+
 def compute_rows(compute: Compute, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """rows: [1, in] each, any number. Returns [1, out] each, in memory of its own: kernels may
     choose their way by alignment too."""
@@ -79,7 +84,7 @@ class JoinedLinears:
             for module in model.modules():
                 if type(module) is not nn.Linear or module.weight.is_meta:
                     continue
-                if module.weight.numel() < LEAST_WEIGHTS:
+                if not worth_joining(module.weight.numel()):
                     continue
                 weight, biased = module.weight, module.bias is not None
                 shape = (*weight.shape, weight.dtype, weight.device, biased)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moebound.model.joined import compute_rows, rows_stay_apart
+from moebound.model.joined import compute_rows, rows_stay_apart, worth_joining
 from moebound.model.strands import current
 from moebound.offload.meter import clock
 from moebound.offload.on_demand import LayerExperts, expert_output, places_of, sum_of_one
@@ -117,6 +117,8 @@ class JointExperts(LayerExperts):
         def compute(x: torch.Tensor) -> torch.Tensor:
             return expert_output(module, expert, slot, x, self.dtype)
 
+        if not worth_joining(sum(torch.Size(shape).numel() for _, shape in slot.kind.shapes)):
+            return [compute(row) for row in rows]
         way = slot.kind, self.dtype
         if way not in _APART:
             _APART[way] = rows_stay_apart(

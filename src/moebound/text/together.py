@@ -135,7 +135,7 @@ class Together:
 
     def step(self) -> None:
         """One forward pass of all texts that are running; without any, nothing."""
-        going = self._running
+        going = list(self._running)
         if self._memory.over(self.kv_bytes):
             # Whoever has been given up may leave, too.
             going = [one for i, one in enumerate(going) if i == 0 or one.should_stop()]
