@@ -78,8 +78,8 @@ class Together:
 
     model, tokenizer: as of `generate`. kv_budget: bytes for keys and values of all texts; None for
     no limit. One text always runs; others are taken while the budget has room for what they begin
-    with, in order. Where texts outgrow it, the oldest goes on alone until it ends, so memory is at
-    most the budget and one text. begin_sequence: called before each text.
+    with, in order. Where texts outgrow it, the oldest goes on alone until it ends, so memory is
+    about the budget and one text at most. begin_sequence: called before each text.
     Raises MoeboundError for `most` or a budget below 1.
     """
 
