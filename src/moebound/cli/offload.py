@@ -50,7 +50,7 @@ _TOGETHER = (
     click.option("--max-sequences", type=click.IntRange(min=1), default=8, show_default=True,
                  metavar="N",
                  help="Texts that are generated at a time. Each is the same in any company; with "
-                      "1, products of single rows are not computed as those of several."),
+                      "1, it is that of other numbers up to float rounding."),
     click.option("--kv-budget", metavar="SIZE",
                  help="Memory for keys and values of all texts together, as 2GiB; one text always "
                       "runs.  [default: half of what is free beside the experts' budget]"),

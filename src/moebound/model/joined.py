@@ -1,11 +1,12 @@
 """Linear layers that read their weights once for one row each of several strands.
 
 A product with one row takes as long as reading its weights; with eight rows it takes hardly longer.
-So single rows of strands are computed together, always as a matrix of ROWS rows, a sequence alone
-too, its other rows zeros. A row's result then is the same to the bit whoever is beside it, if the
-kernel sums every row in the same order: `rows_stay_apart` tries that out for each shape, and a
-shape that fails is computed row by row. Results differ from those of a product with one row by
-float rounding. Several rows of one strand (a prompt) are computed as ever, by themselves.
+So single rows of strands are computed together, up to ROWS at a time. A row's result has to be the
+same to the bit whoever is beside it. Kernels choose their way by the number of rows, so
+`least_rows` tries out, for each shape, from how many rows on every row is summed alike; fewer are
+filled up with rows of zeros, for a sequence alone too. A shape of which that holds for no number is
+computed row by row. So results may differ from those of a product with one row by float rounding.
+Several rows of one strand (a prompt) are computed as ever, by themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from moebound.model.strands import current
 
@@ -26,33 +28,58 @@ as with one."""
 LEAST_WEIGHTS = 1 << 16
 """A layer, or an expert, of fewer weights is computed row by row: it takes no longer."""
 
-_TRIES = 4
+_TRIES = 8
+"""Of `least_rows`, of ROWS rows each: rounding to bfloat16 hides most of another order."""
+
+_PROBE_BYTES = 64 << 20
+"""Layers up to this size are tried out with weights of which nothing is hidden (`_probe`)."""
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
 """[n, in] to [n, out]."""
 
 
-def rows_stay_apart(
-    compute: Compute, width: int, *, dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether, of ROWS rows, each has the same result, to the bit, at every place and beside any
-    others. Tried out with drawn numbers: kernels choose their way by shape, not by content."""
+def least_rows(
+    compute: Compute, width: int, *, dtype: torch.dtype, device: torch.device, tries: int = _TRIES
+) -> int | None:
+    """From how many rows on, up to ROWS, a row has the same result, to the bit, in each number of
+    them, at every place and beside any others; None if not even of ROWS. Tried out with drawn
+    numbers: kernels choose their way by shape, not by content."""
     generator = torch.Generator().manual_seed(0)
+    least, half = 1, width // 2
+    for _ in range(tries):
+        rows = torch.randn((ROWS, width), generator=generator).to(device, dtype)
+        rows[:, half : 2 * half] = rows[:, :half]  # for _probe
+        wanted = compute(rows)
+        for turn in range(1, ROWS):
+            if not torch.equal(compute(rows.roll(turn, 0)), wanted.roll(turn, 0)):
+                return None
+        alone = torch.zeros_like(rows)
+        alone[0] = rows[0]
+        if not torch.equal(compute(alone)[0], wanted[0]):
+            return None
+        for n in range(ROWS - 1, least - 1, -1):
+            whole = range(0, ROWS - n + 1, n)
+            if not all(torch.equal(compute(rows[i : i + n]), wanted[i : i + n]) for i in whole):
+                least = n + 1
+                break
+    return least
 
-    def drawn(n: int) -> torch.Tensor:
-        return torch.randn((n, width), generator=generator).to(device, dtype)
 
-    for _ in range(_TRIES):
-        row, others = drawn(1), drawn(ROWS)
-        alone = torch.zeros_like(others)
-        alone[0] = row
-        wanted = compute(alone)[0]
-        for place in range(ROWS):
-            beside = others.clone()
-            beside[place] = row
-            if not torch.equal(compute(beside)[place], wanted):
-                return False
-    return True
+def _probe(module: nn.Linear) -> Compute:
+    """A layer of the same shapes whose outputs, of rows with two equal halves, would be 0 without
+    rounding: all that is left of them is the order of additions."""
+    weight = module.weight
+    if weight.numel() * weight.itemsize > _PROBE_BYTES:
+        return module.forward  # it has outputs enough to show it
+    half = weight.shape[1] // 2
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn((2, weight.shape[0], half), generator=generator)
+    drawn = drawn[0] * drawn[1].exp()
+    other = torch.zeros_like(weight)
+    other[:, :half] = drawn.to(weight)
+    other[:, half : 2 * half] = -other[:, :half]
+    bias = None if module.bias is None else torch.zeros_like(module.bias)
+    return lambda x: linear(x, other, bias)
 
 
 def worth_joining(n_weights: int) -> bool:
@@ -60,13 +87,17 @@ def worth_joining(n_weights: int) -> bool:
     return n_weights >= LEAST_WEIGHTS
 
 
-def compute_rows(compute: Compute, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """rows: [1, in] each, any number. Returns [1, out] each, in memory of its own: kernels may
-    choose their way by alignment too."""
+def compute_rows(
+    compute: Compute, rows: Sequence[torch.Tensor], least: int | None
+) -> list[torch.Tensor]:
+    """rows: [1, in] each, any number. least: as of `least_rows`. Returns [1, out] each, in memory
+    of its own: kernels may choose their way by alignment too."""
+    if least is None:
+        return [compute(row) for row in rows]
     found = list[torch.Tensor]()
     for start in range(0, len(rows), ROWS):
         some = rows[start : start + ROWS]
-        whole = some[0].new_zeros((ROWS, some[0].shape[1]))
+        whole = some[0].new_zeros((max(len(some), least), some[0].shape[1]))
         torch.cat(list(some), out=whole[: len(some)])
         outputs = compute(whole)
         found += [outputs[i : i + 1].clone() for i in range(len(some))]
@@ -79,7 +110,7 @@ class JoinedLinears:
 
     def __init__(self, model: nn.Module) -> None:
         self._before: list[tuple[nn.Module, Any]] = []
-        apart = dict[tuple[Any, ...], bool]()
+        least = dict[tuple[Any, ...], int | None]()
         with torch.no_grad():
             for module in model.modules():
                 if type(module) is not nn.Linear or module.weight.is_meta:
@@ -88,13 +119,14 @@ class JoinedLinears:
                     continue
                 weight, biased = module.weight, module.bias is not None
                 shape = (*weight.shape, weight.dtype, weight.device, biased)
-                if shape not in apart:
-                    apart[shape] = rows_stay_apart(
-                        module.forward, weight.shape[1], dtype=weight.dtype, device=weight.device
-                    )
-                if apart[shape]:
+                if shape not in least:
+                    least[shape] = least_rows(
+                        _probe(module), weight.shape[1], dtype=weight.dtype, device=weight.device,
+                        tries=2,
+                    )  # fmt: skip
+                if (n := least[shape]) is not None:
                     self._before.append((module, vars(module).get("forward")))
-                    joined = partial(_forward, module, module.forward)
+                    joined = partial(_forward, module, module.forward, n)
                     module.forward = joined  # type: ignore[method-assign]
 
     def __len__(self) -> int:
@@ -109,11 +141,11 @@ class JoinedLinears:
         self._before.clear()
 
 
-def _forward(module: nn.Linear, compute: Compute, x: torch.Tensor) -> torch.Tensor:
+def _forward(module: nn.Linear, compute: Compute, least: int, x: torch.Tensor) -> torch.Tensor:
     strand = current()
     if strand is None or not strand.joins or x.numel() != module.in_features:
         return compute(x)
     row: torch.Tensor = strand.meet(
-        module, x.reshape(1, -1), lambda rows: compute_rows(compute, rows)
+        module, x.reshape(1, -1), lambda rows: compute_rows(compute, rows, least)
     )
     return row.view(*x.shape[:-1], -1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moebound.model.joined import compute_rows, rows_stay_apart, worth_joining
+from moebound.model.joined import compute_rows, least_rows, worth_joining
 from moebound.model.strands import current
 from moebound.offload.meter import clock
 from moebound.offload.on_demand import LayerExperts, expert_output, places_of, sum_of_one
@@ -23,8 +23,8 @@ from moebound.offload.slots import Slot, SlotKind
 Compute = Callable[[int, Slot | None], None]
 Finish = Callable[[], torch.Tensor]
 
-_APART = dict[tuple[SlotKind, torch.dtype], bool]()
-"""Whether rows of such experts keep apart: tried out once."""
+_LEAST = dict[tuple[SlotKind, torch.dtype], int | None]()
+"""Of such experts, as `least_rows`: tried out once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +118,10 @@ class JointExperts(LayerExperts):
             return expert_output(module, expert, slot, x, self.dtype)
 
         if not worth_joining(sum(torch.Size(shape).numel() for _, shape in slot.kind.shapes)):
-            return [compute(row) for row in rows]
+            return compute_rows(compute, rows, None)
         way = slot.kind, self.dtype
-        if way not in _APART:
-            _APART[way] = rows_stay_apart(
+        if way not in _LEAST:
+            _LEAST[way] = least_rows(
                 compute, rows[0].shape[1], dtype=rows[0].dtype, device=rows[0].device
             )
-        return compute_rows(compute, rows) if _APART[way] else [compute(row) for row in rows]
+        return compute_rows(compute, rows, _LEAST[way])
