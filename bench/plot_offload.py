@@ -103,7 +103,7 @@ def _curves(report: OffloadReport, routing: str) -> list[Curve]:
     """One for each way of running that has budgets; a policy is named where there are several."""
     ways = dict[tuple[Any, ...], list[dict[str, Any]]]()
     for row in report.rows:
-        if row["budget"] is not None and "error" not in row and _routing(row) == routing:
+        if row["how"] == "offloaded" and "error" not in row and _routing(row) == routing:
             way = (row["source"], row["tier"], row["policy"], row["predictor"])
             ways.setdefault(way, []).append(row)
     several = len({way[2:] for way in ways}) > 1

@@ -14,7 +14,13 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moebound.bench.offload import OffloadReport, OffloadSettings, render_offload, run
+from moebound.bench.offload import (
+    OffloadReport,
+    OffloadSettings,
+    render_clients,
+    render_offload,
+    run,
+)
 from moebound.bench.offload.model import Shapes, make_checkpoint, make_store
 from moebound.bench.offload.report import modelled_s, over_model
 from moebound.bench.offload.routing import ForcedRouting, fit_trace
@@ -121,9 +127,43 @@ def test_a_run_that_fails_is_a_row(tmp_path: Path) -> None:
         tiers=("disk",),
         peers=(),
         tokens=2,
+        clients=2,
     )
     found = run(settings, tmp_path)
+    assert len(found.rows) == 4
     assert all("smallest budget" in row["error"] for row in found.rows)
+    assert len(render_clients(found)) == 1
+
+
+@pytest.mark.slow
+def test_several_clients_at_a_time(tmp_path: Path) -> None:
+    """Each with its part of the trace; the first one's logits are those it has alone."""
+    settings = OffloadSettings(
+        shapes=SHAPES, budgets=(0.35,), tiers=("disk",), prompt=4, warm=2, tokens=4, peers=(),
+        clients=3,
+    )  # fmt: skip
+    report = run(settings, tmp_path)
+    for name in ("raw, disk, 3 clients", "compressed, disk, 3 clients"):
+        found = row(report, name)
+        assert found["same_alone"]
+        assert len(found["together"]["logits"]) == 3
+        assert len(set(found["together"]["logits"])) == 3
+        for n, way in ((1, "alone"), (1, "one"), (3, "together")):
+            assert found[way]["stats"]["tokens"] == n * (4 + 4)
+            assert found[way]["stats"]["steps"] == 1 + 4
+        # One pass's visits are shared, and never more than those of three apart.
+        accesses = {way: sum(found[way]["stats"]["tiers"].values()) for way in ("one", "together")}
+        assert accesses["one"] < accesses["together"] < 3 * accesses["one"]
+        assert found["ratio"] == pytest.approx(
+            found["together"]["tokens_per_s"] / found["alone"]["tokens_per_s"]
+        )
+    console = Console(width=200, file=io.StringIO())
+    for table in render_clients(report):
+        console.print(table)
+    assert "compressed, disk, 3 clients" in console.file.getvalue()  # type: ignore[attr-defined]
+    console = Console(width=200, file=io.StringIO())
+    console.print(render_offload(report))
+    assert "clients" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_checkpoint_and_store_are_made_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,3 +54,44 @@ def test_they_change_the_text(run: Run) -> None:
     greedy = r"42 - 17 = 25. \boxed{25}"
     assert text("--temperature", "2", "--top-k", "1") == greedy
     assert text("--repetition-penalty", "20", "--max-new-tokens", "20") != greedy
+
+
+def test_several_prompts_have_the_texts_that_they_have_alone(run: Run) -> None:
+    prompts = [QUESTION, "Zoe has 30 cards. Zoe gives 12 cards to Eli. How many has Zoe left?"]
+    same = ["--chat", "--ram-budget", "30%", "--temperature", "0.9", "--seed", "3"]
+
+    def generated(*some: str) -> dict[str, Any]:
+        given = [part for prompt in some for part in ("--prompt", prompt)]
+        ran = run("generate", "builtin:wordmath", *given, *same, "--stats", "--json")
+        assert ran.code == 0, ran.stderr
+        return ran.document
+
+    together = generated(*prompts)
+    for prompt, text in zip(prompts, together["texts"], strict=True):
+        alone = generated(prompt)
+        for field in ("text", "finish_reason", "prompt_tokens", "new_tokens"):
+            assert text[field] == alone[field]
+    n_new = sum(text["new_tokens"] for text in together["texts"])
+    assert together["tokens_per_second"] == pytest.approx(n_new / together["total_s"])
+    steps = max(text["new_tokens"] for text in together["texts"])
+    assert steps <= together["stats"]["steps"] <= steps + 1  # the second begins a pass later
+    given = [part for prompt in prompts for part in ("--prompt", prompt)]
+    ran = run("generate", "builtin:wordmath", *given, *same, "--stats")
+    shown = ran.stdout.index("[1] "), ran.stdout.index("[2] "), ran.stdout.index("texts")
+    assert list(shown) == sorted(shown)
+
+
+def test_memory_for_keys_and_values_is_a_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("moebound.offload.loading.load", fail)
+    for command in (
+        ["generate", "builtin:wordmath", "--prompt", "a"],
+        ["serve", "builtin:wordmath"],
+    ):
+        ran = run(*command, "--kv-budget", "much")
+        assert ran.code == 2
+        assert "--kv-budget 'much'" in ran.stderr
+        ran = run(*command, "builtin:wordmath", "--max-sequences", "0")
+        assert ran.code == 2

@@ -284,6 +284,9 @@ def bench_gpu(
 @click.option("--peers", default="stock,accelerate", show_default=True,
               help="What to run beside it: stock, accelerate, llama.cpp (own routing; "
                    "pip install '.[peers]'); an empty list for nothing.")  # fmt: skip
+@click.option("--clients", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+              help="Each of our runs once more with so many clients at a time, beside "
+                   "one.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="Where to compute.")
 @output_options
 def bench_offload(
@@ -304,6 +307,7 @@ def bench_offload(
     prompt: int,
     tokens: int,
     peers: str,
+    clients: int,
     device: str,
 ) -> int:
     """Time per token with experts on disk or in RAM, raw and compressed, by memory budget.
@@ -312,7 +316,7 @@ def bench_offload(
     trace, or a model of yours. Each run is a process of its own; the page cache is dropped for
     those from disk.
     """
-    from moebound.bench.offload import OffloadSettings, render_offload, run
+    from moebound.bench.offload import OffloadSettings, render_clients, render_offload, run
     from moebound.bench.offload.model import Shapes
 
     if model is not None and layers is not None:
@@ -326,12 +330,12 @@ def bench_offload(
         codec=codec, budgets=tuple(float(part) / 100 for part in budgets.split(",")),
         tiers=_names(tiers), policies=_names(policies), predictors=_names(prefetch),
         routing=_names(routing), trace=trace, prompt=prompt, tokens=tokens, peers=_names(peers),
-        memory_limit=_size(memory_limit, "--memory-limit"), device=device,
+        memory_limit=_size(memory_limit, "--memory-limit"), device=device, clients=clients,
     )  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     with step_bar(output) as say:
         report = run(settings, work, say=say)
-    output.result(report.to_json(), render_offload(report))
+    output.result(report.to_json(), render_offload(report), *render_clients(report))
     return exits.OK
 
 

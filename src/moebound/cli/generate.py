@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moebound.cli import exits, wording
-from moebound.cli.offload import load_offloaded, offload_options, stats_facts
+from moebound.cli.offload import (
+    free_for_kv,
+    kv_bytes,
+    load_offloaded,
+    offload_options,
+    stats_facts,
+    together_options,
+)
 from moebound.cli.output import Output, output_options
 from moebound.errors import MoeboundError
+
+if TYPE_CHECKING:
+    from moebound.text.generation import Piece
 
 
 def _biases(
@@ -38,7 +49,9 @@ def _schema(path: Path) -> str:
 
 @click.command()
 @click.argument("src", metavar="STORE")
-@click.option("--prompt", required=True, metavar="TEXT", help="What the text goes on from.")
+@click.option("--prompt", "prompts", required=True, multiple=True, metavar="TEXT",
+              help="What the text goes on from; may be repeated, for texts that are generated "
+                   "together.")  # fmt: skip
 @click.option("--chat", is_flag=True, help="The prompt is a message, in the tokenizer's template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
               metavar="N", help="Tokens to write at most.")  # fmt: skip
@@ -64,12 +77,13 @@ def _schema(path: Path) -> str:
 @click.option("--seed", type=int, help="Of the draws.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the text; may be repeated.")
 @click.option("--stats", is_flag=True, help="What was read, waited for and computed.")
+@together_options
 @offload_options
 @output_options
 def generate(
     output: Output,
     src: str,
-    prompt: str,
+    prompts: tuple[str, ...],
     chat: bool,
     max_new_tokens: int,
     temperature: float,
@@ -84,15 +98,18 @@ def generate(
     seed: int | None,
     stop: tuple[str, ...],
     stats: bool,
+    max_sequences: int,
+    kv_budget: str | None,
     offload: dict[str, Any],
 ) -> int:
     """Generate text with STORE, its experts read and decoded as they are needed.
 
     STORE is a store, or an ordinary checkpoint, whose experts are then read as they are. The text
-    is the same as that of the decompressed model in memory, whatever the budget.
+    is the same as that of the decompressed model in memory, whatever the budget. Of several prompts
+    each has the text that it has alone, and the draws of the same seed.
     """
     from moebound.text.generation import GenerationSettings
-    from moebound.text.generation import generate as pieces
+    from moebound.text.together import generate_together
 
     settings = GenerationSettings(
         max_new_tokens,
@@ -108,35 +125,65 @@ def generate(
         logit_bias=logit_bias,
         json_schema=None if json_schema is None else _schema(json_schema),
     )
+    kv_given = kv_bytes(kv_budget)
     with load_offloaded(src, offload, output) as offloaded:
-        ids = _tokens(offloaded.tokenizer, prompt, chat)
+        ids = [_tokens(offloaded.tokenizer, prompt, chat) for prompt in prompts]
         offloaded.meter.reset()
-        texts, finish = list[str](), None
-        for piece in pieces(
-            offloaded.model, offloaded.tokenizer, ids, settings, continues=not chat
-        ):
-            texts.append(piece.text)
+        begun = time.perf_counter()
+        found: list[list[Piece]] = [[] for _ in prompts]
+        shown = 0
+        for index, piece in generate_together(
+            offloaded.model, offloaded.tokenizer, ids, settings, continues=not chat,
+            most=max_sequences,
+            kv_budget=free_for_kv(offloaded) if kv_given is None else kv_given,
+        ):  # fmt: skip
+            found[index].append(piece)
             if not output.as_json:
-                click.echo(piece.text, nl=False)
-            finish = piece.finish
-        assert finish is not None
-        found = offloaded.stats()
-    if not output.as_json:
-        click.echo()
-    document: dict[str, Any] = {
-        "text": "".join(texts),
+                shown = _show(found, index, shown)
+        total_s = time.perf_counter() - begun
+        told = offloaded.stats()
+    texts = [_document(pieces) for pieces in found]
+    document: dict[str, Any] = dict(texts[0]) if len(texts) == 1 else {"texts": texts}
+    document["predicted_seconds_per_token"] = told["choice"]["predicted_s"]
+    if len(texts) > 1:
+        document |= {"total_s": total_s, "tokens_per_second": _n_new(texts) / total_s}
+    if stats:
+        document["stats"] = told
+    times = _times(texts[0]) if len(texts) == 1 else _times_of_all(texts, total_s)
+    human = [wording.facts("", [*times, *stats_facts(told)])] if stats else []
+    output.result(document, *human)
+    return exits.OK
+
+
+def _show(found: list[list[Piece]], index: int, shown: int) -> int:
+    """Print what is new: one text as it comes, of several each when all before it are complete.
+    shown: so many are. Returns how many are now."""
+    if len(found) == 1:
+        piece = found[0][-1]
+        click.echo(piece.text, nl=piece.finish is not None)
+        return int(piece.finish is not None)
+    while shown < len(found) and found[shown] and found[shown][-1].finish is not None:
+        text = "".join(piece.text for piece in found[shown])
+        click.echo(f"[{shown + 1}] {text}")
+        shown += 1
+    return shown
+
+
+def _document(pieces: list[Piece]) -> dict[str, Any]:
+    finish = pieces[-1].finish
+    assert finish is not None  # of the last piece of any text
+    return {
+        "text": "".join(piece.text for piece in pieces),
         "finish_reason": finish.reason,
         "prompt_tokens": finish.n_prompt,
         "new_tokens": finish.n_new,
         "first_token_s": finish.first_token_s,
         "seconds_per_token": finish.seconds_per_token,
-        "predicted_seconds_per_token": found["choice"]["predicted_s"],
     }
-    if stats:
-        document["stats"] = found
-    human = [wording.facts("", [*_times(document), *stats_facts(found)])] if stats else []
-    output.result(document, *human)
-    return exits.OK
+
+
+def _n_new(texts: list[dict[str, Any]]) -> int:
+    return sum(text["new_tokens"] for text in texts)
 
 
 def _tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
@@ -155,4 +202,12 @@ def _times(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens", f"{document['prompt_tokens']} read, {document['new_tokens']} written"),
         ("first token", "-" if first is None else f"{1e3 * first:.1f} ms"),
         ("each further one", "-" if each is None else f"{1e3 * each:.2f} ms"),
+    ]
+
+
+def _times_of_all(texts: list[dict[str, Any]], total_s: float) -> list[tuple[str, str]]:
+    n_prompt, n_new = sum(text["prompt_tokens"] for text in texts), _n_new(texts)
+    return [
+        ("texts", f"{len(texts)}, in {total_s:.2f} s"),
+        ("tokens", f"{n_prompt} read, {n_new} written, {n_new / total_s:.2f} a second"),
     ]

@@ -46,6 +46,39 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+_TOGETHER = (
+    click.option("--max-sequences", type=click.IntRange(min=1), default=8, show_default=True,
+                 metavar="N",
+                 help="Texts that are generated at a time. Each is the same in any company; with "
+                      "1, it is that of other numbers up to float rounding."),
+    click.option("--kv-budget", metavar="SIZE",
+                 help="Memory for keys and values of all texts together, as 2GiB; one text always "
+                      "runs.  [default: half of what is free beside the experts' budget]"),
+)  # fmt: skip
+
+
+def together_options(command: F) -> F:
+    """Adds the options of several texts at a time."""
+    for option in reversed(_TOGETHER):
+        command = option(command)
+    return command
+
+
+def kv_bytes(size: str | None) -> int | None:
+    """What --kv-budget says. Raises CacheError for what is no size."""
+    from moebound.offload.budget import parse_size
+
+    return None if size is None else parse_size(size, what="--kv-budget")
+
+
+def free_for_kv(offloaded: Offloaded) -> int:
+    """Half of the memory that is free once the cache of experts is full."""
+    from moebound.offload.budget import available_memory
+
+    coming = max(0, offloaded.choice.cache_bytes - offloaded.pool_bytes)
+    return max(1, (available_memory(offloaded.model.device) - coming) // 2)
+
+
 def offload_options(command: F) -> Callable[..., int]:
     """Adds the options, and passes them on as one argument, `offload`."""
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moebound.cli import exits, wording
-from moebound.cli.offload import load_offloaded, offload_options
+from moebound.cli.offload import (
+    free_for_kv,
+    kv_bytes,
+    load_offloaded,
+    offload_options,
+    together_options,
+)
 from moebound.cli.output import Output, output_options
 from moebound.errors import MoeboundError
 
@@ -46,9 +53,10 @@ KEY_VARIABLE = "MOEBOUND_API_KEY"
               show_default=True, metavar="SECONDS",
               help="A client that takes nothing for so long is cut off.")  # fmt: skip
 @click.option("--grace", type=click.FloatRange(min=0), default=10.0, show_default=True,
-              metavar="SECONDS", help="What the running request is given at shutdown.")  # fmt: skip
+              metavar="SECONDS", help="What running requests are given at shutdown.")  # fmt: skip
 @click.option("--chat-template", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               metavar="FILE", help="Jinja, in place of the tokenizer's own.")  # fmt: skip
+@together_options
 @offload_options
 @output_options
 def serve(
@@ -68,13 +76,15 @@ def serve(
     send_timeout: float,
     grace: float,
     chat_template: Path | None,
+    max_sequences: int,
+    kv_budget: str | None,
     offload: dict[str, Any],
 ) -> int:
     """Serve SRC, a store or a checkpoint, to clients of the OpenAI API.
 
     /v1/models, /v1/chat/completions and /v1/completions, streamed or not; /health, /stats and
-    /metrics; a page at / to try the model. One text is generated at a time, others wait. Ctrl-C or
-    SIGTERM ends it, with exit code 0.
+    /metrics; a page at / to try the model. Up to --max-sequences texts are generated at a time,
+    others wait, in order. Ctrl-C or SIGTERM ends it, with exit code 0.
 
     --json: one document on stdout, as soon as requests are taken, with the URL.
     """
@@ -86,6 +96,8 @@ def serve(
         name=name or _name(src),
         api_key=_api_key(api_key),
         queue=queue,
+        max_sequences=max_sequences,
+        kv_budget=kv_bytes(kv_budget),
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_tokens,
         max_body_bytes=max_body_bytes,
@@ -105,6 +117,8 @@ def serve(
             )
         with closing(load_offloaded(src, offload, output)) as engine:
             url = server.url(bound)
+            if config.kv_budget is None:
+                config = replace(config, kv_budget=free_for_kv(engine))
             document = {"url": url, "model": config.name, "pid": os.getpid()}
 
             def ready() -> None:
@@ -117,7 +131,7 @@ def serve(
                             ("page to try it", url.removesuffix("v1")),
                             ("model", config.name),
                             ("API key", "none" if config.api_key is None else "on every route"),
-                            ("queue", f"1 runs, {queue} may wait"),
+                            ("at a time", f"{max_sequences} texts; {queue} requests may wait"),
                             ("end", "Ctrl-C"),
                         ],
                     ),

@@ -4,6 +4,7 @@
 
 The way of one expert that is asked for: `on_demand` (the experts function) -> `fetcher` -> `loader`
 (threads) -> `tiers` (its bytes) -> `delivery` (CPU) or `cuda` -> `slots` (its weights).
+`joint` has one way for all sequences that are at a layer at the same time.
 `choose` and `costs` decide what is fastest, `predictors/` guess ahead.
 
 Importing this package imports neither transformers nor torch.

@@ -25,10 +25,11 @@ from moebound.offload.choose import catalog_of, choose, open_delivery, open_tier
 from moebound.offload.entries import DiskEntries, open_entries
 from moebound.offload.fallback import CoarseCopies, Grades
 from moebound.offload.fetcher import Fetcher
+from moebound.offload.joint import JointExperts
 from moebound.offload.loader import Held, Loader
 from moebound.offload.meter import Meter
 from moebound.offload.offloaded import Choice, Offloaded
-from moebound.offload.on_demand import NAME, LayerExperts, register_on_demand
+from moebound.offload.on_demand import NAME, register_on_demand
 from moebound.offload.predictors import PREDICTORS, Foresight, Layers, Predictor
 from moebound.offload.slots import SlotKind, SlotPool
 from moebound.offload.tiers import TierName
@@ -153,7 +154,7 @@ def load(
         coarse=copies,
     )
     for owner in live.stacks:
-        owner.module.moebound = LayerExperts(  # type: ignore[assignment]  # no submodule
+        owner.module.moebound = JointExperts(  # type: ignore[assignment]  # no submodule
             owner.layer,
             owner.first,
             fetcher,

@@ -10,6 +10,7 @@ import torch
 
 from moebound.cache import ExpertCache
 from moebound.errors import CheckpointError
+from moebound.model.strands import current
 from moebound.offload.choose import LoadPath
 from moebound.offload.costs import Costs, Speeds
 from moebound.offload.fetcher import Fetcher
@@ -65,7 +66,8 @@ class Choice:
 class Offloaded:
     """A stock transformers model that fetches its experts; its tokenizer; its numbers.
 
-    Use `model` as any other (`generate`, forward, `backward`), for one batch at a time. Close it,
+    Use `model` as any other (`generate`, forward, `backward`), for one batch at a time, or for
+    several sequences in strands (`model/strands.py`). Close it,
     or use it as a context: its threads end, and the model can no longer be called. The same happens
     once both are dropped and collected. What needs all experts is in `whole.py`.
     """
@@ -81,6 +83,7 @@ class Offloaded:
             model.register_forward_hook(self._end, always_call=True),
         ]
         self._begun = 0.0
+        self._round: object = None
 
     @property
     def tokenizer(self) -> Any:
@@ -164,13 +167,27 @@ class Offloaded:
         if n_past == 0:
             self.begin_sequence()
         n_tokens = inputs.shape[1] if isinstance(inputs, torch.Tensor) else 1
-        self._fetcher.decoding = n_tokens == 1
         self.meter.add(tokens=inputs.shape[0] * n_tokens if inputs is not None else 0)
+        strand = current()
+        if strand is not None and strand.joins:
+            # One pass of several sequences is one step, which lasts from the first to begin to the
+            # last to end.
+            if self._round is not strand.round:
+                self._round, self._begun = strand.round, clock()
+                self.meter.add(steps=1)
+            return
+        self._fetcher.decoding = n_tokens == 1
         self._begun = clock()
 
     def _end(self, module: Any, args: Any, output: Any) -> None:
-        if not self._fetcher.forked:
-            self.meter.add(steps=1, step_s=clock() - self._begun)
+        if self._fetcher.forked:
+            return
+        strand, now = current(), clock()
+        if strand is not None and strand.joins:
+            self.meter.add(step_s=now - self._begun)
+            self._begun = now
+            return
+        self.meter.add(steps=1, step_s=now - self._begun)
 
 
 def _share(part: float, whole: float) -> float | None:

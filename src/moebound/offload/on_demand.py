@@ -15,6 +15,7 @@ their numbers: checkpointing asks for the same operations in the same order a se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -135,6 +136,14 @@ class LayerExperts:
     def _many(
         self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
+        compute, finish = self._of_many(module, x, chosen, weights)
+        self._visit(module, chosen, weights, x, compute)
+        return finish()
+
+    def _of_many(
+        self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[Compute, Callable[[], torch.Tensor]]:
+        """What each expert that comes is computed with, and the sum of it all."""
         n_tokens, n_chosen = chosen.shape
         routed = sort_by_expert(chosen.reshape(-1), module.num_experts)
         ends = list(accumulate(routed.loads))
@@ -149,18 +158,20 @@ class LayerExperts:
                 elif routed.loads[expert]:
                     outputs[part] = expert_output(module, expert, slot, rows[part], self.dtype)
 
-        self._visit(module, chosen, weights, x, compute)
-        outputs = _normed(module, outputs)
-        place = torch.empty_like(routed.order)
-        place[routed.order] = torch.arange(len(place), device=place.device)
-        found = outputs.index_select(0, place).view(n_tokens, n_chosen, -1)
-        return (found * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        def finish() -> torch.Tensor:
+            normed = _normed(module, outputs)
+            place = torch.empty_like(routed.order)
+            place[routed.order] = torch.arange(len(place), device=place.device)
+            found = normed.index_select(0, place).view(n_tokens, n_chosen, -1)
+            return (found * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+        return compute, finish
 
     def _one_token(
         self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """The same without sorting: each expert has one row."""
-        places = {expert: place for place, expert in reversed([*enumerate(chosen[0].tolist())])}
+        places = places_of(chosen)
         outputs = torch.zeros((chosen.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
 
         def compute(loaded: int, slot: Slot | None) -> None:
@@ -172,8 +183,7 @@ class LayerExperts:
                     outputs[place] = expert_output(module, expert, slot, x, self.dtype)[0]
 
         self._visit(module, chosen, weights, x, compute)
-        outputs = _normed(module, outputs)
-        return (outputs * weights[0].unsqueeze(-1)).sum(0, keepdim=True).to(x.dtype)
+        return sum_of_one(module, outputs, weights).to(x.dtype)
 
     def _visit(
         self,
@@ -194,6 +204,16 @@ class LayerExperts:
         self._fetcher.visit(self.layer, self.first, chosen, weights, x, seen, absent=self._absent)
         for expert in sorted(kept):
             compute(expert, kept.pop(expert))
+
+
+def places_of(chosen: torch.Tensor) -> dict[int, int]:
+    """Expert -> where the one token of [1, K] has it, the first time."""
+    return {expert: place for place, expert in reversed([*enumerate(chosen[0].tolist())])}
+
+
+def sum_of_one(module: Any, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """outputs: [K, H], of one token's experts. weights: [1, K]. Returns [1, H]."""
+    return (_normed(module, outputs) * weights[0].unsqueeze(-1)).sum(0, keepdim=True)
 
 
 def _check_computes_now() -> None:

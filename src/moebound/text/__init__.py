@@ -1,1 +1,2 @@
-"""From a model to texts: generation a token at a time, sampling, stops, and a server (`serve/`)."""
+"""From a model to texts: generation a token at a time, of several texts together, and a server
+(`serve/`)."""

@@ -6,8 +6,9 @@
     piece.finish  # why it ended, how many tokens, how long
 
 The loop calls the model itself, one forward pass a token, so that a token is out as soon as it is
-chosen, and no pass is begun after the last one or after a stop. One text at a time: keys and values
-of one sequence are all the state there is, and nothing is kept from one text to the next.
+chosen, and no pass is begun after the last one or after a stop. One text: keys and values of one
+sequence are all the state there is, and nothing is kept from one text to the next. `together.py`
+makes several of these at a time.
 
 Of generation_config.json the end marks count, and nothing else: no repetition penalty and no
 sampling by default. Greedy text is that of `model.generate(do_sample=False)` of a model whose

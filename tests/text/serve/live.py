@@ -63,11 +63,18 @@ class Live:
 
 @contextmanager
 def running(engine: Engine, **settings: Any) -> Iterator[Live]:
-    """Serves until the block ends, and then shuts down as after a signal."""
-    config = ServeConfig(**{"name": NAME, **settings})
+    """Serves until the block ends, and then shuts down as after a signal. Unless settings say
+    otherwise, one text at a time."""
+    config = ServeConfig(**{"name": NAME, "max_sequences": 1, **settings})
     bound = bind("127.0.0.1", 0)
     ready, records = threading.Event(), list[Record]()
-    worker = CountingWorker(engine, config.queue, on_record=records.append)
+    worker = CountingWorker(
+        engine,
+        config.queue,
+        most=config.max_sequences,
+        kv_budget=config.kv_budget,
+        on_record=records.append,
+    )
     server = Server(engine, config, bound, worker, on_ready=ready.set)
     live = Live(server, worker, url(bound), records)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})

@@ -6,7 +6,8 @@ import threading
 
 from moebound.text.generation import GenerationSettings
 from moebound.text.serve.stats import Record
-from moebound.text.serve.worker import Event, Job, Text, Worker
+from moebound.text.serve.worker import Event, Job, Worker
+from moebound.text.together import Text
 
 from ..tokenizers_made import byte_level
 from .live import PATIENCE_S

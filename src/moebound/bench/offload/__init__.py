@@ -12,6 +12,7 @@ cases.py         which runs, one after the other
 measure.py       one run: prompt, then token by token; times, hits, bytes, memory
   subjects.py      what is measured: ours, transformers, accelerate, llama.cpp
   memory.py        what a process holds and has read
+clients.py       one run of several clients at a time, beside one
 report.py        what was found, as it is stored
 table.py         the rows for people
 """
@@ -19,6 +20,6 @@ table.py         the rows for people
 from moebound.bench.offload.cases import run
 from moebound.bench.offload.report import OffloadReport
 from moebound.bench.offload.settings import OffloadSettings
-from moebound.bench.offload.table import render_offload
+from moebound.bench.offload.table import render_clients, render_offload
 
-__all__ = ["OffloadReport", "OffloadSettings", "render_offload", "run"]
+__all__ = ["OffloadReport", "OffloadSettings", "render_clients", "render_offload", "run"]

@@ -38,7 +38,7 @@ class Case:
 
     def options(self, settings: OffloadSettings) -> dict[str, Any]:
         """What `moebound.load`, or the peer, is called with."""
-        if self.how != "offloaded":
+        if self.how not in ("offloaded", "clients"):
             return {} if settings.device == "cpu" else {"device_map": settings.device}
         return {
             "ram_budget": f"{100 * (self.budget or 0):g}%",
@@ -63,6 +63,10 @@ def cases(settings: OffloadSettings) -> Iterator[Case]:
                                 continue
                             yield Case(f"{source}, {tier}{suffix}", "offloaded", source, routing,
                                        tier, budget, policy, predictor)  # fmt: skip
+                            if settings.clients > 1:
+                                yield Case(f"{source}, {tier}, {settings.clients} clients{suffix}",
+                                           "clients", source, routing, tier, budget, policy,
+                                           predictor)  # fmt: skip
         for peer in settings.peers:
             if peer != "llama.cpp":
                 yield Case(peer + suffix, peer, "raw", routing)
@@ -104,7 +108,7 @@ def _row(case: Case, settings: OffloadSettings, prepared: Prepared, work: Path) 
         "trace": str(prepared.trace) if case.routing == "forced" else None,
         "top_k": prepared.top_k, "ids": str(prepared.ids), "prompt": settings.prompt,
         "warm": settings.warm, "tokens": settings.tokens, "drop_cache": case.tier != "ram",
-        "device": settings.device,
+        "device": settings.device, "clients": settings.clients,
     }  # fmt: skip
     return launch(spec, work, timeout_s=settings.timeout_s, memory_limit=settings.memory_limit)
 

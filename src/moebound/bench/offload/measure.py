@@ -2,10 +2,10 @@
 
     python -m moebound.bench.offload.measure SPEC.json      # prints one JSON row
 
-SPEC: how to load ("offloaded", "stock", "accelerate", "llama.cpp"), what, with which options; the
-token ids, the trace or None for the model's own routing, how many tokens. Peak memory is this
-process's; the page cache is dropped for the files before, and while it reads, where the spec says
-so.
+SPEC: how to load ("offloaded", "clients", "stock", "accelerate", "llama.cpp"), what, with which
+options; the token ids, the trace or None for the model's own routing, how many tokens. Peak memory
+is this process's; the page cache is dropped for the files before, and while it reads, where the
+spec says so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moebound.bench.offload.clients import measure_clients
 from moebound.bench.offload.memory import (
     disk_bytes,
     drop_pages,
@@ -36,9 +37,11 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     and scratch, a folder.
 
     The warming text and the measured one are different pieces of the ids. "stats" are of the
-    measured tokens alone, "prompt_stats" of their prompt.
+    measured tokens alone, "prompt_stats" of their prompt. Of several clients: `measure_clients`.
     """
     torch.manual_seed(0)
+    if spec["how"] == "clients":
+        return measure_clients(spec)
     source, n_prompt, at = Path(spec["source"]), spec["prompt"], spec["prompt"] + spec["warm"]
     trace = None if spec["trace"] is None else load_trace(Path(spec["trace"]))
     ids = np.load(spec["ids"], allow_pickle=False).tolist()

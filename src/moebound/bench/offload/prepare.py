@@ -67,6 +67,7 @@ def prepare(settings: OffloadSettings, work: Path) -> Prepared:
         trace = work / "trace.npz"
         fit_trace(found, layers=len(layers), experts=experts, top_k=top_k).save(trace)
     n_ids = 2 * settings.prompt + settings.warm + settings.tokens
+    n_ids = max(n_ids, settings.clients * (settings.prompt + settings.tokens))
     ids = work / "ids.npy"
     if settings.model is None:
         np.save(ids, drawn_ids(settings.shapes.vocab, n_ids))

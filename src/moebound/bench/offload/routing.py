@@ -17,6 +17,7 @@ import torch
 from moebound.cache import LayerTrace, Trace, one_by_one
 from moebound.errors import CacheError
 from moebound.model.live import live_experts
+from moebound.model.strands import Strand, current
 from moebound.types import Array
 
 
@@ -59,19 +60,22 @@ class ForcedRouting:
             _check(entry, n_experts[layer], top_k)
             self._choices[layer] = entry.index[:, :top_k].astype(np.int64)
             modules[layer].register_forward_pre_hook(self._hook(layer))
-        self._at = dict.fromkeys(modules, 0)
+        self._modules = list(modules)
+        self._at: dict[Strand | None, dict[int, int]] = {None: dict.fromkeys(modules, 0)}
 
-    def begin(self, token: int = 0) -> None:
-        """The next forward pass is at this token of the trace."""
-        self._at = dict.fromkeys(self._at, token)
+    def begin(self, token: int = 0, *, strand: Strand | None = None) -> None:
+        """The next forward pass, of this strand if there are several, is at this token of the
+        trace."""
+        self._at[strand] = dict.fromkeys(self._modules, token)
 
     def _hook(self, layer: int) -> Any:
         def choose(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x, chosen, weights = args
             choices = self._choices[layer]
-            at = self._at[layer]
+            places = self._at[current()]
+            at = places[layer]
             rows = (at + np.arange(len(chosen))) % len(choices)
-            self._at[layer] = at + len(chosen)
+            places[layer] = at + len(chosen)
             index = torch.from_numpy(choices[rows]).to(chosen.device, chosen.dtype)
             return x, index, weights
 

@@ -20,7 +20,8 @@ class OffloadSettings:
     router, or both. trace: a recorded one, or None for Zipf's law. task: whose problems a given
     model reads; a synthetic one reads drawn tokens. peers: of `PEERS`; llama.cpp always has its own
     routing. memory_limit: bytes that the process of each run may have, page cache included. device:
-    where to compute. Raises MoeboundError for what does not go together.
+    where to compute. clients: so many at a time, beside one, in a run of each of ours; 1 for no
+    such run. Raises MoeboundError for what does not go together.
     """
 
     model: str | None = None
@@ -40,9 +41,12 @@ class OffloadSettings:
     device: str = "cpu"
     peers: tuple[str, ...] = ("stock", "accelerate")
     memory_limit: int | None = None
+    clients: int = 1
     timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
+        if self.clients < 1:
+            raise MoeboundError(f"clients {self.clients}: expected 1 or more")
         for option, given, known in (
             ("peers", self.peers, PEERS),
             ("routing", self.routing, ROUTINGS),

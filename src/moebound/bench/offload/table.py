@@ -31,8 +31,39 @@ def render_offload(report: OffloadReport) -> Table:
     for name in columns:
         table.add_column(name, justify="left" if name in ("run", "policy") else "right")
     for row in report.rows:
-        table.add_row(*_cells(row, report.rows)[: len(columns)])
+        if row["how"] != "clients":
+            table.add_row(*_cells(row, report.rows)[: len(columns)])
     return table
+
+
+def render_clients(report: OffloadReport) -> list[Table]:
+    """Runs of several clients, one a line; none where there were none."""
+    rows = [row for row in report.rows if row["how"] == "clients"]
+    if not rows:
+        return []
+    table = Table(
+        title=f"{report.settings['clients']} clients at a time",
+        caption="Tokens a second: of one client by itself, of one where several could be, of all "
+        "together; ratio: together over by itself. Behind prompts: without the time until the last "
+        "prompt was read. Loads: experts read and decoded for a token. Same: the first client's "
+        "logits are those it has as the only one, to the bit.",
+    )
+    for name in ("run", "budget", "alone", "one", "together", "ratio", "ratio behind prompts",
+                 "loads alone", "loads together", "same"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "run" else "right")
+    for row in rows:
+        head = [row["name"], f"{100 * row['budget']:g} %"]
+        if "error" in row:
+            table.add_row(*head, row["error"][:60], *[""] * 7)
+            continue
+        rates = [f"{row[name]['tokens_per_s']:.2f}" for name in ("alone", "one", "together")]
+        loads = [
+            f"{row[name]['stats']['loads'] / row[name]['stats']['tokens']:.2f}"
+            for name in ("alone", "together")
+        ]
+        table.add_row(*head, *rates, f"{row['ratio']:.2f}", f"{row['decode_ratio']:.2f}", *loads,
+                      "yes" if row["same_alone"] else "no")  # fmt: skip
+    return [table]
 
 
 def _policies(report: OffloadReport) -> str:

@@ -16,7 +16,6 @@ errors.py     error bodies
 app.py        the routes
 server.py     socket, signals, shutdown
 
-One text at a time: keys and values of one sequence are all the state, so memory has a bound that
-does not depend on how many ask. Whoever comes meanwhile waits in the queue, or is told to come
-again.
+Several texts at a time (`text/together.py`), within a budget for their keys and values. Whoever
+comes meanwhile waits in the queue, or is told to come again.
 """

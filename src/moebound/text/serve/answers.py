@@ -186,26 +186,34 @@ class Whole(Response):
         await (response or Response(status_code=CLIENT_GONE))(scope, receive, send)
 
     async def _collect(self) -> Response:
-        finishes, choices = list[Finish](), list[dict[str, Any]]()
-        text, tokens = "", list[TokenLogprob]()
+        n = len(self._job.texts)
+        texts, tokens = [""] * n, [list[TokenLogprob]() for _ in range(n)]
+        finishes = dict[int, Finish]()
         try:
-            while len(choices) < len(self._job.texts):
+            while len(finishes) < n:
                 index, piece = await self._events.get()
-                text += piece.text
-                tokens += piece.tokens
-                if piece.finish is None:
-                    continue
-                told = None if self._job.texts[index].settings.logprobs is None else tokens
-                choices.append(self._format.choice(index, text, told, piece.finish))
-                finishes.append(piece.finish)
-                text, tokens = "", []
+                texts[index] += piece.text
+                tokens[index] += piece.tokens
+                if piece.finish is not None:
+                    finishes[index] = piece.finish
         except ApiError as error:
             return error.response()
-        return JSONResponse(self._format.whole(choices, _usage(self._job, finishes)))
+        choices = [
+            self._format.choice(
+                index,
+                texts[index],
+                None if text.settings.logprobs is None else tokens[index],
+                finishes[index],
+            )
+            for index, text in enumerate(self._job.texts)
+        ]
+        usage = _usage(self._job, finishes.values())
+        return JSONResponse(self._format.whole(choices, usage))
 
 
 class Stream(Response):
-    """The texts as server-sent events, a piece an event, one text after another, closed by [DONE].
+    """The texts as server-sent events, a piece an event, of several texts as they come, closed by
+    [DONE].
 
     An error before the first event is an ordinary error body with its status; a later one is an
     event with that body, and ends the stream without [DONE].
@@ -238,7 +246,7 @@ class Stream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_pieces(self, send: Send) -> None:
-        opened, finishes = -1, list[Finish]()
+        opened, finishes = set[int](), list[Finish]()
         while len(finishes) < len(self._job.texts):
             try:
                 async with asyncio.timeout(KEEP_ALIVE_S):
@@ -246,10 +254,10 @@ class Stream(Response):
             except TimeoutError:
                 await self._send(send, None)
                 continue
-            if self._format.kind == "chat" and opened < index:
+            if self._format.kind == "chat" and index not in opened:
                 begin = {"role": "assistant", "content": ""}
                 await self._send_chunk(send, self._format.chunk(index, begin))
-                opened = index
+                opened.add(index)
             told = None if self._job.texts[index].settings.logprobs is None else piece.tokens
             if piece.text or piece.tokens:
                 delta = {"content": piece.text}

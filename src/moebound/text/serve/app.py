@@ -24,7 +24,8 @@ from moebound.text.serve.metrics import exposition
 from moebound.text.serve.page import Page
 from moebound.text.serve.prompts import Prompts
 from moebound.text.serve.schema import ChatRequest, CompletionRequest
-from moebound.text.serve.worker import Job, Text, Worker
+from moebound.text.serve.worker import Job, Worker
+from moebound.text.together import Text
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
 

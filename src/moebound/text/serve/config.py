@@ -6,18 +6,20 @@ import math
 from dataclasses import dataclass
 
 from moebound.errors import MoeboundError
+from moebound.text.together import MOST
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     """name: of the model, in requests and answers. api_key: what every request must bear; None for
-    no key. queue: requests that may wait while one runs. max_prompt_tokens, max_new_tokens: of a
-    request; None for what the model's positions allow. max_body_bytes, max_header_bytes: of a
-    request; None for a body that can fill the model's positions (`bodies.py`). max_connections:
-    open at a time. receive_s: that the head and then the body of a request may take to arrive, and
-    an idle connection may stay. send_s: that a client may take nothing of what is sent. grace_s:
-    seconds that a running request is given when the server shuts down. chat_template: Jinja, in
-    place of the tokenizer's.
+    no key. max_sequences: texts that are generated at a time. kv_budget: bytes for their keys and
+    values; None for no limit. queue: requests that may wait beside as many. max_prompt_tokens,
+    max_new_tokens: of a request; None for what the model's positions allow. max_body_bytes,
+    max_header_bytes: of a request; None for a body that can fill the model's positions
+    (`bodies.py`). max_connections: open at a time. receive_s: that the head and then the body of a
+    request may take to arrive, and an idle connection may stay. send_s: that a client may take
+    nothing of what is sent. grace_s: seconds that running requests are given when the server shuts
+    down. chat_template: Jinja, in place of the tokenizer's.
 
     Raises MoeboundError for what cannot be.
     """
@@ -25,6 +27,8 @@ class ServeConfig:
     name: str
     api_key: str | None = None
     queue: int = 16
+    max_sequences: int = MOST
+    kv_budget: int | None = None
     max_prompt_tokens: int | None = None
     max_new_tokens: int | None = None
     max_body_bytes: int | None = None
@@ -46,8 +50,8 @@ class ServeConfig:
             )
         if self.queue < 0:
             raise MoeboundError(f"queue {self.queue}: expected 0 or more")
-        for option in ("max_prompt_tokens", "max_new_tokens", "max_body_bytes",
-                       "max_header_bytes", "max_connections"):  # fmt: skip
+        for option in ("max_sequences", "kv_budget", "max_prompt_tokens", "max_new_tokens",
+                       "max_body_bytes", "max_header_bytes", "max_connections"):  # fmt: skip
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise MoeboundError(f"{option} {value}: expected 1 or more")

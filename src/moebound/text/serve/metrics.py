@@ -57,9 +57,15 @@ class _Collector:
             ("reading", "Requests whose body is being read."),
         ):
             yield core.GaugeMetricFamily(f"moebound_requests_{name}", what, self._state[name])
-        yield core.GaugeMetricFamily(
-            "moebound_queue_size", "Requests that may wait.", self._state["queue"]
-        )
+        for name, what, key in (
+            ("queue_size", "Requests that may wait.", "queue"),
+            ("sequences_running", "Texts that are being generated.", "sequences"),
+            ("sequences_paused", "Texts of these that wait for memory.", "sequences_paused"),
+            ("sequences_limit", "Texts that may be generated at a time.", "max_sequences"),
+            ("kv_cache_bytes", "Keys, values and states of running texts.", "kv_bytes"),
+            ("kv_cache_budget_bytes", "What they may take; 0 for no limit.", "kv_budget_bytes"),
+        ):
+            yield core.GaugeMetricFamily(f"moebound_{name}", what, self._state[key])
         for name, histogram in self._stats.histograms().items():
             metric, what = _HELP[name]
             yield core.HistogramMetricFamily(

@@ -16,7 +16,7 @@ from moebound.text.serve.config import ServeConfig
 from moebound.text.serve.engine import Engine
 from moebound.text.serve.errors import ApiError, bad_request
 from moebound.text.serve.schema import ChatRequest, CompletionRequest
-from moebound.text.serve.worker import Text
+from moebound.text.together import Text
 
 Request = ChatRequest | CompletionRequest
 

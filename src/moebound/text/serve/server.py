@@ -68,10 +68,16 @@ def serve(
     bound: as `bind` makes it; closed at the end, as the engine is not. on_ready: called once, when
     requests are taken. on_record: called after each of them, from another thread.
 
-    A signal: no new connections, those that wait get 503, the running request goes on for
-    config.grace_s and then gets 503 too; at a second signal at once.
+    A signal: no new connections, those that wait get 503, running requests go on for
+    config.grace_s and then get 503 too; at a second signal at once.
     """
-    worker = Worker(engine, config.queue, on_record=on_record)
+    worker = Worker(
+        engine,
+        config.queue,
+        most=config.max_sequences,
+        kv_budget=config.kv_budget,
+        on_record=on_record,
+    )
     Server(engine, config, bound, worker, on_ready=on_ready).run(sockets=[bound])
     return worker.stats.to_json()
 

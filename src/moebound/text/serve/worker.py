@@ -1,9 +1,10 @@
-"""One thread that generates, one text at a time, and the bounded queue before it.
+"""One thread that generates, several texts at a time, and the bounded queue before it.
 
-A job is one request, which may ask for several texts: they are made one after another. Its events
-go to `notify`, from the worker's thread: the number of a text and a piece of it, of which the last
-one has a finish; or one exception. A job that is cancelled while it waits leaves the queue at once;
-one that runs stops before its next forward pass, for a pass cannot be broken off.
+A job is one request, which may ask for several texts: they begin in order, as there is room, and
+before those of later jobs. Its events go to `notify`, from the worker's thread: the number of a
+text and a piece of it, of which the last one has a finish; or one exception, which ends the job.
+A job that is cancelled while it waits leaves the queue at once; one that runs stops before its next
+forward pass, for a pass cannot be broken off. An error is of its own job alone.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from moebound.text.generation import Finish, GenerationSettings, Piece, generate
+from moebound.text.generation import Finish, Piece
 from moebound.text.serve.engine import Engine
 from moebound.text.serve.errors import ApiError, shutting_down
 from moebound.text.serve.stats import Outcome, Record, ServeStats
+from moebound.text.together import Text, Together
 
 LONGEST_RETRY_S = 60
 
@@ -27,20 +29,10 @@ Event = tuple[int, Piece] | Exception
 log = logging.getLogger("moebound.serve")
 
 
-@dataclass(frozen=True, eq=False)
-class Text:
-    """One text to generate: what `generate` is called with."""
-
-    prompt_ids: list[int]
-    settings: GenerationSettings
-    continues: bool = False
-    prompt: str | None = None
-
-
 @dataclass(eq=False)
 class Job:
-    """Texts to generate, one after another; never none. n: as many of them, one behind another,
-    have the same prompt. accepted: on the clock of time.perf_counter."""
+    """Texts to generate, never none. n: as many of them, one behind another, have the same prompt.
+    accepted: on the clock of time.perf_counter."""
 
     texts: Sequence[Text]
     notify: Callable[[Event], None]
@@ -75,22 +67,54 @@ class Place:
             worker.release(None)
 
 
+@dataclass(eq=False)
+class _Active:
+    """A job that has begun. begun: on the clock of time.perf_counter, the first text's and each
+    text's. next: the text that begins next. failed: it has had its exception."""
+
+    job: Job
+    begun: float
+    next: int = 0
+    running: int = 0
+    failed: bool = False
+    begins: dict[int, float] = field(default_factory=dict)
+    done: dict[int, Finish] = field(default_factory=dict)
+
+    def given_up(self) -> bool:
+        return self.failed or self.job.cancelled.is_set()
+
+    @property
+    def complete(self) -> bool:
+        return len(self.done) == len(self.job.texts)
+
+
 class Worker:
-    """engine: what generates. queue: jobs that may wait while one runs. on_record: called after
-    each job, from the worker's thread."""
+    """engine: what generates. queue: jobs that may wait while others run. most, kv_budget: texts
+    at a time, and bytes for their keys and values, as of `Together`. on_record: called after each
+    job, from the worker's thread."""
 
     def __init__(
         self,
         engine: Engine,
         queue: int,
         *,
+        most: int = 1,
+        kv_budget: int | None = None,
         on_record: Callable[[Record], None] = lambda record: None,
     ) -> None:
         self.stats = ServeStats()
-        self._engine, self._queue, self._on_record = engine, queue, on_record
+        self._queue, self._on_record = queue, on_record
+        self._together = Together(
+            engine.model,
+            engine.tokenizer,
+            most=most,
+            kv_budget=kv_budget,
+            begin_sequence=engine.begin_sequence,
+        )
+        self._kv_budget = kv_budget
         self._changed = threading.Condition()
         self._waiting = deque[Job]()
-        self._running: Job | None = None
+        self._active = list[_Active]()
         self._reserved = 0
         self._closed = False
         # A daemon, so that a forward pass that hangs cannot keep the process.
@@ -105,8 +129,8 @@ class Worker:
         with self._changed:
             if self._closed:
                 raise shutting_down()
-            busy = len(self._waiting) + (self._running is not None) + self._reserved
-            if busy <= self._queue:
+            busy = len(self._waiting) + len(self._active) + self._reserved
+            if busy < self._queue + self._together.most:
                 self._reserved += 1
                 return Place(self)
         self.stats.refuse()
@@ -145,7 +169,7 @@ class Worker:
         self._leave(job, "cancelled", "while it waited")
 
     def close(self) -> None:
-        """No more jobs: those that wait get 503, the one that runs goes on. Idempotent."""
+        """No more jobs: those that wait get 503, those that run go on. Idempotent."""
         with self._changed:
             self._closed = True
             waiting = list(self._waiting)
@@ -156,10 +180,10 @@ class Worker:
             self._leave(job, "cancelled", "shutting down")
 
     def cancel_running(self) -> None:
-        """The job that runs gets 503 now, and stops as soon as it can."""
+        """The jobs that run get 503 now, and stop as soon as they can."""
         with self._changed:
-            job = self._running
-        if job is not None:
+            jobs = [active.job for active in self._active if not active.given_up()]
+        for job in jobs:
             job.cancelled.set()
             job.notify(shutting_down())
 
@@ -169,87 +193,119 @@ class Worker:
         return not self._thread.is_alive()
 
     def state(self) -> dict[str, int | bool]:
-        """alive: whether jobs are taken and there is a thread to do them."""
+        """alive: whether jobs are taken and there is a thread to do them. Of kv_budget_bytes, 0 is
+        for no limit."""
+        together = self._together
         with self._changed:
             return {
                 "alive": self._thread.is_alive() and not self._closed,
-                "running": int(self._running is not None),
+                "running": len(self._active),
                 "reading": self._reserved,
                 "waiting": len(self._waiting),
                 "queue": self._queue,
+                "sequences": together.running,
+                "sequences_paused": together.paused,
+                "max_sequences": together.most,
+                "kv_bytes": together.kv_bytes,
+                "kv_budget_bytes": self._kv_budget or 0,
             }
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._waiting or self._closed):
-                    self._changed.wait()
-                if not self._waiting:
-                    return
-                job = self._running = self._waiting.popleft()
-            last = self._run(job)
-            # Counted and out of the way first: who has an answer finds both when asking again.
-            with self._changed:
-                self._running = None
-            if last is not None:
-                job.notify(last)
+        with self._together as together:
+            while self._begin_texts():
+                together.step()
 
-    def _run(self, job: Job) -> Event | None:
-        """Returns the last event, which is still to be sent; None for a job that was cancelled."""
-        begun, done = time.perf_counter(), list[Finish]()
-        try:
-            for index, text in enumerate(job.texts):
-                self._engine.begin_sequence()
-                for piece in generate(
-                    self._engine.model,
-                    self._engine.tokenizer,
-                    text.prompt_ids,
-                    text.settings,
-                    continues=text.continues,
-                    prompt=text.prompt,
-                    should_stop=job.cancelled.is_set,
-                ):
-                    if piece.finish is None:
-                        job.notify((index, piece))
-                assert piece.finish is not None  # of the last piece of any text
-                done.append(piece.finish)
-                if piece.finish.reason == "cancelled":
-                    self._leave(job, "cancelled", "while it ran", begun, done)
-                    return None
-                if index < len(job.texts) - 1:
-                    job.notify((index, piece))
-        except Exception as error:
-            log.error("a request failed", exc_info=error)
-            self._leave(job, "failed", type(error).__name__, begun)
-            return error
-        self._leave(job, "completed", done[-1].reason, begun, done)
-        return index, piece
+    def _begin_texts(self) -> bool:
+        """Begin what there is room for; wait for something if nothing runs. False at the end."""
+        while True:
+            for one in [one for one in self._active if one.given_up() and not one.running]:
+                self._end(one, "cancelled", "while it ran")
+            with self._changed:
+                while not (self._waiting or self._active or self._closed):
+                    self._changed.wait()
+                if not (self._waiting or self._active):
+                    return False
+                active = next((one for one in self._active if self._has_more(one)), None)
+                if active is None:
+                    if not (self._waiting and self._together.has_room(self._waiting[0].texts[0])):
+                        return True
+                    active = _Active(self._waiting.popleft(), time.perf_counter())
+                    self._active.append(active)
+                elif not self._together.has_room(active.job.texts[active.next]):
+                    return True
+            self._begin_text(active)
+
+    @staticmethod
+    def _has_more(active: _Active) -> bool:
+        return not active.given_up() and active.next < len(active.job.texts)
+
+    def _begin_text(self, active: _Active) -> None:
+        index = active.next
+        active.next += 1
+        active.running += 1
+        active.begins[index] = time.perf_counter()
+
+        def tell(found: Piece | Exception) -> None:
+            self._told(active, index, found)
+
+        self._together.start(active.job.texts[index], tell, should_stop=active.given_up)
+
+    def _told(self, active: _Active, index: int, found: Piece | Exception) -> None:
+        """A piece of a text, or why there is none."""
+        if isinstance(found, Piece) and found.finish is None:
+            if not active.given_up():
+                active.job.notify((index, found))
+            return
+        active.running -= 1
+        if isinstance(found, Exception):
+            log.error("a request failed", exc_info=found)
+            if not active.given_up():
+                active.failed = True
+                self._end(active, "failed", type(found).__name__)
+                active.job.notify(found)
+                return
+        elif found.finish is not None:
+            active.done[index] = found.finish
+            if not active.given_up() and found.finish.reason != "cancelled":
+                if active.complete:
+                    # Counted and out of the way first: who has an answer finds both when asking
+                    # again.
+                    self._end(active, "completed", found.finish.reason)
+                active.job.notify((index, found))
+                return
+        if active.running == 0 and not active.failed:
+            self._end(active, "cancelled", "while it ran")
+
+    def _end(self, active: _Active, outcome: Outcome, reason: str) -> None:
+        self._leave(active.job, outcome, reason, active)
+        with self._changed:
+            self._active.remove(active)
 
     def _leave(
-        self,
-        job: Job,
-        outcome: Outcome,
-        reason: str,
-        begun: float | None = None,
-        done: Sequence[Finish] = (),
+        self, job: Job, outcome: Outcome, reason: str, active: _Active | None = None
     ) -> None:
-        """begun: on the clock of time.perf_counter, None for a job that only waited."""
+        """active: None for a job that only waited. Of one that failed, nothing but times counts."""
         now = time.perf_counter()
-        queued = (now if begun is None else begun) - job.accepted
+        queued = (now if active is None else active.begun) - job.accepted
+        done = {} if active is None or outcome == "failed" else active.done
         # Of the tokens behind the first ones of all texts.
         paces = [
             (finish.seconds_per_token, finish.n_new - 1)
-            for finish in done
+            for finish in done.values()
             if finish.seconds_per_token is not None
         ]
-        first = done[0].first_token_s if done else None
+        firsts = [
+            active.begins[index] + finish.first_token_s
+            for index, finish in done.items()
+            if active is not None and finish.first_token_s is not None
+        ]
         record = Record(
             outcome=outcome,
             reason=reason,
             n_prompt=job.n_prompt,
-            n_new=sum(finish.n_new for finish in done),
+            n_new=sum(finish.n_new for finish in done.values()),
             queued_s=queued,
-            ttft_s=None if first is None else queued + first,
+            ttft_s=min(firsts) - job.accepted if firsts else None,
             tpot_s=sum(s * n for s, n in paces) / sum(n for _, n in paces) if paces else None,
             total_s=now - job.accepted,
         )
