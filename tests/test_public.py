@@ -33,6 +33,7 @@ ERRORS = {
 NAMES = {
     "ErrorBound",
     "ExpertKey",
+    "MoeboundConfig",
     "__version__",
     "codec_ids",
     "compress",
