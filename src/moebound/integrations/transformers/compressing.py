@@ -134,7 +134,7 @@ def compress_in_place(experts: LiveExperts, method: Method, bound: ErrorBound | 
     groups: dict[tuple[int, ...], list[LiveExpert]] = defaultdict(list)
     for key, expert in experts.items():
         alone = method.scope == "expert"
-        groups[(key.layer, key.index) if alone else (key.layer,)].append(expert)
+        groups[(key.layer, key.expert) if alone else (key.layer,)].append(expert)
 
     def made(group: Sequence[LiveExpert]) -> Artifact:
         return compress(method, GroupView(tuple(_view(expert, bound) for expert in group)))
