@@ -1,4 +1,4 @@
-"""from_pretrained(checkpoint, quantization_config=MoeboundConfig(...)): compressed while it loads."""
+"""from_pretrained(checkpoint, quantization_config=MoeboundConfig(...)): compressed on loading."""
 
 from __future__ import annotations
 

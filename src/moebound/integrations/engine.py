@@ -1,4 +1,4 @@
-"""What loaders of serving engines have in common: the store that a name stands for, and its weights."""
+"""What loaders of serving engines have in common: which store a name stands for, its weights."""
 
 from __future__ import annotations
 

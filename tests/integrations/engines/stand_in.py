@@ -9,7 +9,7 @@ import ast
 import importlib.util
 import json
 import sys
-from abc import ABC, abstractmethod
+from abc import ABC, ABCMeta, abstractmethod
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -47,7 +47,7 @@ def put_in_place(engine: str, monkeypatch: pytest.MonkeyPatch) -> bool:
         sys.modules["vllm"].entered = entered  # type: ignore[attr-defined]
     else:
         hooks = sys.modules["sglang.srt.plugins.hook_registry"]
-        hooks.HookRegistry.register = classmethod(  # type: ignore[attr-defined]
+        hooks.HookRegistry.register = classmethod(
             lambda cls, target, hook, kind: entered.__setitem__(target, (hook, kind))
         )
         hooks.HookType = SimpleNamespace(AROUND="around")  # type: ignore[attr-defined]
@@ -60,7 +60,11 @@ def _entering(module: ModuleType, name: str, entered: dict[str, Any]) -> None:
     """A function that gives a decorator, which keeps what it gets."""
 
     def register(key: str) -> Any:
-        return lambda cls: entered.__setitem__(f"{name} {key}", cls) or cls
+        def keep(cls: Any) -> Any:
+            entered[f"{name} {key}"] = cls
+            return cls
+
+        return keep
 
     setattr(module, name, register)
 
@@ -106,7 +110,8 @@ def _class(name: str, bases: str, known: tuple[Any, ...], names: dict[str, str])
             for kind in (classmethod, staticmethod):
                 made = kind(made) if f"@{kind.__name__}" in said else made
             space[method] = made
-    return type(ABC)(name, known or (ABC,), space)
+    made_class: type = ABCMeta(name, known or (ABC,), space)
+    return made_class
 
 
 def _literal(said: str) -> bool:

@@ -1,4 +1,4 @@
-"""Loaders of vLLM and SGLang: the weights of the decompressed checkpoint, bit for bit, by its names.
+"""Loaders of vLLM and SGLang: the weights of the decompressed checkpoint, bit for bit, by name.
 
 Against the real classes where the engine is installed, else against their recorded signatures
 (record.py): then the engines' own part, building models and placing weights, is not run.
@@ -216,6 +216,9 @@ def test_entering(engine: ModuleType) -> None:
         from sglang.srt.layers.quantization import QUANTIZATION_METHODS
 
         assert QUANTIZATION_METHODS["moebound"] is engine.MoeboundQuantization
+        entered = getattr(sys.modules["sglang"], "entered", None)
+        if entered is not None:
+            assert entered == {engine.HOOKED: (engine.choose_loader, "around")}
 
 
 @pytest.mark.parametrize("engine", ["sglang"], indirect=True)  # vLLM is told by --load-format

@@ -36,7 +36,7 @@ _FORMATS = ("auto", "safetensors")
 
 
 class MoeboundModelLoader(DefaultModelLoader):  # type: ignore[misc]  # SGLang is not installed
-    """SGLang's ordinary loader, whose weights come from a store; also where weights are updated from
+    """SGLang's ordinary loader, whose weights come from a store; also where they are updated from
     disk. Raises moebound's errors for what is no store, damaged, or has edited routing."""
 
     def download_model(self, model_config: Any) -> None:

@@ -1,10 +1,10 @@
-"""`from_pretrained(checkpoint, quantization_config=MoeboundConfig(rate=0.3))`: compress while loading.
+"""`from_pretrained(checkpoint, quantization_config=MoeboundConfig(rate=0.3))`: compress on loading.
 
-For trying a bound on an ordinary checkpoint without writing a store. transformers loads the model as
-always; then every group of experts that a method sees together is compressed, certified, decoded and
-put back in its place, a few groups at a time. So memory is the model's and that of some experts, and
-the model computes with what a store of these weights would give. The promise is about the weights as
-they were loaded: load with `dtype="auto"` to have it about the checkpoint's.
+For trying a bound on an ordinary checkpoint without writing a store. transformers loads the model
+as always; then every group of experts that a method sees together is compressed, certified, decoded
+and put back in its place, a few groups at a time. Memory is the model's and that of some experts,
+and the model computes with what a store of these weights would give. The promise is about the
+weights as they were loaded: load with `dtype="auto"` to have it about the checkpoint's.
 
 The model is an ordinary one afterwards: no quantization config, and `save_pretrained` writes an
 ordinary checkpoint with the decoded weights, not a store. Routed experts only.
