@@ -113,7 +113,7 @@ class CompressingQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = cast(MoeboundConfig, self.quantization_config)
         compress_in_place(live_experts(model), get_method(config.method), config.bound)
-        self.remove_quantization_config(model)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
 
     @property

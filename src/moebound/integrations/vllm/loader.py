@@ -44,8 +44,7 @@ class MoeboundModelLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is 
 
     def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         refuse_more_sources(model)
-        if self.counter_before_loading_weights == 0.0:
-            self.counter_before_loading_weights = time.perf_counter()
+        self.counter_before_loading_weights: float = time.perf_counter()  # what vLLM logs from
         return store_weights(
             model_config.model,
             model_config.revision,
