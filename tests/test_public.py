@@ -34,6 +34,7 @@ ERRORS = {
 NAMES = {
     "ErrorBound",
     "ExpertKey",
+    "MoeboundConfig",
     "__version__",
     "codec_ids",
     "compress",

@@ -35,6 +35,7 @@ from moebound.integrations.transformers import register
 if TYPE_CHECKING:
     from moebound.checkpoint import open_checkpoint
     from moebound.codec import codec_ids, decode, encode
+    from moebound.integrations.transformers.compressing import MoeboundConfig
     from moebound.offload import load
     from moebound.store.decompress import decompress
     from moebound.store.reader import open_store
@@ -58,6 +59,7 @@ __all__ = [
     "ExpertKey",
     "FormatError",
     "MethodError",
+    "MoeboundConfig",
     "MoeboundError",
     "PlanError",
     "SizeError",
@@ -79,6 +81,7 @@ __all__ = [
 _HOMES = {
     "checkpoint": ["open_checkpoint"],
     "codec": ["codec_ids", "decode", "encode"],
+    "integrations.transformers.compressing": ["MoeboundConfig"],
     "offload": ["load"],
     "store": ["compress", "decompress", "open_store", "verify"],
     "types": ["ErrorBound", "ExpertKey"],

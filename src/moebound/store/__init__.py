@@ -32,6 +32,7 @@ from moebound.store.summary import (
     VerifyReport,
 )
 from moebound.store.verify import verify
+from moebound.store.weights import decoded_weights
 from moebound.store.writer import compress
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "VerifyReport",
     "compress",
     "compressed_tensors",
+    "decoded_weights",
     "decompress",
     "measure_calibrated",
     "measure_sizes",

@@ -84,7 +84,7 @@ def decompress(
     jobs = thread_count() if jobs is None else jobs
     check_apart(out, store.path)
     _check_free(out, overwrite)
-    _check_plain(store)
+    check_plain(store)
     check_parts(store)
     if hashes_are_checked():
         check_files(store)
@@ -136,7 +136,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise StoreError(f"{out}: only a checkpoint is overwritten, and this folder is none")
 
 
-def _check_plain(store: Store) -> None:
+def check_plain(store: Store) -> None:
     """Raises StoreError for routing that an ordinary checkpoint cannot have. An alias it can: both
     experts have the same weights."""
     for layer, edit in store.router_edits().items():

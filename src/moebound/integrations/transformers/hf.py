@@ -56,8 +56,12 @@ from moebound.store.reader import read_router_edits, read_tensor_bytes
 logger = logging.getLogger(__name__)
 
 
-class MoeboundConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a store. Raises FormatError for a newer version."""
+class MoeboundStoreConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a store. Raises FormatError for a newer version.
+
+    transformers compares the names of classes: `MoeboundConfig`, which asks for an ordinary
+    checkpoint to be compressed (`compressing.py`), is refused for a store because this is another.
+    """
 
     # postprocess_model then drops the config from the model, which has nothing quantized.
     dequantize = True
@@ -133,7 +137,8 @@ class MoeboundQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise StoreError(
-                "quantization_config of method 'moebound' given for an ordinary checkpoint: "
+                "quantization_config of a store given for an ordinary checkpoint: give "
+                "moebound.MoeboundConfig(rate=...), which compresses it while it loads, or "
                 "compress it first (`moebound compress`), then load the store"
             )
         self._compressed: list[TensorInfo] = []
@@ -383,7 +388,7 @@ def register() -> None:
     from transformers.quantizers import auto
 
     if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(MoeboundConfig)
+        register_quantization_config(QUANT_METHOD)(MoeboundStoreConfig)
     if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         register_quantizer(QUANT_METHOD)(MoeboundQuantizer)
 

@@ -1,0 +1,85 @@
+"""vLLM's loader for stores: decoded weights by the names of the source's checkpoint.
+
+The model is built, sharded (tensor, pipeline, expert parallel) and run by vLLM as if its checkpoint
+were ordinary; `model.load_weights` gets the tensors one after the other. Each process decodes what
+it is handed; with expert parallelism and vLLM's own filter on, only the experts that are its own,
+where they have tensors of their own.
+
+config.json of a store names the quantization method `moebound`, which vLLM looks up. What it finds
+is `MoeboundQuantization`: every layer is the plain one.
+
+Written against vLLM 0.33.0; what is used of it is recorded in tests/integrations/engines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from moebound.integrations.engine import (
+    QUANT_METHOD,
+    fetch_store,
+    refuse_more_sources,
+    store_weights,
+)
+
+LOAD_FORMAT = "moebound"
+"""Of `--load-format`."""
+
+
+class MoeboundModelLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not installed
+    """vLLM's ordinary loader, whose weights come from a store. Raises moebound's errors for what is
+    no store, damaged, or has edited routing."""
+
+    def download_model(self, model_config: Any) -> None:
+        fetch_store(model_config.model, model_config.revision, self.load_config.download_dir)
+
+    def get_all_weights(self, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        refuse_more_sources(model)
+        self.counter_before_loading_weights: float = time.perf_counter()  # what vLLM logs from
+        return store_weights(
+            model_config.model,
+            model_config.revision,
+            self.load_config.download_dir,
+            experts=self.local_expert_ids,
+        )
+
+
+class MoeboundQuantization(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed
+    """What vLLM finds for `quant_method: moebound`: nothing is quantized once it is loaded."""
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0  # no kernel of its own
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # it is in config.json
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MoeboundQuantization:
+        return cls()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        # None means plain for every other kind of layer.
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+
+def enter() -> None:
+    """Into vLLM's tables. Any number of times."""
+    register_model_loader(LOAD_FORMAT)(MoeboundModelLoader)
+    register_quantization_config(QUANT_METHOD)(MoeboundQuantization)
