@@ -177,6 +177,7 @@ def compress(
                 *(("left out", f"{name}: {why}") for name, why in done.left_out.items()),
                 *(("remark", text) for text in done.remarks),
                 ("stored verbatim", f"{done.patched} of {done.n_weights} weights"),
+                *([("resumed", "work of an earlier run was taken up")] if done.resumed else []),
                 ("time", f"{done.seconds:.1f} s, {wording.n_bytes(before / done.seconds)}/s"
                  if done.seconds else "0 s"),
             ],

@@ -169,10 +169,7 @@ def _said(step: Step) -> str:
 def _left(step: Step) -> str:
     if step.left_s is None:
         return "time left unknown"
-    minutes = step.left_s / 60
-    if minutes < 1:
-        return f"{step.left_s:.0f} s left"
-    return f"{minutes:.0f} min left" if minutes < 90 else f"{minutes / 60:.1f} h left"
+    return wording.time_left(step.left_s)
 
 
 def _document(outcome: Outcome) -> dict[str, Any]:

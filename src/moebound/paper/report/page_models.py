@@ -40,7 +40,9 @@ def render_models(models: Models) -> str:
         _effects(models),
         _how(models),
     ]
-    return document("Errors in experts: " + ", ".join(models.names), sections, more_style=style())
+    return document(
+        "Errors in experts: " + ", ".join(models.names), sections, more_style=style(), contents=True
+    )
 
 
 def _opening(models: Models) -> str:
