@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +13,12 @@ from moebound.cli.output import Output
 
 
 @contextlib.contextmanager
-def step_bar(output: Output) -> Iterator[Callable[[str, int, int], None]]:
+def step_bar(output: Output, *, every_s: float = 0.0) -> Iterator[Callable[[str, int, int], None]]:
     """Yields what to call with (what was done, steps done, steps in all): a bar where somebody
-    watches; else a line a step with the time left, so that a log shows life."""
+    watches; else a line a step with the time left, so that a log shows life: of steps that
+    are many, one in every_s seconds, and the last."""
     if not output.shows_progress:
-        yield _lines(output)
+        yield _lines(output, every_s)
         return
     from rich.console import Console
     from rich.progress import (
@@ -41,12 +43,16 @@ def step_bar(output: Output) -> Iterator[Callable[[str, int, int], None]]:
         yield say
 
 
-def _lines(output: Output) -> Callable[[str, int, int], None]:
+def _lines(output: Output, every_s: float) -> Callable[[str, int, int], None]:
     first: tuple[float, int] | None = None
+    last = -math.inf
 
     def say(what: str, done: int, total: int) -> None:
-        nonlocal first
+        nonlocal first, last
         left = ""
+        if first is not None and done < total and time.monotonic() - last < every_s:
+            return
+        last = time.monotonic()
         if first is None:
             first = time.monotonic(), done  # what an earlier run has done took no time of this one
         elif first[1] < done < total:
