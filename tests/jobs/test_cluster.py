@@ -5,6 +5,7 @@ The machines are Ray nodes on this one, with room for a worker each.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -51,8 +52,7 @@ class Machines:
                 machines.lost += 1
                 super()._gone(worker)
 
-        import ray
-
+        ray = importlib.import_module("ray")
         found = Watched(setup.with_threads(1), 2, self._cluster.address)
         # Both are at work when the first thing is finished, and one is lost then.
         opened = [worker.call.remote("use", ({"ties": []},)) for worker in found._grow(2)]
@@ -68,9 +68,8 @@ class Machines:
 @pytest.fixture
 def machines() -> Iterator[Machines]:
     ray = pytest.importorskip("ray", reason="pip install '.[ray]'")
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster_utils = importlib.import_module("ray.cluster_utils")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         yield Machines(cluster)
     finally:
@@ -160,8 +159,7 @@ class Dies:
 
 @pytest.mark.slow
 def test_work_that_kills_its_workers_is_given_up(machines: Machines) -> None:
-    from ray import cloudpickle
-
+    cloudpickle = importlib.import_module("ray.cloudpickle")
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not see tests
     with machines.hire(Opening(Dies, {})) as workers, pytest.raises(MoeboundError, match="memory"):
         list(workers.run([1, 2, 3], {}))

@@ -136,7 +136,7 @@ def compress(
     jobs = thread_count() if jobs is None else jobs
     if jobs < 1 or shard_bytes < 1:
         raise StoreError(f"jobs {jobs}, shard_bytes {shard_bytes}: expected at least 1")
-    asked = {
+    asked: dict[str, Any] = {
         "bound": bound, "method": method, "calibration": calibration, "layers": layers,
         "experts": experts, "shared_experts": shared_experts, "shard_bytes": shard_bytes,
     }  # fmt: skip
@@ -265,8 +265,10 @@ class _Job:
 
     @property
     def _shards(self) -> dict[str, TensorShard | ExpertShard]:
-        layout = self.layout
-        return {shard.name: shard for shard in (*layout.tensor_shards, *layout.expert_shards)}
+        both: list[TensorShard | ExpertShard] = [
+            *self.layout.tensor_shards, *self.layout.expert_shards,
+        ]  # fmt: skip
+        return {shard.name: shard for shard in both}
 
     def write_shard(self, folder: Path, name: str) -> None:
         """One of them, whether it is there or not."""
