@@ -13,7 +13,7 @@ import pytest
 
 from moebound import store as store_package
 from moebound.cli import exits
-from moebound.cli.main import cli
+from moebound.cli.main import cli, main
 from moebound.cli.output import Output
 from moebound.errors import CorruptionError, StoreError
 
@@ -185,3 +185,10 @@ def test_the_module_is_the_command_exit_codes_included() -> None:
             [sys.executable, "-m", "moebound", *arguments], capture_output=True, check=False
         )
         assert ran.returncode == code, ran.stderr
+
+
+def test_alone_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    said = "".join(capsys.readouterr())
+    assert said.startswith("Usage: moebound")
+    assert "Try 'moebound" not in said

@@ -76,9 +76,10 @@ def test_readme_runs(
         plain = words[0] in ("inspect", "compress", "verify") and "--plan" not in words
         if plain and len(words) > 1:
             assert main(words) == 0, words
-    load, arrays = blocks(ROOT / "README.md", "python")
+    load, offload, arrays = blocks(ROOT / "README.md", "python")
     capsys.readouterr()
     exec(compile(load, "README.md", "exec"), {})
+    exec(compile(offload, "README.md", "exec"), {})
     assert "\\boxed{25}" in capsys.readouterr().out
     exec(compile(arrays, "README.md", "exec"), {})
 

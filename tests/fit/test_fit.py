@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,39 @@ def test_what_cannot_be_said(tmp_path: Path, tiny: MakeTiny) -> None:
     with pytest.raises(CheckpointError, match="no_such_model"):
         shape_of(tmp_path / "other")
     assert main(["fit"]) == main(["fit", "--known", "Kimi-K2"]) == 2
+
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+
+def test_rates_of_the_road_are_those_that_were_measured() -> None:
+    road = import_module("moebound.fit.road")  # the name is the function's, too
+    found = json.loads((RESULTS / "compress_checkpoint.json").read_bytes())
+    assert found["n_weights"] == road.CHECKPOINT_WEIGHTS
+    for name, seconds, mib in (
+        ("compress", road.COMPRESS_S, road.COMPRESS_MIB),
+        ("verify_against", road.VERIFY_S, road.VERIFY_MIB),
+        ("decompress", road.DECOMPRESS_S, road.DECOMPRESS_MIB),
+    ):
+        assert (found[name]["seconds"], found[name]["peak_mib"]) == (seconds, mib)
+    layer = json.loads((RESULTS / "calibrate_layer.json").read_bytes())
+    assert layer["n_weights"] == road.CALIBRATED_WEIGHTS
+    assert layer["compress"]["cpu_seconds"] == road.CALIBRATED_CPU_S
+    assert layer["compress"]["peak_mib"] == road.CALIBRATED_MIB
+
+
+def test_more_machines_take_less_time(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = []
+    for machines in ("1", "8"):
+        command = ["fit", "DeepSeek-V2-Lite", "--rate", "0.3", "--steps", "--json"]
+        assert main([*command, "--machines", machines]) == 0
+        [model] = json.loads(capsys.readouterr().out)["models"]
+        steps = {step["name"]: step for step in model["steps"]}
+        assert steps["compress --rate"]["disk"] == model["rates"][0]["model_bytes"]
+        seconds.append(steps["compress --rate"]["seconds"])
+        # The moments of every expert: half of two matrices, in float32.
+        n = model["layers"] * model["experts_per_layer"]
+        out, inner = model["expert_shapes"][-1]
+        one = 2 * (out * (out + 1) + inner * (inner + 1))
+        assert steps["calibrate"]["disk"] == n * one
+    assert seconds[0] == pytest.approx(8 * seconds[1])

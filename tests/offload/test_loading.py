@@ -358,3 +358,15 @@ def test_a_device_that_is_not_there(both: Make) -> None:
     store, _ = both("mixtral")
     with pytest.raises(MoeboundError, match=r"device 'cuda:99': torch .* cannot use it here"):
         load(store, device="cuda:99")
+
+
+def test_it_is_a_model_and_a_tokenizer_and_says_so(both: Make) -> None:
+    store, _ = both("olmoe")
+    with load(store, ram_budget="50%") as offloaded:
+        model, tokenizer = offloaded
+        assert model is offloaded.model
+        assert tokenizer is offloaded.tokenizer
+        with pytest.raises(AttributeError, match=r"use \.model\.generate"):
+            _ = offloaded.generate
+        with pytest.raises(TypeError, match=r"use \.model\(\.\.\.\)"):
+            offloaded(IDS)

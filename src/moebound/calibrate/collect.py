@@ -13,7 +13,7 @@ that a text seldom uses are seen as well, at E/K times the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from moebound.calibrate.edited import edit_routing
 from moebound.calibrate.search import TOKENS, Search
 from moebound.calibrate.text import Text
 from moebound.checkpoint import top_k_of
 from moebound.checkpoint.families import router_groups_of
 from moebound.errors import MoeboundError
-from moebound.evaluate.loading import Loaded
+from moebound.evaluate.loading import Loaded, load
 from moebound.evaluate.text import batches, pad
 from moebound.files.documents import load_json, save_json
 from moebound.files.formats.statistics import (
@@ -42,6 +43,7 @@ from moebound.files.formats.statistics import (
     read_statistics,
     save_statistics,
 )
+from moebound.jobs.workers import Workers
 from moebound.model.calls import Pairs, listen_early
 from moebound.model.fingerprint import of_corners
 from moebound.model.inner import inner
@@ -79,12 +81,40 @@ def collect(
     out: Path,
     settings: Settings = Settings(),
     say: Say = lambda *_: None,
+    workers: Workers | None = None,
 ) -> Statistics:
     """Write the statistics of a model's routed experts on a text to the folder `out`.
+
+    workers: of `reader`, one for this model, text, folder and settings; None for this process. Each
+    reads the text for some of the experts, and writes their files. One file is one worker's, with
+    sums in the order of the text: with as many threads, the bytes are those of one process.
 
     Raises MoeboundError for a folder that holds something else, UnsupportedArchitectureError for a
     dense model or a family whose experts cannot be heard, StoreError for a full disk.
     """
+    of = _of(loaded, text, settings)
+    run = _Run(loaded, text, out, of, _begin(out, of, settings.memory))
+    if (out / FILE).is_file():
+        return read_statistics(out)
+    live = live_experts(loaded.model)
+    spans, n = list(_spans(live.stacks, of, settings.memory)), len(text.rows)
+    if workers is not None:
+        missing = [at for at, some in enumerate(spans) if not run.has(some)]
+        finished = len(spans) - len(missing)
+        for at in workers.run(missing, {}):
+            finished += 1
+            say(_named(spans[at]), finished * n, len(spans) * n)
+        return run.finish(spans)
+    for at, some in enumerate(spans):
+
+        def done(sequences: int, at: int = at) -> None:
+            say(_named(spans[at]), at * n + sequences, len(spans) * n)
+
+        run.read(some, done)
+    return run.finish(spans)
+
+
+def _of(loaded: Loaded, text: Text, settings: Settings) -> Of:
     live = live_experts(loaded.model)
     shapes = {tuple(entry.stack.view("down", 0).shape) for entry in live.stacks}
     if len(shapes) > 1:
@@ -93,7 +123,7 @@ def collect(
             "statistics are of one size"
         )
     width, hidden = shapes.pop()
-    of = Of(
+    return Of(
         model=loaded.source.name,
         fingerprint=of_corners(live),
         text=text.name,
@@ -107,17 +137,50 @@ def collect(
         searched=settings.search,
         after=settings.after,
     )
-    run = _Run(loaded, text, out, of, _begin(out, of, settings.memory))
-    if (out / FILE).is_file():
-        return read_statistics(out)
-    spans, n = list(_spans(live.stacks, of, settings.memory)), len(text.rows)
-    for at, some in enumerate(spans):
 
-        def done(sequences: int, at: int = at) -> None:
-            say(_named(spans[at]), at * n + sequences, len(spans) * n)
 
-        run.read(some, done)
-    return run.finish(spans)
+class Reader:
+    """What a worker has: the model, and the passes over the text that it may be told to make."""
+
+    def __init__(self, loaded: Loaded, text: Text, out: Path, settings: Settings) -> None:
+        of = _of(loaded, text, settings)
+        self.fingerprint = of.fingerprint
+        self._run = _Run(loaded, text, out, of, set())
+        self._spans = list(_spans(live_experts(loaded.model).stacks, of, settings.memory))
+
+    def use(self, known: Mapping[str, Any]) -> None:
+        """Passes need to know nothing of each other."""
+
+    def run(self, at: int) -> int:
+        self._run.read(self._spans[at], lambda _: None)
+        return at
+
+
+def reader(
+    src: str,
+    dtype: str,
+    device: str,
+    text: Text,
+    out: Path,
+    settings: Settings,
+    edited_by: Path | None,
+    fingerprint: str,
+    threads: int | None,
+) -> Reader:
+    """A worker's. edited_by: statistics that `settings.after` chooses by. fingerprint: of the
+    experts that the process which asked has; MoeboundError where src has others here."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load(src, dtype=dtype, device=device)
+    if settings.after is not None and edited_by is not None:
+        edit_routing(loaded.model, settings.after, read_statistics(edited_by))
+    found = Reader(loaded, text, out, settings)
+    if found.fingerprint != fingerprint:
+        raise MoeboundError(
+            f"{src}: a worker finds other weights there than the process that asked; all machines "
+            "must see the same files"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -199,10 +262,13 @@ class _Run:
     finished: set[str]
     tables: dict[int, Any] = field(default_factory=dict)
 
+    def has(self, spans: Sequence[Span]) -> bool:
+        return all(span.part.file in self.finished for span in spans)
+
     @torch.no_grad()
     def read(self, spans: Sequence[Span], done: Callable[[int], None]) -> None:
         """Read the text once for these experts, and write their files."""
-        if all(span.part.file in self.finished for span in spans):
+        if self.has(spans):
             done(len(self.text.rows))
             return
         sums = [_Sums(span, self.of, self.loaded.device) for span in spans]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from moebound.cli import exits, wording
+from moebound.cli.hands import everywhere, hire, works_in_parts
 from moebound.cli.options import check_text, reads_a_text
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
@@ -45,6 +47,7 @@ HELD_OUT = 500
               help="What --after chooses by: statistics of the whole model.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", default="1GiB", show_default=True,
               help="Hold so much of H at once; less: the text is read more often.")  # fmt: skip
+@works_in_parts("a model of its own")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
               default="float32", show_default=True, help="What to compute with.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True,
@@ -65,6 +68,8 @@ def calibrate(
     after: str | None,
     calibration: Path | None,
     memory: str,
+    workers: int,
+    ray_address: str | None,
     dtype: str,
     device: str,
 ) -> int:
@@ -80,9 +85,15 @@ def calibrate(
     if (after is None) != (calibration is None):
         raise click.UsageError("--after and --calibration go together")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
     from moebound.calibrate import Settings, collect, edit_routing, of_file, of_task
+    from moebound.calibrate.collect import UNFINISHED, reader
     from moebound.evaluate.loading import load
     from moebound.files.formats.statistics import read_statistics
+    from moebound.jobs.workers import Opening
+    from moebound.model.fingerprint import of_corners
+    from moebound.model.live import live_experts
     from moebound.offload.budget import parse_size
     from moebound.tasks import get_task
 
@@ -98,8 +109,21 @@ def calibrate(
         after = edit_routing(loaded.model, after, read_statistics(calibration))
     moments: Moments = "diagonal" if diagonal else "full"
     settings = Settings(not all_tokens, moments, room, search, after)
-    with step_bar(output) as say:
-        found = collect(loaded, read, out, settings, say)
+    hands_of = hire(workers, ray_address, device=device)
+    with step_bar(output) as say, ExitStack() as stack:
+        hands = None
+        if hands_of is not None:
+            # Sums depend on the number of threads, so a worker has as many as this process.
+            setup = Opening(reader, {
+                "src": everywhere(src), "dtype": dtype, "device": device, "text": read,
+                "out": out.resolve(), "settings": settings,
+                "edited_by": None if calibration is None else calibration.resolve(),
+                "fingerprint": of_corners(live_experts(loaded.model)),
+            }, threads=torch.get_num_threads())  # fmt: skip
+            hands = stack.enter_context(hands_of(setup))
+        if (out / UNFINISHED).is_file():
+            output.note(f"resumed: going on with what is finished in {out}")
+        found = collect(loaded, read, out, settings, say, hands)
     document = _document(found)
     output.result(document, _table(found, document))
     return exits.OK

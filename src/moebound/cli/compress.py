@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moebound.cli import exits, wording
+from moebound.cli.hands import hire, works_in_parts
 from moebound.cli.options import BoundValue, CodecId, IndexSet, MethodSetting, chosen_bound
 from moebound.cli.output import Output, output_options
 from moebound.cli.progress import progress_bar
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     default=None,
     help="Experts to work on at a time.  [default: one a CPU]",
 )
+@works_in_parts("its share of the shards")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in DST.")
 @click.option("--overwrite", is_flag=True, help="Replace what is in DST, once all is written.")
 @output_options
@@ -101,6 +103,8 @@ def compress(
     experts: set[int] | None,
     shared_experts: bool,
     jobs: int | None,
+    workers: int,
+    ray_address: str | None,
     resume: bool,
     overwrite: bool,
 ) -> int:
@@ -127,13 +131,11 @@ def compress(
         raise click.UsageError("--resume and --overwrite exclude each other")
 
     from moebound import store
-    from moebound.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(src)
     with progress_bar(output, "compressing") as progress:
         try:
             done = store.compress(
-                checkpoint,
+                src,
                 dst,
                 bound=bound,
                 codec=codec,
@@ -145,6 +147,7 @@ def compress(
                 jobs=jobs,
                 on_existing="resume" if resume else "overwrite" if overwrite else "error",
                 progress=progress,
+                workers=hire(workers, ray_address),
             )
         except KeyboardInterrupt:
             output.note("what is written is kept: the same command with --resume goes on from it")
@@ -174,6 +177,7 @@ def compress(
                 *(("left out", f"{name}: {why}") for name, why in done.left_out.items()),
                 *(("remark", text) for text in done.remarks),
                 ("stored verbatim", f"{done.patched} of {done.n_weights} weights"),
+                *([("resumed", "work of an earlier run was taken up")] if done.resumed else []),
                 ("time", f"{done.seconds:.1f} s, {wording.n_bytes(before / done.seconds)}/s"
                  if done.seconds else "0 s"),
             ],

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 LM_EVAL = "lm-eval:"
 DOWN = "/"
+EVERY_S = 5.0
+"""Seconds between two lines about progress where no terminal shows a bar."""
 
 
 @click.command("eval")
@@ -99,7 +101,7 @@ def eval_command(
     problems = asked.problems(limit)
     before = None if baseline is None else _baseline(baseline, asked.name, problems)
     loaded = load(src, dtype=dtype, device=device)
-    with step_bar(output) as say, _skipping(loaded, calibration) as skipped:
+    with step_bar(output, every_s=EVERY_S) as say, _skipping(loaded, calibration) as skipped:
         found = evaluate(
             loaded, asked, limit=limit, batch=batch, answers=answers,
             drafts=None if before is None else before.texts,
@@ -171,7 +173,7 @@ def _lm_eval(
 def _perplexity(output: Output, loaded: Loaded, path: Path, limit: int | None) -> int:
     from moebound.evaluate.perplexity import perplexity
 
-    with step_bar(output) as say:
+    with step_bar(output, every_s=EVERY_S) as say:
         found = perplexity(
             loaded, path, limit=limit, progress=lambda done, total: say("reading", done, total)
         )

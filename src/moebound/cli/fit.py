@@ -11,7 +11,7 @@ from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
 if TYPE_CHECKING:
-    from moebound.fit import Estimate, Fits, Shape
+    from moebound.fit import Estimate, Fits, Shape, Step
 
 
 @click.command()
@@ -22,9 +22,20 @@ if TYPE_CHECKING:
               "[default: 0.1, 0.3, 0.8]")  # fmt: skip
 @click.option("--ram", metavar="SIZE",
               help="Memory there is, as 16GB: says what would lie where.")  # fmt: skip
+@click.option("--steps", is_flag=True,
+              help="Also what each command would take at the first rate, by measured rates of "
+              "machines with two cores.")  # fmt: skip
+@click.option("--machines", type=click.IntRange(min=1), default=1, show_default=True,
+              help="How many, for --steps (--ray).")  # fmt: skip
 @output_options
 def fit(
-    output: Output, models: tuple[str, ...], known: bool, rates: tuple[float, ...], ram: str | None
+    output: Output,
+    models: tuple[str, ...],
+    known: bool,
+    rates: tuple[float, ...],
+    ram: str | None,
+    steps: bool,
+    machines: int,
 ) -> int:
     """Say how large MODEL would be at each rate, and how long compressing it would take here.
 
@@ -32,7 +43,7 @@ def fit(
     config.json, or a model id on the hub. Only its config is read. Sizes and times are those of
     random experts of the same shapes, which are compressed on this machine, times their number.
     """
-    from moebound.fit import KNOWN, estimate, shape_of
+    from moebound.fit import KNOWN, estimate, road, shape_of
     from moebound.fit.estimate import RATES
     from moebound.offload.budget import parse_size
 
@@ -46,13 +57,19 @@ def fit(
         for number, shape in enumerate(shapes):
             say(shape.name, number, len(shapes))
             found.append((shape, estimate(shape, rates or RATES, memory=memory)))
-    document = {
+    document: dict[str, Any] = {
         "models": [
             {"model": shape.name, **shape.to_json(), "rates": [e.to_json() for e in estimates]}
             for shape, estimates in found
         ]
     }
-    output.result(document, _table(found), _WORDS)
+    tables = [_table(found), _WORDS]
+    if steps:
+        for entry, (shape, estimates) in zip(document["models"], found, strict=True):
+            taken = road(shape, estimates[0], machines=machines)
+            entry["machines"], entry["steps"] = machines, [step.to_json() for step in taken]
+            tables += [_road(shape, estimates[0].rate, machines, taken), _ROAD_WORDS]
+    output.result(document, *tables)
     return exits.OK
 
 
@@ -80,6 +97,25 @@ def _table(found: list[tuple[Shape, list[Estimate]]]) -> Any:
     if fits:
         memory = next(e.fits.memory for _, es in found for e in es if e.fits)
         columns.append(f"in {wording.n_bytes(memory)}")
+    return wording.grid(columns, rows)
+
+
+_ROAD_WORDS = (
+    "Computed, not tried: by rates measured on two cores (bench/results), with disks that keep up. "
+    "A dash: not\nmeasured at such a size."
+)
+
+
+def _road(shape: Shape, rate: float, machines: int, steps: list[Step]) -> Any:
+    number = "one machine" if machines == 1 else f"{machines} machines"
+    rows = [
+        (step.name, "-" if step.seconds is None else _time(step.seconds),
+         wording.n_bytes(step.memory), wording.n_bytes(step.disk) if step.disk else "-",
+         str(step.parts), step.remark)
+        for step in steps
+    ]  # fmt: skip
+    columns = [f"{shape.name}, rate {rate:g}, {number}", "time", "memory of\none", "writes",
+               "parts", ""]  # fmt: skip
     return wording.grid(columns, rows)
 
 

@@ -121,6 +121,10 @@ def _report(error: BaseException, *, as_json: bool) -> int:
     if exits.wants_traceback():
         exits.print_traceback(error)
     message = exits.message_for(error)
+    # Click before 8.2 prints it itself.
+    if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        click.echo(message, err=True)  # the help itself: nothing else was asked
+        return code
     click.echo(f"moebound: {message}", err=True)
     if hint := exits.hint_for(error):
         click.echo(hint, err=True)

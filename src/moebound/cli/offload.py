@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., int])
 
+SMALL_S = 1e-3
+"""Decoding and computing an expert takes less where experts are tiny."""
+
 _OPTIONS = (
     click.option("--ram-budget", metavar="SIZE",
                  help="Memory for experts, decoded and compressed together: 4GiB, or 20% of all "
@@ -135,11 +138,19 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
     decode = "" if speeds.decode is None else f", decoding {speeds.decode / 1e6:.0f} Mweights/s"
     ways = ", ".join(f"{1e3 * seconds:.1f} ms ({name})"
                      for name, seconds in choice.predicted_s.items())  # fmt: skip
+    costs = choice.costs
+    # What Python does for a call is no part of the costs, and more than a small expert takes.
+    small = costs.decode_s + costs.compute_s < SMALL_S
     return [
         f"experts: {choice.source}, {where}, {wording.n_bytes(choice.expert_bytes)}; "
         f"{wording.n_bytes(choice.cache_bytes)} for decoded ones",
         f"measured: reading {wording.n_bytes(speeds.link)}/s{decode}",
-        f"predicted, a token: {ways}; at a hit ratio of {choice.expected_hit_ratio:.2f}",
+        f"predicted, a token: {ways}; at a hit ratio of {choice.expected_hit_ratio:.2f}"
+        + (
+            "; experts are so small here that a token may take several times as long"
+            if small
+            else ""
+        ),
     ]
 
 

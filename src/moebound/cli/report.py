@@ -73,7 +73,7 @@ def _beside(models: Models) -> list[RenderableType]:
             words[outcome] + ("" if real in (None, outcome) else f" (codec: {words[real]})")
             for outcome, real in zip(entry.outcomes, entry.real, strict=True)
         ]
-        rows.append([entry.claim.id, *cells, _TOGETHER[entry.together]])
+        rows.append([entry.claim.text, *cells, _TOGETHER[entry.together]])
     answer = WORDS["question"][models.generalises]
     return [
         wording.grid(["", *models.names, "together"], rows),
@@ -86,7 +86,7 @@ def _summary(found: Report) -> list[RenderableType]:
 
     rows = [
         [
-            v.claim.id,
+            v.claim.text,
             WORDS[v.claim.kind][v.outcome],
             "" if v.real is None else WORDS[v.claim.kind][v.real.outcome],
         ]

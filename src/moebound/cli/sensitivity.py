@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from moebound.cli import exits, wording
+from moebound.cli.hands import everywhere, hire, works_in_parts
 from moebound.cli.options import CodecId, Numbers
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
               "which plans do not use, and takes a third of the time.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
               help="Of the sample and of random probes.")  # fmt: skip
+@works_in_parts("a model of its own")
 @output_options
 def sensitivity(
     output: Output,
@@ -61,6 +64,8 @@ def sensitivity(
     sample: int,
     ties: int,
     seed: int,
+    workers: int,
+    ray_address: str | None,
 ) -> int:
     """Predict, for every expert of SRC, what compressing it does to the model's predictions.
 
@@ -74,8 +79,12 @@ def sensitivity(
     # Threads of torch that spin while they wait would keep other programs from their work; it is
     # read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
     from moebound.evaluate.loading import load
+    from moebound.jobs.workers import Opening
     from moebound.sensitivity.map.build import Build
+    from moebound.sensitivity.map.parts import parts
     from moebound.sensitivity.map.settings import MapSettings
     from moebound.tasks import get_task
 
@@ -85,11 +94,20 @@ def sensitivity(
     )  # fmt: skip
     asked = get_task(task)
     loaded = load(src)
-    with step_bar(output) as say:
+    hands_of = hire(workers, ray_address)
+    with step_bar(output) as say, ExitStack() as stack:
         build = Build.of(loaded, asked, limit, settings, out, say, skip=skip, tokens=tokens)
         if build.rows.found:
-            output.note(f"going on from {build.rows.path}")
-        found = build.run()
+            output.note(f"resumed: going on from {build.rows.path}")
+        hands = None
+        if hands_of is not None:
+            # Figures depend on the number of threads, so a worker has as many as this process.
+            setup = Opening(parts, {
+                "src": everywhere(src), "task": everywhere(task), "limit": limit, "skip": skip,
+                "tokens": tokens, "settings": settings, "weights": build.weights,
+            }, threads=torch.get_num_threads())  # fmt: skip
+            hands = stack.enter_context(hands_of(setup))
+        found = build.run(hands)
     output.result(_short(found, out), *_tables(found, out))
     return exits.OK
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 
+from moebound.cli import wording
 from moebound.cli.output import Output
 
 
 @contextlib.contextmanager
-def step_bar(output: Output) -> Iterator[Callable[[str, int, int], None]]:
+def step_bar(output: Output, *, every_s: float = 0.0) -> Iterator[Callable[[str, int, int], None]]:
     """Yields what to call with (what was done, steps done, steps in all): a bar where somebody
-    watches; else a line a step, so that a log shows life."""
+    watches; else a line a step with the time left, so that a log shows life: of steps that
+    are many, one in every_s seconds, and the last."""
     if not output.shows_progress:
-        yield lambda what, done, total: output.note(f"[{done}/{total}] {what}")
+        yield _lines(output, every_s)
         return
     from rich.console import Console
     from rich.progress import (
@@ -37,3 +41,23 @@ def step_bar(output: Output) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, description=what, completed=done, total=total)
 
         yield say
+
+
+def _lines(output: Output, every_s: float) -> Callable[[str, int, int], None]:
+    first: tuple[float, int] | None = None
+    last = -math.inf
+
+    def say(what: str, done: int, total: int) -> None:
+        nonlocal first, last
+        left = ""
+        if first is not None and done < total and time.monotonic() - last < every_s:
+            return
+        last = time.monotonic()
+        if first is None:
+            first = time.monotonic(), done  # what an earlier run has done took no time of this one
+        elif first[1] < done < total:
+            seconds = (time.monotonic() - first[0]) * (total - done) / (done - first[1])
+            left = f"; {wording.time_left(seconds)}"
+        output.note(f"[{done}/{total}] {what}{left}")
+
+    return say

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moebound.cli import exits, wording
+from moebound.cli.hands import hire, works_in_parts
 from moebound.cli.output import Output, output_options
 
 if TYPE_CHECKING:
-    from moebound.jobs.workers import Workers
-    from moebound.paper.study.measure import Setup
     from moebound.paper.study.run import Outcome, Step
 
 HARDER = {"wordmath": "wordmath-hard"}
@@ -34,10 +33,7 @@ HARDER = {"wordmath": "wordmath-hard"}
 @click.option("--limit", type=click.IntRange(min=1), help="Problems a condition.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Draws of each simulated error.")
 @click.option("--sources", help="Error sources, separated by commas.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Processes, each with a model of its own.")  # fmt: skip
-@click.option("--ray", "ray_address", metavar="ADDRESS",
-              help="Run the workers on a Ray cluster: its address, auto, or local.")  # fmt: skip
+@works_in_parts("a model of its own")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
 @click.option("--dtype", default="float32", show_default=True,
               help="What it computes with: float32, bfloat16, float16 or auto.")  # fmt: skip
@@ -67,6 +63,7 @@ def study(
     # Threads of torch that spin while they wait would keep other programs from their work; it is
     # read once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from moebound.jobs.workers import InProcess
     from moebound.paper.study.measure import Setup
     from moebound.paper.study.run import run_study
     from moebound.paper.study.suite_file import get_suite
@@ -88,24 +85,14 @@ def study(
         src, tasks, limit or chosen.n_problems, min(chosen.n_read, limit or chosen.n_read),
         dtype=dtype, device=device,
     )  # fmt: skip
-    with _steps(output, folder) as say, _workers(setup, workers, ray_address) as hands:
+    hands_of = hire(workers, ray_address, device=device) or (lambda setup: InProcess(setup.open()))
+    with _steps(output, folder) as say, hands_of(setup) as hands:
         outcome = run_study(
             folder, chosen, setup, hands,
             task_names=names, sources=listed, n_seeds=seeds, say=say,
         )  # fmt: skip
     output.result(_document(outcome), _facts(outcome))
     return exits.OK
-
-
-def _workers(setup: Setup, count: int, ray_address: str | None) -> Workers:
-    from moebound.jobs.workers import InProcess, Processes
-
-    if ray_address is not None:
-        from moebound.jobs.cluster import RayWorkers
-
-        gpus = 0.0 if setup.device == "cpu" else 1.0
-        return RayWorkers(setup, count, ray_address, gpus=gpus)
-    return InProcess(setup.open()) if count == 1 else Processes(setup, count)
 
 
 @contextlib.contextmanager
@@ -182,10 +169,7 @@ def _said(step: Step) -> str:
 def _left(step: Step) -> str:
     if step.left_s is None:
         return "time left unknown"
-    minutes = step.left_s / 60
-    if minutes < 1:
-        return f"{step.left_s:.0f} s left"
-    return f"{minutes:.0f} min left" if minutes < 90 else f"{minutes / 60:.1f} h left"
+    return wording.time_left(step.left_s)
 
 
 def _document(outcome: Outcome) -> dict[str, Any]:

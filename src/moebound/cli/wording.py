@@ -119,3 +119,10 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
+
+
+def time_left(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s left"
+    return f"{minutes:.0f} min left" if minutes < 90 else f"{minutes / 60:.1f} h left"

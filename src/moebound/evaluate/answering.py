@@ -66,8 +66,12 @@ def answer_in_batches(
     *,
     batch: int | None = None,
     drafts: Sequence[str] | None = None,
+    ended: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[list[int], list[Output]]]:
-    """Yields indices of problems with their answers, batch by batch, shortest prompts first."""
+    """Yields indices of problems with their answers, batch by batch, shortest prompts first.
+
+    ended: called, where there are no drafts, with how many answers of the current batch have ended.
+    """
     if batch is not None and batch < 1:
         raise TaskError(f"batch {batch}: expected 1 or more")
     prompts = encode_prompts(loaded.tokenizer, task, problems, model=loaded.model)
@@ -86,7 +90,7 @@ def answer_in_batches(
         if guesses is None:
             decoded = decode(
                 loaded.model, asked, max_new_tokens=task.max_new_tokens, ends=ends, pad=pad,
-                positions=positions, stopped=stopped,
+                positions=positions, stopped=stopped, ended=ended,
             )  # fmt: skip
         else:
             decoded = decode_drafted(

@@ -43,12 +43,14 @@ def decode(
     pad: int,
     positions: int | None = None,
     stopped: Stopped | None = None,
+    ended: Callable[[int], None] | None = None,
 ) -> list[Decoded]:
     """The most likely token, again and again, until an end mark, a stop text, or the limit.
 
     prompts: token ids. max_new_tokens: of every answer, or of each. ends: the end marks. pad: any
     token id, for padding (never seen). positions: of prompt and answer together, at most; None for
-    no such limit. An answer without room is empty, and not finished.
+    no such limit. An answer without room is empty, and not finished. ended: called with how many
+    answers have ended, after each token.
     """
     room = rooms(prompts, max_new_tokens, positions)
     if not supports_cache(model):
@@ -88,6 +90,8 @@ def decode(
         busy = [row for row, prompt in enumerate(rows) if at_work[prompt]]
         if not busy:
             break
+        if ended is not None:
+            ended(len(prompts) - len(busy))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         places = places[:, -1:] + 1
         ids = chosen.unsqueeze(1)

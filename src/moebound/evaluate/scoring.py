@@ -54,8 +54,14 @@ def evaluate(
     try:
         missing = [problem for problem in problems if problem.id not in found]
         guesses = None if drafts is None else [drafts.get(problem.id, "") for problem in missing]
+
+        def ended(n: int) -> None:
+            if progress is not None:
+                progress(len(found) + n, len(problems))
+
+        ended(0)
         for indices, outputs in answer_in_batches(
-            loaded, task, missing, batch=batch, drafts=guesses
+            loaded, task, missing, batch=batch, drafts=guesses, ended=ended
         ):
             asked = [missing[index] for index in indices]
             if recorder is not None:

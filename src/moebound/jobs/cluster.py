@@ -1,12 +1,13 @@
-"""Workers on a Ray cluster: the same rows from many machines.
+"""Workers on a Ray cluster: the same results from many machines.
 
-Each worker is an actor that loads the model itself; SRC must mean the same on every machine (a hub
-id, builtin:NAME, or a folder that all can see). Rows are written by the process that asked, so
-nothing but answers travels.
+Each worker is an actor that opens what it works on itself; SRC must mean the same on every machine
+(a hub id, builtin:NAME, or a folder that all can see). A worker that is lost, alone or with its
+machine, is replaced, and another one does again what it was at.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from moebound.extras import need
 from moebound.jobs.workers import Opens, Workers, cores
 
 LOCAL = "local"
+LOSSES = 3
+"""So many workers may be lost at one piece of work; then the work is at fault, not the machines."""
 
 
 class RayWorkers(Workers):
@@ -48,33 +51,65 @@ class RayWorkers(Workers):
         return self._get(self._grow(1)[0].call.remote(method, args))
 
     def run(self, conditions: Sequence[Any], known: Mapping[str, Any]) -> Iterator[Any]:
-        left = list(reversed(conditions))
-        busy: dict[Any, Any] = {}
+        left = deque(conditions)
+        lost: Counter[int] = Counter()
+        # What each worker does: a condition, or, with None, opening and `use`. One that the cluster
+        # has no room for never gets that far, and the others do its work.
+        busy: dict[Any, tuple[Any, Any]] = {}
+        idle: list[Any] = []
         for worker in self._grow(min(self.count, len(left))):
-            worker.call.remote("use", (known,))  # calls of an actor keep their order
-            busy[worker.call.remote("run", (left.pop(),))] = worker
-        while busy:
+            busy[worker.call.remote("use", (known,))] = worker, None
+        while left or any(work is not None for _, work in busy.values()):
             [done], _ = self._ray.wait(list(busy), num_returns=1)
-            worker = busy.pop(done)
-            if left:
-                busy[worker.call.remote("run", (left.pop(),))] = worker
-            yield self._get(done)
+            worker, work = busy.pop(done)
+            try:
+                found = self._answer(done)
+            except self._ray.exceptions.RayError as error:
+                self._gone(worker)
+                at = id(work)  # conditions need not be hashable; they live as long as this call
+                lost[at] += 1
+                if lost[at] > LOSSES * (1 if work is not None else self.count):
+                    raise MoeboundError(
+                        f"{lost[at]} workers were lost at the same work, mostly for want of "
+                        f"memory: {error}. What is finished is kept; the same command goes on"
+                    ) from error
+                if work is not None:
+                    left.appendleft(work)
+                [new] = self._grow(len(self._workers) + 1)[-1:]
+                busy[new.call.remote("use", (known,))] = new, None
+            else:
+                idle.append(worker)
+                if work is not None:
+                    yield found
+            while left and idle:
+                worker, work = idle.pop(), left.popleft()
+                busy[worker.call.remote("run", (work,))] = worker, work
 
     def _grow(self, count: int) -> list[Any]:
         while len(self._workers) < count:
             self._workers.append(self._actor.remote(self._setup))
         return self._workers
 
-    def _get(self, reference: Any) -> Any:
+    def _gone(self, worker: Any) -> None:
+        """A worker, or its machine, is no more; if it is only slow to say so, it ends now."""
+        self._workers.remove(worker)
+        self._ray.kill(worker)
+
+    def _answer(self, reference: Any) -> Any:
+        """Raises what the work raised, and RayError where the worker was lost."""
         try:
             return self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MoeboundError):
                 raise error.cause from None
             raise MoeboundError(f"a worker failed: {error.cause}") from error
+
+    def _get(self, reference: Any) -> Any:
+        try:
+            return self._answer(reference)
         except self._ray.exceptions.RayError as error:
             raise MoeboundError(
-                f"a worker was lost: {error}. Finished rows are kept; the same command goes on"
+                f"a worker was lost: {error}. What is finished is kept; the same command goes on"
             ) from error
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Who measures: this process, other processes, or (see `cluster.py`) a Ray cluster.
 
 All do the same: load the model themselves, and answer calls of a measurer's methods. In a study
-that is a `Measurer`; the demo measures its stores in the same way. Conditions do not depend on each
+that is a `Measurer`; the demo measures its stores in the same way, and `compress`, `calibrate` and
+`sensitivity` are cut into shards, passes over the text and layers. Conditions do not depend on each
 other, and every draw of noise has its own stream, so the rows are the same with any number of
 workers, but for their order, `seconds`, and the last digits of kl where another number of threads
 adds in another order.
@@ -13,8 +14,9 @@ import multiprocessing
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -40,6 +42,25 @@ class Opens(Protocol):
         """Something with `use(known)` and `run(condition)`, such as a `Measurer`."""
 
 
+@dataclass(frozen=True)
+class Opening:
+    """`make(**args, threads=...)`, with a function of a module, which workers find by its name."""
+
+    make: Callable[..., Any]
+    args: Mapping[str, Any]
+    threads: int | None = None
+
+    def with_threads(self, threads: int) -> Opening:
+        return replace(self, threads=threads)
+
+    def open(self) -> Any:
+        return self.make(**self.args, threads=self.threads)
+
+
+Hire = Callable[[Opens], "Workers"]
+"""Workers of some kind and number, for what is to be opened."""
+
+
 class Workers(ABC):
     """Use as a `with`; workers end with it."""
 
@@ -51,7 +72,7 @@ class Workers(ABC):
 
     @abstractmethod
     def run(self, conditions: Sequence[Any], known: Mapping[str, Any]) -> Iterator[Any]:
-        """Measure all, in any order. known: what `use` is given, once a worker."""
+        """Do all, in any order. known: what `use` is given, once a worker."""
 
     @abstractmethod
     def close(self) -> None:
@@ -142,7 +163,7 @@ class _Process:
         context = multiprocessing.get_context("spawn")  # forked torch threads hang
         self.connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, setup), name=f"study-{number}", daemon=True
+            target=_serve, args=(theirs, setup), name=f"worker-{number}", daemon=True
         )
         self._process.start()
         theirs.close()  # else its death would not be noticed
@@ -166,8 +187,8 @@ class _Process:
         self._process.join(GRACE_S)
         raise MoeboundError(
             f"worker {self._number} ended with exit code {self._process.exitcode} (-9 is mostly "
-            "for want of memory: each worker has a model of its own). Finished rows are kept; the "
-            "same command goes on, with fewer --workers if need be"
+            "for want of memory: each worker has a model of its own). What is finished is kept; "
+            "the same command goes on, with fewer --workers if need be"
         )
 
     def stop(self) -> None:

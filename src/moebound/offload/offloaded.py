@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -84,6 +85,23 @@ class Offloaded:
         ]
         self._begun = 0.0
         self._round: object = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """model, tokenizer = moebound.load(...)"""
+        return iter((self.model, self.tokenizer))
+
+    def __getattr__(self, name: str) -> Any:
+        # What is no attribute of this object: most often meant for the model.
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r}: the model of transformers "
+            f"is its .model, so use .model.{name}, or `model, tokenizer = moebound.load(...)`"
+        )
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__!r} object is not callable: the model of transformers is its "
+            ".model, so use .model(...), or `model, tokenizer = moebound.load(...)`"
+        )
 
     @property
     def tokenizer(self) -> Any:

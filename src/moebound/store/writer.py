@@ -10,16 +10,14 @@ a shard. A shard that is finished is never written again: a rerun goes on behind
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from moebound.checkpoint import (
     Checkpoint,
@@ -36,20 +34,20 @@ from moebound.errors import MethodError, MoeboundError, PlanError, StoreError
 from moebound.files.durable import disk_errors
 from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.jobs.ordered import in_order
+from moebound.jobs.workers import Hire, Opening, Workers
 from moebound.methods import compress as compress_group
 from moebound.plan import Plan
 from moebound.store.beside import choose_files, write_rest
+from moebound.store.earlier import OnExisting, finished_before, take_up
 from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CERTIFICATES_FILE,
-    CONFIG_FILE,
     CalibratedBy,
     Record,
     Settings,
     TensorRecord,
     from_line,
     read_certificates,
-    read_settings,
     to_line,
 )
 from moebound.store.layout import (
@@ -76,8 +74,6 @@ from moebound.store.summary import (
 from moebound.store.written import Written, tensor_names, written
 from moebound.types import ErrorBound, TensorStats
 
-OnExisting = Literal["error", "resume", "overwrite"]
-
 _PART_SUFFIX = ".records.jsonl"
 
 
@@ -97,6 +93,7 @@ def compress(
     progress: ProgressCallback | None = None,
     shard_bytes: int = SHARD_BYTES,
     source: str | None = None,
+    workers: Hire | None = None,
 ) -> CompressSummary:
     """Write the checkpoint to dst with its experts compressed, and say what it came to.
 
@@ -119,6 +116,8 @@ def compress(
           overwrite  start anew; an old store at dst is replaced when the new one is whole
     shard_bytes: shards hold at most so many bytes of the source. source: what the model card calls
         the source, the checkpoint's name if None.
+    workers: who writes the shards, None for this process. Checkpoint, statistics and dst must mean
+        the same to all; the bytes are the same.
 
     Guarantee: dst appears whole, or not at all. Raises StoreError (place, disk, selection, another
     run's work), PlanError for a plan that is not for this checkpoint, MethodError for a method that
@@ -126,18 +125,66 @@ def compress(
     CheckpointError for the source.
     """
     dst, begun = Path(dst), time.monotonic()
+    named = isinstance(checkpoint, str) and not Path(checkpoint).exists()  # a hub id, builtin:NAME
+    spelled = str(checkpoint) if named else None
     if codec is not None:
         if method is not None:
             raise MethodError(f"method {method!r} and codec {codec!r}: expected one of them")
         method = f"bounded:{codec}"
     if isinstance(calibration, (str, Path)):
         calibration = read_statistics(Path(calibration))
-    recipe = Recipe.of(bound, method, calibration)  # an unknown method before any work
     jobs = thread_count() if jobs is None else jobs
     if jobs < 1 or shard_bytes < 1:
         raise StoreError(f"jobs {jobs}, shard_bytes {shard_bytes}: expected at least 1")
-    checkpoint = open_checkpoint(checkpoint)
+    asked: dict[str, Any] = {
+        "bound": bound, "method": method, "calibration": calibration, "layers": layers,
+        "experts": experts, "shared_experts": shared_experts, "shard_bytes": shard_bytes,
+    }  # fmt: skip
+    job, run = _planned(checkpoint, **asked, jobs=jobs, source=source)
+    checkpoint, layout, settings = job.checkpoint, job.layout, job.settings
     check_apart(dst, checkpoint.path)
+    remarks = [*_dequantized(checkpoint), *job.empty_promises()]
+    if finished_before(dst, settings, on_existing):
+        return replace(job.summary(dst, dst, begun, resumed=True), remarks=remarks)
+    with WorkFolder(dst) as work:
+        resumed = on_existing != "overwrite" and take_up(work, run, settings)
+        if not resumed:
+            work.start_over(run)
+        if not work.sealed:
+            spread = None
+            if workers is not None:
+                if calibration is not None:
+                    asked["calibration"] = calibration.folder.resolve()
+                spelled = spelled or str(checkpoint.path.resolve())
+                place = {"folder": work.path.resolve(), "run": settings.run}
+                found = {"checkpoint": spelled, **place, "asked": asked}
+                spread = workers(Opening(_Shards, found))
+            job.write(work.path, progress, spread)
+            work.seal()
+        _remove_parts(work.path, layout.names)
+        summary = job.summary(work.path, dst, begun, resumed=resumed)
+        work.publish()
+    return replace(summary, seconds=time.monotonic() - begun, remarks=remarks)
+
+
+def _planned(
+    checkpoint: Checkpoint | Path | str,
+    *,
+    bound: ErrorBound | Plan | None,
+    method: str | None,
+    calibration: Statistics | Path | None,
+    layers: set[int] | None,
+    experts: set[int] | None,
+    shared_experts: bool,
+    shard_bytes: int,
+    jobs: int,
+    source: str | None = None,
+) -> tuple[_Job, dict[str, object]]:
+    """What is to be written, and what makes this run another than others. As `compress`."""
+    if isinstance(calibration, Path):
+        calibration = read_statistics(calibration)
+    recipe = Recipe.of(bound, method, calibration)  # an unknown method before any work
+    checkpoint = open_checkpoint(checkpoint)
     if calibration is not None:
         calibration.check_model(experts_name(checkpoint), checkpoint.name)
     if recipe.plan is not None and not (layers is None and experts is None):
@@ -162,22 +209,7 @@ def compress(
         left_out=left_out,
         calibration=None if (by := recipe.calibrated_by) is None else CalibratedBy(*by),
     )
-
-    job = _Job(checkpoint, layout, settings, recipe, jobs, copied)
-    remarks = [*_dequantized(checkpoint), *job.empty_promises()]
-    if _finished_before(dst, settings, on_existing):
-        return replace(job.summary(dst, dst, begun, resumed=True), remarks=remarks)
-    with WorkFolder(dst) as work:
-        resumed = on_existing != "overwrite" and _take_up(work, run, settings)
-        if not resumed:
-            work.start_over(run)
-        if not work.sealed:
-            job.write(work.path, progress)
-            work.seal()
-        _remove_parts(work.path, layout.names)
-        summary = job.summary(work.path, dst, begun, resumed=resumed)
-        work.publish()
-    return replace(summary, seconds=time.monotonic() - begun, remarks=remarks)
+    return _Job(checkpoint, layout, settings, recipe, jobs, copied), run
 
 
 def _dequantized(checkpoint: Checkpoint) -> Iterator[str]:
@@ -186,56 +218,6 @@ def _dequantized(checkpoint: Checkpoint) -> Iterator[str]:
             f"the source is stored as {checkpoint.stored_as}, in {checkpoint.stored_bytes} bytes. "
             "Sizes before and bounds are of its weights as they are dequantized"
         )
-
-
-def _finished_before(dst: Path, settings: Settings, on_existing: OnExisting) -> bool:
-    """Whether dst is this run's store already. Raises StoreError if dst is in the way."""
-    if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
-        raise StoreError(f"{dst}: expected a free name or an empty folder, found a file or link")
-    with disk_errors(dst, "cannot be read"):
-        if not dst.exists() or not any(dst.iterdir()):
-            return False
-    found = None
-    if (dst / CONFIG_FILE).is_file():
-        with contextlib.suppress(ValueError, OSError, MoeboundError):
-            found = read_settings(json.loads((dst / CONFIG_FILE).read_bytes()))
-    if on_existing == "resume":
-        if found == settings:
-            return True
-        what = "another store" if found else "a folder that is no store"
-        raise StoreError(
-            f"{dst}: to be resumed, but it is {what} than this source, bound or plan, method and "
-            "selection make; choose another folder, or overwrite a store"
-        )
-    if on_existing == "overwrite":
-        if found is None:
-            raise StoreError(f"{dst}: only a moebound store is overwritten, and this is none")
-        return False
-    raise StoreError(f"{dst}: exists and is not empty; resume, overwrite or choose another folder")
-
-
-def _take_up(work: WorkFolder, run: dict[str, object], settings: Settings) -> bool:
-    """Whether an earlier run's work goes on. Raises StoreError if it is another run's."""
-    if work.sealed:
-        with disk_errors(work.path, "cannot be read"):
-            config = json.loads((work.path / CONFIG_FILE).read_bytes())
-        if read_settings(config) == settings:
-            return True
-        raise StoreError(
-            f"{work.path}: an earlier run with another source, bound or plan, method or selection "
-            "was killed here; give the same ones to finish it, or overwrite"
-        )
-    earlier = work.journal()
-    if earlier is None:
-        return False
-    differing = sorted(k for k in run.keys() | earlier.keys() if run.get(k) != earlier.get(k))
-    if differing:
-        found = "; ".join(f"{k} was {earlier.get(k)!r}, now {run.get(k)!r}" for k in differing)
-        raise StoreError(
-            f"{work.path}: unfinished work of another run ({found}); give the same ones to go on, "
-            "or overwrite to start anew"
-        )
-    return True
 
 
 class _Job:
@@ -253,34 +235,61 @@ class _Job:
         self.checkpoint, self.layout, self.settings = checkpoint, layout, settings
         self.recipe, self.jobs, self.copied = recipe, jobs, copied
 
-    def write(self, folder: Path, progress: ProgressCallback | None) -> None:
-        """Write all that is missing; config.json comes last."""
+    def write(
+        self, folder: Path, progress: ProgressCallback | None, workers: Workers | None = None
+    ) -> None:
+        """Write all that is missing; config.json comes last. workers: of `_Shards`, who then write
+        the shards."""
         shards = self.layout.expert_shards
         meter = Meter(
             progress,
             total_bytes=self.checkpoint.total_bytes,
             total_experts=sum(shard.n_experts for shard in shards),
         )
-        for tensor_shard in self.layout.tensor_shards:
-            if not _is_done(folder, tensor_shard.name):
-                self._write_tensors(folder, tensor_shard)
-            n_bytes = sum(tensor.n_bytes for tensor in tensor_shard.tensors)
-            meter.add(tensor_shard.name, n_bytes=n_bytes)
         missing = []
-        for shard in shards:
+        for shard in self._shards.values():
             if _is_done(folder, shard.name):
-                n_bytes = sum(group.n_bytes for group in shard.groups)
-                meter.add(shard.name, n_bytes=n_bytes, experts=shard.n_experts)
+                _count(shard, meter)
             else:
                 missing.append(shard)
-        groups = [group for shard in missing for group in shard.groups]
-        with closing(in_order(self._compress, groups, jobs=self.jobs)) as artifacts:
-            for shard in missing:
-                self._write_experts(folder, shard, artifacts, meter)
+        if workers is None:
+            self._write_shards(folder, missing, meter)
+        else:
+            with workers:
+                for name in workers.run([shard.name for shard in missing], {}):
+                    _count(self._shards[name], meter)
         write_rest(
             folder, self.checkpoint, self.layout.names, self.settings, self.recipe.plan,
             copied=self.copied, records=_lines(folder, self.layout.names),
         )  # fmt: skip
+
+    @property
+    def _shards(self) -> dict[str, TensorShard | ExpertShard]:
+        both: list[TensorShard | ExpertShard] = [
+            *self.layout.tensor_shards, *self.layout.expert_shards,
+        ]  # fmt: skip
+        return {shard.name: shard for shard in both}
+
+    def write_shard(self, folder: Path, name: str) -> None:
+        """One of them, whether it is there or not."""
+        self._write_shards(
+            folder, [self._shards[name]], Meter(None, total_bytes=0, total_experts=0)
+        )
+
+    def _write_shards(
+        self, folder: Path, shards: Sequence[TensorShard | ExpertShard], meter: Meter
+    ) -> None:
+        of_experts = []
+        for shard in shards:
+            if isinstance(shard, ExpertShard):
+                of_experts.append(shard)
+            else:
+                self._write_tensors(folder, shard)
+                _count(shard, meter)
+        groups = [group for shard in of_experts for group in shard.groups]
+        with closing(in_order(self._compress, groups, jobs=self.jobs)) as artifacts:
+            for shard in of_experts:
+                self._write_experts(folder, shard, artifacts, meter)
 
     def _write_tensors(self, folder: Path, shard: TensorShard) -> None:
         specs = [TensorSpec(t.name, t.dtype, t.shape) for t in shard.tensors]
@@ -383,6 +392,39 @@ class _Job:
             resumed=resumed,
             without_weights=WithoutWeights.of(records),
         )
+
+
+class _Shards:
+    """What a worker has of a run: it writes shards by name. folder: with the run's work.
+
+    Raises StoreError where the checkpoint is another one than on the machine that asked.
+    """
+
+    def __init__(
+        self, checkpoint: str, folder: Path, run: str, asked: Mapping[str, Any], threads: int | None
+    ) -> None:
+        self._job, _ = _planned(checkpoint, **asked, jobs=threads or thread_count())
+        if self._job.settings.run != run:
+            raise StoreError(
+                f"{checkpoint}: a worker finds another checkpoint or other statistics there than "
+                "the process that asked; all machines must see the same files"
+            )
+        self._folder = folder
+
+    def use(self, known: Mapping[str, Any]) -> None:
+        """Shards need to know nothing of each other."""
+
+    def run(self, name: str) -> str:
+        self._job.write_shard(self._folder, name)
+        return name
+
+
+def _count(shard: TensorShard | ExpertShard, meter: Meter) -> None:
+    if isinstance(shard, ExpertShard):
+        n_bytes = sum(group.n_bytes for group in shard.groups)
+        meter.add(shard.name, n_bytes=n_bytes, experts=shard.n_experts)
+    else:
+        meter.add(shard.name, n_bytes=sum(tensor.n_bytes for tensor in shard.tensors))
 
 
 def _is_done(folder: Path, shard: str) -> bool:

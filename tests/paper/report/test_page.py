@@ -135,7 +135,19 @@ def test_the_page_goes_into_the_folder(tmp_path: Path, capsys: pytest.CaptureFix
                          keep=lambda place: place.table == "3")  # fmt: skip
     assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").exists()
-    assert "used-expert-robust" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "in the most used expert of the first layer, reasoning (PIA) stays as good." in said
+    assert "used-expert-robust" not in said
+
+
+def test_boxes_that_scroll_and_sections_are_reachable(page: str) -> None:
+    boxes = re.findall(r'<div class="scroll"[^>]*>|<pre[^>]*>', page)
+    assert boxes
+    for box in boxes:
+        assert 'tabindex="0" role="region" aria-label="' in box
+    anchors = re.findall(r'<li><a href="#([a-z0-9-]+)">', page)
+    assert anchors == re.findall(r'<h2 id="([^"]+)">', page)
+    assert len(set(anchors)) == page.count("<h2")
 
 
 @pytest.mark.parametrize("make", ["nothing", "empty", "damaged"])

@@ -40,7 +40,9 @@ def render(report: Report) -> str:
         _how(report),
         _facts(report),
     ]
-    return document(f"Errors in experts: {report.study.model}", sections, more_style=style())
+    return document(
+        f"Errors in experts: {report.study.model}", sections, more_style=style(), contents=True
+    )
 
 
 def _opening(report: Report) -> str:

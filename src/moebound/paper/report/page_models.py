@@ -40,7 +40,9 @@ def render_models(models: Models) -> str:
         _effects(models),
         _how(models),
     ]
-    return document("Errors in experts: " + ", ".join(models.names), sections, more_style=style())
+    return document(
+        "Errors in experts: " + ", ".join(models.names), sections, more_style=style(), contents=True
+    )
 
 
 def _opening(models: Models) -> str:
@@ -159,8 +161,7 @@ def _depths(models: Models) -> str:
         f"0.7.</p>\n{figures}\n<h3>The middle against both ends</h3>\n"
         "<p>Geometric mean KL of the middle layers over that of the shallow, and of the deep ones; "
         "95 % intervals, the layers a sample.</p>\n"
-        f'<div class="scroll">{_table(["source, bound, task", *models.names], rows, text=True)}'
-        "</div></section>"
+        f"{_table(['source, bound, task', *models.names], rows, text=True)}</section>"
     )
 
 
@@ -276,4 +277,7 @@ def _table(
         for name, cells in rows
     )
     kind = ' class="text"' if text else ""
-    return f"<table{kind}>\n<thead><tr>{names}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+    return (
+        f'<div class="scroll"><table{kind}>\n<thead><tr>{names}</tr></thead>\n<tbody>\n{body}'
+        "</tbody></table></div>"
+    )

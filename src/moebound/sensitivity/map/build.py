@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from moebound.evaluate.loading import Loaded
 from moebound.evaluate.replay import Replay, baseline, decoder_layers
 from moebound.evaluate.text import solved_rows
 from moebound.files.formats.sensitivity_map import FORMAT, SensitivityMap
+from moebound.jobs.workers import Workers
 from moebound.model.fingerprint import of_experts
 from moebound.model.live import LiveExperts, live_experts
 from moebound.score.record import Tokens, finite
@@ -36,6 +37,10 @@ from moebound.types import ErrorBound, ExpertKey
 
 N_NAIVE = 8
 """Naive evaluations that are timed, spread over the run, to say what the map saves."""
+
+Kind = Literal["costs", "layers", "joint"]
+ListedTies = Sequence[Sequence[Sequence[Any]]]
+"""Place, position, margin and cost of each tie of each sequence, as rows have them."""
 
 Say = Callable[[str, int, int], None]
 """Called with what was done, how many steps are done, and how many there are."""
@@ -59,9 +64,10 @@ class Build:
         calibration: Calibration,
         named: Named,
         settings: MapSettings,
-        path: Path,
+        path: Path | None,
         say: Say = lambda *_: None,
     ) -> None:
+        """path: of the map; None for a worker, which computes parts of one."""
         self.model, self.calibration, self.settings, self.say = model, calibration, settings, say
         self.named, self.path = named, path
         # CPU time is the same on a busy machine; work on a GPU shows in the time that passes only.
@@ -79,7 +85,11 @@ class Build:
             "weights": of_experts(self.live),
             "settings": settings.to_json(),
         }
-        self.rows = Rows(path, header)
+        self.weights = header["weights"]
+        if path is not None:
+            self.rows = Rows(path, header)
+        self._uncosted: list[list[Tie]] | None = None
+        self._tied_in = 0.0
         self.total = len(self.entries) + 2 + len(settings.rates)
         self.done = 0
 
@@ -90,7 +100,7 @@ class Build:
         task: Task,
         limit: int | None,
         settings: MapSettings,
-        path: Path,
+        path: Path | None,
         say: Say = lambda *_: None,
         *,
         skip: int = 0,
@@ -104,26 +114,30 @@ class Build:
         named = Named(loaded.source.name, task.name, skip)
         return cls(loaded.model, text, named, settings, path, say)
 
-    def run(self) -> SensitivityMap:
-        """All that is not done yet; then the map is written, and the rows are removed."""
+    def run(self, workers: Workers | None = None) -> SensitivityMap:
+        """All that is not done yet; then the map is written, and the rows are removed. workers: of
+        `parts`, for this very map; None for this process."""
+        assert self.path is not None
         try:
             finished = list(self.rows.found)
             ties_row = next((row for row in finished if row["kind"] == "ties"), None)
             if ties_row is None:
-                ties_row = self._keep(self._ties(), finished)
+                ties_row = self._keep(self._ties(workers), finished)
             self._step("routing decisions near a tie")
-            ties = [[Tie(*tie) for tie in some] for some in ties_row["ties"]]
+            ties = _ties_of(ties_row["ties"])
             have = {row["place"] for row in finished if row["kind"] == "layer"}
             self.done += len(have)
             missing = [place for place in range(len(self.entries)) if place not in have]
-            for group in self._groups(missing, self.settings.n_probes + _n_ties(ties)):
-                for row in self._group(group, ties):
-                    self._keep(row, finished)
-                    self._step(f"layer {self.entries[row['place']].layer}")
+            n_gradients = self.settings.n_probes + _n_ties(ties)
+            groups = list(self._groups(missing, n_gradients, workers))
+            for row in self._rows(workers, "layers", groups, ties_row["ties"]):
+                self._keep(row, finished)
+                self._step(f"layer {self.entries[row['place']].layer}")
             have_rates = {row["rate"] for row in finished if row["kind"] == "joint"}
             self.done += len(have_rates)
             todo = [rate for rate in self.settings.rates if rate not in have_rates]
-            for row in self._joint(todo) if todo else ():
+            rates = [todo] if workers is None else [[rate] for rate in todo]
+            for row in self._rows(workers, "joint", rates, ties_row["ties"]) if todo else ():
                 self._keep(row, finished)
                 self._step(f"all experts at {row['rate']:g}")
             found = assemble(
@@ -136,6 +150,26 @@ class Build:
             self.rows.close()
         return found
 
+    def _rows(
+        self, workers: Workers | None, kind: Kind, parts: Sequence[Sequence[Any]], ties: ListedTies
+    ) -> Iterator[dict[str, Any]]:
+        """The rows of these parts, in any order where there are workers."""
+        if workers is None:
+            for part in parts:
+                yield from self.part(kind, part, ties)
+        elif parts:
+            for rows in workers.run([(kind, part) for part in parts], {"ties": ties}):
+                yield from rows
+
+    def part(self, kind: Kind, which: Sequence[Any], ties: ListedTies) -> Iterator[dict[str, Any]]:
+        """One part: what flips cost in some experts modules, rows of some, rows of some rates."""
+        if kind == "costs":
+            yield self._costs(which)
+        elif kind == "layers":
+            yield from self._group(which, _ties_of(ties))
+        else:
+            yield from self._joint(which)
+
     def _keep(self, row: dict[str, Any], finished: list[dict[str, Any]]) -> dict[str, Any]:
         self.rows.append(row)
         finished.append(row)
@@ -145,13 +179,17 @@ class Build:
         self.done += 1
         self.say(what, self.done, self.total)
 
-    def _groups(self, places: Sequence[int], n_gradients: int) -> Iterator[list[int]]:
-        """So many experts modules at a time that what is kept of them fits in memory."""
+    def _groups(
+        self, places: Sequence[int], n_gradients: int, workers: Workers | None
+    ) -> Iterator[list[int]]:
+        """So many experts modules at a time that what is kept of them fits in memory, and that
+        every worker has some. What is found of one does not depend on the others."""
+        most = len(places) if workers is None else -(-len(places) // workers.count)
         width = 4 * self.calibration.input_ids.numel() * (n_gradients + 1)
         start = 0
         while start < len(places):
             stop, held = start, 0
-            while stop < len(places):
+            while stop < len(places) and stop - start < most:
                 held += width * self.entries[places[stop]].stack.view("down", 0).shape[0]
                 if held > self.settings.memory_bytes and stop > start:
                     break
@@ -169,31 +207,42 @@ class Build:
 
         return replay_of
 
-    def _ties(self) -> dict[str, Any]:
-        began = self.clock()
-        s = self.settings
-        if not s.n_ties:
+    def _ties(self, workers: Workers | None) -> dict[str, Any]:
+        if not self.settings.n_ties:
             self._step("gradients")
             none: list[list[Any]] = [[] for _ in range(self.calibration.n_sequences)]
             return {"kind": "ties", "ties": none, "seconds": 0.0}
-        ties = find_ties(
-            self.model, self.calibration, self.entries, n_ties=s.n_ties, n_probes=s.n_probes,
-            seed=s.seed, tokens=s.batch_tokens,
-        )  # fmt: skip
+        if workers is None:
+            self._found_ties()
         self._step("gradients")
-        for group in self._groups(range(len(self.entries)), 1):
-            inside = set(group)
-            replay_of = self._replays(group)
-            costed = with_costs(
-                [[tie if tie.place in inside else replace(tie, by=None) for tie in some]
-                 for some in ties], replay_of, tokens=s.batch_tokens,
+        groups = list(self._groups(range(len(self.entries)), 1, workers))
+        rows = list(self._rows(workers, "costs", groups, []))
+        sequences = zip(*(row["ties"] for row in rows), strict=True)
+        # In the order of the layers, and of positions in them, whoever was first.
+        listed = [sorted((tie for some in parts for tie in some), key=lambda tie: (tie[0], tie[1]))
+                  for parts in sequences]  # fmt: skip
+        return {"kind": "ties", "ties": listed, "seconds": sum(row["seconds"] for row in rows)}
+
+    def _found_ties(self) -> list[list[Tie]]:
+        """Without measured costs; once."""
+        if self._uncosted is None:
+            s, began = self.settings, self.clock()
+            self._uncosted = find_ties(
+                self.model, self.calibration, self.entries, n_ties=s.n_ties, n_probes=s.n_probes,
+                seed=s.seed, tokens=s.batch_tokens,
             )  # fmt: skip
-            ties = [
-                [new if old.place in inside else old for old, new in zip(a, b, strict=True)]
-                for a, b in zip(ties, costed, strict=True)
-            ]
-        listed = [[[t.place, t.position, t.margin, t.cost] for t in some] for some in ties]
-        return {"kind": "ties", "ties": listed, "seconds": self.clock() - began}
+            self._tied_in = self.clock() - began
+        return self._uncosted
+
+    def _costs(self, group: Sequence[int]) -> dict[str, Any]:
+        """The ties of some experts modules, with what each flip costs. seconds: of CPU; those of
+        finding all ties are the first part's."""
+        inside, all_ties = set(group), self._found_ties()
+        began, self._tied_in = self.clock() - self._tied_in, 0.0
+        mine = [[tie for tie in some if tie.place in inside] for some in all_ties]
+        found = with_costs(mine, self._replays(group), tokens=self.settings.batch_tokens)
+        listed = [[[t.place, t.position, t.margin, t.cost] for t in some] for some in found]
+        return {"ties": listed, "seconds": self.clock() - began}
 
     def _response(self, ties: Sequence[Sequence[Tie]]) -> Response:
         shape = len(ties), _n_ties(ties)
@@ -288,6 +337,10 @@ class Build:
             found = score(perturbed(self.live, f"codec:{self.settings.codec}", bound), original)
             kl = finite(found.score.kl(self.calibration.tokens)[0])
             yield {"kind": "joint", "rate": rate, "kl": kl, "score": found.score.to_json()}
+
+
+def _ties_of(listed: ListedTies) -> list[list[Tie]]:
+    return [[Tie(*tie) for tie in some] for some in listed]
 
 
 def _n_ties(ties: Sequence[Sequence[Tie]]) -> int:
