@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING
 import click
 
 from moebound.cli import exits, wording
-from moebound.cli.options import BoundValue, CodecId, IndexSet, MethodSetting, chosen_bound
+from moebound.cli.options import (
+    BoundValue,
+    CodecId,
+    IndexSet,
+    MethodSetting,
+    OthersValue,
+    chosen_bound,
+)
 from moebound.cli.output import Output, output_options
 from moebound.cli.progress import progress_bar
 from moebound.types import BoundMode, BoundScope, ErrorBound
 
 if TYPE_CHECKING:
     from moebound.plan import Plan
+    from moebound.store.format import Others
 
 
 @click.command()
@@ -72,6 +80,15 @@ if TYPE_CHECKING:
     metavar="STATS",
     help="What `moebound calibrate` wrote of this model; --method calibrated rounds by it.",
 )
+@click.option(
+    "--others",
+    type=OthersValue(),
+    default="lossless",
+    show_default=True,
+    metavar="keep|lossless|RATE",
+    help="All other tensors: as they are; coded without loss; or matrices under a bound, of RATE x "
+    "their own mean |weight|. Routers, norms, biases lose nothing.",
+)
 @click.option("--layers", type=IndexSet(), help="Only these layers, as in 0-3,7.")
 @click.option("--experts", type=IndexSet(), help="Only these experts of each layer.")
 @click.option("--shared-experts", is_flag=True, help="Compress shared experts too.")
@@ -97,6 +114,7 @@ def compress(
     codec: str | None,
     method: str | None,
     calibration: Path | None,
+    others: Others,
     layers: set[int] | None,
     experts: set[int] | None,
     shared_experts: bool,
@@ -108,8 +126,8 @@ def compress(
 
     Exactly one of --rate, --abs, --range, --rmse and --plan says how far a weight may move, unless
     a --method is chosen that knows no bound; every weight is measured after it is written, in the
-    dtype the model will use. All other tensors, the tokenizer and the config are kept as they are;
-    files that are not carried over are named.
+    dtype the model will use. What becomes of all other tensors, --others says. The tokenizer and
+    the config are kept as they are; files that are not carried over are named.
     """
     bounds: dict[BoundMode, float | None] = {
         "rate": rate, "abs": abs_, "range": range_, "rmse": rmse,
@@ -139,6 +157,7 @@ def compress(
                 codec=codec,
                 method=method,
                 calibration=calibration,
+                others=others,
                 layers=layers,
                 experts=experts,
                 shared_experts=shared_experts,
@@ -156,6 +175,10 @@ def compress(
         wording.facts(
             f"{src} -> {dst}",
             [
+                ("whole model", f"{wording.bits(done.model_bits_per_weight)}: "
+                 f"{wording.n_bytes(done.model_bytes_before)} -> "
+                 f"{wording.n_bytes(done.model_bytes_after)}, "
+                 f"{wording.ratio(done.model_bytes_before, done.model_bytes_after)}"),
                 ("bound", f"each expert's own, from {plan_file}; widest {done.bound}"
                  if plan_file and done.bound else wording.bound(done.bound)),
                 *wording.promise(done.guarantee, done.worst, done.max_abs_error),
@@ -166,10 +189,7 @@ def compress(
                 ("experts", f"{done.n_experts}: {wording.n_bytes(before)} -> "
                  f"{wording.n_bytes(after)}, {wording.ratio(before, after)}, "
                  f"{wording.bits(done.expert_bits_per_weight)}"),
-                ("whole model", f"{wording.n_bytes(done.model_bytes_before)} -> "
-                 f"{wording.n_bytes(done.model_bytes_after)}, "
-                 f"{wording.ratio(done.model_bytes_before, done.model_bytes_after)}, "
-                 f"{wording.bits(done.model_bits_per_weight)}"),
+                ("other tensors", wording.others(done.others, done.coded)),
                 ("files of the store", wording.n_bytes(done.store_bytes)),
                 *(("left out", f"{name}: {why}") for name, why in done.left_out.items()),
                 *(("remark", text) for text in done.remarks),

@@ -73,7 +73,8 @@ def write_rest(
         )
         kept += (ShardRecord(name, header_sha256(folder / name)) for name in shards)
         write_synced(
-            folder / CERTIFICATES_FILE, certificates_bytes(chain(records, map(to_line, kept)))
+            folder / CERTIFICATES_FILE,
+            certificates_bytes(chain(records, map(to_line, kept)), version=settings.version),
         )
         known = read_certificates(folder / CERTIFICATES_FILE)
         without = WithoutWeights.of(known)

@@ -1,11 +1,13 @@
-"""Write a store: tensors that stay, then experts, compressed in parallel and written in order.
+"""Write a store: tensors that stay, others that are coded, then experts, compressed in parallel and
+written in order.
 
     select experts -> group -> cut into shards
       -> per shard: read, compress, write -> seal -> publish
 
 Bytes do not depend on the number of jobs or on interruptions. Memory is that of jobs + 1 groups
-(one expert each, for most methods) with their decoded weights, whatever the size of the model or of
-a shard. A shard that is finished is never written again: a rerun goes on behind it.
+(one expert each, for most methods) or other tensors, with their decoded weights, whatever the size
+of the model or of a shard. A shard that is finished is never written again: a rerun goes on behind
+it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -37,6 +40,7 @@ from moebound.files.durable import disk_errors
 from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.jobs.ordered import in_order
 from moebound.methods import compress as compress_group
+from moebound.methods import weakest
 from moebound.plan import Plan
 from moebound.store.beside import choose_files, write_rest
 from moebound.store.folder import WorkFolder, check_apart, write_synced
@@ -44,9 +48,11 @@ from moebound.store.format import (
     CERTIFICATES_FILE,
     CONFIG_FILE,
     CalibratedBy,
+    Others,
     Record,
     Settings,
     TensorRecord,
+    check_others,
     from_line,
     read_certificates,
     read_settings,
@@ -54,6 +60,7 @@ from moebound.store.format import (
 )
 from moebound.store.layout import (
     SHARD_BYTES,
+    CodedShard,
     ExpertShard,
     Group,
     StoreLayout,
@@ -64,14 +71,17 @@ from moebound.store.layout import (
     run_id,
     select,
 )
+from moebound.store.others import encode_other
 from moebound.store.recipe import Recipe
 from moebound.store.shard import BytesShard
 from moebound.store.summary import (
     CompressSummary,
     ExpertTotals,
     Meter,
+    OtherTotals,
     ProgressCallback,
     WithoutWeights,
+    larger,
 )
 from moebound.store.written import Written, tensor_names, written
 from moebound.types import ErrorBound, TensorStats
@@ -97,6 +107,7 @@ def compress(
     progress: ProgressCallback | None = None,
     shard_bytes: int = SHARD_BYTES,
     source: str | None = None,
+    others: Others = "lossless",
 ) -> CompressSummary:
     """Write the checkpoint to dst with its experts compressed, and say what it came to.
 
@@ -111,14 +122,15 @@ def compress(
     layers, experts: which ones, None for all; experts counts routed experts only. The others stay
         as they are (bit for bit, as `raw` envelopes, where they share a 3-D tensor with chosen
         ones). shared_experts: compress those of the chosen layers too.
-    jobs: groups of experts at a time, None for `MOEBOUND_THREADS` or the CPUs.
+    jobs: groups of experts, or other tensors, at a time, None for `MOEBOUND_THREADS` or the CPUs.
     on_existing: what to do about work that is there. A killed run of the same source, bound, codec
         and selection is taken up again in any case but "overwrite".
           error      a dst that is not an empty folder, or another unfinished run, is an error
           resume     also: a dst that this very run has finished before is left as it is
           overwrite  start anew; an old store at dst is replaced when the new one is whole
     shard_bytes: shards hold at most so many bytes of the source. source: what the model card calls
-        the source, the checkpoint's name if None.
+        the source, the checkpoint's name if None. others: what becomes of all other tensors, of
+        which `store.others` decides: "keep", "lossless", or a rate.
 
     Guarantee: dst appears whole, or not at all. Raises StoreError (place, disk, selection, another
     run's work), PlanError for a plan that is not for this checkpoint, MethodError for a method that
@@ -136,6 +148,7 @@ def compress(
     jobs = thread_count() if jobs is None else jobs
     if jobs < 1 or shard_bytes < 1:
         raise StoreError(f"jobs {jobs}, shard_bytes {shard_bytes}: expected at least 1")
+    others = check_others(others)
     checkpoint = open_checkpoint(checkpoint)
     check_apart(dst, checkpoint.path)
     if calibration is not None:
@@ -148,19 +161,23 @@ def compress(
     tasks = select(checkpoint, layers=layers, experts=experts, shared_experts=shared_experts)
     if recipe.plan is not None:
         recipe.plan.check((t.expert.key, [m.role for m in t.expert.matrices]) for t in tasks)
-    layout = lay_out(checkpoint, group(tasks, recipe), shard_bytes=shard_bytes)
-    run = describe_run(checkpoint, tasks, recipe=recipe, shard_bytes=shard_bytes)
+    layout = lay_out(checkpoint, group(tasks, recipe), shard_bytes=shard_bytes, others=others)
+    if not layout.coded_shards:
+        others = "keep"  # nothing is large enough: the store is one of experts only
+    run = describe_run(checkpoint, tasks, recipe=recipe, shard_bytes=shard_bytes, others=others)
     copied, left_out = choose_files(checkpoint, layout.names)
     settings = Settings(
         recipe.method,
         recipe.bound,
         shared_experts,
         run_id(run),
+        layout.version,
         plan=None if recipe.plan is None else recipe.plan.sha256,
         source=as_text(source or checkpoint.name),
         stored_as=checkpoint.stored_as,
         left_out=left_out,
         calibration=None if (by := recipe.calibrated_by) is None else CalibratedBy(*by),
+        others=others,
     )
 
     job = _Job(checkpoint, layout, settings, recipe, jobs, copied)
@@ -266,6 +283,12 @@ class _Job:
                 self._write_tensors(folder, tensor_shard)
             n_bytes = sum(tensor.n_bytes for tensor in tensor_shard.tensors)
             meter.add(tensor_shard.name, n_bytes=n_bytes)
+        for coded_shard in self.layout.coded_shards:
+            n_bytes = sum(tensor.n_bytes for tensor in coded_shard.tensors)
+            if _is_done(folder, coded_shard.name):
+                meter.add(coded_shard.name, n_bytes=n_bytes)
+            else:
+                self._write_coded(folder, coded_shard, meter)
         missing = []
         for shard in shards:
             if _is_done(folder, shard.name):
@@ -293,6 +316,20 @@ class _Job:
                     out.write(tensor.name, piece)
                 records.append(TensorRecord(tensor.name, tensor.file.name, digest.hexdigest()))
             _write_part(folder, shard.name, records)
+
+    def _write_coded(self, folder: Path, shard: CodedShard, meter: Meter) -> None:
+        records, names = list[Record](), [tensor.name for tensor in shard.tensors]
+        encode = partial(encode_other, others=self.settings.others)
+        with (
+            BytesShard(folder / shard.name, names, version=self.layout.version) as out,
+            closing(in_order(encode, shard.tensors, jobs=self.jobs)) as ready,
+        ):
+            for tensor, (record, data) in zip(shard.tensors, ready, strict=True):
+                out.append(data)
+                records.append(record)
+                meter.add(tensor.name, n_bytes=tensor.n_bytes)
+            _write_part(folder, shard.name, records)
+            out.finish()
 
     def _write_experts(
         self,
@@ -354,7 +391,7 @@ class _Job:
 
     def summary(self, folder: Path, dst: Path, begun: float, *, resumed: bool) -> CompressSummary:
         records = read_certificates(folder / CERTIFICATES_FILE)
-        totals = ExpertTotals.of(records)
+        totals, others = ExpertTotals.of(records), OtherTotals.of(records)
         after = sum(
             tensor.n_bytes
             for name in self.layout.names
@@ -364,8 +401,8 @@ class _Job:
             path=str(dst),
             method=self.settings.method,
             bound=self.settings.bound,
-            guarantee=totals.guarantee,
-            max_abs_error=totals.max_abs_error,
+            guarantee=weakest([totals.guarantee, others.guarantee]),
+            max_abs_error=max(totals.max_abs_error, others.max_abs_error),
             rmse=totals.rmse,
             n_experts=totals.n_experts,
             n_weights=totals.n_weights,
@@ -376,12 +413,14 @@ class _Job:
             model_bytes_after=after,
             store_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
             left_out=dict(self.settings.left_out),
-            worst=totals.worst,
+            worst=larger(totals.worst, others.worst),
             patched=totals.patched,
             outputs=totals.outputs,
             seconds=time.monotonic() - begun,
             resumed=resumed,
             without_weights=WithoutWeights.of(records),
+            others=self.settings.others,
+            coded=others,
         )
 
 

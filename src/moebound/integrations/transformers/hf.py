@@ -51,7 +51,8 @@ from moebound.methods.reading import ROUTER_NAME, SHARED_NAME, PartsFrom
 from moebound.store import Settings, compressed_tensors, open_store
 from moebound.store.checks import check_read, hashes_are_checked, hub_blobs
 from moebound.store.format import CERTIFICATES_FILE, OWN_PREFIX, QUANT_METHOD, SLICE_MARK
-from moebound.store.reader import read_router_edits, read_tensor_bytes
+from moebound.store.reader import read_router_edits
+from moebound.store.stored import read_tensor_bytes
 
 logger = logging.getLogger(__name__)
 
