@@ -151,8 +151,7 @@ def describe_store(store: Store) -> Description:
     """A store: what was promised, what was kept, what it costs. Figures are the certificates'."""
     from moebound.methods import weakest
     from moebound.store import ExpertTotals
-    from moebound.store.summary import OtherTotals, WithoutWeights, larger
-    from moebound.store.weights import model_bits_per_weight, n_parameters
+    from moebound.store.summary import ModelTotals, OtherTotals, WithoutWeights, larger
 
     experts = store.experts()
     chosen = [expert for expert in experts if not expert.exact]
@@ -165,9 +164,8 @@ def describe_store(store: Store) -> Description:
     bounds = Counter(str(m.certificate.bound) for m in matrices if m.certificate.bound is not None)
     methods = Counter(expert.method for expert in chosen)
     layers = sorted({expert.key.layer for expert in chosen})
-    total = sum(tensor.n_bytes for tensor in store.tensors.values())
     before, after = found.bytes_before, found.bytes_after
-    model_bits = model_bits_per_weight(store)
+    model = ModelTotals.of(store.tensors, [*store.kept.values(), *store.records()])
     bits = 8 * after / found.n_weights if found.n_weights else 0.0
     settings, edits = store.settings, store.router_edits()
     without = WithoutWeights.of(store.records())
@@ -179,8 +177,8 @@ def describe_store(store: Store) -> Description:
         "version": settings.version,
         "method": settings.method,
         "methods": dict(methods),
-        "model_bits_per_weight": model_bits,
-        "n_parameters": n_parameters(store),
+        "model_bits_per_weight": model.bits_per_weight,
+        "n_parameters": model.n_weights,
         "guarantee": guarantee,
         "bound": None if settings.bound is None else settings.bound.to_json(),
         "bounds": dict(bounds),
@@ -205,12 +203,12 @@ def describe_store(store: Store) -> Description:
         "max_abs_error": max_abs_error,
         "rmse": found.rmse,
         "patched": found.patched,
-        "total_bytes": total,
+        "total_bytes": model.n_bytes,
         "left_out": dict(settings.left_out),
         **runs,
     }
     lines = [
-        ("whole model", f"{wording.bits(model_bits)}, {wording.n_bytes(total)}"),
+        ("whole model", f"{wording.bits(model.bits_per_weight)}, {wording.n_bytes(model.n_bytes)}"),
         ("store", f"{store.config.get('model_type')}, format version {settings.version}"),
         ("bound", _spread(bounds) if len(bounds) > 1 else wording.bound(settings.bound)),
         *wording.promise(guarantee, worst, max_abs_error, "as certified"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
 
+from moebound.checkpoint import TensorInfo
 from moebound.files.formats.statistics import FEW_TOKENS
 from moebound.methods import codec_of, weakest
 from moebound.store.format import (
@@ -17,6 +18,7 @@ from moebound.store.format import (
     PartRecord,
     Record,
     RouterRecord,
+    TensorRecord,
 )
 from moebound.types import NUMPY_DTYPES, ErrorBound, Guarantee
 
@@ -201,6 +203,31 @@ class OtherTotals:
         )
 
 
+@dataclass(frozen=True)
+class ModelTotals:
+    """All tensors of a store: how many weights they stand for, in how many bytes."""
+
+    n_weights: int
+    n_bytes: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorInfo], records: Iterable[Record]) -> ModelTotals:
+        """tensors: of the shards. records: of kept and coded tensors, and of experts."""
+        weights = 0
+        for record in records:
+            if isinstance(record, TensorRecord):
+                weights += math.prod(tensors[record.name].shape)
+            elif isinstance(record, CodedRecord):
+                weights += record.certificate.n_weights
+            elif isinstance(record, ExpertRecord):
+                weights += sum(matrix.certificate.n_weights for matrix in record.matrices)
+        return cls(weights, sum(tensor.n_bytes for tensor in tensors.values()))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.n_bytes / self.n_weights if self.n_weights else 0.0
+
+
 def larger(one: float | None, other: float | None) -> float | None:
     """Of two ratios; None where neither is known."""
     return max((value for value in (one, other) if value is not None), default=None)
@@ -307,7 +334,7 @@ class VerifyReport:
     tensors looked at. outputs: as certified, of a store that was rounded by a text; calibration:
     the statistics they were compared with, None where they were not. more: problems that are not
     listed, because the first has caused them. without_weights: experts of which nothing can be
-    promised. coded: other tensors that are coded."""
+    promised. coded: other tensors that are coded. model_bits_per_weight: of all tensors."""
 
     path: str
     against: str | None
@@ -324,6 +351,7 @@ class VerifyReport:
     calibration: str | None = None
     without_weights: WithoutWeights = field(default_factory=WithoutWeights)
     coded: OtherTotals = field(default_factory=OtherTotals)
+    model_bits_per_weight: float = 0.0
 
     @property
     def ok(self) -> bool:

@@ -49,6 +49,7 @@ from moebound.store.stored import StoredTensor, read_tensor_bytes
 from moebound.store.summary import (
     ExpertTotals,
     Meter,
+    ModelTotals,
     OtherTotals,
     Problem,
     ProgressCallback,
@@ -122,6 +123,7 @@ def verify(
             total.add_up(result)
             meter.add(str(expert.key), n_bytes=expert.decoded_bytes, experts=1)
     totals, of_others = ExpertTotals.of(store.records()), OtherTotals.of(store.records())
+    model = ModelTotals.of(store.tensors, [*store.kept.values(), *store.records()])
     cause, more = originals.another_model(experts), 0
     if cause is not None:
         few = list(first_of_each_kind(problems))
@@ -142,6 +144,7 @@ def verify(
         calibration=None if text.statistics is None else str(text.statistics.folder),
         without_weights=WithoutWeights.of(store.records()),
         coded=of_others,
+        model_bits_per_weight=model.bits_per_weight,
     )
 
 

@@ -103,6 +103,8 @@ class Decode(ConversionOps):
         sliced = bool(tensors) and tensors[0].dtype == torch.uint8 and tensors[0].numel() == 0
         envelopes = tensors[1:] if sliced else tensors
         threads = thread_count()
+        if len(envelopes) == 1 and not sliced:
+            return [self._decode(envelopes[0], name, threads)]
         with ThreadPoolExecutor(threads) as pool:
             # Few large tensors share the threads, many small ones take one each.
             each = max(1, threads // max(1, len(envelopes)))
