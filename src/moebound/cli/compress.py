@@ -53,6 +53,12 @@ if TYPE_CHECKING:
     help="Bounds for each expert, from `moebound plan`.",
 )
 @click.option(
+    "--bpw",
+    type=BoundValue(),
+    help="Instead of a bound: the rate at which the chosen experts take at most so many bits a "
+    "weight, found by encoding them.",
+)
+@click.option(
     "--scope",
     type=click.Choice(["expert", "matrix"]),
     default=None,
@@ -110,6 +116,7 @@ def compress(
     range_: float | None,
     rmse: float | None,
     plan_file: Path | None,
+    bpw: float | None,
     scope: BoundScope | None,
     codec: str | None,
     method: str | None,
@@ -124,10 +131,10 @@ def compress(
 ) -> int:
     """Compress the experts of SRC into DST, a folder that transformers can load.
 
-    Exactly one of --rate, --abs, --range, --rmse and --plan says how far a weight may move, unless
-    a --method is chosen that knows no bound; every weight is measured after it is written, in the
-    dtype the model will use. What becomes of all other tensors, --others says. The tokenizer and
-    the config are kept as they are; files that are not carried over are named.
+    Exactly one of --rate, --abs, --range, --rmse, --plan and --bpw says how far a weight may move,
+    unless a --method is chosen that knows no bound; every weight is measured after it is written,
+    in the dtype the model will use. What becomes of all other tensors, --others says. The
+    tokenizer and the config are kept as they are; files that are not carried over are named.
     """
     bounds: dict[BoundMode, float | None] = {
         "rate": rate, "abs": abs_, "range": range_, "rmse": rmse,
@@ -135,8 +142,12 @@ def compress(
     if codec is not None and method is not None:
         raise click.UsageError("--codec and --method exclude each other")
     bound: ErrorBound | Plan | None
-    if plan_file is None:
-        bound = chosen_bound(bounds, scope, method=method or f"bounded:{codec or 'bound'}")
+    setting = method or f"bounded:{codec or 'bound'}"
+    if bpw is not None:
+        _alone("--bpw", *bounds.items(), ("plan", plan_file))
+        bound = None
+    elif plan_file is None:
+        bound = chosen_bound(bounds, scope, method=setting)
     else:
         chosen = {"scope": scope, "layers": layers, "experts": experts}
         shared = {"shared-experts": shared_experts or None}
@@ -146,8 +157,24 @@ def compress(
 
     from moebound import store
     from moebound.checkpoint import open_checkpoint
+    from moebound.files.formats.statistics import read_statistics
 
     checkpoint = open_checkpoint(src)
+    if bpw is not None:
+        with progress_bar(output, "measuring") as progress:
+            rate = store.rate_within(
+                checkpoint,
+                bpw,
+                method=setting,
+                calibration=None if calibration is None else read_statistics(calibration),
+                scope=scope or "expert",
+                layers=layers,
+                experts=experts,
+                shared_experts=shared_experts,
+                jobs=jobs,
+                progress=progress,
+            )
+        bound = ErrorBound(rate, "rate", scope or "expert")
     with progress_bar(output, "compressing") as progress:
         try:
             done = store.compress(
@@ -200,6 +227,13 @@ def compress(
         ),
     )  # fmt: skip
     return exits.OK
+
+
+def _alone(option: str, *beside: tuple[str, object]) -> None:
+    """Raises click.UsageError for an option that this one stands in the place of."""
+    for name, value in beside:
+        if value is not None:
+            raise click.UsageError(f"{option} chooses the rate itself: without --{name}")
 
 
 def _plan(file: Path, *beside: tuple[str, object]) -> Plan:
