@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from moebound.checkpoint import open_checkpoint
 from moebound.cli.main import main
@@ -45,14 +44,12 @@ def test_what_cannot_be_met(source: MakeSource) -> None:
             rate_within(checkpoint, 4, method=method)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dst = tmp_path / "dst"
-    found = CliRunner().invoke(main, ["compress", SRC, str(dst), "--bpw", "3", "--json"])
-    assert found.exit_code == 0, found.output
-    done = json.loads(found.stdout)
+    assert main(["compress", SRC, str(dst), "--bpw", "3", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
     assert 2.97 <= done["expert_bits_per_weight"] <= 3
     assert open_store(dst).settings.bound == ErrorBound(done["bound"]["value"], "rate", "expert")
     for more in (["--rate", "1"], ["--plan", __file__]):
-        found = CliRunner().invoke(main, ["compress", SRC, str(dst), "--bpw", "3", *more])
-        assert found.exit_code == 2
-        assert "--bpw chooses the rate itself" in found.output
+        assert main(["compress", SRC, str(dst), "--bpw", "3", *more]) == 2
+        assert "--bpw chooses the rate itself" in capsys.readouterr().err

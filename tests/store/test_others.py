@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from transformers import AutoModelForCausalLM
 
 import moebound
@@ -304,6 +305,10 @@ def test_version_3_is_read_for_ever(name: str, tmp_path: Path) -> None:
     says = json.loads((FROZEN / f"{name}.expected.json").read_bytes())
     found = {f.name: sha256(f.read_bytes()).hexdigest() for f in (FROZEN / name).iterdir()}
     assert found == says["files"]
+    schema = Path(__file__).parents[2] / "docs" / "schemas" / "certificates.schema.json"
+    check = Draft202012Validator(json.loads(schema.read_bytes()))
+    for line in (FROZEN / name / CERTIFICATES).read_bytes().splitlines():
+        assert check.is_valid(json.loads(line)), line
     store = open_store(FROZEN / name)
     assert store.settings.to_json() == {k: v for k, v in says["settings"].items() if v is not None}
     assert verify(FROZEN / name).ok
