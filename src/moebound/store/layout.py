@@ -103,8 +103,9 @@ class StoreLayout:
     @property
     def names(self) -> list[str]:
         """File names of all shards, in order."""
-        shards = (*self.tensor_shards, *self.coded_shards, *self.expert_shards)
-        return [shard.name for shard in shards]
+        names = [shard.name for shard in self.tensor_shards]
+        names += [shard.name for shard in self.coded_shards]
+        return names + [shard.name for shard in self.expert_shards]
 
     @property
     def version(self) -> int:
