@@ -167,3 +167,7 @@ class ErrorBound:
     def __str__(self) -> str:
         scope = f" per {self.scope}" if self.mode == "rate" else ""
         return f"{self.mode} {self.value:g}{scope}"
+
+
+NO_LOSS = ErrorBound(math.ulp(0.0))
+"""The smallest bound there is; what exact codecs are given when none is asked for."""

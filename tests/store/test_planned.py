@@ -193,8 +193,6 @@ def test_a_card_without_a_plan_is_no_hub_model(shared_store: object, source: Mak
     checkpoint = open_checkpoint(source())
     settings = open_store(shared_store()[1]).settings  # type: ignore[operator]
     assert settings.source == checkpoint.path.name
-    from moebound.store.summary import ExpertTotals
-
-    text = model_card(settings, ExpertTotals.of([]), None, [Measurement("x.json", {})])
+    text = model_card(settings, {}, [], None, [Measurement("x.json", {})])
     assert "base_model" not in text
     assert "rate 0.1 per expert" in text

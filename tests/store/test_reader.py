@@ -200,15 +200,15 @@ def test_newer_versions_are_refused(own_store: MakeStore) -> None:
     _, dst = own_store()
     whole = (dst / CERTIFICATES).read_bytes()
     head, rest = whole.split(b"\n", 1)
-    head = head.replace(b'"version":2', b'"version":3')
+    head = head.replace(b'"version":2', b'"version":4')
     (dst / CERTIFICATES).write_bytes(head + b"\n" + rest)
-    with pytest.raises(FormatError, match="version 3"):
+    with pytest.raises(FormatError, match="version 4"):
         open_store(dst)
     (dst / CERTIFICATES).write_bytes(whole)
     config = json.loads((dst / "config.json").read_text())
-    config["quantization_config"]["version"] = 3
+    config["quantization_config"]["version"] = 4
     (dst / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="store version 3"):
+    with pytest.raises(FormatError, match="store version 4"):
         open_store(dst)
 
 

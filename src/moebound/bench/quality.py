@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moebound.bench.at_size import rate_at
 from moebound.bench.environment import describe
 from moebound.bench.kept import KeptRows
 from moebound.bench.peers import CalibrationText, Peer, get_peer, is_answered, run_peer, text_of
@@ -42,6 +41,7 @@ from moebound.methods import codec_of, get_method
 from moebound.plan import Budget, Document, Evidence, ExpertSizes, Plan, Scheme, make_plan
 from moebound.score import Score
 from moebound.store import measure_sizes
+from moebound.store.at_size import rate_at
 from moebound.tasks import Task
 from moebound.types import ErrorBound
 

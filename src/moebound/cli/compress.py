@@ -9,13 +9,21 @@ import click
 
 from moebound.cli import exits, wording
 from moebound.cli.hands import hire, works_in_parts
-from moebound.cli.options import BoundValue, CodecId, IndexSet, MethodSetting, chosen_bound
+from moebound.cli.options import (
+    BoundValue,
+    CodecId,
+    IndexSet,
+    MethodSetting,
+    OthersValue,
+    chosen_bound,
+)
 from moebound.cli.output import Output, output_options
 from moebound.cli.progress import progress_bar
 from moebound.types import BoundMode, BoundScope, ErrorBound
 
 if TYPE_CHECKING:
     from moebound.plan import Plan
+    from moebound.store.format import Others
 
 
 @click.command()
@@ -46,6 +54,12 @@ if TYPE_CHECKING:
     help="Bounds for each expert, from `moebound plan`.",
 )
 @click.option(
+    "--bpw",
+    type=BoundValue(),
+    help="Instead of a bound: the rate at which the chosen experts take at most so many bits a "
+    "weight, found by encoding them.",
+)
+@click.option(
     "--scope",
     type=click.Choice(["expert", "matrix"]),
     default=None,
@@ -73,6 +87,15 @@ if TYPE_CHECKING:
     metavar="STATS",
     help="What `moebound calibrate` wrote of this model; --method calibrated rounds by it.",
 )
+@click.option(
+    "--others",
+    type=OthersValue(),
+    default="lossless",
+    show_default=True,
+    metavar="keep|lossless|RATE",
+    help="All other tensors: as they are; coded without loss; or matrices under a bound, of RATE x "
+    "their own mean |weight|. Routers, norms, biases lose nothing.",
+)
 @click.option("--layers", type=IndexSet(), help="Only these layers, as in 0-3,7.")
 @click.option("--experts", type=IndexSet(), help="Only these experts of each layer.")
 @click.option("--shared-experts", is_flag=True, help="Compress shared experts too.")
@@ -95,10 +118,12 @@ def compress(
     range_: float | None,
     rmse: float | None,
     plan_file: Path | None,
+    bpw: float | None,
     scope: BoundScope | None,
     codec: str | None,
     method: str | None,
     calibration: Path | None,
+    others: Others,
     layers: set[int] | None,
     experts: set[int] | None,
     shared_experts: bool,
@@ -110,10 +135,10 @@ def compress(
 ) -> int:
     """Compress the experts of SRC into DST, a folder that transformers can load.
 
-    Exactly one of --rate, --abs, --range, --rmse and --plan says how far a weight may move, unless
-    a --method is chosen that knows no bound; every weight is measured after it is written, in the
-    dtype the model will use. All other tensors, the tokenizer and the config are kept as they are;
-    files that are not carried over are named.
+    Exactly one of --rate, --abs, --range, --rmse, --plan and --bpw says how far a weight may move,
+    unless a --method is chosen that knows no bound; every weight is measured after it is written,
+    in the dtype the model will use. What becomes of all other tensors, --others says. The
+    tokenizer and the config are kept as they are; files that are not carried over are named.
     """
     bounds: dict[BoundMode, float | None] = {
         "rate": rate, "abs": abs_, "range": range_, "rmse": rmse,
@@ -121,8 +146,12 @@ def compress(
     if codec is not None and method is not None:
         raise click.UsageError("--codec and --method exclude each other")
     bound: ErrorBound | Plan | None
-    if plan_file is None:
-        bound = chosen_bound(bounds, scope, method=method or f"bounded:{codec or 'bound'}")
+    setting = method or f"bounded:{codec or 'bound'}"
+    if bpw is not None:
+        _alone("--bpw", *bounds.items(), ("plan", plan_file))
+        bound = None
+    elif plan_file is None:
+        bound = chosen_bound(bounds, scope, method=setting)
     else:
         chosen = {"scope": scope, "layers": layers, "experts": experts}
         shared = {"shared-experts": shared_experts or None}
@@ -131,7 +160,23 @@ def compress(
         raise click.UsageError("--resume and --overwrite exclude each other")
 
     from moebound import store
+    from moebound.files.formats.statistics import read_statistics
 
+    if bpw is not None:
+        with progress_bar(output, "measuring") as progress:
+            rate = store.rate_within(
+                src,
+                bpw,
+                method=setting,
+                calibration=None if calibration is None else read_statistics(calibration),
+                scope=scope or "expert",
+                layers=layers,
+                experts=experts,
+                shared_experts=shared_experts,
+                jobs=jobs,
+                progress=progress,
+            )
+        bound = ErrorBound(rate, "rate", scope or "expert")
     with progress_bar(output, "compressing") as progress:
         try:
             done = store.compress(
@@ -141,6 +186,7 @@ def compress(
                 codec=codec,
                 method=method,
                 calibration=calibration,
+                others=others,
                 layers=layers,
                 experts=experts,
                 shared_experts=shared_experts,
@@ -159,6 +205,10 @@ def compress(
         wording.facts(
             f"{src} -> {dst}",
             [
+                ("whole model", f"{wording.bits(done.model_bits_per_weight)}: "
+                 f"{wording.n_bytes(done.model_bytes_before)} -> "
+                 f"{wording.n_bytes(done.model_bytes_after)}, "
+                 f"{wording.ratio(done.model_bytes_before, done.model_bytes_after)}"),
                 ("bound", f"each expert's own, from {plan_file}; widest {done.bound}"
                  if plan_file and done.bound else wording.bound(done.bound)),
                 *wording.promise(done.guarantee, done.worst, done.max_abs_error),
@@ -169,10 +219,7 @@ def compress(
                 ("experts", f"{done.n_experts}: {wording.n_bytes(before)} -> "
                  f"{wording.n_bytes(after)}, {wording.ratio(before, after)}, "
                  f"{wording.bits(done.expert_bits_per_weight)}"),
-                ("whole model", f"{wording.n_bytes(done.model_bytes_before)} -> "
-                 f"{wording.n_bytes(done.model_bytes_after)}, "
-                 f"{wording.ratio(done.model_bytes_before, done.model_bytes_after)}, "
-                 f"{wording.bits(done.model_bits_per_weight)}"),
+                ("other tensors", wording.others(done.others, done.coded)),
                 ("files of the store", wording.n_bytes(done.store_bytes)),
                 *(("left out", f"{name}: {why}") for name, why in done.left_out.items()),
                 *(("remark", text) for text in done.remarks),
@@ -184,6 +231,13 @@ def compress(
         ),
     )  # fmt: skip
     return exits.OK
+
+
+def _alone(option: str, *beside: tuple[str, object]) -> None:
+    """Raises click.UsageError for an option that this one stands in the place of."""
+    for name, value in beside:
+        if value is not None:
+            raise click.UsageError(f"{option} chooses the rate itself: without --{name}")
 
 
 def _plan(file: Path, *beside: tuple[str, object]) -> Plan:

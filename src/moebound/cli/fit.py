@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moebound.cli import exits, wording
+from moebound.cli.options import OthersValue
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
 if TYPE_CHECKING:
     from moebound.fit import Estimate, Fits, Shape, Step
+    from moebound.store.format import Others
 
 
 @click.command()
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 @click.option("--rate", "rates", type=click.FloatRange(min=0, min_open=True), multiple=True,
               metavar="R", help="A bound, of the mean |weight| of each expert; repeatable.  "
               "[default: 0.1, 0.3, 0.8]")  # fmt: skip
+@click.option("--others", type=OthersValue(), default="lossless", show_default=True,
+              metavar="keep|lossless|RATE", help="All other weights, as for compress.")  # fmt: skip
 @click.option("--ram", metavar="SIZE",
               help="Memory there is, as 16GB: says what would lie where.")  # fmt: skip
 @click.option("--steps", is_flag=True,
@@ -33,6 +37,7 @@ def fit(
     models: tuple[str, ...],
     known: bool,
     rates: tuple[float, ...],
+    others: Others,
     ram: str | None,
     steps: bool,
     machines: int,
@@ -56,7 +61,7 @@ def fit(
     with step_bar(output) as say:
         for number, shape in enumerate(shapes):
             say(shape.name, number, len(shapes))
-            found.append((shape, estimate(shape, rates or RATES, memory=memory)))
+            found.append((shape, estimate(shape, rates or RATES, memory=memory, others=others)))
     document: dict[str, Any] = {
         "models": [
             {"model": shape.name, **shape.to_json(), "rates": [e.to_json() for e in estimates]}
@@ -75,22 +80,23 @@ def fit(
 
 _WORDS = (
     "Computed, not tried: random experts of these shapes were compressed here, and everything else "
-    "counted in bfloat16.\nA rate bounds every weight's error, in mean |weight| of its expert."
+    "as --others says.\nA rate bounds every weight's error, in mean |weight| of its expert."
 )
 
 
 def _table(found: list[tuple[Shape, list[Estimate]]]) -> Any:
     fits = any(e.fits for _, estimates in found for e in estimates)
-    columns = ["model", "weights", "in experts", "in bfloat16", "rate", "bits a\nweight",
-               "experts", "whole\nmodel", "time to\ncompress", "decode\nan expert"]  # fmt: skip
+    columns = ["model", "weights", "in experts", "in bfloat16", "rate",
+               "bits a\nweight", "whole\nmodel", "bits a\nweight", "experts",
+               "time to\ncompress", "decode\nan expert"]  # fmt: skip
     rows = []
     for shape, estimates in found:
         first = [shape.name, f"{shape.n_weights / 1e9:.1f} B",
                  wording.percent(shape.n_expert_weights, shape.n_weights),
                  wording.n_bytes(2 * shape.n_weights)]  # fmt: skip
         for e in estimates:
-            row = [*first, f"{e.rate:g}", f"{e.bits:.2f}", wording.n_bytes(e.expert_bytes),
-                   wording.n_bytes(e.model_bytes), _time(e.compress_s),
+            row = [*first, f"{e.rate:g}", f"{e.model_bits:.2f}", wording.n_bytes(e.model_bytes),
+                   f"{e.bits:.2f}", wording.n_bytes(e.expert_bytes), _time(e.compress_s),
                    f"{1e3 * e.decode_s:.1f} ms"]  # fmt: skip
             rows.append(row + ([_where(e.fits)] if e.fits else []))
             first = [""] * len(first)

@@ -149,19 +149,23 @@ def describe_file(checkpoint: Checkpoint) -> Description:
 
 def describe_store(store: Store) -> Description:
     """A store: what was promised, what was kept, what it costs. Figures are the certificates'."""
+    from moebound.methods import weakest
     from moebound.store import ExpertTotals
-    from moebound.store.summary import WithoutWeights
+    from moebound.store.summary import ModelTotals, OtherTotals, WithoutWeights, larger
 
     experts = store.experts()
     chosen = [expert for expert in experts if not expert.exact]
     matrices = [matrix.record for expert in chosen for matrix in expert.matrices]
-    found = ExpertTotals.of(store.records())
+    found, others = ExpertTotals.of(store.records()), OtherTotals.of(store.records())
+    guarantee = weakest([found.guarantee, others.guarantee])
+    worst = larger(found.worst, others.worst)
+    max_abs_error = max(found.max_abs_error, others.max_abs_error)
     codecs = Counter(m.certificate.codec for m in matrices if m.certificate.codec is not None)
     bounds = Counter(str(m.certificate.bound) for m in matrices if m.certificate.bound is not None)
     methods = Counter(expert.method for expert in chosen)
     layers = sorted({expert.key.layer for expert in chosen})
-    total = sum(tensor.n_bytes for tensor in store.tensors.values())
     before, after = found.bytes_before, found.bytes_after
+    model = ModelTotals.of(store.tensors, [*store.kept.values(), *store.records()])
     bits = 8 * after / found.n_weights if found.n_weights else 0.0
     settings, edits = store.settings, store.router_edits()
     without = WithoutWeights.of(store.records())
@@ -173,7 +177,9 @@ def describe_store(store: Store) -> Description:
         "version": settings.version,
         "method": settings.method,
         "methods": dict(methods),
-        "guarantee": found.guarantee,
+        "model_bits_per_weight": model.bits_per_weight,
+        "n_parameters": model.n_weights,
+        "guarantee": guarantee,
         "bound": None if settings.bound is None else settings.bound.to_json(),
         "bounds": dict(bounds),
         "plan": settings.plan,
@@ -191,18 +197,21 @@ def describe_store(store: Store) -> Description:
         "expert_bytes_after": after,
         "expert_bits_per_weight": bits,
         "ratio": before / after if after else None,
-        "worst": found.worst,
-        "max_abs_error": found.max_abs_error,
+        "others": settings.others,
+        "coded": asdict(others),
+        "worst": worst,
+        "max_abs_error": max_abs_error,
         "rmse": found.rmse,
         "patched": found.patched,
-        "total_bytes": total,
+        "total_bytes": model.n_bytes,
         "left_out": dict(settings.left_out),
         **runs,
     }
     lines = [
+        ("whole model", f"{wording.bits(model.bits_per_weight)}, {wording.n_bytes(model.n_bytes)}"),
         ("store", f"{store.config.get('model_type')}, format version {settings.version}"),
         ("bound", _spread(bounds) if len(bounds) > 1 else wording.bound(settings.bound)),
-        *wording.promise(found.guarantee, found.worst, found.max_abs_error, "as certified"),
+        *wording.promise(guarantee, worst, max_abs_error, "as certified"),
         ("root mean square error", f"{found.rmse:.3g} in weight units"),
         ("method", _join(methods) if len(methods) > 1 else settings.method),
         *([("codec", _join(codecs))] if len(codecs) > 1 else []),
@@ -214,7 +223,7 @@ def describe_store(store: Store) -> Description:
         *([("routing edited", f"layers {wording.index_ranges(edits)}")] if edits else []),
         *wording.without_weights(without),
         ("stored verbatim", f"{found.patched} of {found.n_weights} weights"),
-        ("all tensors", wording.n_bytes(total)),
+        ("other tensors", wording.others(settings.others, others)),
         run_line,
         *(("left out", f"{name}: {why}") for name, why in settings.left_out.items()),
     ]  # fmt: skip

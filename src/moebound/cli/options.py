@@ -86,6 +86,15 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic since Click 
         return [int(part) for part in parts]
 
 
+class OthersValue(BoundValue):
+    """keep, lossless, or a rate."""
+
+    name = "keep|lossless|rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value in ("keep", "lossless") else super().convert(value, param, ctx)
+
+
 class CodecId(click.ParamType):  # type: ignore[type-arg]  # generic since Click 8.5 only
     """A codec's id, with options behind a colon: "bound", "sz3:interp"."""
 

@@ -55,6 +55,7 @@ def verify(
     measured = "measured again" if against is not None else "as certified; --against measures it"
     lines = [
         ("verdict", verdict),
+        ("whole model", wording.bits(report.model_bits_per_weight)),
         ("looked at", f"{report.n_experts} experts, {report.n_tensors} tensors, "
          f"{wording.n_bytes(report.n_bytes)}"),
         *wording.promise(report.guarantee, report.worst, report.max_abs_error, measured),

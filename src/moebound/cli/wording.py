@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,16 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 from moebound.demo.columns import kept_over_asked
-from moebound.types import ErrorBound, Guarantee
+from moebound.types import NO_LOSS, ErrorBound, Guarantee
 
 if TYPE_CHECKING:
-    from moebound.store.summary import OutputTotals, WithoutWeights
+    from moebound.store.format import Others
+    from moebound.store.summary import OtherTotals, OutputTotals, WithoutWeights
 
 __all__ = ["bits", "bound", "facts", "grid", "index_ranges", "kept_over_asked", "n_bytes",
-           "outputs", "percent", "promise", "ratio", "without_weights"]  # fmt: skip
+           "others", "outputs", "percent", "promise", "ratio", "without_weights"]  # fmt: skip
 
-EXACT = ErrorBound(math.ulp(0.0))
-"""The smallest bound there is; what exact codecs are given when none is asked for."""
+EXACT = NO_LOSS
 
 
 def n_bytes(count: float) -> str:
@@ -50,6 +49,18 @@ def bound(asked: ErrorBound | None) -> str:
     if asked == EXACT:
         return "an exact copy"
     return str(asked) if asked.pointwise else f"{asked} (an average promise)"
+
+
+def others(asked: Others, coded: OtherTotals) -> str:
+    """What became of tensors that are no expert's."""
+    if not coded.n_tensors:
+        return "as they were"
+    how = "without loss" if isinstance(asked, str) else f"rate {asked:g} of each matrix"
+    before, after = coded.bytes_before, coded.bytes_after
+    return (
+        f"{coded.n_tensors} coded {how}: {n_bytes(before)} -> {n_bytes(after)}, "
+        f"{ratio(before, after)}"
+    )
 
 
 def promise(

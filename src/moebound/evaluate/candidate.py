@@ -83,7 +83,8 @@ class Stored:
 def stored(
     checkpoint: Checkpoint, path: Path, bound: ErrorBound | Plan | None, **options: Any
 ) -> Stored:
-    """Write a store and verify it. options: further ones of `compress`, as which it raises. A bound
-    that does not hold is in `checked`."""
-    summary = compress(checkpoint, path, bound=bound, **options)
+    """Write a store and verify it. options: further ones of `compress`, as which it raises; other
+    tensors are kept as they are, since experts are what is compared. A bound that does not hold is
+    in `checked`."""
+    summary = compress(checkpoint, path, bound=bound, **{"others": "keep", **options})
     return Stored(path, summary, verify(path, against=checkpoint, jobs=options.get("jobs")))

@@ -18,7 +18,8 @@ import numpy as np
 from moebound.bench.matrices import synthetic
 from moebound.codec import decode, encode_certified, thread_count
 from moebound.fit.shape import Shape
-from moebound.types import ErrorBound
+from moebound.store.format import Others
+from moebound.types import NO_LOSS, ErrorBound
 
 RATES = (0.1, 0.3, 0.8)
 PLAIN_BYTES = 2
@@ -43,9 +44,10 @@ class Fits:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One rate. bits: a routed expert's weight. *_bytes: of all routed experts, and of the whole
-    model with everything else in bfloat16. compress_s: on `threads` threads here, disks not
-    counted. decode_s: of one expert, with as many threads. fits: None if no memory was given."""
+    """One rate. bits: a routed expert's weight; model_bits: any weight's of the whole model.
+    *_bytes: of all routed experts, and of the whole model. compress_s: on `threads` threads here,
+    disks not counted. decode_s: of one expert, with as many threads. fits: None if no memory was
+    given."""
 
     rate: float
     bits: float
@@ -55,17 +57,25 @@ class Estimate:
     compress_s: float
     decode_s: float
     fits: Fits | None = None
+    model_bits: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def estimate(
-    shape: Shape, rates: Sequence[float] = RATES, *, memory: int | None = None, seed: int = 0
+    shape: Shape,
+    rates: Sequence[float] = RATES,
+    *,
+    memory: int | None = None,
+    seed: int = 0,
+    others: Others = "lossless",
 ) -> list[Estimate]:
     """One for each rate, by encoding and decoding one random expert of this shape.
 
     rates: α, of the mean |weight| of the expert. memory: bytes there are, to say what fits.
+    others: of all other weights, as `store.compress` takes it; their sizes are those of one random
+    matrix, the few that are not coded counted with them.
     Raises BoundError for a rate that is not above 0.
     """
     threads, found = thread_count(), list[Estimate]()
@@ -73,6 +83,7 @@ def estimate(
         synthetic(["gaussian-rows"], shape=sides, seed=seed + i)[0].array
         for i, sides in enumerate(shape.expert)
     ]
+    of_others = _bytes_a_weight(others, seed) * shape.n_other_weights
     for rate in rates:
         bound = ErrorBound(rate, "rate")
         began = time.perf_counter()
@@ -89,13 +100,33 @@ def estimate(
         decode_s = time.perf_counter() - began
         share = shape.n_expert_weights / shape.expert_size
         n_bytes = int(sum(map(len, encoded)) * share)
-        whole = n_bytes + PLAIN_BYTES * shape.n_other_weights
+        whole = n_bytes + int(of_others)
         fits = None if memory is None else _fits(shape, n_bytes, memory)
         bits = 8 * n_bytes / shape.n_expert_weights
         found.append(
-            Estimate(rate, bits, n_bytes, whole, threads, encode_s * share, decode_s, fits)
+            Estimate(
+                rate,
+                bits,
+                n_bytes,
+                whole,
+                threads,
+                encode_s * share,
+                decode_s,
+                fits,
+                8 * whole / shape.n_weights,
+            )
         )
     return found
+
+
+def _bytes_a_weight(others: Others, seed: int) -> float:
+    """Of a tensor that is no routed expert's."""
+    if others == "keep":
+        return PLAIN_BYTES
+    matrix = synthetic(["gaussian-rows"], shape=(1024, 1024), seed=seed)[0].array
+    bound = NO_LOSS if isinstance(others, str) else ErrorBound(others, "rate")
+    codec = "lossless" if isinstance(others, str) else "bound"
+    return len(encode_certified(matrix, bound, codec=codec).data) / matrix.size
 
 
 def _fits(shape: Shape, expert_bytes: int, memory: int) -> Fits:

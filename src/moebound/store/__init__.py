@@ -9,10 +9,12 @@
 docs/store.md describes the files.
 """
 
+from moebound.store.at_size import rate_within
 from moebound.store.card import Measurement, read_measurement, write_card
 from moebound.store.decompress import decompress
 from moebound.store.encoded import Encoded, Memo
 from moebound.store.format import ExpertRecord, MatrixRecord, Settings
+from moebound.store.others import other_tensors
 from moebound.store.planned import plan_of
 from moebound.store.reader import (
     EncodedExpert,
@@ -59,7 +61,9 @@ __all__ = [
     "measure_calibrated",
     "measure_sizes",
     "open_store",
+    "other_tensors",
     "plan_of",
+    "rate_within",
     "read_measurement",
     "verify",
     "write_card",

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from moebound.checkpoint import Checkpoint, read_header, write_index
+from moebound.checkpoint import Checkpoint, TensorInfo, read_header, write_index
 from moebound.checkpoint.shards import is_text
 from moebound.errors import CheckpointError
 from moebound.files.durable import disk_errors
@@ -34,7 +34,6 @@ from moebound.store.format import (
     to_line,
 )
 from moebound.store.shard import header_sha256
-from moebound.store.summary import ExpertTotals, WithoutWeights
 
 _DOCUMENTS = (".md", ".pdf", ".png", ".jpg")
 _PIECE_BYTES = 8 << 20
@@ -55,12 +54,11 @@ def write_rest(
     copied: what `choose_files` chose. records: of the shards' contents, as lines. Raises StoreError
     if the disk refuses.
     """
-    weight_map, total = dict[str, str](), 0
+    tensors = dict[str, TensorInfo]()
     for name in shards:
-        for tensor in read_header(folder / name)[0].values():
-            weight_map[tensor.name] = name
-            total += tensor.n_bytes
-    write_index(folder, weight_map, total)
+        tensors |= read_header(folder / name)[0]
+    weight_map = {name: tensor.file.name for name, tensor in tensors.items()}
+    write_index(folder, weight_map, sum(tensor.n_bytes for tensor in tensors.values()))
     config = {**checkpoint.config, "quantization_config": settings.to_json()}
     config_bytes = json_bytes(config)
     with disk_errors(folder):
@@ -73,11 +71,11 @@ def write_rest(
         )
         kept += (ShardRecord(name, header_sha256(folder / name)) for name in shards)
         write_synced(
-            folder / CERTIFICATES_FILE, certificates_bytes(chain(records, map(to_line, kept)))
+            folder / CERTIFICATES_FILE,
+            certificates_bytes(chain(records, map(to_line, kept)), version=settings.version),
         )
         known = read_certificates(folder / CERTIFICATES_FILE)
-        without = WithoutWeights.of(known)
-        card = model_card(settings, ExpertTotals.of(known), plan, without=without)
+        card = model_card(settings, tensors, known, plan)
         write_synced(folder / CARD_FILE, card.encode())
         write_synced(folder / CONFIG_FILE, config_bytes)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moebound.checkpoint import TensorInfo
 from moebound.errors import StoreError
 from moebound.files.durable import disk_errors
 from moebound.files.formats.statistics import FEW_TOKENS, Of
@@ -24,11 +25,19 @@ from moebound.store.format import (
     CARD_FILE,
     CERTIFICATES_FILE,
     ORIGINAL_CARD_FILE,
+    Others,
+    Record,
     Settings,
 )
 from moebound.store.planned import plan_of
 from moebound.store.reader import open_store
-from moebound.store.summary import ExpertTotals, OutputTotals, WithoutWeights
+from moebound.store.summary import (
+    ExpertTotals,
+    ModelTotals,
+    OtherTotals,
+    OutputTotals,
+    WithoutWeights,
+)
 from moebound.types import Guarantee
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -46,9 +55,8 @@ class Measurement:
 def write_card(store_path: Path | str, measured: Sequence[Measurement] = ()) -> Path:
     """Write a store's README.md anew, and return its path. Raises as `open_store`."""
     store = open_store(store_path)
-    totals = ExpertTotals.of(store.records())
-    without = WithoutWeights.of(store.records())
-    card = model_card(store.settings, totals, plan_of(store), measured, without)
+    records = [*store.kept.values(), *store.records()]
+    card = model_card(store.settings, store.tensors, records, plan_of(store), measured)
     path = store.path / CARD_FILE
     with disk_errors(path):
         write_synced(path, card.encode())
@@ -57,18 +65,28 @@ def write_card(store_path: Path | str, measured: Sequence[Measurement] = ()) -> 
 
 def model_card(
     settings: Settings,
-    totals: ExpertTotals,
+    tensors: Mapping[str, TensorInfo],
+    records: Sequence[Record],
     plan: Plan | None,
     measured: Sequence[Measurement] = (),
-    without: WithoutWeights | None = None,
 ) -> str:
-    """The card's text. The same for the same store and measurements."""
+    """The card's text. The same for the same store and measurements. records: of the tensors."""
+    totals, without = ExpertTotals.of(records), WithoutWeights.of(records)
+    others, model = OtherTotals.of(records), ModelTotals.of(tensors, records)
     source = _text(settings.source or "an unnamed checkpoint")
     parts = [
         _front_matter(source),
-        f"# {source}, experts compressed by moebound",
-        _GUARANTEED[totals.guarantee] + " All other tensors are as they were.",
-        _table("", [*_promised(settings, totals, plan), *_without(without)]),
+        f"# {source}, {'experts ' if settings.others == 'keep' else ''}compressed by moebound",
+        f"{_GUARANTEED[totals.guarantee]} {_others(settings.others, others)}",
+        _table(
+            "",
+            [
+                ("bits per weight, whole model", f"{model.bits_per_weight:.3f}"),
+                *_promised(settings, totals, plan),
+                *_coded(others),
+                *_without(without),
+            ],
+        ),
     ]
     if settings.calibration is not None and totals.outputs is not None:
         parts += ["## Calibrated", _CALIBRATED]
@@ -154,6 +172,31 @@ def _promised(
         )
 
 
+def _others(asked: Others, found: OtherTotals) -> str:
+    if asked == "keep":
+        return "All other tensors are as they were."
+    if found.guarantee == "lossless":
+        return "All other tensors have the bits that they had; some are coded."
+    return (
+        f"Other matrices are compressed, too: no weight of one moved by more than {asked:g} times "
+        "its matrix's mean |weight|. Routers, norms and all else have the bits that they had."
+    )
+
+
+def _coded(found: OtherTotals) -> Iterable[tuple[str, str]]:
+    if not found.n_tensors:
+        return
+    yield (
+        "other tensors that are coded",
+        f"{found.n_tensors}: {found.bytes_before} -> {found.bytes_after} bytes, "
+        f"{found.bytes_before / found.bytes_after:.2f} times smaller",
+    )
+    if found.guarantee != "lossless" and found.worst is not None:
+        yield "their guarantee", found.guarantee
+        yield "their largest error over bound", f"{math.floor(found.worst * 1e4) / 1e4:.4f}"
+        yield "their largest error, in weight units", f"{found.max_abs_error:.3g}"
+
+
 _CALIBRATED = (
     "Experts were rounded by what they got as inputs on a text. What became of their outputs there "
     "was measured, and is no promise for other texts; the bound on every weight is."
@@ -172,7 +215,7 @@ def _calibrated(text: Of, found: OutputTotals) -> Iterable[tuple[str, str]]:
             yield f"error of a matrix's outputs over their power, {name}", f"{100 * value:.3g} %"
 
 
-def _without(found: WithoutWeights | None) -> Iterable[tuple[str, str]]:
+def _without(found: WithoutWeights) -> Iterable[tuple[str, str]]:
     if found:
         yield "experts without weights of their own", str(found)
 

@@ -24,6 +24,7 @@ from moebound.jobs.ordered import in_order
 from moebound.store.format import (
     CONFIG_FILE,
     OWN_PREFIX,
+    CodedRecord,
     ExpertRecord,
     FileRecord,
     Record,
@@ -99,6 +100,9 @@ def surface_problems(store: Store) -> Iterator[Problem]:
     for record in store.records():
         if isinstance(record, ExpertRecord):
             yield from _misnamed(record, family)
+        elif isinstance(record, CodedRecord) and family.match(record.name) is not None:
+            message = "is named as a routed expert is, and certified as of no expert"
+            yield Problem("certificate", record.name, message)
 
 
 def _misnamed(record: ExpertRecord, family: Family) -> Iterator[Problem]:

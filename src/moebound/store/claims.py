@@ -13,12 +13,13 @@ from moebound.codec.registry import codec_class
 from moebound.errors import MoeboundError
 from moebound.methods import Method, codec_of, get_method
 from moebound.methods.registry import BOUNDED
-from moebound.store.format import CONFIG_FILE, MatrixRecord
+from moebound.store.format import CONFIG_FILE, CodedRecord, MatrixRecord
 from moebound.store.layout import EXACT
+from moebound.store.others import CODERS, bound_of
 from moebound.store.planned import plan_of, unpromised
 from moebound.store.reader import Store, StoredExpert
 from moebound.store.summary import Problem
-from moebound.types import Guarantee
+from moebound.types import NO_LOSS, Guarantee
 
 _TOLERANCE = 1e-9
 
@@ -44,8 +45,36 @@ def contradictions(store: Store) -> Iterator[Problem]:
         for matrix in expert.matrices:
             for message in _unfounded(matrix.record, expert.method, method):
                 yield Problem("certificate", matrix.tensor.name, message)
+    yield from _coded(store)
     yield from _groups(store)
     yield from _settings(store)
+
+
+def _coded(store: Store) -> Iterator[Problem]:
+    """Of tensors that are no expert's, config.json says what was promised."""
+    settings = store.settings
+    if bool(store.coded) != (settings.others != "keep"):
+        message = f"others {settings.others}, and {len(store.coded)} other tensors are coded"
+        yield Problem("certificate", CONFIG_FILE, message)
+    for name, stored in store.coded.items():
+        record = stored.record
+        certificate = record.certificate
+        asked = bound_of(name, certificate.shape, settings.others)
+        exact = certificate.codec in ("lossless", "raw")
+        wanted = NO_LOSS if certificate.codec == "raw" else asked
+        if certificate.bound != wanted or (asked == NO_LOSS and not exact):
+            message = f"bound: expected {wanted}, certified {certificate.bound}"
+            yield Problem("certificate", name, message)
+        if certificate.source_dtype != certificate.dtype:
+            message = f"dtype {certificate.dtype} of {certificate.source_dtype}"
+            yield Problem("certificate", name, message)
+        if certificate.codec not in CODERS or certificate.outputs or certificate.columns:
+            message = f"codec {certificate.codec}: expected one of {', '.join(CODERS)}"
+            yield Problem("certificate", name, message)
+            continue
+        setting = f"{BOUNDED}:{certificate.codec}"
+        for message in _unfounded(record, setting, get_method(setting)):
+            yield Problem("certificate", name, message)
 
 
 def _unlike_settings(store: Store, expert: StoredExpert, method: Method) -> Iterator[Problem]:
@@ -97,7 +126,7 @@ def _not_exact(expert: StoredExpert) -> Iterator[Problem]:
             yield Problem("certificate", matrix.tensor.name, message)
 
 
-def _unfounded(record: MatrixRecord, setting: str, method: Method) -> Iterator[str]:
+def _unfounded(record: MatrixRecord | CodedRecord, setting: str, method: Method) -> Iterator[str]:
     """Guarantee, method and ratio follow from the rest of a record."""
     certificate = record.certificate
     codec, bound = certificate.codec, certificate.bound
@@ -144,7 +173,7 @@ def _unfounded(record: MatrixRecord, setting: str, method: Method) -> Iterator[s
     yield from _ratio(record)
 
 
-def _ratio(record: MatrixRecord) -> Iterator[str]:
+def _ratio(record: MatrixRecord | CodedRecord) -> Iterator[str]:
     certificate, ratio = record.certificate, record.ratio
     bound, asked = certificate.bound, certificate.abs_bound
     if bound is None or asked is None:

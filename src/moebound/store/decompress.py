@@ -23,7 +23,6 @@ from moebound.checkpoint import (
     TensorInfo,
     TensorSpec,
     read_chunks,
-    read_into,
     write_index,
 )
 from moebound.codec import thread_count
@@ -47,6 +46,7 @@ from moebound.store.format import (
     PLAN_FILE,
 )
 from moebound.store.reader import Store, StoredMatrix, open_store
+from moebound.store.stored import StoredTensor
 from moebound.store.summary import DecompressSummary, Meter, ProgressCallback
 from moebound.types import Array
 
@@ -55,12 +55,12 @@ _EXPERTS_BIAS = re.compile(r"\.experts\..*bias$")
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor to write: kept as it is, or decoded from one matrix or from all slices. kept:
-    with its certified SHA-256."""
+    """One tensor to write: kept as it is, or decoded from one matrix or from all slices, or of no
+    expert and coded. kept: with its certified SHA-256."""
 
     spec: TensorSpec
     kept: tuple[TensorInfo, str] | None
-    matrices: tuple[StoredMatrix, ...]
+    matrices: tuple[StoredMatrix | StoredTensor, ...]
 
 
 def decompress(
@@ -103,8 +103,11 @@ def decompress(
         for key in left.values():
             counts[key] += 1
 
-        def done(matrix: StoredMatrix, n_bytes: int) -> None:
-            key = left[matrix.tensor.name]
+        def done(matrix: StoredMatrix | StoredTensor, n_bytes: int) -> None:
+            key = left.get(matrix.tensor.name)
+            if key is None:
+                meter.add(matrix.tensor.name, n_bytes=n_bytes)
+                return
             counts[key] -= 1
             meter.add(str(key), n_bytes=n_bytes, experts=int(counts[key] == 0))
 
@@ -146,7 +149,7 @@ def check_plain(store: Store) -> None:
                 "chosen, or put out a constant), which no ordinary checkpoint can say; load the "
                 "store itself"
             )
-        if edit.alias and any(_EXPERTS_BIAS.search(name) for name in store.kept):
+        if edit.alias and any(_EXPERTS_BIAS.search(name) for name in store.tensors):
             raise StoreError(
                 f"{store.path}: layer {layer}: experts stand for others, and have biases, which an "
                 "ordinary checkpoint would have of each; load the store itself"
@@ -160,6 +163,10 @@ def _plan(store: Store) -> dict[str, list[_Tensor]]:
         tensor = store.tensors[name]
         spec = TensorSpec(name, tensor.dtype, tensor.shape)
         shards[record.home].append(_Tensor(spec, (tensor, record.sha256), ()))
+    for name, stored in store.coded.items():
+        certificate = stored.record.certificate
+        spec = TensorSpec(name, certificate.dtype, certificate.shape)
+        shards[stored.record.home].append(_Tensor(spec, None, (stored,)))
     by_name: dict[str, list[StoredMatrix]] = defaultdict(list)
     for expert in store.experts():
         for matrix in expert.matrices:
@@ -181,7 +188,7 @@ def _write_shard(
     path: Path,
     tensors: list[_Tensor],
     meter: Meter,
-    done: Callable[[StoredMatrix, int], None],
+    done: Callable[[StoredMatrix | StoredTensor, int], None],
     jobs: int,
 ) -> None:
     matrices = [(t.spec.name, matrix) for t in tensors for matrix in t.matrices]
@@ -202,11 +209,8 @@ def _write_shard(
                 done(matrix, array.nbytes)
 
 
-def _decode(jobs: int, matrix: StoredMatrix) -> Array:
-    buffer = memoryview(bytearray(matrix.tensor.n_bytes))
-    read_into(matrix.tensor, buffer)
-    matrix.check(buffer)
-    return matrix.decode(buffer, threads=1 if jobs > 1 else None)
+def _decode(jobs: int, matrix: StoredMatrix | StoredTensor) -> Array:
+    return matrix.decode(matrix.read(), threads=1 if jobs > 1 else None)
 
 
 def _write_rest(store: Store, folder: Path, shards: dict[str, list[_Tensor]]) -> None:

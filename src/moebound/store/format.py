@@ -1,7 +1,8 @@
 """What a store looks like on disk: names, version, and the records of the certificates file.
 
     config.json                          the model's, with a `quantization_config` (Settings)
-    model-00001-of-0000N.safetensors     tensors as they were, then experts (uint8 envelopes)
+    model-00001-of-0000N.safetensors     tensors as they were, then coded ones (uint8 envelopes),
+                                         then experts
     model.safetensors.index.json         tensor -> shard, as transformers reads it
     moebound.certificates.jsonl          one JSON record a line: what was promised and found
     moebound.plan.json                   the plan that was carried out, if there was one
@@ -19,21 +20,24 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from moebound.checkpoint import Role
 from moebound.checkpoint.shards import is_file_name
 from moebound.codec import Certificate
 from moebound.codec.certificate import DAMAGED, check_naturals, check_types, finite
-from moebound.errors import CorruptionError, FormatError, StoreError
+from moebound.errors import BoundError, CorruptionError, FormatError, StoreError
 from moebound.files.formats.statistics import Of
 from moebound.files.regular import regular_file
 from moebound.methods import codec_of
 from moebound.methods.shrinkage import Rule
 from moebound.types import ErrorBound, ExpertKey
 
-VERSION = 2
-"""1 knew bounds only: no methods, shared parts, router edits. It is read for ever."""
+VERSION = 3
+"""The newest. 1 knew bounds only: no methods, shared parts, router edits. Earlier ones are read for
+ever."""
+EXPERTS_ONLY = 2
+"""What is still written where no tensor but experts' is coded; 3 adds records `coded`."""
 QUANT_METHOD = "moebound"
 CONFIG_FILE = "config.json"
 CERTIFICATES_FILE = "moebound.certificates.jsonl"
@@ -56,6 +60,11 @@ The empty one makes a transformers without moebound fail instead of starting wit
 """
 
 MAX_LINE_BYTES = 16_000_000
+
+
+Others = Literal["keep", "lossless"] | float
+"""What becomes of tensors that are no routed expert's: kept, coded without loss, or coded under a
+rate, so that no weight of a matrix moves by more than that times the matrix's mean |weight|."""
 
 
 def stored_name(name: str, index: int | None) -> str:
@@ -89,19 +98,21 @@ class Settings:
     store from another. plan: SHA-256 of what the plan decides, None without one; `bound` is
     then the widest of its bounds. source: what the user called the source. stored_as: how it was
     quantized, in words; None if it was not. left_out: the source's files that are not in the store,
-    with the reason. calibration: what experts were rounded by. Unknown further fields are ignored.
+    with the reason. calibration: what experts were rounded by. others: of all other tensors; from
+    version 3 on. Unknown further fields are ignored.
     """
 
     method: str
     bound: ErrorBound | None
     shared_experts: bool
     run: str
-    version: int = VERSION
+    version: int = EXPERTS_ONLY
     plan: str | None = None
     source: str | None = field(default=None, compare=False)
     stored_as: str | None = field(default=None, compare=False)
     left_out: Mapping[str, str] = field(default_factory=dict, compare=False)
     calibration: CalibratedBy | None = None
+    others: Others = "keep"
 
     @property
     def codec(self) -> str | None:
@@ -113,6 +124,7 @@ class Settings:
         left_out = dict(self.left_out) or None
         optional = {
             "bound": bound, "left_out": left_out,
+            "others": None if self.others == "keep" else self.others,
             "calibration": None if self.calibration is None else self.calibration.to_json(),
             **{name: getattr(self, name) for name in _OPTIONAL},
         }  # fmt: skip
@@ -143,6 +155,7 @@ class Settings:
             check_types(data, str, *(name for name in _OPTIONAL if data.get(name) is not None))
             left_out = data.get("left_out", {})
             check_types(left_out, str, *left_out)
+            others = data.get("others", "keep") if version > EXPERTS_ONLY else "keep"
             method = f"bounded:{data['codec']}" if version == 1 else data["method"]
             return cls(
                 method, bound, data["shared_experts"], data["run"], version,
@@ -150,13 +163,23 @@ class Settings:
                 calibration=None
                 if (by := data.get("calibration")) is None
                 else CalibratedBy.from_json(by),
+                others=check_others(others),
             )  # fmt: skip
-        except DAMAGED as error:
+        except (*DAMAGED, BoundError) as error:
             what = f"{type(error).__name__}: {error}"
             raise CorruptionError(f"quantization_config: {what}") from error
 
 
 _OPTIONAL = ("plan", "source", "stored_as")
+
+
+def check_others(value: Any) -> Others:
+    """The same. Raises BoundError for what is none of `Others`."""
+    if value in ("keep", "lossless") and isinstance(value, str):
+        return cast(Others, value)
+    if isinstance(value, str):
+        raise BoundError(f"others {value!r}: expected keep, lossless, or a rate above 0")
+    return ErrorBound(value, "rate").value
 
 
 def read_settings(config: Mapping[str, Any]) -> Settings | None:
@@ -244,6 +267,20 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
+class CodedRecord:
+    """A tensor of no expert, as one envelope under its own name. ratio: as of a `MatrixRecord`."""
+
+    name: str
+    home: str
+    ratio: float | None
+    certificate: Certificate
+
+    @property
+    def stored_name(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class ShardRecord:
     """A shard's header. sha256: of its length field and its text."""
 
@@ -261,7 +298,9 @@ class FileRecord:
     sha256: str
 
 
-Record = ExpertRecord | PartRecord | RouterRecord | TensorRecord | ShardRecord | FileRecord
+Record = (
+    ExpertRecord | PartRecord | RouterRecord | TensorRecord | CodedRecord | ShardRecord | FileRecord
+)
 _KINDS: dict[str, type[PartRecord | RouterRecord | TensorRecord | ShardRecord | FileRecord]] = {
     "part": PartRecord,
     "router": RouterRecord,
@@ -290,6 +329,11 @@ def to_line(record: Record) -> bytes:
                 for m in record.matrices
             ],
         }  # fmt: skip
+    elif isinstance(record, CodedRecord):
+        content = {
+            "kind": "coded", "name": record.name, "home": record.home, "ratio": record.ratio,
+            "certificate": record.certificate.to_json(),
+        }  # fmt: skip
     else:
         kind = next(name for name, cls in _KINDS.items() if cls is type(record))
         content = {"kind": kind, **asdict(record)}
@@ -303,6 +347,8 @@ def from_line(line: bytes, where: str) -> Record:
         kind = content.pop("kind")
         if kind == "expert":
             return _expert_record(content)
+        if kind == "coded":
+            return _coded_record(content)
         record = _KINDS[kind](**content)
         texts = ("name", "sha256", *_TEXTS.get(kind, ()))
         check_types(content, str, *texts)
@@ -333,6 +379,15 @@ def _check_router(content: Mapping[str, Any]) -> None:
     check_types(content, dict, "alias")
     for numbers in (keep or [], alias, constants):
         check_naturals(numbers, *(numbers if isinstance(numbers, dict) else range(len(numbers))))
+
+
+def _coded_record(content: dict[str, Any]) -> CodedRecord:
+    check_types(content, str, "name", "home")
+    if not is_file_name(content["home"]):
+        raise ValueError(f"{content['home']!r} is not a plain file name")
+    ratio = None if content["ratio"] is None else finite(content, "ratio")
+    certificate = Certificate.from_json(content["certificate"])
+    return CodedRecord(content["name"], content["home"], ratio, certificate)
 
 
 def _expert_record(content: dict[str, Any]) -> ExpertRecord:
@@ -372,10 +427,10 @@ def _json_line(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
-def certificates_bytes(lines: Iterable[bytes]) -> Iterator[bytes]:
+def certificates_bytes(lines: Iterable[bytes], *, version: int = EXPERTS_ONLY) -> Iterator[bytes]:
     """The certificates file, line by line: a first line that names it, a last one that seals it."""
     digest = hashlib.sha256()
-    head = _json_line({"kind": "header", "format": RECORDS_FORMAT, "version": VERSION})
+    head = _json_line({"kind": "header", "format": RECORDS_FORMAT, "version": version})
     count = 0
     for line in (head, *lines):
         digest.update(line)
@@ -391,6 +446,7 @@ def read_certificates(file: Path, *, version: int | None = None) -> list[Record]
     its seal does not match, a line is damaged, or it is of another version.
     """
     digest, records, last, number = hashlib.sha256(), list[Record](), b"", 0
+    found = VERSION
     try:
         with regular_file(file) as (fd, _), open(fd, "rb", closefd=False) as handle:
             for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b""), 1):
@@ -406,6 +462,8 @@ def read_certificates(file: Path, *, version: int | None = None) -> list[Record]
                 last = line
     except OSError as error:
         raise StoreError(f"{file}: cannot be read: {error.strerror or error}") from error
+    if found <= EXPERTS_ONLY and any(isinstance(record, CodedRecord) for record in records):
+        raise CorruptionError(f"{file}: version {found} has no coded tensors but experts")
     end = {"kind": "end", "lines": number - 1, "sha256": digest.hexdigest()}
     if last != _json_line(end):
         raise CorruptionError(

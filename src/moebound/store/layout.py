@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from moebound.checkpoint import Checkpoint, Expert, TensorInfo, read_into
 from moebound.errors import StoreError
 from moebound.methods import BOUNDED, Method, get_method, router_name, shared_name
-from moebound.store.format import OWN_PREFIX, SLICE_MARK, VERSION
+from moebound.store.format import EXPERTS_ONLY, OWN_PREFIX, SLICE_MARK, VERSION, Others
+from moebound.store.others import coder_versions, may_be_coded
 from moebound.store.recipe import Recipe
 from moebound.types import ExpertKey
 
@@ -67,6 +68,14 @@ class TensorShard:
 
 
 @dataclass(frozen=True)
+class CodedShard:
+    """A shard of tensors that are no expert's, and are coded."""
+
+    name: str
+    tensors: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
 class ExpertShard:
     """A shard of groups of experts, compressed or exact."""
 
@@ -88,12 +97,20 @@ class StoreLayout:
     """All shards of a store, in order; names are final."""
 
     tensor_shards: tuple[TensorShard, ...]
+    coded_shards: tuple[CodedShard, ...]
     expert_shards: tuple[ExpertShard, ...]
 
     @property
     def names(self) -> list[str]:
         """File names of all shards, in order."""
-        return [s.name for s in self.tensor_shards] + [s.name for s in self.expert_shards]
+        names = [shard.name for shard in self.tensor_shards]
+        names += [shard.name for shard in self.coded_shards]
+        return names + [shard.name for shard in self.expert_shards]
+
+    @property
+    def version(self) -> int:
+        """The version of the store."""
+        return VERSION if self.coded_shards else EXPERTS_ONLY
 
 
 def select(
@@ -162,7 +179,9 @@ def group(tasks: list[ExpertTask], recipe: Recipe) -> list[Group]:
     ]
 
 
-def lay_out(checkpoint: Checkpoint, groups: list[Group], *, shard_bytes: int) -> StoreLayout:
+def lay_out(
+    checkpoint: Checkpoint, groups: list[Group], *, shard_bytes: int, others: Others = "keep"
+) -> StoreLayout:
     """Cut everything into shards of at most shard_bytes of source (or one tensor or group each)."""
     taken = {m.name for group in groups for task in group.tasks for m in task.expert.matrices}
     for name in checkpoint.tensors:
@@ -171,15 +190,25 @@ def lay_out(checkpoint: Checkpoint, groups: list[Group], *, shard_bytes: int) ->
                 f"{checkpoint.path}: tensor {name!r}: names with {SLICE_MARK!r}, and those that "
                 f"begin with {OWN_PREFIX!r}, are taken"
             )
-    kept = [tensor for name, tensor in checkpoint.tensors.items() if name not in taken]
-    tensor_parts = list(_cut(kept, lambda tensor: tensor.n_bytes, shard_bytes))
+    left = [tensor for name, tensor in checkpoint.tensors.items() if name not in taken]
+    coded = (
+        set()
+        if others == "keep"
+        else {tensor.name for tensor in left if may_be_coded(tensor, checkpoint.family)}
+    )
+
+    def cut(tensors: Iterable[TensorInfo]) -> list[tuple[TensorInfo, ...]]:
+        return list(_cut(tensors, lambda tensor: tensor.n_bytes, shard_bytes))
+
+    tensor_parts = cut(tensor for tensor in left if tensor.name not in coded)
+    coded_parts = cut(tensor for tensor in left if tensor.name in coded)
     expert_parts = list(_cut(groups, lambda group: group.n_bytes, shard_bytes))
-    count = len(tensor_parts) + len(expert_parts)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    split = len(tensor_parts)
+    count = len(tensor_parts) + len(coded_parts) + len(expert_parts)
+    names = (f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
     return StoreLayout(
-        tuple(TensorShard(n, part) for n, part in zip(names[:split], tensor_parts, strict=True)),
-        tuple(ExpertShard(n, part) for n, part in zip(names[split:], expert_parts, strict=True)),
+        tuple(TensorShard(next(names), part) for part in tensor_parts),
+        tuple(CodedShard(next(names), part) for part in coded_parts),
+        tuple(ExpertShard(next(names), part) for part in expert_parts),
     )
 
 
@@ -198,7 +227,12 @@ def _cut(
 
 
 def describe_run(
-    checkpoint: Checkpoint, tasks: list[ExpertTask], *, recipe: Recipe, shard_bytes: int
+    checkpoint: Checkpoint,
+    tasks: list[ExpertTask],
+    *,
+    recipe: Recipe,
+    shard_bytes: int,
+    others: Others = "keep",
 ) -> dict[str, Any]:
     """Everything that decides the bytes of a store, as JSON; equal runs write equal stores.
 
@@ -208,11 +242,12 @@ def describe_run(
     """
     selection = [[*task.expert.key, task.exact] for task in tasks]
     return {
-        "version": VERSION,
+        "version": EXPERTS_ONLY if others == "keep" else VERSION,
         "source": _fingerprint(checkpoint),
         **recipe.describe(),
         "experts": hashlib.sha256(json.dumps(selection).encode()).hexdigest(),
         "shard_bytes": shard_bytes,
+        **({} if others == "keep" else {"others": others, "codecs": coder_versions()}),
     }
 
 

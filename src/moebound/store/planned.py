@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from moebound.errors import MoeboundError, PlanError, StoreError
 from moebound.methods import Method, get_method
 from moebound.plan import Plan
-from moebound.store.format import PLAN_FILE, MatrixRecord
+from moebound.store.format import PLAN_FILE, CodedRecord, MatrixRecord
 from moebound.store.reader import Store, StoredExpert
 from moebound.store.summary import Problem
 
@@ -61,7 +61,7 @@ def _broken(expert: StoredExpert, plan: Plan) -> Iterator[Problem]:
             yield Problem("certificate", matrix.tensor.name, message)
 
 
-def unpromised(record: MatrixRecord, method: Method) -> bool:
+def unpromised(record: MatrixRecord | CodedRecord, method: Method) -> bool:
     """Whether this is a matrix of which nothing can be promised, whatever bound was given: of an
     expert that the method dropped, or put another in the place of."""
     return method.coder is not None and (

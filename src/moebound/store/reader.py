@@ -7,7 +7,6 @@ say the same experts and roles as records (`checks.py`).
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from moebound.store.format import (
     CONFIG_FILE,
     SHARD_MARK,
     VERSION,
+    CodedRecord,
     ExpertRecord,
     FileRecord,
     MatrixRecord,
@@ -41,6 +41,7 @@ from moebound.store.format import (
     read_certificates,
     read_settings,
 )
+from moebound.store.stored import StoredTensor, naming, parse_certified, read_tensor_bytes
 from moebound.types import NUMPY_DTYPES, Array, ExpertKey
 
 
@@ -83,7 +84,7 @@ class StoredMatrix:
         CorruptionError, naming file and tensor, for bytes that are damaged or hold another shape or
         dtype than certified, and for a shared part that is missing or another.
         """
-        with self._named():
+        with naming(self.tensor):
             stored = self.parse(data)
             if self.target is None:
                 given = parts or self.find
@@ -99,7 +100,7 @@ class StoredMatrix:
         threads: int | None = None,
     ) -> None:
         """As `decode`, into a contiguous array or tensor of that shape and dtype."""
-        with self._named():
+        with naming(self.tensor):
             stored = self.parse(data)
             if self.target is None:
                 stored.decode_into(out, parts or self.find, threads=threads)
@@ -119,24 +120,7 @@ class StoredMatrix:
 
     def parse(self, data: memoryview) -> Stored:
         """Taken apart and checked against the certificate, not decoded."""
-        certificate, stored = self.record.certificate, Stored.of(data)
-        found = stored.spec.shape, stored.spec.dtype
-        if found != (certificate.shape, certificate.dtype):
-            raise CorruptionError(
-                f"expected shape {certificate.shape} of {certificate.dtype}, found {found[0]} "
-                f"of {found[1]}"
-            )
-        if stored.needs != self.needs:
-            raise CorruptionError(f"expected shared parts {self.needs}, found {stored.needs}")
-        return stored
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except FormatError as error:
-            where = f"{self.tensor.file}: tensor {self.tensor.name!r}"
-            raise type(error)(f"{where}: {error}") from error
+        return parse_certified(data, self.record.certificate, self.needs)
 
 
 @dataclass(frozen=True)
@@ -200,6 +184,7 @@ class Store:
     """A store's contents, by name; no weights are in memory.
 
     tensors: every tensor of the shards. kept: those that are as they were, with their hashes.
+    coded: those of no expert that are coded; `others.other_tensors` gives both, decoded.
     parts: shared parts, by group and number. routers: router edits' tensors and records.
     """
 
@@ -208,6 +193,7 @@ class Store:
     settings: Settings
     tensors: Mapping[str, TensorInfo]
     kept: Mapping[str, TensorRecord]
+    coded: Mapping[str, StoredTensor]
     shards: tuple[ShardRecord, ...]
     files: tuple[FileRecord, ...]
     parts: Mapping[tuple[int, int], StoredPart]
@@ -236,10 +222,11 @@ class Store:
         return read_router_edits([tensor for tensor, _ in self.routers])
 
     def records(self) -> Iterator[Record]:
-        """Of its experts, shared parts and router edits."""
+        """Of its experts, other coded tensors, shared parts and router edits."""
         for expert in self.experts():
             matrices = tuple(matrix.record for matrix in expert.matrices)
             yield ExpertRecord(expert.key, expert.exact, matrices, expert.method, expert.group)
+        yield from (stored.record for stored in self.coded.values())
         yield from (part.record for part in self.parts.values())
         yield from (record for _, record in self.routers)
 
@@ -247,6 +234,7 @@ class Store:
         """The certified SHA-256 of every tensor's bytes, by name, in the order of the files. Empty
         stand-ins have none."""
         found = {name: record.sha256 for name, record in self.kept.items()}
+        found |= {name: s.record.certificate.sha256_encoded for name, s in self.coded.items()}
         found |= {part.tensor.name: part.record.sha256 for part in self.parts.values()}
         found |= {tensor.name: record.sha256 for tensor, record in self.routers}
         for expert in self.experts():
@@ -265,14 +253,6 @@ def read_stored(stored: StoredExpert) -> EncodedExpert:
         str(stored.key), "U8", (stored.n_bytes,), stored.file, stored.offset, stored.n_bytes
     )
     return EncodedExpert(stored, read_tensor_bytes(span))
-
-
-def read_tensor_bytes(tensor: TensorInfo) -> memoryview:
-    """All bytes of a tensor, by one positional read. Raises CheckpointError or CorruptionError if
-    the file is gone or has become shorter."""
-    buffer = memoryview(bytearray(tensor.n_bytes))
-    read_into(tensor, buffer)
-    return buffer
 
 
 def read_router_edits(tensors: Iterable[TensorInfo]) -> dict[int, RouterEdit]:
@@ -321,6 +301,11 @@ def open_store(path: Path | str, *, check: bool = True) -> Store:
     records = read_certificates(path / CERTIFICATES_FILE, version=settings.version)
     _check_unique(path, records)
     kept = {r.name: r for r in records if isinstance(r, TensorRecord)}
+    coded = {
+        r.name: StoredTensor(_own_tensor(path, tensors, r.name, r.certificate.n_bytes), r)
+        for r in records
+        if isinstance(r, CodedRecord)
+    }
     parts = _place_parts(path, tensors, [r for r in records if isinstance(r, PartRecord)])
     routers = tuple(
         (_own_tensor(path, tensors, r.name, r.n_bytes), r)
@@ -333,13 +318,16 @@ def open_store(path: Path | str, *, check: bool = True) -> Store:
     )
     experts = _with_targets(path, experts, [tensor for tensor, _ in routers])
     own = {part.tensor.name for part in parts.values()} | {tensor.name for tensor, _ in routers}
-    _check_complete(path, tensors, set(kept) | own, experts)
+    for name in kept.keys() & coded.keys():
+        raise CorruptionError(f"{path}: tensor {name!r} has two records")
+    _check_complete(path, tensors, kept.keys() | coded.keys() | own, experts)
     store = Store(
         path,
         MappingProxyType(config),
         settings,
         MappingProxyType(tensors),
         MappingProxyType(kept),
+        MappingProxyType(coded),
         tuple(r for r in records if isinstance(r, ShardRecord)),
         tuple(r for r in records if isinstance(r, FileRecord)),
         MappingProxyType(parts),

@@ -17,7 +17,7 @@ from types import TracebackType
 from moebound.checkpoint.shards import MAX_HEADER_BYTES
 from moebound.errors import StoreError
 from moebound.files.durable import PartialFile, disk_errors
-from moebound.store.format import SHARD_MARK, VERSION
+from moebound.store.format import EXPERTS_ONLY, SHARD_MARK
 
 _LARGEST = 10**13  # stands for any offset when room is reserved
 
@@ -35,7 +35,7 @@ class BytesShard:
     removes it. Raises StoreError if the disk refuses.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], *, version: int = VERSION) -> None:
+    def __init__(self, path: Path, names: Sequence[str], *, version: int = EXPERTS_ONLY) -> None:
         self.path = path
         self._names, self._version = names, version
         self._sizes: list[int] = []

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
 
+from moebound.checkpoint import TensorInfo
 from moebound.files.formats.statistics import FEW_TOKENS
 from moebound.methods import codec_of, weakest
-from moebound.store.format import ExpertRecord, PartRecord, Record, RouterRecord
+from moebound.store.format import (
+    CodedRecord,
+    ExpertRecord,
+    Others,
+    PartRecord,
+    Record,
+    RouterRecord,
+    TensorRecord,
+)
 from moebound.types import NUMPY_DTYPES, ErrorBound, Guarantee
 
 
@@ -164,6 +173,67 @@ class ExpertTotals:
 
 
 @dataclass(frozen=True)
+class OtherTotals:
+    """Sums over the coded tensors that are no expert's. guarantee, worst, max_abs_error: as of
+    `ExpertTotals`; "lossless" and None where there are none."""
+
+    n_tensors: int = 0
+    n_weights: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    guarantee: Guarantee = "lossless"
+    worst: float | None = None
+    max_abs_error: float = 0.0
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> OtherTotals:
+        """records: of a store."""
+        coded = [record for record in records if isinstance(record, CodedRecord)]
+        if not coded:
+            return cls()
+        found = [record.certificate for record in coded]
+        return cls(
+            n_tensors=len(coded),
+            n_weights=sum(c.n_weights for c in found),
+            bytes_before=sum(c.n_weights * NUMPY_DTYPES[c.source_dtype].itemsize for c in found),
+            bytes_after=sum(c.n_bytes for c in found),
+            guarantee=weakest(c.guarantee for c in found),
+            worst=max((r.ratio for r in coded if r.ratio is not None), default=None),
+            max_abs_error=max(c.max_abs_error for c in found),
+        )
+
+
+@dataclass(frozen=True)
+class ModelTotals:
+    """All tensors of a store: how many weights they stand for, in how many bytes."""
+
+    n_weights: int
+    n_bytes: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorInfo], records: Iterable[Record]) -> ModelTotals:
+        """tensors: of the shards. records: of kept and coded tensors, and of experts."""
+        weights = 0
+        for record in records:
+            if isinstance(record, TensorRecord):
+                weights += math.prod(tensors[record.name].shape)
+            elif isinstance(record, CodedRecord):
+                weights += record.certificate.n_weights
+            elif isinstance(record, ExpertRecord):
+                weights += sum(matrix.certificate.n_weights for matrix in record.matrices)
+        return cls(weights, sum(tensor.n_bytes for tensor in tensors.values()))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.n_bytes / self.n_weights if self.n_weights else 0.0
+
+
+def larger(one: float | None, other: float | None) -> float | None:
+    """Of two ratios; None where neither is known."""
+    return max((value for value in (one, other) if value is not None), default=None)
+
+
+@dataclass(frozen=True)
 class CompressSummary:
     """What compressing came to.
 
@@ -174,7 +244,8 @@ class CompressSummary:
     error, None where nothing is promised. max_abs_error, rmse: measured, in weight units. patched:
     weights stored verbatim. outputs: on the text that was rounded by. left_out: the source's files
     that the store does not have, with the reason. remarks: on what was asked, where it can hardly
-    be meant. without_weights: experts that were left out or replaced.
+    be meant. without_weights: experts that were left out or replaced. others: what was asked for
+    all other tensors; coded: what came of it, of those that were coded.
     """
 
     path: str
@@ -199,6 +270,8 @@ class CompressSummary:
     left_out: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     without_weights: WithoutWeights = field(default_factory=WithoutWeights)
+    others: Others = "keep"
+    coded: OtherTotals = field(default_factory=OtherTotals)
 
     @property
     def expert_bits_per_weight(self) -> float:
@@ -261,7 +334,7 @@ class VerifyReport:
     tensors looked at. outputs: as certified, of a store that was rounded by a text; calibration:
     the statistics they were compared with, None where they were not. more: problems that are not
     listed, because the first has caused them. without_weights: experts of which nothing can be
-    promised."""
+    promised. coded: other tensors that are coded. model_bits_per_weight: of all tensors."""
 
     path: str
     against: str | None
@@ -277,6 +350,8 @@ class VerifyReport:
     outputs: OutputTotals | None = None
     calibration: str | None = None
     without_weights: WithoutWeights = field(default_factory=WithoutWeights)
+    coded: OtherTotals = field(default_factory=OtherTotals)
+    model_bits_per_weight: float = 0.0
 
     @property
     def ok(self) -> bool:

@@ -10,11 +10,9 @@ docs/checks.md has the table. Problems are data: all are reported.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,17 +21,16 @@ from moebound.checkpoint import (
     Checkpoint,
     TensorInfo,
     open_checkpoint,
+    read_tensor,
 )
 from moebound.checkpoint.shards import read_json
-from moebound.codec import measure, stats, thread_count
-from moebound.codec.certificate import sha256
-from moebound.codec.measure import Distortion
+from moebound.codec import stats, thread_count
 from moebound.errors import MoeboundError, StoreError
 from moebound.files.formats.statistics import Statistics
 from moebound.jobs.ordered import in_order
-from moebound.methods import MatrixSpec, RouterEdit, get_method, method_class
+from moebound.methods import RouterEdit, get_method, weakest
 from moebound.methods.base import ColumnBounds
-from moebound.methods.blob import MatrixBlob, parse_router, parse_shared
+from moebound.methods.blob import parse_router, parse_shared
 from moebound.store.beside import is_document
 from moebound.store.checks import differs, file_problems, surface_problems, tensor_sha256
 from moebound.store.claims import contradictions
@@ -42,27 +39,25 @@ from moebound.store.originals import Originals, first_of_each_kind
 from moebound.store.outputs import Expected, Text, column_bounds, column_problems
 from moebound.store.planned import broken_plan
 from moebound.store.reader import (
-    EncodedExpert,
     Store,
     StoredExpert,
     StoredMatrix,
     open_store,
     read_stored,
-    read_tensor_bytes,
 )
+from moebound.store.stored import StoredTensor, read_tensor_bytes
 from moebound.store.summary import (
     ExpertTotals,
     Meter,
+    ModelTotals,
+    OtherTotals,
     Problem,
-    ProblemKind,
     ProgressCallback,
     VerifyReport,
     WithoutWeights,
 )
+from moebound.store.verify_arrays import Checked, check_array, check_bound
 from moebound.types import Array, TensorStats
-
-# Certified numbers come from the same sums in the same order; leave room for another order.
-_TOLERANCE = 1e-9
 
 
 def verify(
@@ -96,15 +91,18 @@ def verify(
     originals, text = Originals(against), Text(store, calibration)
     experts = store.experts()
     kept = [store.tensors[name] for name in store.kept]
+    coded = list(store.coded.values())
     meter = Meter(
         progress,
-        total_bytes=sum(expert.decoded_bytes for expert in experts) + sum(t.n_bytes for t in kept),
+        total_bytes=sum(expert.decoded_bytes for expert in experts)
+        + sum(t.n_bytes for t in kept)
+        + sum(c.decoded_bytes for c in coded),
         total_experts=len(experts),
     )
     problems = [*surface_problems(store), *_check_files(store), *broken_plan(store)]
     problems += [*contradictions(store), *originals.extra_problems(store), *_check_own(store)]
     problems += text.problems
-    total = _Checked()
+    total = Checked()
     jobs = thread_count() if jobs is None else jobs
 
     check_tensor = partial(_check_tensor, store, originals)
@@ -112,13 +110,20 @@ def verify(
         for tensor, found in zip(kept, results, strict=True):
             problems += found
             meter.add(tensor.name, n_bytes=tensor.n_bytes)
+    check_coded = partial(_check_coded, originals)
+    with closing(in_order(check_coded, coded, jobs=jobs)) as others:
+        for stored, result in zip(coded, others, strict=True):
+            problems += result.problems
+            total.add_up(result)
+            meter.add(stored.tensor.name, n_bytes=stored.decoded_bytes)
     check_expert = partial(_check_expert, originals, text)
     with closing(in_order(check_expert, experts, jobs=jobs)) as checked:
         for expert, result in zip(experts, checked, strict=True):
             problems += result.problems
             total.add_up(result)
             meter.add(str(expert.key), n_bytes=expert.decoded_bytes, experts=1)
-    totals = ExpertTotals.of(store.records())
+    totals, of_others = ExpertTotals.of(store.records()), OtherTotals.of(store.records())
+    model = ModelTotals.of(store.tensors, [*store.kept.values(), *store.records()])
     cause, more = originals.another_model(experts), 0
     if cause is not None:
         few = list(first_of_each_kind(problems))
@@ -127,17 +132,19 @@ def verify(
         path=str(path),
         against=against_path,
         n_experts=len(experts),
-        n_tensors=len(kept) + sum(len(expert.matrices) for expert in experts),
+        n_tensors=len(kept) + len(coded) + sum(len(expert.matrices) for expert in experts),
         n_bytes=sum(tensor.n_bytes for tensor in store.tensors.values()),
         worst=total.worst,
         problems=tuple(problems),
         more=more,
         seconds=time.monotonic() - begun,
-        guarantee=totals.guarantee,
+        guarantee=weakest([totals.guarantee, of_others.guarantee]),
         max_abs_error=total.max_abs_error,
         outputs=totals.outputs,
         calibration=None if text.statistics is None else str(text.statistics.folder),
         without_weights=WithoutWeights.of(store.records()),
+        coded=of_others,
+        model_bits_per_weight=model.bits_per_weight,
     )
 
 
@@ -235,29 +242,48 @@ def _check_tensor(store: Store, originals: Originals, tensor: TensorInfo) -> lis
     return problems
 
 
-@dataclass
-class _Checked:
-    """What was found on one expert. worst: error over promised error, None where nothing is
-    promised. max_abs_error: in weight units, measured where there is an original."""
-
-    worst: float | None = None
-    max_abs_error: float = 0.0
-    problems: list[Problem] = field(default_factory=list)
-
-    def add(self, kind: ProblemKind, tensor: str, message: str) -> None:
-        self.problems.append(Problem(kind, tensor, message))
-
-    def found(self, ratio: float | None, max_abs_error: float) -> None:
-        if ratio is not None:
-            self.worst = ratio if self.worst is None else max(self.worst, ratio)
-        self.max_abs_error = max(self.max_abs_error, max_abs_error)
-
-    def add_up(self, other: _Checked) -> None:
-        self.found(other.worst, other.max_abs_error)
+def _check_coded(originals: Originals, stored: StoredTensor) -> Checked:
+    """A tensor of no expert that is coded."""
+    checked, name, record = Checked(), stored.tensor.name, stored.record
+    try:
+        data = read_tensor_bytes(stored.tensor)
+    except MoeboundError as error:
+        checked.add("hash", name, str(error))
+        return checked
+    decoded = check_array(data, stored, checked)
+    original = _original_of(originals, stored, checked)
+    if decoded is None:
+        return checked
+    if original is None:
+        checked.found(record.ratio, record.certificate.max_abs_error)
+    else:
+        check_bound(stored, decoded, original, stats(original), None, checked)
+    return checked
 
 
-def _check_expert(originals: Originals, text: Text, expert: StoredExpert) -> _Checked:
-    checked = _Checked()
+def _original_of(originals: Originals, stored: StoredTensor, checked: Checked) -> Array | None:
+    if originals.checkpoint is None:
+        return None
+    name, record = stored.tensor.name, stored.record
+    source = originals.checkpoint.tensors.get(name)
+    if source is None:
+        checked.add("original", name, "is in the store and not in the original")
+        return None
+    theirs = source.dtype, source.shape, source.file.name
+    ours = record.certificate.source_dtype, record.certificate.shape, record.home
+    if theirs != ours:
+        checked.add("original", name, f"original: expected {theirs}, certified as {ours}")
+    if theirs[:2] != ours[:2]:
+        return None
+    try:
+        return read_tensor(source)
+    except MoeboundError as error:
+        checked.add("original", name, str(error))
+        return None
+
+
+def _check_expert(originals: Originals, text: Text, expert: StoredExpert) -> Checked:
+    checked = Checked()
     try:
         encoded, method = read_stored(expert), get_method(expert.method)
     except MoeboundError as error:
@@ -272,7 +298,7 @@ def _check_expert(originals: Originals, text: Text, expert: StoredExpert) -> _Ch
         reference = own, whole
     expected = text.of(expert)
     for index, matrix in enumerate(expert.matrices):
-        decoded = _check_matrix(encoded, index, matrix, checked)
+        decoded = check_array(encoded.matrix(index), matrix, checked)
         original = arrays[index] if arrays is not None else None
         if decoded is None:
             continue
@@ -281,55 +307,8 @@ def _check_expert(originals: Originals, text: Text, expert: StoredExpert) -> _Ch
         if original is None or reference is None:
             checked.found(matrix.record.ratio, matrix.record.certificate.max_abs_error)
         else:
-            _check_bound(matrix, decoded, original, reference[0][index], reference[1], checked)
+            check_bound(matrix, decoded, original, reference[0][index], reference[1], checked)
     return checked
-
-
-def _check_matrix(
-    encoded: EncodedExpert, index: int, matrix: StoredMatrix, checked: _Checked
-) -> Array | None:
-    name, certificate = matrix.tensor.name, matrix.record.certificate
-    data = encoded.matrix(index)
-    found = sha256(data)
-    if found != certificate.sha256_encoded:
-        checked.add("hash", name, differs(certificate.sha256_encoded, found))
-    try:
-        decoded = matrix.decode(data, threads=1)
-        found_in = matrix.parse(data).found
-    except MoeboundError as error:
-        checked.add("decode", name, str(error))
-        return None
-    says: tuple[object, ...]
-    certified: tuple[object, ...]
-    if isinstance(found_in, MatrixBlob):
-        spec = MatrixSpec(found_in.shape, found_in.dtype)
-        verbatim = method_class(found_in.method).verbatim(found_in.payload, spec)
-        says = found_in.method, found_in.method_version, None, None, verbatim, found_in.dtype
-        certified = (certificate.method.split(":")[0],)
-        names = "method, version, codec, its version, patches, source dtype"
-    else:
-        patches, epsilon = len(found_in.misses), found_in.spec.abs_bound
-        says = (
-            f"bounded:{found_in.codec}", 1, found_in.codec, found_in.codec_version, patches,
-            found_in.spec.source_dtype, epsilon,
-        )  # fmt: skip
-        certified = (certificate.method,)
-        names = "method, version, codec, its version, patches, source dtype, bound"
-    certified += (
-        certificate.method_version, certificate.codec, certificate.codec_version,
-        certificate.patched, certificate.source_dtype,
-    )  # fmt: skip
-    if not isinstance(found_in, MatrixBlob):
-        certified += (epsilon if certificate.bound is None else certificate.abs_bound,)
-    if says != certified:
-        checked.add("certificate", name, f"expected {names} {certified}, found {says}")
-    if certificate.guarantee == "lossless" and certificate.dtype == certificate.source_dtype:
-        own = sha256(decoded.reshape(-1).view("u1"))
-        if own != certificate.sha256_original:
-            checked.add("certificate", name, "is certified as lossless, and decodes to other bits")
-    if not certificate.kept or (matrix.record.ratio or 0) > 1:
-        checked.add("certificate", name, "certifies itself that its bound was not kept")
-    return decoded
 
 
 def _check_channels(
@@ -338,7 +317,7 @@ def _check_channels(
     decoded: Array,
     original: Array | None,
     expected: Expected | None,
-    checked: _Checked,
+    checked: Checked,
 ) -> None:
     """Bounds by input channel, and outputs on the text."""
     name = matrix.tensor.name
@@ -352,73 +331,8 @@ def _check_channels(
             checked.add("calibration", name, str(error))
 
 
-def _check_bound(
-    matrix: StoredMatrix,
-    decoded: Array,
-    original: Array,
-    own: TensorStats,
-    whole: TensorStats | None,
-    checked: _Checked,
-) -> None:
-    """Resolve the bound anew from the original, and measure."""
-    name, certificate = matrix.tensor.name, matrix.record.certificate
-    if sha256(original.reshape(-1).view("u1")) != certificate.sha256_original:
-        checked.add("original", name, "is not the tensor that was compressed: hashes differ")
-    bound, claimed = certificate.bound, matrix.record.ratio
-    if bound is None:
-        _check_measured(matrix, measure(original, decoded, float("inf")), checked)
-        return
-    reference = whole if bound.scope == "expert" else own
-    if reference is None or certificate.abs_bound is None:
-        return
-    promised = bound.absolute(reference)
-    # An rmse bound's ε is a start for the encoder, which may have had to lower it.
-    off = certificate.abs_bound - promised
-    if (abs(off) if bound.pointwise else off) > _TOLERANCE * promised:
-        checked.add(
-            "bound", name, f"{bound} is {promised:g} here, certified was {certificate.abs_bound:g}"
-        )
-    found = measure(original, decoded, min(promised, certificate.abs_bound))
-    if bound.pointwise:
-        ratio = found.max_abs_error / promised if promised else float(found.max_abs_error > 0)
-        if found.broken:
-            checked.add(
-                "bound", name,
-                f"{found.broken} weights are off by more than {promised:g}, the worst by "
-                f"{found.max_abs_error:g}",
-            )  # fmt: skip
-    else:
-        asked = bound.value * own.rms
-        ratio = found.rmse / asked if asked else float(found.rmse > 0)
-        if ratio > 1:
-            checked.add("bound", name, f"RMSE is {found.rmse:g}, promised {asked:g}")
-    if claimed is None or not math.isclose(claimed, ratio, rel_tol=_TOLERANCE):
-        checked.add("certificate", name, f"certified error over promise {claimed}, found {ratio}")
-    checked.found(ratio, found.max_abs_error)
-    _check_measured(matrix, found, checked)
-
-
-def _check_measured(matrix: StoredMatrix, found: Distortion, checked: _Checked) -> None:
-    """Are the errors those that were certified? Where nothing is promised, that is all there is."""
-    name, certificate = matrix.tensor.name, matrix.record.certificate
-    checked.found(None, found.max_abs_error)
-    certified = certificate.max_abs_error, certificate.rmse
-    if certificate.guarantee == "lossless" and found.max_abs_error:
-        checked.add(
-            "bound", name, f"promised bit for bit, a weight is off by {found.max_abs_error:g}"
-        )
-    for says, was in zip(certified, (found.max_abs_error, found.rmse), strict=True):
-        if abs(says - was) > _TOLERANCE * max(abs(says), abs(was)):
-            checked.add(
-                "certificate", name,
-                f"certified largest error and RMSE {certified}, measured "
-                f"{(found.max_abs_error, found.rmse)}",
-            )  # fmt: skip
-            break
-
-
 def _originals_of(
-    originals: Originals, expert: StoredExpert, checked: _Checked
+    originals: Originals, expert: StoredExpert, checked: Checked
 ) -> list[Array | None]:
     arrays = list[Array | None]()
     for matrix in expert.matrices:

@@ -20,7 +20,8 @@ from moebound.errors import StoreError
 from moebound.jobs.ordered import in_order
 from moebound.store.checks import check_hash, check_parts, hashes_are_checked
 from moebound.store.decompress import check_plain
-from moebound.store.reader import Store, StoredMatrix, read_tensor_bytes
+from moebound.store.reader import Store, StoredMatrix
+from moebound.store.stored import read_tensor_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,9 @@ def read_other(store: Store, name: str, *, checked: bool) -> torch.Tensor:
     read."""
     import torch
 
+    if name in store.coded:
+        stored = store.coded[name]
+        return to_torch(stored.decode(stored.read()))
     tensor, record = store.tensors[name], store.kept[name]
     data = read_tensor_bytes(tensor)
     if checked:
@@ -100,7 +104,7 @@ def read_other(store: Store, name: str, *, checked: bool) -> torch.Tensor:
 
 
 def _parts(store: Store, experts: Collection[int] | None) -> list[_Part]:
-    found: list[_Part] = [(name, None) for name in store.kept]
+    found: list[_Part] = [(name, None) for name in (*store.kept, *store.coded)]
     for expert in store.experts():
         for matrix in expert.matrices:
             apart = matrix.record.index is None and not expert.key.shared

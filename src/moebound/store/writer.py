@@ -1,11 +1,13 @@
-"""Write a store: tensors that stay, then experts, compressed in parallel and written in order.
+"""Write a store: tensors that stay, others that are coded, then experts, compressed in parallel and
+written in order.
 
     select experts -> group -> cut into shards
       -> per shard: read, compress, write -> seal -> publish
 
 Bytes do not depend on the number of jobs or on interruptions. Memory is that of jobs + 1 groups
-(one expert each, for most methods) with their decoded weights, whatever the size of the model or of
-a shard. A shard that is finished is never written again: a rerun goes on behind it.
+(one expert each, for most methods) or other tensors, with their decoded weights, whatever the size
+of the model or of a shard. A shard that is finished is never written again: a rerun goes on behind
+it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.jobs.ordered import in_order
 from moebound.jobs.workers import Hire, Opening, Workers
 from moebound.methods import compress as compress_group
+from moebound.methods import weakest
 from moebound.plan import Plan
 from moebound.store.beside import choose_files, write_rest
 from moebound.store.earlier import OnExisting, finished_before, take_up
@@ -43,15 +47,18 @@ from moebound.store.folder import WorkFolder, check_apart, write_synced
 from moebound.store.format import (
     CERTIFICATES_FILE,
     CalibratedBy,
+    Others,
     Record,
     Settings,
     TensorRecord,
+    check_others,
     from_line,
     read_certificates,
     to_line,
 )
 from moebound.store.layout import (
     SHARD_BYTES,
+    CodedShard,
     ExpertShard,
     Group,
     StoreLayout,
@@ -62,19 +69,24 @@ from moebound.store.layout import (
     run_id,
     select,
 )
+from moebound.store.others import encode_other
 from moebound.store.recipe import Recipe
 from moebound.store.shard import BytesShard
 from moebound.store.summary import (
     CompressSummary,
     ExpertTotals,
     Meter,
+    OtherTotals,
     ProgressCallback,
     WithoutWeights,
+    larger,
 )
 from moebound.store.written import Written, tensor_names, written
 from moebound.types import ErrorBound, TensorStats
 
 _PART_SUFFIX = ".records.jsonl"
+
+Shard = TensorShard | CodedShard | ExpertShard
 
 
 def compress(
@@ -94,6 +106,7 @@ def compress(
     shard_bytes: int = SHARD_BYTES,
     source: str | None = None,
     workers: Hire | None = None,
+    others: Others = "lossless",
 ) -> CompressSummary:
     """Write the checkpoint to dst with its experts compressed, and say what it came to.
 
@@ -108,14 +121,15 @@ def compress(
     layers, experts: which ones, None for all; experts counts routed experts only. The others stay
         as they are (bit for bit, as `raw` envelopes, where they share a 3-D tensor with chosen
         ones). shared_experts: compress those of the chosen layers too.
-    jobs: groups of experts at a time, None for `MOEBOUND_THREADS` or the CPUs.
+    jobs: groups of experts, or other tensors, at a time, None for `MOEBOUND_THREADS` or the CPUs.
     on_existing: what to do about work that is there. A killed run of the same source, bound, codec
         and selection is taken up again in any case but "overwrite".
           error      a dst that is not an empty folder, or another unfinished run, is an error
           resume     also: a dst that this very run has finished before is left as it is
           overwrite  start anew; an old store at dst is replaced when the new one is whole
     shard_bytes: shards hold at most so many bytes of the source. source: what the model card calls
-        the source, the checkpoint's name if None.
+        the source, the checkpoint's name if None. others: what becomes of all other tensors, of
+        which `store.others` decides: "keep", "lossless", or a rate.
     workers: who writes the shards, None for this process. Checkpoint, statistics and dst must mean
         the same to all; the bytes are the same.
 
@@ -139,6 +153,7 @@ def compress(
     asked: dict[str, Any] = {
         "bound": bound, "method": method, "calibration": calibration, "layers": layers,
         "experts": experts, "shared_experts": shared_experts, "shard_bytes": shard_bytes,
+        "others": check_others(others),
     }  # fmt: skip
     job, run = _planned(checkpoint, **asked, jobs=jobs, source=source)
     checkpoint, layout, settings = job.checkpoint, job.layout, job.settings
@@ -177,6 +192,7 @@ def _planned(
     experts: set[int] | None,
     shared_experts: bool,
     shard_bytes: int,
+    others: Others,
     jobs: int,
     source: str | None = None,
 ) -> tuple[_Job, dict[str, object]]:
@@ -195,19 +211,23 @@ def _planned(
     tasks = select(checkpoint, layers=layers, experts=experts, shared_experts=shared_experts)
     if recipe.plan is not None:
         recipe.plan.check((t.expert.key, [m.role for m in t.expert.matrices]) for t in tasks)
-    layout = lay_out(checkpoint, group(tasks, recipe), shard_bytes=shard_bytes)
-    run = describe_run(checkpoint, tasks, recipe=recipe, shard_bytes=shard_bytes)
+    layout = lay_out(checkpoint, group(tasks, recipe), shard_bytes=shard_bytes, others=others)
+    if not layout.coded_shards:
+        others = "keep"  # nothing is large enough: the store is one of experts only
+    run = describe_run(checkpoint, tasks, recipe=recipe, shard_bytes=shard_bytes, others=others)
     copied, left_out = choose_files(checkpoint, layout.names)
     settings = Settings(
         recipe.method,
         recipe.bound,
         shared_experts,
         run_id(run),
+        layout.version,
         plan=None if recipe.plan is None else recipe.plan.sha256,
         source=as_text(source or checkpoint.name),
         stored_as=checkpoint.stored_as,
         left_out=left_out,
         calibration=None if (by := recipe.calibrated_by) is None else CalibratedBy(*by),
+        others=others,
     )
     return _Job(checkpoint, layout, settings, recipe, jobs, copied), run
 
@@ -264,11 +284,10 @@ class _Job:
         )  # fmt: skip
 
     @property
-    def _shards(self) -> dict[str, TensorShard | ExpertShard]:
-        both: list[TensorShard | ExpertShard] = [
-            *self.layout.tensor_shards, *self.layout.expert_shards,
-        ]  # fmt: skip
-        return {shard.name: shard for shard in both}
+    def _shards(self) -> dict[str, Shard]:
+        layout = self.layout
+        every: list[Shard] = [*layout.tensor_shards, *layout.coded_shards, *layout.expert_shards]
+        return {shard.name: shard for shard in every}
 
     def write_shard(self, folder: Path, name: str) -> None:
         """One of them, whether it is there or not."""
@@ -276,13 +295,13 @@ class _Job:
             folder, [self._shards[name]], Meter(None, total_bytes=0, total_experts=0)
         )
 
-    def _write_shards(
-        self, folder: Path, shards: Sequence[TensorShard | ExpertShard], meter: Meter
-    ) -> None:
+    def _write_shards(self, folder: Path, shards: Sequence[Shard], meter: Meter) -> None:
         of_experts = []
         for shard in shards:
             if isinstance(shard, ExpertShard):
                 of_experts.append(shard)
+            elif isinstance(shard, CodedShard):
+                self._write_coded(folder, shard, meter)
             else:
                 self._write_tensors(folder, shard)
                 _count(shard, meter)
@@ -302,6 +321,20 @@ class _Job:
                     out.write(tensor.name, piece)
                 records.append(TensorRecord(tensor.name, tensor.file.name, digest.hexdigest()))
             _write_part(folder, shard.name, records)
+
+    def _write_coded(self, folder: Path, shard: CodedShard, meter: Meter) -> None:
+        records, names = list[Record](), [tensor.name for tensor in shard.tensors]
+        encode = partial(encode_other, others=self.settings.others)
+        with (
+            BytesShard(folder / shard.name, names, version=self.layout.version) as out,
+            closing(in_order(encode, shard.tensors, jobs=self.jobs)) as ready,
+        ):
+            for tensor, (record, data) in zip(shard.tensors, ready, strict=True):
+                out.append(data)
+                records.append(record)
+                meter.add(tensor.name, n_bytes=tensor.n_bytes)
+            _write_part(folder, shard.name, records)
+            out.finish()
 
     def _write_experts(
         self,
@@ -363,7 +396,7 @@ class _Job:
 
     def summary(self, folder: Path, dst: Path, begun: float, *, resumed: bool) -> CompressSummary:
         records = read_certificates(folder / CERTIFICATES_FILE)
-        totals = ExpertTotals.of(records)
+        totals, others = ExpertTotals.of(records), OtherTotals.of(records)
         after = sum(
             tensor.n_bytes
             for name in self.layout.names
@@ -373,8 +406,8 @@ class _Job:
             path=str(dst),
             method=self.settings.method,
             bound=self.settings.bound,
-            guarantee=totals.guarantee,
-            max_abs_error=totals.max_abs_error,
+            guarantee=weakest([totals.guarantee, others.guarantee]),
+            max_abs_error=max(totals.max_abs_error, others.max_abs_error),
             rmse=totals.rmse,
             n_experts=totals.n_experts,
             n_weights=totals.n_weights,
@@ -385,12 +418,14 @@ class _Job:
             model_bytes_after=after,
             store_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
             left_out=dict(self.settings.left_out),
-            worst=totals.worst,
+            worst=larger(totals.worst, others.worst),
             patched=totals.patched,
             outputs=totals.outputs,
             seconds=time.monotonic() - begun,
             resumed=resumed,
             without_weights=WithoutWeights.of(records),
+            others=self.settings.others,
+            coded=others,
         )
 
 
@@ -419,7 +454,7 @@ class _Shards:
         return name
 
 
-def _count(shard: TensorShard | ExpertShard, meter: Meter) -> None:
+def _count(shard: Shard, meter: Meter) -> None:
     if isinstance(shard, ExpertShard):
         n_bytes = sum(group.n_bytes for group in shard.groups)
         meter.add(shard.name, n_bytes=n_bytes, experts=shard.n_experts)

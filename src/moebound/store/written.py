@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moebound.codec import Certificate, stats
 from moebound.codec.certificate import sha256
 from moebound.methods import Artifact, ExpertView
 from moebound.methods.blob import blob_checksum, parse_shared
@@ -18,7 +17,7 @@ from moebound.store.format import (
     stored_name,
 )
 from moebound.store.layout import Group
-from moebound.types import Array
+from moebound.store.ratio import kept_ratio
 
 
 @dataclass(frozen=True)
@@ -75,19 +74,6 @@ def written(group: Group, views: Sequence[ExpertView], artifact: Artifact) -> Wr
         record = ExpertRecord(view.key, task.exact, records, method.setting, number)
         experts.append((record, tuple(found[m.role].data for m in task.expert.matrices)))
     return Written(tuple(own), tuple(own_records), tuple(experts))
-
-
-def kept_ratio(certificate: Certificate, original: Array) -> float | None:
-    """Measured error over promised error: of the worst weight, or of RMSEs for an rmse bound; None
-    where nothing is promised."""
-    bound = certificate.bound
-    if bound is None or certificate.abs_bound is None:
-        return 0.0 if certificate.guarantee == "lossless" else None
-    if bound.pointwise:
-        found, asked = certificate.max_abs_error, certificate.abs_bound
-    else:
-        found, asked = certificate.rmse, bound.value * stats(original).rms
-    return found / asked if asked else float(found > 0)
 
 
 def tensor_names(group: Group) -> Iterator[str]:

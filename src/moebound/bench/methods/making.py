@@ -120,6 +120,7 @@ def _made(spec: dict[str, Any]) -> dict[str, Any]:
         bound=plan or bound,
         method=None if plan else spec["setting"],
         calibration=spec["calibration"],
+        others="keep",
         jobs=1,
     )
     seconds, cpu_seconds = time.monotonic() - begun, time.process_time() - cpu

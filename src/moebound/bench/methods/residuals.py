@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from moebound.bench.at_size import groups_of, measured
 from moebound.checkpoint import Checkpoint, Expert
 from moebound.errors import MoeboundError
 from moebound.files.documents import fields_of
 from moebound.files.formats.statistics import Statistics
 from moebound.methods import compress, get_method
+from moebound.store.at_size import groups_of, measured
 from moebound.store.recipe import Recipe
 from moebound.types import ErrorBound
 

@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from moebound.bench.at_size import groups_of, measured, rate_at, sample
 from moebound.bench.methods.making import Candidate
 from moebound.checkpoint import Checkpoint
 from moebound.checkpoint.families import router_groups_of, top_k_of
@@ -39,6 +38,7 @@ from moebound.errors import MethodError, MoeboundError, SizeError
 from moebound.files.formats.statistics import Statistics
 from moebound.methods import get_method
 from moebound.plan import Plan
+from moebound.store.at_size import groups_of, measured, rate_at, sample
 from moebound.store.recipe import Recipe
 from moebound.types import ErrorBound
 

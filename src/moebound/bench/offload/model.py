@@ -106,7 +106,8 @@ def _check_shapes(folder: Path, shapes: Shapes) -> None:
 def make_store(checkpoint: Path, folder: Path, rate: float, codec: str = "bound") -> Path:
     """The checkpoint's store at this rate, if it is not there. Returns the folder."""
     if not (folder / "config.json").exists():
-        compress(open_checkpoint(checkpoint), folder, bound=ErrorBound(rate, "rate"), codec=codec)
+        compress(open_checkpoint(checkpoint), folder, bound=ErrorBound(rate, "rate"), codec=codec,
+                 others="keep")  # fmt: skip
     return folder
 
 

@@ -51,7 +51,8 @@ from moebound.methods.reading import ROUTER_NAME, SHARED_NAME, PartsFrom
 from moebound.store import Settings, compressed_tensors, open_store
 from moebound.store.checks import check_read, hashes_are_checked, hub_blobs
 from moebound.store.format import CERTIFICATES_FILE, OWN_PREFIX, QUANT_METHOD, SLICE_MARK
-from moebound.store.reader import read_router_edits, read_tensor_bytes
+from moebound.store.reader import read_router_edits
+from moebound.store.stored import read_tensor_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ class Decode(ConversionOps):
         sliced = bool(tensors) and tensors[0].dtype == torch.uint8 and tensors[0].numel() == 0
         envelopes = tensors[1:] if sliced else tensors
         threads = thread_count()
+        if len(envelopes) == 1 and not sliced:
+            return [self._decode(envelopes[0], name, threads)]
         with ThreadPoolExecutor(threads) as pool:
             # Few large tensors share the threads, many small ones take one each.
             each = max(1, threads // max(1, len(envelopes)))

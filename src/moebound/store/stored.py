@@ -1,0 +1,89 @@
+"""What a store has of one tensor that is no expert's: where its bytes are, and its record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from moebound.checkpoint import TensorInfo, read_into, read_tensor
+from moebound.codec import Certificate
+from moebound.errors import CorruptionError, FormatError
+from moebound.methods import Stored
+from moebound.store.checks import check_bytes
+from moebound.store.format import CodedRecord, TensorRecord
+from moebound.types import NUMPY_DTYPES, Array
+
+
+def read_tensor_bytes(tensor: TensorInfo) -> memoryview:
+    """All bytes of a tensor, by one positional read. Raises CheckpointError or CorruptionError if
+    the file is gone or has become shorter."""
+    buffer = memoryview(bytearray(tensor.n_bytes))
+    read_into(tensor, buffer)
+    return buffer
+
+
+def parse_certified(
+    data: memoryview, certificate: Certificate, needs: tuple[tuple[int, int], ...] = ()
+) -> Stored:
+    """Taken apart and checked against the certificate, not decoded. needs: shared parts, by group
+    and number. Raises FormatError or CorruptionError."""
+    stored = Stored.of(data)
+    found = stored.spec.shape, stored.spec.dtype
+    if found != (certificate.shape, certificate.dtype):
+        raise CorruptionError(
+            f"expected shape {certificate.shape} of {certificate.dtype}, found {found[0]} "
+            f"of {found[1]}"
+        )
+    if stored.needs != needs:
+        raise CorruptionError(f"expected shared parts {needs}, found {stored.needs}")
+    return stored
+
+
+@contextmanager
+def naming(tensor: TensorInfo) -> Iterator[None]:
+    """Format errors say of which file and tensor."""
+    try:
+        yield
+    except FormatError as error:
+        raise type(error)(f"{tensor.file}: tensor {tensor.name!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One coded tensor of no expert."""
+
+    tensor: TensorInfo
+    record: CodedRecord
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Of the weights."""
+        certificate = self.record.certificate
+        return certificate.n_weights * NUMPY_DTYPES[certificate.dtype].itemsize
+
+    def read(self) -> memoryview:
+        """Its bytes, by one positional read. Raises CorruptionError if they are not those that
+        were certified, and as `read_tensor_bytes`."""
+        data = read_tensor_bytes(self.tensor)
+        check_bytes(self.tensor, self.record.certificate.sha256_encoded, data)
+        return data
+
+    def parse(self, data: memoryview) -> Stored:
+        """Taken apart and checked against the certificate. Raises as `parse_certified`."""
+        return parse_certified(data, self.record.certificate)
+
+    def decode(self, data: memoryview, *, threads: int | None = None) -> Array:
+        """The weights, in their own shape, from this tensor's bytes. Raises FormatError or
+        CorruptionError, naming file and tensor."""
+        with naming(self.tensor):
+            stored = self.parse(data)
+            return stored.decode(threads=threads, max_bytes=stored.spec.n_bytes)
+
+
+def read_kept(tensor: TensorInfo, record: TensorRecord) -> Array:
+    """A tensor that was kept as it was. Raises as `read_tensor`, CorruptionError if its bytes are
+    not those that were certified."""
+    array = read_tensor(tensor)
+    check_bytes(tensor, record.sha256, array.reshape(-1).view("u1"))
+    return array
