@@ -24,6 +24,10 @@ _OPTIONS = (
     click.option("--tier", type=click.Choice(["auto", "disk", "ram"]), default="auto",
                  show_default=True,
                  help="Where experts wait: on disk, or compressed in RAM, within the budget."),
+    click.option("--slots", type=click.Choice(["values", "codes", "auto"]), default="values",
+                 show_default=True,
+                 help="What memory holds of an expert: its weights, or codes of a byte each, twice "
+                      "the experts in the same memory; or the faster by measurement."),
     click.option("--policy", default="hobbit", show_default=True,
                  help="Who leaves the cache; `moebound cache simulate` tells which is best."),
     click.option("--prefetch", type=click.Choice(["none", "gate", "previous", "matching"]),
@@ -54,6 +58,7 @@ def offload_options(command: F) -> Callable[..., int]:
         *args: Any,
         ram_budget: str | None,
         tier: str,
+        slots: str,
         policy: str,
         prefetch: str,
         raw: Path | None,
@@ -64,9 +69,10 @@ def offload_options(command: F) -> Callable[..., int]:
         device: str,
         **options: Any,
     ) -> int:
-        offload = {"ram_budget": ram_budget, "tier": tier, "policy": policy, "predictor": prefetch,
-                   "raw": raw, "coarse": coarse, "coarse_above": coarse_above,
-                   "skip_above": skip_above, "dtype": dtype, "device": device}  # fmt: skip
+        offload = {"ram_budget": ram_budget, "tier": tier, "slots": slots, "policy": policy,
+                   "predictor": prefetch, "raw": raw, "coarse": coarse,
+                   "coarse_above": coarse_above, "skip_above": skip_above, "dtype": dtype,
+                   "device": device}  # fmt: skip
         return command(*args, offload=offload, **options)
 
     found: Callable[..., int] = wrapped
@@ -102,9 +108,10 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
     decode = "" if speeds.decode is None else f", decoding {speeds.decode / 1e6:.0f} Mweights/s"
     ways = ", ".join(f"{1e3 * seconds:.1f} ms ({name})"
                      for name, seconds in choice.predicted_s.items())  # fmt: skip
+    refused = "".join(f"; {n} of them values: {why}" for why, n in choice.not_codes.items())
     return [
         f"experts: {choice.source}, {where}, {wording.n_bytes(choice.expert_bytes)}; "
-        f"{wording.n_bytes(choice.cache_bytes)} for decoded ones",
+        f"{wording.n_bytes(choice.cache_bytes)} for decoded ones, as {choice.slots}{refused}",
         f"measured: reading {wording.n_bytes(speeds.link)}/s{decode}",
         f"predicted, a token: {ways}; at a hit ratio of {choice.expected_hit_ratio:.2f}",
     ]

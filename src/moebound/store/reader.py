@@ -83,7 +83,7 @@ class StoredMatrix:
         CorruptionError, naming file and tensor, for bytes that are damaged or hold another shape or
         dtype than certified, and for a shared part that is missing or another.
         """
-        with self._named():
+        with self.named():
             stored = self.parse(data)
             if self.target is None:
                 given = parts or self.find
@@ -99,7 +99,7 @@ class StoredMatrix:
         threads: int | None = None,
     ) -> None:
         """As `decode`, into a contiguous array or tensor of that shape and dtype."""
-        with self._named():
+        with self.named():
             stored = self.parse(data)
             if self.target is None:
                 stored.decode_into(out, parts or self.find, threads=threads)
@@ -131,7 +131,8 @@ class StoredMatrix:
         return stored
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def named(self) -> Iterator[None]:
+        """Errors of its bytes name file and tensor."""
         try:
             yield
         except FormatError as error:
