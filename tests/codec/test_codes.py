@@ -55,7 +55,7 @@ def patched(matrix: CodeMatrix) -> CodeMatrix:
     places = np.array([0, 1, len(matrix.codes) // 2, len(matrix.codes) - 1], np.uint64)
     codes = matrix.codes.copy()
     codes[places.astype(np.int64)] = -matrix.first
-    weights = np.float32([3, -2.5, 0.125, 1])
+    weights = np.array([3, -2.5, 0.125, 1], np.float32)
     return replace(matrix, codes=codes, patched=places, patch_weights=weights)
 
 
@@ -157,7 +157,7 @@ def test_tables_of_every_width(n_codes: int) -> None:
     places = np.array([3, 70, 71], np.uint64)
     codes[places.astype(np.int64)] = -first
     matrix = CodeMatrix(codes, (40, 70), "BF16", table, none, False, first, places,
-                        np.float32([1, 2, 3]))  # fmt: skip
+                        np.array([1, 2, 3], np.float32))  # fmt: skip
     x = rng.standard_normal((2, 70)).astype(np.float32)
     expected = reference(table[codes].reshape(40, 70), x, places, matrix.patch_weights)
     for isa in ISAS:
@@ -235,15 +235,16 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
     codes, table = np.zeros(12, np.uint8), np.zeros(4, np.float32)
 
     def make(**change: Any) -> Any:
-        given = {"codes": codes, "shape": (3, 4), "table": table, "steps": none,
+        given: dict[str, Any] = {"codes": codes, "shape": (3, 4), "table": table, "steps": none,
                  "patched": nowhere, "patch_weights": none} | change  # fmt: skip
         return CodeMatrix(dtype="BF16", by_row=False, first=0, **given)
 
     for change in (
-        {"shape": (4, 4)}, {"shape": (0, 4)}, {"steps": none, "table": none}, {"table": np.zeros(257, np.float32)},
-        {"patched": np.array([12], np.uint64), "patch_weights": np.float32([1])},
-        {"patched": np.array([3, 3], np.uint64), "patch_weights": np.float32([1, 1])},
-        {"patch_weights": np.float32([1])},
+        {"shape": (4, 4)}, {"shape": (0, 4)}, {"steps": none, "table": none},
+        {"table": np.zeros(257, np.float32)},
+        {"patched": np.array([12], np.uint64), "patch_weights": np.array([1], np.float32)},
+        {"patched": np.array([3, 3], np.uint64), "patch_weights": np.array([1, 1], np.float32)},
+        {"patch_weights": np.array([1], np.float32)},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(change)).replace("shape", "codes")):
             make(**change)

@@ -20,6 +20,7 @@ from moebound.store import compress
 from moebound.types import ErrorBound
 from tiny_models import make_tiny
 
+SLOTS: tuple[codes.SlotsName, ...] = ("values", "codes")
 IDS = torch.arange(5, 25).view(2, 10)
 Make = Callable[..., Path]
 
@@ -90,7 +91,7 @@ def test_nothing_but_the_slots_shows_in_logits(made: Make, monkeypatch: pytest.M
             for n_threads in (1, 3):
                 torch.set_num_threads(n_threads)
                 outputs.append(found.project("gate_up_proj", x))
-            alone = torch.cat([found.project("gate_up_proj", row) for row in x.split(1)])
+            alone = torch.cat([found.project("gate_up_proj", row) for row in x[:, None]])
             assert torch.equal(outputs[0], outputs[1])
             assert torch.equal(outputs[0], alone)
     finally:
@@ -130,8 +131,8 @@ def test_a_smaller_budget_will_do(made: Make) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_weights_are_those_that_are_certified(dtype: str, made: Make) -> None:
     states = []
-    for of in ("values", "codes"):
-        with load(made("mixtral"), dtype=dtype, slots=of) as offloaded:  # type: ignore[arg-type]
+    for of in SLOTS:
+        with load(made("mixtral"), dtype=dtype, slots=of) as offloaded:
             states.append(offloaded.model.state_dict())
     assert states[0].keys() == states[1].keys()
     for name, weights in states[0].items():
@@ -140,8 +141,8 @@ def test_weights_are_those_that_are_certified(dtype: str, made: Make) -> None:
 
 def test_a_model_that_is_cast(made: Make) -> None:
     found = []
-    for of in ("values", "codes"):
-        with load(made("mixtral"), dtype="bfloat16", slots=of) as offloaded:  # type: ignore[arg-type]
+    for of in SLOTS:
+        with load(made("mixtral"), dtype="bfloat16", slots=of) as offloaded:
             offloaded.model.float()
             with torch.no_grad():
                 found.append(offloaded.model(IDS).logits)
@@ -150,13 +151,13 @@ def test_a_model_that_is_cast(made: Make) -> None:
 
 def test_gradients(made: Make) -> None:
     found = []
-    for of, budget in (("values", "100%"), ("codes", "45%")):
+    for of, budget in zip(SLOTS, ("100%", "45%"), strict=True):
         with load(
             made("mixtral"),
             dtype="float32",
             slots=of,
             ram_budget=budget,
-            tier="disk",  # type: ignore[arg-type]
+            tier="disk",
         ) as offloaded:
             offloaded.model(IDS).logits.square().sum().backward()
             gradients = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -83,6 +84,9 @@ def offload_options(command: F) -> Callable[..., int]:
 
 def load_offloaded(src: str, offload: dict[str, Any], output: Output) -> Offloaded:
     """`moebound.load`, and a note on what was chosen. Raises CheckpointError without tokenizer."""
+    # Threads of torch that spin while they wait would keep decoding from the cores; it is read
+    # once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moebound.errors import CheckpointError
     from moebound.offload.loading import load
 
