@@ -232,3 +232,17 @@ def test_a_damaged_expert_is_named(made: Make, tmp_path: Path) -> None:
             file.write_bytes(data)
         with pytest.raises(MoeboundError, match="tensor"), torch.no_grad():
             offloaded.model(IDS)
+
+
+def test_the_benchmark_runs_both_kinds() -> None:
+    from moebound.bench.offload.cases import cases
+    from moebound.bench.offload.settings import OffloadSettings
+
+    settings = OffloadSettings(slots=SLOTS, tiers=("disk",), budgets=(0.1,), peers=())
+    assert [(case.name, case.options(settings)["slots"]) for case in cases(settings)] == [
+        ("raw, disk", "values"),
+        ("compressed, disk", "values"),
+        ("compressed, disk, slots codes", "codes"),
+    ]
+    with pytest.raises(MoeboundError, match="slots"):
+        OffloadSettings(slots=("bytes",))
