@@ -20,7 +20,9 @@ class OffloadSettings:
     router, or both. trace: a recorded one, or None for Zipf's law. task: whose problems a given
     model reads; a synthetic one reads drawn tokens. peers: of `PEERS`; llama.cpp always has its own
     routing. slots: what those of compressed experts hold. memory_limit: bytes that the process of
-    each run may have, page cache included. device: where to compute. Raises MoeboundError for what does not go together.
+    each run may have, page cache included. device: where to compute.
+
+    Raises MoeboundError for what does not go together.
     """
 
     model: str | None = None
