@@ -3,7 +3,8 @@
 //   check_bound CASES MUTATIONS SEED
 //
 // For each of CASES random arrays: the encoders agree byte for byte, the decoders bit for bit, and
-// every value keeps its bound; half of the arrays are whole numbers of steps, version 2. Then MUTATIONS damaged copies of the payload (truncated, flipped,
+// every value keeps its bound; where there are codes of a byte, they are the same, stand for those values, and so are
+// products of them; half of the arrays are whole numbers of steps, version 2. Then MUTATIONS damaged copies of the payload (truncated, flipped,
 // overwritten, spliced): each decoder refuses it or gives what the scalar one gives. Buffers are
 // exactly as large as they say, so that a sanitizer sees the first byte out of bounds. Exit code 1
 // and a line on stderr at the first disagreement.
@@ -20,6 +21,7 @@
 #include "base/status.h"
 #include "bound/codec.h"
 #include "bound/layout.h"
+#include "product/product.h"
 
 using namespace moebound;
 
@@ -126,6 +128,50 @@ std::vector<uint8_t> decode(const ArrayInfo& info, const std::vector<uint8_t>& p
   return out;
 }
 
+// The same bytes as codes: what they stand for, and products of them with some activations; empty if
+// a decoder refuses them, or there are more codes than a byte has.
+struct Made {
+  std::vector<uint8_t> codes, weights, products;
+  bool operator==(const Made&) const = default;
+};
+
+Made decode_to_codes(const ArrayInfo& info, const std::vector<uint8_t>& payload, Isa isa, size_t n_tokens) {
+  use_isa(isa_name(isa));
+  Made made;
+  made.codes.resize(info.n);
+  CodeValues found;
+  try {
+    found = decode_codes(info, payload.data(), payload.size(), made.codes.data(), 1);
+  } catch (const Corrupt&) {
+    return {};
+  }
+  const size_t columns = info.n % info.columns ? info.n : info.columns, rows = info.n / columns;
+  const bool fits = found.steps.empty() || found.steps.size() == (found.by_row ? rows : columns);
+  if (!fits || found.first > 0 || found.first <= -int32_t(kMostCodes)) return made;
+  std::vector<float> table(found.steps.empty() ? kCodeTable : 0);
+  for (size_t i = 0; i < found.values.size(); ++i) {
+    with_dtype(info.output, [&](auto t) {
+      using T = decltype(t);
+      table[i] = T::value(typename T::Bits(found.values[i]));
+    });
+  }
+  const std::vector<uint64_t> patched{0, info.n - 1};
+  const std::vector<float> patches{0.5f, -2.0f};
+  const CodeMatrix matrix{made.codes.data(), rows, columns, info.output, table.empty() ? nullptr : table.data(),
+                          std::max<size_t>(found.n_codes, size_t(1 - found.first)), found.steps.data(), found.by_row,
+                          found.first, uint8_t(-found.first), patched.data(), patches.data(), info.n > 1 ? 2u : 0u};
+  made.weights.resize(info.n * item_size(info.output));
+  weights_of_codes(matrix, made.weights.data());
+  std::vector<float> x(n_tokens * columns);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = float(int(i * 37 % 101) - 50) / 64;
+  made.products.resize(n_tokens * rows * 4);
+  product(matrix, DType::kF32, x.data(), n_tokens, made.products.data(), rows, 2);
+#ifdef MOEBOUND_EMULATE_AVX512
+  made.products.clear();  // in plain C a fused multiply-add may not be one
+#endif
+  return made;
+}
+
 void check_values(const Array& a, const std::vector<uint8_t>& out, const std::vector<uint64_t>& misses) {
   size_t next = 0;
   for (size_t i = 0; i < a.info.n; ++i) {
@@ -187,12 +233,27 @@ int main(int argc, char** argv) {
     for (const Isa isa : isas) {
       if (decode(a.info, encoded.payload, isa, 2) != good) fail(std::string(isa_name(isa)) + " decodes differently");
     }
+    const size_t n_tokens = 1 + below(7);
+    const Made made = decode_to_codes(a.info, encoded.payload, Isa::kScalar, n_tokens);
+    for (size_t i = 1; !made.weights.empty() && i + 1 < a.info.n; ++i) {  // the ends are patched
+      const size_t size = item_size(a.info.output);
+      if (std::memcmp(&made.weights[i * size], &good[i * size], size) != 0) fail("a code stands for another value");
+    }
+    for (const Isa isa : isas) {
+      if (decode_to_codes(a.info, encoded.payload, isa, n_tokens) != made) {
+        fail(std::string(isa_name(isa)) + " makes other codes or products");
+      }
+    }
     for (size_t m = 0; m < n_mutations; ++m) {
       const auto bad = mutated(encoded.payload);
       const auto expected = decode(a.info, bad, Isa::kScalar, 1);
+      const Made codes = decode_to_codes(a.info, bad, Isa::kScalar, 1);
       for (const Isa isa : isas) {
         if (isa != Isa::kScalar && decode(a.info, bad, isa, 1) != expected) {
           fail(std::string(isa_name(isa)) + " decodes damaged bytes differently");
+        }
+        if (isa != Isa::kScalar && decode_to_codes(a.info, bad, isa, 1).codes != codes.codes) {
+          fail(std::string(isa_name(isa)) + " decodes damaged bytes to other codes");
         }
       }
       ++(expected.empty() ? refused : survived);

@@ -24,7 +24,9 @@ SRC = "builtin:wordmath"
 def test_the_size_is_met_from_below(asked: float, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(SRC)
     rate = rate_within(checkpoint, asked)
-    done = run(checkpoint.path, tmp_path / "dst", bound=ErrorBound(rate, "rate", "expert"), others="keep")
+    done = run(
+        checkpoint.path, tmp_path / "dst", bound=ErrorBound(rate, "rate", "expert"), others="keep"
+    )
     assert asked * (1 - 2 * TOLERANCE) <= done.expert_bits_per_weight <= asked
 
 

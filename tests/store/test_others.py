@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import moebound
 from moebound.checkpoint import ShardWriter, TensorSpec, open_checkpoint, read_header, read_tensor
+from moebound.codec.arrays import to_numpy
 from moebound.errors import BoundError, CorruptionError, MoeboundError
-from moebound.store import decompress, open_store, other_tensors, verify
+from moebound.store import decoded_weights, decompress, open_store, other_tensors, verify
 from moebound.store.format import certificates_bytes
 from moebound.store.others import bound_of, encode_other
 from moebound.types import NO_LOSS, NUMPY_DTYPES, ErrorBound
@@ -50,6 +51,21 @@ def made(source: MakeSource, tmp_path: Path) -> tuple[Path, Path]:
 def names_and_arrays(folder: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     for name, tensor in open_checkpoint(folder).tensors.items():
         yield name, read_tensor(tensor)
+
+
+@pytest.mark.parametrize("asked", ["lossless", RATE])
+def test_what_engines_load(asked: Any, source: MakeSource, tmp_path: Path) -> None:
+    """As `decompress` writes it, from coded tensors too."""
+    run(source("deepseek_v3"), tmp_path / "dst", others=asked)
+    store = open_store(tmp_path / "dst")
+    assert store.coded
+    decompress(tmp_path / "dst", tmp_path / "plain")
+    expected = dict(names_and_arrays(tmp_path / "plain"))
+    found = {name: to_numpy(tensor) for name, tensor in decoded_weights(store)}
+    assert sorted(found) == sorted(expected)
+    for name, array in found.items():
+        assert array.dtype == expected[name].dtype
+        assert array.tobytes() == expected[name].tobytes(), name
 
 
 @pytest.mark.parametrize("asked", ["lossless", RATE])

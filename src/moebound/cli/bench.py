@@ -271,6 +271,8 @@ def bench_gpu(
 @click.option("--tiers", default="disk,ram", show_default=True, help="Where experts wait.")
 @click.option("--policies", default="hobbit", show_default=True, help="Of the cache.")
 @click.option("--prefetch", default="none", show_default=True, help="Predictors.")
+@click.option("--slots", default="values", show_default=True,
+              help="What those of compressed experts hold: values, codes, auto.")  # fmt: skip
 @click.option("--routing", metavar="LIST",
               help="forced by the trace, own: the model's routers choose, or both.  "
                    "[default: forced; own with --model]")  # fmt: skip
@@ -302,6 +304,7 @@ def bench_offload(
     tiers: str,
     policies: str,
     prefetch: str,
+    slots: str,
     routing: str | None,
     trace: Path | None,
     prompt: int,
@@ -329,8 +332,9 @@ def bench_offload(
         model=model, task=task or "wordmath", shapes=Shapes(layers=layers or 4), rate=rate,
         codec=codec, budgets=tuple(float(part) / 100 for part in budgets.split(",")),
         tiers=_names(tiers), policies=_names(policies), predictors=_names(prefetch),
-        routing=_names(routing), trace=trace, prompt=prompt, tokens=tokens, peers=_names(peers),
-        memory_limit=_size(memory_limit, "--memory-limit"), device=device, clients=clients,
+        slots=_names(slots), routing=_names(routing), trace=trace, prompt=prompt, tokens=tokens,
+        peers=_names(peers), memory_limit=_size(memory_limit, "--memory-limit"), device=device,
+        clients=clients,
     )  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     with step_bar(output) as say:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +28,10 @@ _OPTIONS = (
     click.option("--tier", type=click.Choice(["auto", "disk", "ram"]), default="auto",
                  show_default=True,
                  help="Where experts wait: on disk, or compressed in RAM, within the budget."),
+    click.option("--slots", type=click.Choice(["values", "codes", "auto"]), default="values",
+                 show_default=True,
+                 help="What memory holds of an expert: its weights, or codes of a byte each, twice "
+                      "the experts in the same memory; or the faster by measurement."),
     click.option("--policy", default="hobbit", show_default=True,
                  help="Who leaves the cache; `moebound cache simulate` tells which is best."),
     click.option("--prefetch", type=click.Choice(["none", "gate", "previous", "matching"]),
@@ -90,6 +95,7 @@ def offload_options(command: F) -> Callable[..., int]:
         *args: Any,
         ram_budget: str | None,
         tier: str,
+        slots: str,
         policy: str,
         prefetch: str,
         raw: Path | None,
@@ -100,9 +106,10 @@ def offload_options(command: F) -> Callable[..., int]:
         device: str,
         **options: Any,
     ) -> int:
-        offload = {"ram_budget": ram_budget, "tier": tier, "policy": policy, "predictor": prefetch,
-                   "raw": raw, "coarse": coarse, "coarse_above": coarse_above,
-                   "skip_above": skip_above, "dtype": dtype, "device": device}  # fmt: skip
+        offload = {"ram_budget": ram_budget, "tier": tier, "slots": slots, "policy": policy,
+                   "predictor": prefetch, "raw": raw, "coarse": coarse,
+                   "coarse_above": coarse_above, "skip_above": skip_above, "dtype": dtype,
+                   "device": device}  # fmt: skip
         return command(*args, offload=offload, **options)
 
     found: Callable[..., int] = wrapped
@@ -113,6 +120,9 @@ def offload_options(command: F) -> Callable[..., int]:
 
 def load_offloaded(src: str, offload: dict[str, Any], output: Output) -> Offloaded:
     """`moebound.load`, and a note on what was chosen. Raises CheckpointError without tokenizer."""
+    # Threads of torch that spin while they wait would keep decoding from the cores; it is read
+    # once, when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from moebound.errors import CheckpointError
     from moebound.offload.loading import load
 
@@ -141,9 +151,10 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
     costs = choice.costs
     # What Python does for a call is no part of the costs, and more than a small expert takes.
     small = costs.decode_s + costs.compute_s < SMALL_S
+    refused = "".join(f"; {n} of them values: {why}" for why, n in choice.not_codes.items())
     return [
         f"experts: {choice.source}, {where}, {wording.n_bytes(choice.expert_bytes)}; "
-        f"{wording.n_bytes(choice.cache_bytes)} for decoded ones",
+        f"{wording.n_bytes(choice.cache_bytes)} for decoded ones, as {choice.slots}{refused}",
         f"measured: reading {wording.n_bytes(speeds.link)}/s{decode}",
         f"predicted, a token: {ways}; at a hit ratio of {choice.expected_hit_ratio:.2f}"
         + (

@@ -82,6 +82,29 @@ def build(envelope: Envelope) -> bytes:
     return body + struct.pack("<I", checksum(body))
 
 
+def find_payload(head: bytes) -> tuple[str, int]:
+    """Codec, and offset of the payload with its length in front, of an envelope that begins with
+    these bytes, which need not reach as far. Checks nothing but what this takes.
+
+    Raises FormatError or CorruptionError.
+    """
+    if head[:4] != MAGIC or len(head) < 9 or head[4] != VERSION or head[6] >= len(_DTYPES):
+        raise FormatError(f"expected bytes that begin with {MAGIC!r}, found {head[:4]!r}")
+    read = FieldReader(memoryview(head), 8)
+    codec = bytes(read.take(read.take(1)[0])).decode("ascii", "replace")
+    _, n_dims = read.take(2)
+    size = prod(read.varint() for _ in range(n_dims))
+    read.take(8)
+    count = read.varint()
+    if count > size:
+        raise CorruptionError(f"patch of {count} values in an array of {size}")
+    at = len(head) - read.left
+    if count:
+        at += patch.positions_n_bytes(size, count)
+        at += count * NUMPY_DTYPES[_DTYPES[head[6]]].itemsize
+    return codec, at
+
+
 def parse(data: bytes | bytearray | memoryview) -> Envelope:
     """Take bytes apart and check them. The payload is a view of them.
 

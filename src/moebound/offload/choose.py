@@ -12,6 +12,7 @@ from moebound.cache import Catalog
 from moebound.checkpoint import top_k_of
 from moebound.errors import CacheError
 from moebound.offload.budget import available_memory, parse_budget
+from moebound.offload.codes import SlotsName
 from moebound.offload.costs import (
     Costs,
     Speeds,
@@ -35,7 +36,8 @@ FREE_SHARE = 0.7
 
 @dataclass(frozen=True)
 class LoadPath:
-    """One way to run: a source of experts and the tier they wait in.
+    """One way to run: a source of experts, the tier they wait in, and what slots hold. kinds: of
+    the slots of every expert.
 
     Bytes: cache for decoded experts, held for those in RAM as they are on disk. hit_ratio: what is
     expected, the share of experts that fit. seconds: a token, overlapped.
@@ -49,6 +51,13 @@ class LoadPath:
     hit_ratio: float
     speeds: Speeds
     costs: Costs
+    slots: SlotsName
+    kinds: Mapping[ExpertKey, SlotKind]
+
+    @property
+    def title(self) -> str:
+        codes = ", codes" if self.slots == "codes" else ""
+        return f"{self.name}, {self.tier}{codes}"
 
     @property
     def seconds(self) -> float:
@@ -81,6 +90,8 @@ def choose(
     kinds: Mapping[ExpertKey, SlotKind],
     model: Any,
     *,
+    codes: Mapping[ExpertKey, SlotKind] | None = None,
+    values: bool = True,
     budget: int | str | None,
     tier: TierName | Literal["auto"],
     device: torch.device,
@@ -90,8 +101,10 @@ def choose(
     """The load paths that fit the budget, the one to take first.
 
     sources: by name, the one the user named first; it is left only for one that is predicted to be
-    faster by FALLBACK_MARGIN. Raises CacheError, with the smallest budget, if none fits, and as
-    `top_k_of`.
+    faster by FALLBACK_MARGIN. codes: kinds of slots of codes, for a store; None where there are to
+    be none. values: whether slots of values will do as well. Budgets in per cent are of all experts
+    as values, whatever the slots hold. Raises CacheError, with the smallest budget, if none fits,
+    and as `top_k_of`.
     """
     decoded = sum(kind.n_bytes for kind in kinds.values())
     if budget is None:
@@ -99,28 +112,44 @@ def choose(
     else:
         n_bytes = parse_budget(budget, of=decoded)
     layers, top_k = len({key.layer for key in kinds}), top_k_of(model.config.to_dict())
-    compute_s = measure_compute(max(kinds.values(), key=lambda kind: kind.n_bytes), device)
     # All weights that are not experts' are read once a token.
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
     other_s = rest * measure_memory(device) / layers
     on_host = device.type == "cpu"  # where compressed experts and decoded ones share a memory
+    compute_s = dict[SlotKind, float]()
     fitting, least = list[LoadPath](), list[int]()
     for name, entries in sources.items():
-        working = top_k + 1 + entries.most_shared
-        floor = catalog_of(entries, kinds).smallest_budget(floor=1, working=working)
+        ways = list[tuple[SlotsName, Mapping[ExpertKey, SlotKind]]]()
+        if codes is not None and entries.compressed:
+            ways.append(("codes", codes))
+        if values or not ways:
+            ways.append(("values", kinds))
         probe = sample(entries)
         tiers: tuple[TierName, ...] = ("disk", "ram") if tier == "auto" else (tier,)
         for at in tiers:
-            held = entries.n_bytes if at == "ram" and on_host else 0
-            room = min(n_bytes - held, decoded)
-            least.append(floor + held)
-            if room < floor:
-                continue
-            waiting = open_tier(at, probe, device, drop_cache=drop_cache)
-            delivery = open_delivery(waiting, entries, device, cores=cores)
-            speeds = measure_speeds(probe, delivery, kinds, device)
-            costs = Costs(speeds.read_s, speeds.decode_s, compute_s, other_s, layers, top_k)
-            fitting.append(LoadPath(name, entries, at, room, held, room / decoded, speeds, costs))
+            for slots, of in ways:
+                working = top_k + 1 + entries.most_shared
+                floor = catalog_of(entries, of).smallest_budget(floor=1, working=working)
+                held = entries.n_bytes if at == "ram" and on_host else 0
+                everything = sum(kind.n_bytes for kind in of.values())
+                room = min(n_bytes - held, everything)
+                least.append(floor + held)
+                if room < floor:
+                    continue
+                kind = of[max(of, key=lambda key: kinds[key].n_bytes)]
+                if kind not in compute_s:
+                    compute_s[kind] = measure_compute(kind, device)
+                waiting = open_tier(at, probe, device, drop_cache=drop_cache)
+                delivery = open_delivery(waiting, entries, device, cores=cores)
+                speeds = measure_speeds(probe, delivery, of, device)
+                costs = Costs(
+                    speeds.read_s, speeds.decode_s, compute_s[kind], other_s, layers, top_k
+                )
+                fitting.append(
+                    LoadPath(
+                        name, entries, at, room, held, room / everything, speeds, costs, slots, of
+                    )
+                )
     if not fitting:
         raise CacheError(
             f"budget {n_bytes} bytes: too small for {top_k + 1} experts of a layer at work and one "

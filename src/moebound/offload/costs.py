@@ -20,7 +20,7 @@ import torch
 from moebound.offload.delivery import Arrival, Delivery
 from moebound.offload.entries import DiskEntries, DiskEntry
 from moebound.offload.meter import Load, clock
-from moebound.offload.slots import Slot, SlotKind
+from moebound.offload.slots import SlotKind
 from moebound.types import ExpertKey
 
 SAMPLE_BYTES = 96 << 20
@@ -81,7 +81,7 @@ def measure_speeds(
         arrivals = [
             Arrival(
                 entry,
-                empty_slot(kinds[entry.key], device),
+                kinds[entry.key].empty(device),
                 Load(entry.key, entry.n_bytes, entry.n_weights, False, begun=begin),
             )
             for entry in group
@@ -103,17 +103,16 @@ def measure_speeds(
 def measure_compute(kind: SlotKind, device: torch.device, *, repeats: int = 20) -> float:
     """Seconds for the products of one expert and one token: the least of some, since what else runs
     at load time is not what will run, and one time slice is longer than a small expert takes."""
-    slot = empty_slot(kind, device)
-    for weight in slot.weights.values():
-        weight.zero_()
-    first = slot.first.t() if kind.transposed else slot.first
-    down = slot.down.t() if kind.transposed else slot.down
-    x = torch.zeros((1, first.shape[1]), dtype=kind.dtype, device=device)
+    slot = kind.empty(device)
+    slot.zero()
+    name, axis = kind.shapes[0][0], -2 if kind.transposed else -1
+    n_in, n_inner = slot.first.shape[axis], slot.down.shape[axis]
+    x = torch.zeros((1, n_in), dtype=kind.dtype, device=device)
     times = []
     for _ in range(repeats):
         begin = clock()
-        inner = torch.nn.functional.linear(x, first)
-        torch.nn.functional.linear(inner[:, : down.shape[1]], down)
+        inner = slot.project(name, x)
+        slot.project("down_proj", inner[:, :n_inner])
         synchronize(device)
         times.append(clock() - begin)
     return min(times)
@@ -143,11 +142,3 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def empty_slot(kind: SlotKind, device: torch.device) -> Slot:
-    """A slot outside of any pool."""
-    return Slot(
-        kind,
-        {n: torch.empty(s, dtype=kind.dtype, device=device) for n, s in kind.shapes},
-    )

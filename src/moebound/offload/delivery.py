@@ -103,6 +103,7 @@ class CpuDelivery(Delivery):
         load.read = clock()
         with self._decoding:
             threads = max(1, self._cores // self._under_way)
+            slot.begin()
             for part in entry.matrices:
                 piece = data[part.start : part.stop]
                 fill(slot, part, piece, threads=threads, shared=arrival.shared)

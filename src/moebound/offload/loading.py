@@ -22,6 +22,7 @@ from moebound.model.live import LiveExperts, live_experts
 from moebound.model.pretrained import load_tokenizer
 from moebound.model.routers import find_routers
 from moebound.offload.choose import catalog_of, choose, open_delivery, open_tier
+from moebound.offload.codes import CodeKinds, SlotsName, code_kinds
 from moebound.offload.entries import DiskEntries, open_entries
 from moebound.offload.fallback import CoarseCopies, Grades
 from moebound.offload.fetcher import Fetcher
@@ -43,6 +44,7 @@ def load(
     *,
     ram_budget: int | str | None = None,
     tier: TierName | Literal["auto"] = "auto",
+    slots: SlotsName | Literal["auto"] = "values",
     device: str = "cpu",
     dtype: str = "auto",
     policy: str = "hobbit",
@@ -68,15 +70,21 @@ def load(
         for all CPUs. device: "cpu", or a CUDA device. drop_cache: keep the operating system from
         caching what was read.
 
+    slots: what memory holds of an expert: "values", its weights in `dtype`; "codes", a byte a
+        weight, and computing from those (`codes.py`): about twice the experts in a budget; "auto"
+        for the faster by measurement. Experts that cannot be codes are values; `choice.not_codes`
+        says how many, and why. On a CPU.
     coarse, coarse_above, skip_above: graded fallback on a miss, off by default (`fallback.py`):
         `coarse` is a store of the same model under a wider bound.
 
     Guarantee: logits are those of the decoded weights; bit for bit the same whatever the budget,
     tier, policy, predictor, timing and `threads`, with the same number of torch's threads
     (`torch.set_num_threads`, OMP_NUM_THREADS), which is not moebound's to choose; within float
-    rounding those of stock transformers. Gradients, of all that is not experts, are right too: a
-    copy of each expert is kept for them until `backward`. With a graded fallback none of this
-    holds, beyond the bound of the coarse store.
+    rounding those of stock transformers. With slots of codes the experts' products are moebound's
+    own: the same weights, summed in another order, the same for any number of torch's threads; so
+    logits differ by rounding from those of slots of values. Gradients, of all that is not experts,
+    are right too: a copy of each expert is kept for them until `backward`. With a graded fallback
+    none of this holds, beyond the bound of the coarse store.
 
     Raises CacheError for a budget below the least (the message has it), CheckpointError and
     UnsupportedArchitectureError for a model that cannot be run so, and what opening a damaged
@@ -87,6 +95,8 @@ def load(
     computed_in = parse_dtype(dtype)
     check_device(device)
     guess = _predictor(predictor)
+    if slots not in ("values", "codes", "auto"):
+        raise CacheError(f"slots {slots!r}: expected values, codes or auto")
     path = local_folder(resolve(os.fspath(source)))
     cores = thread_count() if threads is None else threads
     entries = open_entries(path)
@@ -107,10 +117,15 @@ def load(
     _check_experts(path, entries, live)
     kinds = _kinds(live, model.dtype)
     place = torch.device(device)
+    codes = CodeKinds({}, {})
+    if slots != "values":
+        codes = code_kinds(entries, kinds, place)
     load_paths = choose(
         sources,
         kinds,
         model,
+        codes=codes.kinds if codes.any_codes else None,
+        values=slots != "codes",
         budget=ram_budget,
         tier=tier,
         device=place,
@@ -120,7 +135,7 @@ def load(
     chosen = load_paths[0]
     meter = Meter()
     cache = ExpertCache[Held](
-        catalog_of(chosen.entries, kinds),
+        catalog_of(chosen.entries, chosen.kinds),
         chosen.cache_bytes,
         policy=policy,
         working=chosen.costs.top_k + 1 + chosen.entries.most_shared,
@@ -139,9 +154,9 @@ def load(
     loader = Loader(
         cache,
         {entry.key: entry for entry in chosen.entries.everything},
-        kinds,
+        chosen.kinds,
         delivery,
-        SlotPool(chosen.cache_bytes, place, set(kinds.values())),
+        SlotPool(chosen.cache_bytes, place, set(chosen.kinds.values())),
         meter,
         n_threads=delivery.threads,
     )
@@ -163,7 +178,13 @@ def load(
             dtype=model.dtype,
         )
     buffers = delivery.threads * delivery.buffer_bytes + delivery.kept_bytes
-    choice = Choice.of(load_paths, policy=policy, predictor=predictor, buffer_bytes=buffers)
+    choice = Choice.of(
+        load_paths,
+        policy=policy,
+        predictor=predictor,
+        buffer_bytes=buffers,
+        not_codes=codes.refused,
+    )
     guard_whole(model, live, loader, choice)
     return Offloaded(model, tokenizer, fetcher, choice)
 

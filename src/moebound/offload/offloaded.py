@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +13,7 @@ from moebound.cache import ExpertCache
 from moebound.errors import CheckpointError
 from moebound.model.strands import current
 from moebound.offload.choose import LoadPath
+from moebound.offload.codes import SlotsName
 from moebound.offload.costs import Costs, Speeds
 from moebound.offload.fetcher import Fetcher
 from moebound.offload.loader import Held
@@ -25,8 +26,9 @@ class Choice:
     """What was chosen at load, and from what.
 
     Bytes: cache for decoded experts, held for those in RAM as they are on disk, buffers for
-    reading, expert all experts as they are on disk. predicted_s: seconds a token by way (source
-    and tier), overlapped, at the hit ratio that is expected.
+    reading, expert all experts as they are on disk. slots: what they hold; not_codes: how many
+    experts are values where others are codes, or none is, by why. predicted_s: seconds a token by
+    way (source, tier and slots), overlapped, at the hit ratio that is expected.
     """
 
     source: str
@@ -38,13 +40,21 @@ class Choice:
     buffer_bytes: int
     expert_bytes: int
     expected_hit_ratio: float
+    slots: SlotsName
+    not_codes: dict[str, int]
     predicted_s: dict[str, float]
     speeds: Speeds
     costs: Costs
 
     @classmethod
     def of(
-        cls, load_paths: list[LoadPath], *, policy: str, predictor: str, buffer_bytes: int
+        cls,
+        load_paths: list[LoadPath],
+        *,
+        policy: str,
+        predictor: str,
+        buffer_bytes: int,
+        not_codes: Mapping[str, int],
     ) -> Choice:
         """The first of them, and what was predicted of all."""
         chosen = load_paths[0]
@@ -58,7 +68,9 @@ class Choice:
             buffer_bytes=buffer_bytes,
             expert_bytes=chosen.entries.n_bytes,
             expected_hit_ratio=chosen.hit_ratio,
-            predicted_s={f"{path.name}, {path.tier}": path.seconds for path in load_paths},
+            slots=chosen.slots,
+            not_codes=dict(not_codes),
+            predicted_s={path.title: path.seconds for path in load_paths},
             speeds=chosen.speeds,
             costs=chosen.costs,
         )

@@ -107,7 +107,7 @@ class LayerExperts:
         n_experts = module.num_experts
 
         def copy(expert: int, slot: Slot | None) -> None:
-            for name, weights in ({} if slot is None else slot.weights).items():
+            for name, weights in ({} if slot is None else slot.decoded()).items():
                 if name not in found:
                     found[name] = weights.new_empty((n_experts, *weights.shape), dtype=self.dtype)
                 found[name][expert] = weights
@@ -250,20 +250,22 @@ def expert_output(
     """One expert's output for its tokens. rows: [n, H]. dtype: to compute in.
     Returns [n, H]."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _project(module, rows, slot.first, first, expert, dtype)
+    inner = _project(module, rows, slot, first, expert, dtype)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    return _project(module, inner, slot.down, "down_proj", expert, dtype)
+    return _project(module, inner, slot, "down_proj", expert, dtype)
 
 
 def _project(
     module: Any,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    slot: Slot,
     name: str,
     expert: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight = weight.to(dtype)  # itself, but for a model that was cast
-    matrix = weight.t() if module.is_transposed else weight
-    out = linear(x.to(weight.dtype), matrix)
+    if dtype == slot.kind.dtype:
+        out = slot.project(name, x.to(dtype))
+    else:  # a model that was cast
+        weight = slot.decoded()[name].to(dtype)
+        out = linear(x.to(dtype), weight.t() if module.is_transposed else weight)
     return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out

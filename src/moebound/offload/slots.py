@@ -1,25 +1,35 @@
 """Memory for decoded experts, in the layout that the model's experts modules compute with.
 
 A `Slot` holds one expert, parameter by parameter, each shaped as one slice of the module's own:
-`gate_up_proj` [2I, H], `down_proj` [H, I] (or transposed, as the family has it). A `SlotPool` hands
-them out and takes them back, so that after a while no memory is asked for any more.
+`gate_up_proj` [2I, H], `down_proj` [H, I] (or transposed, as the family has it). A `CodeSlot` holds
+codes instead, a byte a weight, and computes from those. A `SlotPool` hands slots out and takes them
+back, so that after a while no memory is asked for any more.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from moebound.checkpoint import Role, read_into
 from moebound.codec.arrays import to_torch, torch_dtype
+from moebound.codec.codes import CodeMatrix, decode_codes
+from moebound.codec.envelope import Envelope
 from moebound.errors import CorruptionError
 from moebound.methods import FindPart
 from moebound.offload.entries import DiskEntry, DiskMatrix
 from moebound.offload.meter import Load
+from moebound.store.stored import naming
+
+WORK_PER_THREAD = 1 << 23
+"""Multiplications that are worth a thread of their own: about what waking one takes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,8 @@ class SlotKind:
 
     shapes: of one expert, by parameter, first the projection(s) into the expert, then `down_proj`.
     gated: gate and up share `gate_up_proj`. transposed, interleaved: as the module has it.
+    aside_bytes: of slots of codes, the most that stands beside the codes; None for
+    slots of values.
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
@@ -35,6 +47,7 @@ class SlotKind:
     gated: bool
     transposed: bool
     interleaved: bool
+    aside_bytes: int | None = None
 
     @classmethod
     def of(cls, module: nn.Module, dtype: torch.dtype) -> SlotKind:
@@ -52,7 +65,21 @@ class SlotKind:
     @property
     def n_bytes(self) -> int:
         """Of one expert."""
-        return sum(torch.Size(shape).numel() for _, shape in self.shapes) * self.dtype.itemsize
+        n_weights = sum(torch.Size(shape).numel() for _, shape in self.shapes)
+        if self.aside_bytes is not None:
+            return n_weights + self.aside_bytes
+        return n_weights * self.dtype.itemsize
+
+    def room(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Memory for one expert, by parameter."""
+        dtype = self.dtype if self.aside_bytes is None else torch.uint8
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in self.shapes}
+
+    def empty(self, device: torch.device) -> Slot:
+        """A slot of this kind, of no pool."""
+        if self.aside_bytes is None:
+            return Slot(self, self.room(device))
+        return CodeSlot(self, self.room(device))
 
 
 @dataclass(eq=False)
@@ -80,6 +107,23 @@ class Slot:
         """The same weights in memory of their own, which no pool knows."""
         return Slot(self.kind, {name: weights.clone() for name, weights in self.weights.items()})
 
+    def zero(self) -> None:
+        """Weights of 0, to measure with."""
+        for weights in self.weights.values():
+            weights.zero_()
+
+    def begin(self) -> None:
+        """Another expert will be put here."""
+
+    def project(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x times a parameter's transpose, as a linear layer: [T, in] to [T, out]."""
+        weights = self.weights[name]
+        return linear(x, weights.t() if self.kind.transposed else weights)
+
+    def decoded(self) -> dict[str, torch.Tensor]:
+        """The weights, by parameter."""
+        return self.weights
+
     def after_use(self) -> None:
         """What overwrites the weights will wait for what has been computed until now."""
         if self.down.device.type == "cuda":
@@ -88,6 +132,11 @@ class Slot:
 
     def whole(self, part: DiskMatrix) -> torch.Tensor | None:
         """The memory that this part's weights fill exactly as they are on disk, if there is any."""
+        target = self.place(part)
+        return target if target is not None and target.dtype == torch_dtype(part.dtype) else None
+
+    def place(self, part: DiskMatrix) -> torch.Tensor | None:
+        """The same, whatever the dtype."""
         kind, target = self.kind, None
         transposed = _transposed(part, self)
         if part.role in ("gate", "up") and kind.gated:
@@ -98,9 +147,13 @@ class Slot:
             part.role != "gate_up" or part.layout.interleaved == kind.interleaved
         ):
             target = self.down if part.role == "down" else self.first
-        if target is None or target.dtype != torch_dtype(part.dtype):
+        if target is None:
             return None
         return target if target.is_contiguous() and target.shape == part.shape else None
+
+    def fill_codes(self, part: DiskMatrix, data: memoryview, *, threads: int) -> None:
+        """Of slots of codes: decode a part's bytes."""
+        raise NotImplementedError
 
     def put(self, part: DiskMatrix, weights: torch.Tensor, *, non_blocking: bool = False) -> None:
         """Copy the weights of a part, as on disk, to where they belong. Casts.
@@ -138,6 +191,104 @@ class Slot:
         return matrix[:half] if role == "gate" else matrix[half:]
 
 
+@dataclass(eq=False)
+class CodeSlot(Slot):
+    """weights: the codes, uint8, [out, in] by parameter. parts: what they stand for, by parameter
+    and first row of the matrices that it is made of."""
+
+    parts: dict[tuple[str, int], CodeMatrix] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        self.parts.clear()
+
+    def zero(self) -> None:
+        super().zero()
+        none = np.empty(0, np.float32)
+        for name, codes in self.weights.items():
+            shape = (codes.shape[0], codes.shape[1])
+            self.parts[name, 0] = CodeMatrix(
+                _flat(codes), shape, "BF16", np.zeros(64, np.float32), none, False, 0,
+                np.empty(0, np.uint64), none,
+            )  # fmt: skip
+
+    def copy(self) -> CodeSlot:
+        codes = {name: some.clone() for name, some in self.weights.items()}
+        return CodeSlot(
+            self.kind,
+            codes,
+            parts={
+                (name, first): part.copy(_flat(codes[name][first : first + part.shape[0]]))
+                for (name, first), part in self.parts.items()
+            },
+        )
+
+    def fill_codes(self, part: DiskMatrix, data: memoryview, *, threads: int) -> None:
+        """Decode a part's bytes. Raises FormatError or CorruptionError, naming file and tensor."""
+        target = self.place(part)
+        assert target is not None  # as `code_kinds` found
+        assert part.stored is not None
+        name = "down_proj" if part.role == "down" else self.kind.shapes[0][0]
+        first = self.first.shape[0] // 2 if part.role == "up" and self.kind.gated else 0
+        with naming(part.stored.tensor):
+            found = part.stored.parse(data).found
+            if not isinstance(found, Envelope):
+                raise CorruptionError("expected an envelope")
+            self.parts[name, first] = decode_codes(found, _flat(target), threads=threads)
+
+    def project(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x times a parameter's transpose: [T, in] to [T, out], in x's dtype."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, self, name)  # type: ignore[no-any-return, no-untyped-call]
+        return self._product(name, x)
+
+    def decoded(self) -> dict[str, torch.Tensor]:
+        return {name: self._values(name) for name, _ in self.kind.shapes}
+
+    def _product(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        rows, columns = self.weights[name].shape
+        x = x.detach().contiguous()
+        out = torch.empty((len(x), rows), dtype=x.dtype)
+        inputs, outputs = _flat(x), _flat(out)
+        threads = max(1, min(torch.get_num_threads(), len(x) * rows * columns // WORK_PER_THREAD))
+        for first, part in self._of(name):
+            part.product(inputs, outputs[first:], stride=rows, threads=threads)
+        return out
+
+    def _values(self, name: str) -> torch.Tensor:
+        values = torch.empty(self.weights[name].shape, dtype=self.kind.dtype)
+        for first, part in self._of(name):
+            some = torch.from_numpy(part.weights())
+            if part.dtype == "BF16":
+                some = some.view(torch.bfloat16)
+            values[first : first + len(some)] = some
+        return values
+
+    def _of(self, name: str) -> list[tuple[int, CodeMatrix]]:
+        return [(first, part) for (of, first), part in self.parts.items() if of == name]
+
+
+class _Product(torch.autograd.Function):
+    """A product that backward can go through: to the activations, not to the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, slot: CodeSlot, name: str) -> torch.Tensor:
+        ctx.slot, ctx.name = slot, name
+        return slot._product(name, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,) = grads
+        return grad @ ctx.slot._values(ctx.name).to(grad.dtype), None, None
+
+
+def _flat(tensor: torch.Tensor) -> Any:
+    """As the kernel takes it: a flat array of the same memory, bfloat16 as uint16 bits."""
+    flat = tensor.reshape(-1)
+    if flat.dtype == torch.bfloat16:
+        flat = flat.view(torch.uint16)
+    return flat.numpy()
+
+
 def _transposed(part: DiskMatrix, slot: Slot) -> bool:
     """Whether the part is [in, out] on disk. Where its family has both, the shape tells."""
     if part.layout.transposed is not None:
@@ -160,6 +311,9 @@ def fill(
     Raises FormatError or CorruptionError, naming file and tensor, for bytes that are damaged or
     hold another shape or dtype than certified.
     """
+    if slot.kind.aside_bytes is not None:
+        slot.fill_codes(part, data, threads=threads)
+        return
     target = slot.whole(part)
     if part.stored is None:
         slot.put(part, plain_weights(part, data))
@@ -207,11 +361,7 @@ class SlotPool:
             self.made_bytes += kind.n_bytes
         # Whoever asks may be in inference mode; what is made there could not be overwritten later.
         with torch.inference_mode(False):
-            weights = {
-                name: torch.empty(shape, dtype=kind.dtype, device=self.device)
-                for name, shape in kind.shapes
-            }
-        return Slot(kind, weights)
+            return kind.empty(self.device)
 
     def give(self, slot: Slot) -> None:
         """Take one back."""

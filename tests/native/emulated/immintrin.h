@@ -29,6 +29,10 @@ using __mmask32 = simde__mmask32;
 #undef _mm512_cvtepu32_ps
 #undef _mm512_rcp14_ps
 #undef _mm512_cvtepu8_epi32
+#undef _mm512_cvtepu8_epi16
+#undef _mm512_cvtepi16_epi8
+#undef _mm512_cvtph_ps
+#undef _mm512_i32gather_ps
 #undef _mm256_mask_storeu_epi16
 #undef _mm512_cvtps_ph
 #undef _MM_FROUND_TO_NEAREST_INT
@@ -165,4 +169,42 @@ inline void _mm256_mask_storeu_epi16(void* to, __mmask16 mask, __m256i a) {
   for (int i = 0; i < 16; ++i) {
     if (mask >> i & 1) std::memcpy(static_cast<char*>(to) + 2 * i, &in[i], 2);
   }
+}
+
+inline __m512i _mm512_cvtepu8_epi16(__m256i a) {
+  uint8_t in[32];
+  uint16_t out[32];
+  std::memcpy(in, &a, sizeof in);
+  for (int i = 0; i < 32; ++i) out[i] = in[i];
+  return simde_mm512_loadu_si512(out);
+}
+
+inline __m256i _mm512_cvtepi16_epi8(__m512i a) {
+  uint16_t in[32];
+  uint8_t out[32];
+  simde_mm512_storeu_si512(in, a);
+  for (int i = 0; i < 32; ++i) out[i] = uint8_t(in[i]);
+  __m256i found;
+  std::memcpy(&found, out, sizeof found);
+  return found;
+}
+
+inline __m512 _mm512_cvtph_ps(__m256i a) {
+  uint16_t in[16];
+  float out[16];
+  std::memcpy(in, &a, sizeof in);
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t exponent = in[i] >> 10 & 31, mantissa = in[i] & 1023;
+    const uint32_t bits = exponent == 31 ? 0x7F800000u | mantissa << 13 : (exponent + 112) << 23 | mantissa << 13;
+    const float magnitude = exponent == 0 ? float(mantissa) * 0x1p-24f : std::bit_cast<float>(bits);
+    out[i] = in[i] & 0x8000 ? -magnitude : magnitude;
+  }
+  return simde_mm512_loadu_ps(out);
+}
+
+inline __m512 _mm512_i32gather_ps(__m512i index, const void* base, int scale) {
+  const __m512i found = _mm512_i32gather_epi32(index, base, scale);
+  float out[16];
+  simde_mm512_storeu_si512(out, found);
+  return simde_mm512_loadu_ps(out);
 }

@@ -12,7 +12,6 @@ from moebound.checkpoint import open_checkpoint
 from moebound.codec.device import Schedule
 from moebound.errors import CorruptionError
 from moebound.model.live import live_experts
-from moebound.offload.costs import empty_slot
 from moebound.offload.decoding import DeviceDecoder, room_for
 from moebound.offload.delivery import Arrival
 from moebound.offload.entries import DiskEntry, open_entries
@@ -33,14 +32,14 @@ def read(entry: DiskEntry) -> memoryview:
 
 
 def arrival(entry: DiskEntry, kind: SlotKind) -> Arrival:
-    slot = empty_slot(kind, CPU)
+    slot = kind.empty(CPU)
     for weight in slot.weights.values():
         weight.fill_(-7)
     return Arrival(entry, slot, Load(entry.key, entry.n_bytes, entry.n_weights, False))
 
 
 def expected(entry: DiskEntry, kind: SlotKind) -> Slot:
-    slot, data = empty_slot(kind, CPU), read(entry)
+    slot, data = kind.empty(CPU), read(entry)
     for part in entry.matrices:
         fill(slot, part, data[part.start : part.stop], threads=1)
     return slot

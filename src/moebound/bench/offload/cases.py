@@ -35,6 +35,7 @@ class Case:
     budget: float | None = None
     policy: str | None = None
     predictor: str | None = None
+    slots: str = "values"
 
     def options(self, settings: OffloadSettings) -> dict[str, Any]:
         """What `moebound.load`, or the peer, is called with."""
@@ -45,6 +46,7 @@ class Case:
             "tier": self.tier,
             "policy": self.policy,
             "predictor": self.predictor,
+            "slots": self.slots,
             "device": settings.device,
         }
 
@@ -61,12 +63,15 @@ def cases(settings: OffloadSettings) -> Iterator[Case]:
                             # In RAM, raw experts beside decoded ones are everything twice.
                             if tier == "ram" and source == "raw" and settings.device == "cpu":
                                 continue
-                            yield Case(f"{source}, {tier}{suffix}", "offloaded", source, routing,
-                                       tier, budget, policy, predictor)  # fmt: skip
-                            if settings.clients > 1:
-                                yield Case(f"{source}, {tier}, {settings.clients} clients{suffix}",
-                                           "clients", source, routing, tier, budget, policy,
-                                           predictor)  # fmt: skip
+                            some = settings.slots if source == "compressed" else ("values",)
+                            for slots in some:
+                                kind = "" if slots == "values" else f", slots {slots}"
+                                end = suffix + kind
+                                place = source, routing, tier, budget, policy, predictor, slots
+                                yield Case(f"{source}, {tier}{end}", "offloaded", *place)
+                                if settings.clients > 1:
+                                    name = f"{source}, {tier}, {settings.clients} clients{end}"
+                                    yield Case(name, "clients", *place)
         for peer in settings.peers:
             if peer != "llama.cpp":
                 yield Case(peer + suffix, peer, "raw", routing)

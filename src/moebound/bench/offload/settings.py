@@ -19,9 +19,11 @@ class OffloadSettings:
     budgets: shares of all experts decoded. routing: "forced" by a trace, "own" for the model's own
     router, or both. trace: a recorded one, or None for Zipf's law. task: whose problems a given
     model reads; a synthetic one reads drawn tokens. peers: of `PEERS`; llama.cpp always has its own
-    routing. memory_limit: bytes that the process of each run may have, page cache included. device:
-    where to compute. clients: so many at a time, beside one, in a run of each of ours; 1 for no
-    such run. Raises MoeboundError for what does not go together.
+    routing. slots: what those of compressed experts hold. memory_limit: bytes that the process of
+    each run may have, page cache included. device: where to compute. clients: so many at a time,
+    beside one, in a run of each of ours; 1 for no such run.
+
+    Raises MoeboundError for what does not go together.
     """
 
     model: str | None = None
@@ -33,6 +35,7 @@ class OffloadSettings:
     tiers: tuple[str, ...] = ("disk", "ram")
     policies: tuple[str, ...] = ("hobbit",)
     predictors: tuple[str, ...] = ("none",)
+    slots: tuple[str, ...] = ("values",)
     routing: tuple[str, ...] = ("forced",)
     trace: Path | None = None
     prompt: int = 64
@@ -50,6 +53,7 @@ class OffloadSettings:
         for option, given, known in (
             ("peers", self.peers, PEERS),
             ("routing", self.routing, ROUTINGS),
+            ("slots", self.slots, ("values", "codes", "auto")),
         ):
             wrong = [name for name in given if name not in known]
             if wrong:

@@ -103,7 +103,7 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 def _raw_twin(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The run that differs in the experts' source alone."""
-    name = row["name"].replace("compressed", "raw")
+    name = row["name"].replace("compressed", "raw").split(", slots ")[0]
     same = ("budget", "policy", "predictor")
     return next(
         (r for r in rows if r["name"] == name and "error" not in r

@@ -1,0 +1,256 @@
+"""Codes stand for the weights that decoding gives, and products of them are the same everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import moebound
+from moebound import _native
+from moebound.codec import encode_codes, envelope
+from moebound.codec.codes import CodeMatrix, decode_codes, has_codes
+from moebound.codec.reference.product import fma
+from moebound.codec.reference.product import product as reference
+from moebound.errors import CodecError, CorruptionError
+from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound
+
+from .kernel import ISAS, flat, using
+from .stepped import Stepped
+from .weights import gaussian
+
+SHAPES = [(70, 96), (61, 50), (70, 33), (300, 1)]
+
+
+def drawn(shape: tuple[int, int], dtype: DType = "BF16", *, infinite: bool = True) -> Array:
+    weights = (np.random.default_rng(sum(shape)).standard_normal(shape) * 0.02).astype(np.float32)
+    weights = weights.astype(NUMPY_DTYPES[dtype])
+    if infinite:
+        weights[0, 0], weights[-1, -1] = -np.inf, np.inf
+    return weights
+
+
+def encoded(kind: str, shape: tuple[int, int], dtype: DType = "BF16") -> bytes:
+    weights = drawn(shape, dtype)
+    if kind == "grid":
+        return moebound.encode(weights, 0.004)
+    by_row = kind == "rows"
+    n = shape[0] if by_row else shape[1]
+    made = Stepped.of(weights, np.arange(n) % 7, 0.01, by_row=by_row)
+    bound = ErrorBound(made.bound, "abs")
+    return encode_codes(made.weights, made.codes, made.steps, bound, made.bound).data
+
+
+def codes_of(data: bytes, threads: int = 1) -> CodeMatrix:
+    parsed = envelope.parse(data)
+    return decode_codes(parsed, np.full(parsed.spec.size, 255, np.uint8), threads=threads)
+
+
+def patched(matrix: CodeMatrix) -> CodeMatrix:
+    """The same with finite patches: in the first place, in the last, and two in a row."""
+    places = np.array([0, 1, len(matrix.codes) // 2, len(matrix.codes) - 1], np.uint64)
+    codes = matrix.codes.copy()
+    codes[places.astype(np.int64)] = -matrix.first
+    weights = np.array([3, -2.5, 0.125, 1], np.float32)
+    return replace(matrix, codes=codes, patched=places, patch_weights=weights)
+
+
+def values_of(matrix: CodeMatrix) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """All weights, and those that are not patched."""
+    patterns = matrix.weights()
+    dtype = NUMPY_DTYPES[matrix.dtype]
+    values = patterns.view(dtype).astype(np.float32)
+    plain = values.copy()
+    plain.reshape(-1)[matrix.patched.astype(np.int64)] = 0
+    return values, plain
+
+
+def multiply(matrix: CodeMatrix, x: Array, threads: int = 1) -> Array:
+    rows, columns = matrix.shape
+    assert x.shape[1] == columns
+    out = np.zeros((len(x), rows), x.dtype)
+    matrix.product(flat(x), flat(out), stride=rows, threads=threads)
+    return out
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("kind", ["grid", "rows", "columns"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_codes_stand_for_what_decoding_gives(
+    shape: tuple[int, int], kind: str, dtype: DType, isa: str
+) -> None:
+    data = encoded(kind, shape, dtype)
+    with using(isa):
+        found = codes_of(data, threads=2).weights()
+        expected: Any = moebound.decode(data)
+    assert found.tobytes() == expected.tobytes()
+    with using("scalar"):
+        assert codes_of(data).codes.tobytes() == codes_of(data).codes.tobytes()
+        scalar = codes_of(data).codes
+    with using(isa):
+        assert codes_of(data).codes.tobytes() == scalar.tobytes()
+
+
+@pytest.mark.parametrize(("bound", "low_bits"), [(0.02, False), (0.0005, True)])
+def test_alphabets_with_low_bits_and_without(bound: float, low_bits: bool) -> None:
+    weights = gaussian((300, 128), scale=0.02)
+    data = moebound.encode(weights, bound)
+    plan = _native.bound_plan(envelope.parse(data).payload, weights.size, 0, 0, bound)
+    for isa in ISAS:
+        with using(isa):
+            found = codes_of(data)
+        assert found.weights().tobytes() == moebound.decode(data).tobytes()  # type: ignore[union-attr]
+        assert len(found.table) == max(len(plan["values"]), 1 - found.first)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 7])
+@pytest.mark.parametrize("x_dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("kind", ["grid", "rows", "columns"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_the_reference(
+    shape: tuple[int, int], kind: str, dtype: DType, x_dtype: DType, n_tokens: int
+) -> None:
+    data = encoded(kind, shape, dtype)
+    matrix = patched(codes_of(data))
+    x = np.random.default_rng(1).standard_normal((n_tokens, shape[1])).astype(np.float32)
+    x = x.astype(NUMPY_DTYPES[x_dtype])
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = reference(
+            values_of(matrix)[1], x.astype(np.float32), matrix.patched, matrix.patch_weights
+        ).astype(x.dtype)
+    found = []
+    for isa in ISAS:
+        with using(isa):
+            found += [multiply(matrix, x), multiply(matrix, x, threads=3)]
+            # A token alone is summed as among others.
+            found.append(np.concatenate([multiply(matrix, x[t : t + 1]) for t in range(n_tokens)]))
+    np.testing.assert_array_equal(found[0], expected)
+    for other in found[1:]:
+        assert other.tobytes() == found[0].tobytes()
+
+
+def test_products_are_near_the_exact_ones() -> None:
+    weights = drawn((200, 1000), infinite=False)
+    matrix = codes_of(moebound.encode(weights, 0.003))
+    x = np.random.default_rng(2).standard_normal((3, 1000)).astype(np.float32)
+    values = values_of(matrix)[0].astype(np.float64)
+    sums = np.abs(x.astype(np.float64)) @ np.abs(values).T
+    assert (
+        np.abs(multiply(matrix, x) - x.astype(np.float64) @ values.T) <= 64 * 2**-24 * sums
+    ).all()
+
+
+@pytest.mark.parametrize("n_codes", [1, 60, 64, 65, 128, 129, 256])
+def test_tables_of_every_width(n_codes: int) -> None:
+    rng = np.random.default_rng(n_codes)
+    table = rng.standard_normal(n_codes).astype(ml_dtypes.bfloat16).astype(np.float32)
+    first = -(n_codes // 2)
+    table[-first] = 0
+    none = np.empty(0, np.float32)
+    codes = rng.integers(0, n_codes, 40 * 70).astype(np.uint8)
+    places = np.array([3, 70, 71], np.uint64)
+    codes[places.astype(np.int64)] = -first
+    matrix = CodeMatrix(codes, (40, 70), "BF16", table, none, False, first, places,
+                        np.array([1, 2, 3], np.float32))  # fmt: skip
+    x = rng.standard_normal((2, 70)).astype(np.float32)
+    expected = reference(table[codes].reshape(40, 70), x, places, matrix.patch_weights)
+    for isa in ISAS:
+        with using(isa):
+            np.testing.assert_array_equal(multiply(matrix, x), expected)
+            np.testing.assert_array_equal(multiply(matrix, x[:1]), expected[:1])
+
+
+def test_a_fused_multiply_add_is_rounded_once() -> None:
+    one, tiny = np.float32(1), np.float32(2**-24)
+    # 1 + 2^-24 + 2^-48 is above the middle of two floats; in two steps it would be rounded to even.
+    above = fma(tiny, one + np.float32(2**-23), one)
+    assert above == one + np.float32(2**-23)
+    assert fma(tiny, one, one) == one
+
+
+def test_what_has_no_codes_is_refused() -> None:
+    weights = drawn((64, 64), infinite=False)
+    wide = moebound.encode(weights, 1e-5)
+    exact = moebound.encode(weights, 1e-12)
+    other = moebound.encode(weights, 0.004, codec="lossless")
+    vector = moebound.encode(weights.reshape(-1), 0.004)
+    for data, what in ((wide, "codes"), (exact, "exact"), (other, "lossless")):
+        reason = has_codes(lambda at, n, data=data: data[at : at + n])  # type: ignore[misc]
+        assert reason is not None
+        assert what in reason
+        with pytest.raises((CodecError, CorruptionError)):
+            codes_of(data)
+    with pytest.raises(CodecError, match="expected a matrix"):
+        codes_of(vector)
+
+
+@pytest.mark.parametrize("kind", ["grid", "rows", "columns"])
+def test_heads_say_what_can_be_codes(kind: str) -> None:
+    data = encoded(kind, (70, 33))
+    assert has_codes(lambda at, n: data[at : at + n]) is None
+    many = drawn((64, 300), infinite=False)
+    many[:, ::16] = np.nan  # patches as long as many heads
+    data = moebound.encode(many, 0.004)
+    assert has_codes(lambda at, n: data[at : at + n]) is None
+    for cut in range(80):
+        assert has_codes(lambda at, n, cut=cut: data[at : min(at + n, cut)]) is not None  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", ["grid", "rows", "columns"])
+def test_damaged_streams_give_an_error_or_codes(kind: str) -> None:
+    parsed = envelope.parse(encoded(kind, (70, 33)))
+    payload, n = bytes(parsed.payload), parsed.spec.size
+    rng = np.random.default_rng(0)
+    outcomes = []
+    for _ in range(150):
+        damaged = bytearray(payload)
+        for at in rng.integers(0, len(damaged), 2):
+            damaged[at] ^= 1 << int(rng.integers(8))
+        found: list[Any] = []
+        for isa in ISAS:
+            out = np.zeros(n, np.uint8)
+            with using(isa):
+                try:
+                    n_codes, *_ = _native.bound_codes(
+                        bytes(damaged), out, 0, 0, parsed.spec.abs_bound, 1
+                    )
+                except _native.Corrupt:
+                    found.append(None)
+                else:
+                    assert out.max() < n_codes
+                    found.append(out.tobytes())
+        assert len(set(found)) == 1
+        outcomes.append(found[0] is None)
+    assert any(outcomes)
+
+
+def test_matrices_that_do_not_fit_are_refused() -> None:
+    none, nowhere = np.empty(0, np.float32), np.empty(0, np.uint64)
+    codes, table = np.zeros(12, np.uint8), np.zeros(4, np.float32)
+
+    def make(**change: Any) -> Any:
+        given: dict[str, Any] = {"codes": codes, "shape": (3, 4), "table": table, "steps": none,
+                 "patched": nowhere, "patch_weights": none} | change  # fmt: skip
+        return CodeMatrix(dtype="BF16", by_row=False, first=0, **given)
+
+    for change in (
+        {"shape": (4, 4)}, {"shape": (0, 4)}, {"steps": none, "table": none},
+        {"table": np.zeros(257, np.float32)},
+        {"patched": np.array([12], np.uint64), "patch_weights": np.array([1], np.float32)},
+        {"patched": np.array([3, 3], np.uint64), "patch_weights": np.array([1, 1], np.float32)},
+        {"patch_weights": np.array([1], np.float32)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(change)).replace("shape", "codes")):
+            make(**change)
+    matrix = make()
+    x, out = np.zeros(8, np.float32), np.zeros(6, np.float32)
+    matrix.product(x, out, stride=3)
+    for bad in ({"x": x[:7]}, {"out": out[:5]}, {"stride": 2}, {"out": out.view(np.int32)}):
+        with pytest.raises((ValueError, TypeError)):
+            matrix.product(**{"x": x, "out": out, "stride": 3} | bad)

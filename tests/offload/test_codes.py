@@ -1,0 +1,248 @@
+"""Slots of codes: the same logits whatever the way, those of slots of values up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.utils import logging as hf_logging
+
+from codec.kernel import ISAS, using
+from moebound.checkpoint import open_checkpoint
+from moebound.errors import CacheError, MoeboundError
+from moebound.offload import codes, slots
+from moebound.offload.loading import load
+from moebound.store import compress
+from moebound.types import ErrorBound
+from tiny_models import make_tiny
+
+SLOTS: tuple[codes.SlotsName, ...] = ("values", "codes")
+IDS = torch.arange(5, 25).view(2, 10)
+Make = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    hf_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """made(name, ...) -> a store. Not to be changed."""
+    stores = dict[tuple[Any, ...], Path]()
+
+    def make(name: str, *, rate: float = 0.3, **options: Any) -> Path:
+        key = (name, rate, *sorted((k, str(v)) for k, v in options.items()))
+        if key not in stores:
+            folder = tmp_path_factory.mktemp(name)
+            src = make_tiny(name, folder / "src")
+            bound = ErrorBound(rate, "rate")
+            compress(open_checkpoint(src), folder / "dst", bound=bound, **options)
+            stores[key] = folder / "dst"
+        return stores[key]
+
+    return make
+
+
+def logits(store: Path, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
+    with load(store, **{"dtype": "float32", "slots": "codes"} | options) as offloaded:
+        with torch.no_grad():
+            offloaded.model(ids)
+            found: torch.Tensor = offloaded.model(ids).logits
+        return found
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "nemotron_h", "qwen3_next", "aria_text"])
+def test_logits_of_values_up_to_rounding(name: str, made: Make) -> None:
+    values = logits(made(name), slots="values")
+    assert (logits(made(name)) - values).abs().max() <= 1e-5
+
+
+def test_nothing_but_the_slots_shows_in_logits(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "WORK_PER_THREAD", 1)  # several threads for small products too
+    store = made("mixtral")
+    expected = logits(store, ram_budget="100%")
+    for options in (
+        {"ram_budget": "42%", "tier": "disk"},
+        {"ram_budget": "42%", "tier": "disk", "policy": "lru", "predictor": "gate", "threads": 1},
+        {"ram_budget": "60%", "tier": "ram", "threads": 3},
+        {"ram_budget": "45%", "drop_cache": True},
+    ):
+        assert torch.equal(logits(store, **options), expected), options
+    for isa in ISAS:
+        with using(isa):
+            assert torch.equal(logits(store), expected), isa
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 if before != 3 else 2)
+        with load(store, dtype="float32", slots="codes") as offloaded, torch.no_grad():
+            x = torch.randn(9, offloaded.model.config.hidden_size)
+            slot = next(iter(offloaded.cache.visit(0, [0]).hits.values()), None)
+            assert slot is None  # nothing is there yet
+            offloaded.model(IDS)
+            (found,) = offloaded.cache.visit(0, [0]).hits.values()
+            assert isinstance(found, slots.CodeSlot)
+            outputs = []
+            for n_threads in (1, 3):
+                torch.set_num_threads(n_threads)
+                outputs.append(found.project("gate_up_proj", x))
+            alone = torch.cat([found.project("gate_up_proj", row) for row in x[:, None]])
+            assert torch.equal(outputs[0], outputs[1])
+            assert torch.equal(outputs[0], alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_twice_the_experts_in_the_same_memory(made: Make) -> None:
+    with load(made("mixtral"), slots="codes", ram_budget="100%", tier="disk") as offloaded:
+        assert offloaded.choice.slots == "codes"
+        assert not offloaded.choice.not_codes
+        with torch.no_grad():
+            offloaded.model(IDS)
+            offloaded.meter.reset()
+            offloaded.model(IDS)
+        kinds = {held.kind for held in offloaded.cache.visit(0, [0, 1]).hits.values()}  # type: ignore[union-attr]
+        (kind,) = kinds
+        values = replace(kind, aside_bytes=None).n_bytes
+        assert 2 * (kind.n_bytes - (kind.aside_bytes or 0)) == values
+        assert offloaded.pool_bytes <= offloaded.choice.cache_bytes
+        found = offloaded.cache.visit(0, [0]).hits
+        for slot in found.values():
+            assert isinstance(slot, slots.CodeSlot)
+            aside = sum(part.aside_bytes for part in slot.parts.values())
+            assert aside <= (kind.aside_bytes or 0)
+
+
+def test_a_smaller_budget_will_do(made: Make) -> None:
+    store = made("mixtral")
+    with pytest.raises(CacheError, match="budget 1 bytes") as values:
+        load(store, ram_budget=1)
+    with pytest.raises(CacheError, match="budget 1 bytes") as less:
+        load(store, ram_budget=1, slots="codes")
+    sizes = [int(str(e.value).split("smallest budget is ")[1].split()[0]) for e in (values, less)]
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_are_those_that_are_certified(dtype: str, made: Make) -> None:
+    states = []
+    for of in SLOTS:
+        with load(made("mixtral"), dtype=dtype, slots=of) as offloaded:
+            states.append(offloaded.model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    for name, weights in states[0].items():
+        assert torch.equal(weights, states[1][name]), name
+
+
+def test_a_model_that_is_cast(made: Make) -> None:
+    found = []
+    for of in SLOTS:
+        with load(made("mixtral"), dtype="bfloat16", slots=of) as offloaded:
+            offloaded.model.float()
+            with torch.no_grad():
+                found.append(offloaded.model(IDS).logits)
+    assert torch.equal(*found)  # by the same weights, cast
+
+
+def test_gradients(made: Make) -> None:
+    found = []
+    for of, budget in zip(SLOTS, ("100%", "45%"), strict=True):
+        with load(
+            made("mixtral"),
+            dtype="float32",
+            slots=of,
+            ram_budget=budget,
+            tier="disk",
+        ) as offloaded:
+            offloaded.model(IDS).logits.square().sum().backward()
+            gradients = {
+                name: p.grad.clone()
+                for name, p in offloaded.model.named_parameters()
+                if p.grad is not None
+            }
+            found.append(gradients)
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        off = (gradient - found[1][name]).norm() / gradient.norm().clamp_min(1e-12)
+        assert off < 1e-4, f"{name}: {off:g}"
+
+
+def _stays_values(store: Path, why: str, **options: Any) -> None:
+    with load(store, dtype="float32", slots="codes", **options) as offloaded:
+        choice = offloaded.choice
+        assert choice.slots == "values"
+        assert list(choice.not_codes) == [why] or why in next(iter(choice.not_codes))
+        with torch.no_grad():
+            found = offloaded.model(IDS).logits
+    assert torch.equal(found, logits(store, slots="values"))
+
+
+def test_what_cannot_be_codes_stays_values(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    _stays_values(made("gpt_oss"), "laid out otherwise than the model computes")
+    _stays_values(made("mixtral", rate=1e-4), "codes")
+    _stays_values(made("mixtral", codec="lossless"), "compressed by lossless")
+    monkeypatch.setattr(codes, "MOST_PATCHED", -1)
+    _stays_values(made("mixtral"), "too many patches")
+
+
+def test_some_of_the_experts_are_codes(made: Make) -> None:
+    store = made("mixtral", experts={1})
+    with load(store, dtype="float32", slots="codes") as offloaded:
+        assert offloaded.choice.slots == "codes"
+        assert set(offloaded.choice.not_codes) == {"not compressed"}
+    assert (logits(store) - logits(store, slots="values")).abs().max() <= 1e-5
+
+
+def test_the_faster_is_taken(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = made("mixtral")
+    for slow in ("codes", "values"):
+
+        def compute(kind: Any, device: Any, slow: str = slow) -> float:
+            return 1.0 if (kind.aside_bytes is not None) == (slow == "codes") else 1e-6
+
+        monkeypatch.setattr("moebound.offload.choose.measure_compute", compute)
+        with load(store, slots="auto", ram_budget="100%") as offloaded:
+            assert offloaded.choice.slots != slow
+            assert {"compressed, disk", "compressed, disk, codes"} <= set(
+                offloaded.choice.predicted_s
+            )
+
+
+def test_another_name_is_refused(store: Path) -> None:
+    with pytest.raises(CacheError, match="expected values, codes or auto"):
+        load(store, slots="bytes")  # type: ignore[arg-type]
+
+
+def test_a_damaged_expert_is_named(made: Make, tmp_path: Path) -> None:
+    import shutil
+
+    store = tmp_path / "store"
+    shutil.copytree(made("mixtral"), store)
+    with load(store, slots="codes", tier="disk", ram_budget="60%") as offloaded:
+        for file in store.glob("*.safetensors"):
+            data = bytearray(file.read_bytes())
+            middle = len(data) // 2
+            for at in range(middle, min(len(data), middle + 60000), 64):
+                data[at] ^= 0xFF
+            file.write_bytes(data)
+        with pytest.raises(MoeboundError, match="tensor"), torch.no_grad():
+            offloaded.model(IDS)
+
+
+def test_the_benchmark_runs_both_kinds() -> None:
+    from moebound.bench.offload.cases import cases
+    from moebound.bench.offload.settings import OffloadSettings
+
+    settings = OffloadSettings(slots=SLOTS, tiers=("disk",), budgets=(0.1,), peers=())
+    assert [(case.name, case.options(settings)["slots"]) for case in cases(settings)] == [
+        ("raw, disk", "values"),
+        ("compressed, disk", "values"),
+        ("compressed, disk, slots codes", "codes"),
+    ]
+    with pytest.raises(MoeboundError, match="slots"):
+        OffloadSettings(slots=("bytes",))
