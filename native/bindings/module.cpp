@@ -25,6 +25,7 @@ moebound::Steps to_steps(const Levels& levels, uint16_t kappa, bool by_row) {
 NB_MODULE(_native, m) {
   bind_cuszp(m);
   bind_device(m);
+  bind_product(m);
 
   m.def("xxh64", [](nb::handle data, uint64_t seed) {
     const Buffer buffer(data);

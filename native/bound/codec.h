@@ -46,4 +46,20 @@ EncodedBound encode_scaled(const ArrayInfo& info, const void* source, const int3
 // Writes n patterns of info.output. Throws Corrupt on bytes that encode_bound cannot have made.
 void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, void* out, unsigned threads);
 
+// What the codes of a matrix stand for: value c of `values`, a pattern of the output dtype, or, where
+// there are steps, (c + first) · step, rounded to the output dtype.
+struct CodeValues {
+  uint32_t n_codes = 0;
+  int32_t first = 0;
+  std::vector<uint32_t> values;
+  bool by_row = false;
+  std::vector<float> steps;  // of all columns, or of all rows
+};
+
+constexpr uint32_t kMostCodes = 256;
+
+// The same as decode_bound, but for the last step: writes n codes of a byte each. Throws Corrupt too
+// where there are more codes than kMostCodes, or the bound is 0.
+CodeValues decode_codes(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, uint8_t* out, unsigned threads);
+
 }  // namespace moebound

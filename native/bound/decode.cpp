@@ -109,12 +109,8 @@ void fill_values(const ArrayInfo& info, const Layout& layout, DecodeSetup& setup
   }
 }
 
-}  // namespace
-
-void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, void* out,
-                  unsigned threads) {
-  std::vector<SegmentBytes> segments;
-  const Layout layout = parse_layout(payload, n_bytes, info.n, segments);
+// Everything that all segments share, but for their values.
+DecodeSetup setup_of(const ArrayInfo& info, const Layout& layout) {
   DecodeSetup setup;
   setup.layout = &layout;
   setup.n = info.n;
@@ -126,9 +122,13 @@ void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes,
     fill_tables(layout, setup);
     setup.starts = table_starts(layout, 1u << layout.table_log);
   }
-  fill_values(info, layout, setup);
+  return setup;
+}
+
+void decode_all(const DecodeSetup& setup, const std::vector<SegmentBytes>& segments, void* out, unsigned threads) {
+  const Layout& layout = *setup.layout;
   const DecodeSegments decode = decoder();
-  const size_t stride = size_t(layout.rows_per_segment) * layout.columns * item_size(info.output);
+  const size_t stride = size_t(layout.rows_per_segment) * layout.columns * setup.value_bytes();
   // Segments go to threads in batches of up to kMostTogether, of even size, as many for each thread.
   const size_t n = segments.size(), least = (n + kMostTogether - 1) / kMostTogether;
   const size_t each = threads ? threads : 1;
@@ -139,7 +139,7 @@ void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes,
     SegmentJob jobs[kMostTogether];
     for (size_t i = begin; i < end; ++i) {
       const size_t first = i * layout.rows_per_segment;
-      const size_t last = std::min(first + layout.rows_per_segment, layout.rows(info.n));
+      const size_t last = std::min(first + layout.rows_per_segment, layout.rows(setup.n));
       jobs[i - begin] = {&segments[i], first, last, static_cast<uint8_t*>(out) + i * stride};
     }
     if (!decode(setup, jobs, end - begin)) damaged = begin;
@@ -147,6 +147,39 @@ void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes,
   if (damaged != SIZE_MAX) {
     throw Corrupt("segment " + std::to_string(damaged) + " or one soon behind it is damaged");
   }
+}
+
+}  // namespace
+
+void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, void* out,
+                  unsigned threads) {
+  std::vector<SegmentBytes> segments;
+  const Layout layout = parse_layout(payload, n_bytes, info.n, segments);
+  DecodeSetup setup = setup_of(info, layout);
+  fill_values(info, layout, setup);
+  decode_all(setup, segments, out, threads);
+}
+
+CodeValues decode_codes(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, uint8_t* out,
+                        unsigned threads) {
+  std::vector<SegmentBytes> segments;
+  const Layout layout = parse_layout(payload, n_bytes, info.n, segments);
+  CodeValues found;
+  found.n_codes = layout.n_symbols << layout.low_bits;
+  if (info.bound == 0 || found.n_codes > kMostCodes) throw Corrupt("more codes than a byte has");
+  DecodeSetup setup = setup_of(info, layout);
+  fill_values(info, layout, setup);
+  setup.codes = true;
+  decode_all(setup, segments, out, threads);
+  found.first = first_bin(layout);
+  found.by_row = setup.by_row;
+  if (setup.scaled) {
+    found.steps = std::move(setup.steps);
+    if (!setup.by_row) found.steps.resize(layout.columns);
+  } else {
+    found.values = std::move(setup.values32);
+  }
+  return found;
 }
 
 }  // namespace moebound

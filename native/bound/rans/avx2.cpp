@@ -156,6 +156,21 @@ __attribute__((always_inline)) inline __m256i low_bytes(const uint8_t* planes, u
   return low;
 }
 
+// Emits bins as they are, which are below 256: no bit of a symbol moves into the byte beside it.
+void emit_codes(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float*, size_t n,
+                uint8_t* out) {
+  const uint32_t low_bits = setup.layout->low_bits;
+  if (low_bits == 0) {
+    std::copy_n(reinterpret_cast<const uint8_t*>(symbols), n, out);
+    return;
+  }
+  emit_groups<uint8_t>(setup, symbols, planes, n, out, [&](const uint8_t* symbol, const uint8_t* plane, size_t, uint8_t* to)
+                                                           __attribute__((always_inline)) {
+    const __m256i high = _mm256_sll_epi16(load32(symbol), _mm_cvtsi32_si128(int(low_bits)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_or_si256(high, low_bytes(plane, low_bits)));
+  });
+}
+
 // Emits values of any width by look-ups, with low bits from planes if there are any.
 template <class Value>
 void emit_by_look_ups(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float*, size_t n,
@@ -231,6 +246,7 @@ void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_
 }
 
 Emit emit_for(const DecodeSetup& setup) {
+  if (setup.codes) return emit_codes;
   if (setup.scaled) {
     return with_dtype(setup.output, [&](auto t) -> Emit {
       using T = decltype(t);

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "base/bytes.h"
+#include "base/words_avx512.h"
 #include "bound/rans/streams.h"
 
 namespace moebound {
@@ -21,35 +22,6 @@ using States = __m512i[2];
 // frequency · (state >> table_log).
 struct Found {
   __m512i frequency[2], bias[2], symbols;
-};
-
-// Two vectors of dwords below 2^16 as words, in order.
-__attribute__((always_inline)) inline __m512i pack_words(__m512i low, __m512i high) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
-}
-
-// A table of kWidth words in registers.
-template <size_t kWidth>
-struct Words {
-  static constexpr size_t kRegisters = kWidth / 32;
-  __m512i part[kRegisters];
-
-  void load(const uint16_t* from) {
-#pragma GCC unroll 16
-    for (size_t i = 0; i < kRegisters; ++i) part[i] = _mm512_loadu_si512(from + 32 * i);
-  }
-  __attribute__((always_inline)) __m512i operator[](__m512i index) const {
-    if constexpr (kRegisters == 1) return _mm512_permutexvar_epi16(index, part[0]);
-    if constexpr (kRegisters > 1) {
-      __m512i found = _mm512_permutex2var_epi16(part[0], index, part[1]);
-#pragma GCC unroll 8
-      for (size_t i = 2; i < kRegisters; i += 2) {
-        const __mmask32 beyond = _mm512_cmpge_epu16_mask(index, _mm512_set1_epi16(short(32 * i)));
-        found = _mm512_mask_mov_epi16(found, beyond, _mm512_permutex2var_epi16(part[i], index, part[i + 1]));
-      }
-      return found;
-    }
-  }
 };
 
 // Searches tables of up to kWidth symbols. Lane i is in word 2i, lane 16 + i in word 2i + 1: where
@@ -195,6 +167,14 @@ void emit_by_permutes(const DecodeSetup& setup, const uint16_t* symbols, const u
   });
 }
 
+// Bins as they are, which are below 256.
+void emit_codes(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float*, size_t n,
+                uint8_t* out) {
+  emit_groups<uint8_t>(setup, symbols, planes, n, out, [](__m512i bin, uint8_t* to) __attribute__((always_inline)) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi16_epi8(bin));
+  });
+}
+
 template <class Value>
 void emit_by_gathers(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float*, size_t n,
                      uint8_t* out) {
@@ -249,6 +229,7 @@ void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_
 }
 
 Emit emit_for(const DecodeSetup& setup) {
+  if (setup.codes) return emit_codes;
   if (setup.scaled) {
     return with_dtype(setup.output, [&](auto t) -> Emit {
       using T = decltype(t);

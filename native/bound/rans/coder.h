@@ -41,6 +41,7 @@ struct DecodeSetup {
   const Layout* layout = nullptr;
   size_t n = 0;
   DType output = DType::kBF16;
+  bool codes = false;            // write bins, below 256, as bytes, in place of values
   std::vector<uint32_t> tables;  // [n_tables << table_log]
   TableStarts starts;  // in units of table entries
   // Instead of tables and starts, where a decoder searches: [n_tables][2][search_width] cumulative
@@ -59,6 +60,7 @@ struct DecodeSetup {
   // values16 cut into bytes by blocks of 16, twice each, for byte shuffles: [block][32].
   std::vector<uint8_t> shuffle_low, shuffle_high;
 
+  size_t value_bytes() const { return codes ? 1 : item_size(output); }
   // Nothing to add to a state's slot if there is one table.
   const uint32_t* offsets(size_t row) const {
     return layout->n_tables == 1 ? nullptr : starts.of_row(row);

@@ -14,6 +14,15 @@ struct LookUp {
   const Value* values;
 };
 
+// Bins as they are, which are below 256.
+struct Codes {
+  using Out = uint8_t;
+  static constexpr bool kScaled = false;
+  struct {
+    uint8_t operator[](uint32_t bin) const { return uint8_t(bin); }
+  } values;
+};
+
 // Bins times steps, a group at a time: the second loop is one for vectors.
 template <class T>
 struct Scaled {
@@ -81,6 +90,7 @@ bool decode(const DecodeSetup& setup, const SegmentJob& job, const Emit emit) {
 
 bool decode_segments_scalar(const DecodeSetup& setup, const SegmentJob* jobs, size_t n) {
   return std::all_of(jobs, jobs + n, [&](const SegmentJob& job) {
+    if (setup.codes) return decode(setup, job, Codes{});
     if (setup.scaled) {
       return with_dtype(setup.output, [&](auto t) { return decode(setup, job, Scaled<decltype(t)>{}); });
     }

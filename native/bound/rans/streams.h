@@ -78,7 +78,7 @@ template <size_t K, class StartRow, class Group>
 __attribute__((always_inline)) inline bool walk(const DecodeSetup& setup, Stream* streams, size_t n_rows,
                                                 size_t columns, Emit emit, const StartRow& start_row,
                                                 const Group& group) {
-  const size_t plane_bytes = 4 * size_t(setup.layout->low_bits), value_bytes = item_size(setup.output);
+  const size_t plane_bytes = 4 * size_t(setup.layout->low_bits), value_bytes = setup.value_bytes();
   for (size_t i = 0; i < n_rows; ++i) {
     for (size_t k = 0; k < K; ++k) start_row(k);
     for (size_t j = 0; j < columns;) {

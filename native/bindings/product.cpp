@@ -1,0 +1,87 @@
+// Matrices of codes: decoded to, computed with, and their weights.
+#include "bindings/shared.h"
+
+#include <algorithm>
+
+#include "product/product.h"
+
+namespace {
+
+template <class T>
+using Flat = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// A matrix that holds what it is made of.
+class Codes {
+ public:
+  Codes(const Codes&) = delete;
+  Codes(Flat<uint8_t> codes, size_t rows, size_t columns, unsigned dtype, Flat<float> table, Flat<float> steps,
+        bool by_row, int32_t first, uint8_t zero, Flat<uint64_t> patched, Flat<float> patch_weights)
+      : codes_(codes), steps_(steps), patched_(patched), patch_weights_(patch_weights) {
+    const bool scaled = table.size() == 0;
+    std::copy_n(table.data(), std::min(table.size(), moebound::kCodeTable), table_);
+    if (rows == 0 || columns == 0 || codes.size() / columns != rows || codes.size() % columns) {
+      throw nb::value_error("codes");
+    }
+    if (table.size() > moebound::kCodeTable) throw nb::value_error("table");
+    if (scaled && steps.size() != (by_row ? rows : columns)) throw nb::value_error("steps");
+    if (patch_weights.size() != patched.size()) throw nb::value_error("patch_weights");
+    const uint64_t* const at = patched.data();
+    for (size_t i = 0; i < patched.size(); ++i) {
+      if (at[i] >= codes.size() || (i && at[i] <= at[i - 1])) throw nb::value_error("patched");
+    }
+    matrix_ = {codes.data(), rows, columns, dtype_from(dtype), scaled ? nullptr : table_, table.size(), steps.data(), by_row,
+               first, zero, at, patch_weights.data(), patched.size()};
+  }
+  const moebound::CodeMatrix& matrix() const { return matrix_; }
+
+ private:
+  Flat<uint8_t> codes_;
+  float table_[moebound::kCodeTable] = {};
+  Flat<float> steps_;
+  Flat<uint64_t> patched_;
+  Flat<float> patch_weights_;
+  moebound::CodeMatrix matrix_;
+};
+
+}  // namespace
+
+void bind_product(nb::module_& m) {
+  m.def("bound_codes", [](nb::handle payload, nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out,
+                          unsigned source, unsigned output, double bound, unsigned threads) {
+    const Buffer buffer(payload);
+    const auto info = array_info(dtype_from(source), dtype_from(output), bound, out.shape(0), 1);
+    moebound::CodeValues found;
+    {
+      const Away away;
+      found = moebound::decode_codes(info, buffer.data(), buffer.size(), out.data(), threads);
+    }
+    return nb::make_tuple(found.n_codes, found.first, to_array(std::move(found.values)), found.by_row,
+                          to_array(std::move(found.steps)));
+  }, "payload"_a, "out"_a, "source"_a, "output"_a, "bound"_a, "threads"_a);
+
+  nb::class_<Codes>(m, "Codes")
+      .def(nb::init<Flat<uint8_t>, size_t, size_t, unsigned, Flat<float>, Flat<float>, bool, int32_t, uint8_t,
+                    Flat<uint64_t>, Flat<float>>(),
+           "codes"_a, "rows"_a, "columns"_a, "dtype"_a, "table"_a, "steps"_a, "by_row"_a, "first"_a, "zero"_a,
+           "patched"_a, "patch_weights"_a)
+      // x: [tokens · columns]; out: from its first value on, tokens are `stride` apart.
+      .def("product", [](const Codes& self, AnyArray x, WritableArray out, size_t stride, unsigned threads) {
+        const auto& matrix = self.matrix();
+        const auto dtype = dtype_of(x);
+        const size_t n_tokens = x.shape(0) / matrix.columns;
+        if (x.shape(0) % matrix.columns) throw nb::value_error("x");
+        if (dtype_of(out) != dtype || stride < matrix.rows ||
+            (n_tokens && (out.shape(0) < matrix.rows || (out.shape(0) - matrix.rows) / stride < n_tokens - 1))) {
+          throw nb::value_error("out");
+        }
+        if (!n_tokens) return;
+        const Away away;
+        moebound::product(matrix, dtype, x.data(), n_tokens, out.data(), stride, threads);
+      }, "x"_a, "out"_a, "stride"_a, "threads"_a)
+      .def("weights", [](const Codes& self, WritableArray out) {
+        const auto& matrix = self.matrix();
+        if (dtype_of(out) != matrix.dtype || out.shape(0) != matrix.rows * matrix.columns) throw nb::value_error("out");
+        const Away away;
+        moebound::weights_of_codes(matrix, out.data());
+      }, "out"_a);
+}

@@ -1,0 +1,66 @@
+// Products of a matrix of codes with activations: what an expert computes whose weights are not decoded.
+//
+// A weight is what its code stands for: an entry of a table of 256 numbers, or (code + first) · step
+// rounded to the dtype of the weights. That is to the bit the number that decode_bound writes. Exact
+// patches stand beside the codes; a patched place has the code of 0.
+//
+// y = W x is summed in float32, always in one order, which depends on nothing but the number of columns:
+//   columns go in groups of 32, the last filled up with weights and activations of 0;
+//   lane i of 16 adds w[2i] · x[2i], then w[2i + 1] · x[2i + 1] of each group, by fused multiply-add;
+//   lanes i and i + 8 are added, then i and i + 4, i + 2, i + 1;
+//   the row's patches are added by fused multiply-add, as they stand.
+// So threads, the number of tokens and the instruction set do not show in a result.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "base/dtype.h"
+
+namespace moebound {
+
+constexpr size_t kCodeTable = 256;
+constexpr size_t kProductLanes = 16, kProductGroup = 2 * kProductLanes;
+
+struct CodeMatrix {
+  const uint8_t* codes;  // [rows][columns]
+  size_t rows, columns;
+  DType dtype;             // of the weights
+  const float* table;      // [kCodeTable], of numbers that dtype has; nullptr where there are steps
+  size_t n_codes;          // codes are below this
+  const float* steps;      // [columns], or [rows] if by_row
+  bool by_row;
+  int32_t first;
+  uint8_t zero;                // the code of 0
+  const uint64_t* patched;     // [n_patches], ascending flat places ...
+  const float* patch_weights;  // ... and what belongs there
+  size_t n_patches;
+};
+
+// y[t][r] = row r of the matrix times x[t]. x: [n_tokens][columns] of `dtype`, y of the same dtype, its
+// tokens y_stride values apart.
+void product(const CodeMatrix& matrix, DType dtype, const void* x, size_t n_tokens, void* y, size_t y_stride,
+             unsigned threads);
+
+// The weights themselves: patterns of matrix.dtype, [rows][columns].
+void weights_of_codes(const CodeMatrix& matrix, void* out);
+
+// What all rows of one product share.
+struct ProductSetup {
+  const CodeMatrix* matrix;
+  // [n_tokens][groups][32]: of each group the 16 even columns, then the 16 odd ones.
+  const float* x;
+  size_t n_tokens, groups;
+  const float* steps;  // of columns in the same order, or nullptr
+  uint16_t words[kCodeTable];  // the table's upper halves: the patterns of bfloat16
+  float* y;                    // [n_tokens][rows]
+};
+
+// Rows [begin, end) of all tokens, without patches.
+using ProductRows = void (*)(const ProductSetup&, size_t begin, size_t end);
+
+void product_rows_scalar(const ProductSetup&, size_t, size_t);
+void product_rows_avx2(const ProductSetup&, size_t, size_t);
+void product_rows_avx512(const ProductSetup&, size_t, size_t);
+
+}  // namespace moebound

@@ -1,0 +1,157 @@
+// Sixteen lanes in two vectors of eight. Compiled for AVX2 and FMA; called only where the CPU has them.
+#include <immintrin.h>
+
+#include "product/rows.h"
+
+namespace moebound {
+namespace {
+
+struct Sixteen {
+  __m256 low, high;  // lanes 0 .. 7, and 8 .. 15
+};
+
+struct Avx2 {
+  using F = Sixteen;
+  static constexpr size_t kRows = 2, kTokens = 3;
+
+  static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, F f) {
+    _mm256_storeu_ps(p, f.low);
+    _mm256_storeu_ps(p + 8, f.high);
+  }
+  static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)}; }
+  static float sum(F f) {
+    const __m256 eight = _mm256_add_ps(f.low, f.high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+};
+
+__attribute__((always_inline)) inline __m256i load32(const uint8_t* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+// 16 codes as words.
+__attribute__((always_inline)) inline __m256i load_words(const uint8_t* codes) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+}
+__attribute__((always_inline)) inline __m256i even_words(__m256i words) {
+  return _mm256_and_si256(words, _mm256_set1_epi32(0xFFFF));
+}
+
+// Tables of bfloat16, by shuffles of their bytes: a block serves 16 codes.
+template <size_t kBlocks>
+struct FromShuffles {
+  alignas(32) uint8_t low[32 * kBlocks], high[32 * kBlocks];
+
+  explicit FromShuffles(const ProductSetup& setup) {
+    for (size_t c = 0; c < 16 * kBlocks; ++c) {
+      for (size_t half = 0; half < 32; half += 16) {
+        low[c / 16 * 32 + half + c % 16] = uint8_t(setup.words[c]);
+        high[c / 16 * 32 + half + c % 16] = uint8_t(setup.words[c] >> 8);
+      }
+    }
+  }
+  void begin_row(size_t, size_t) {}
+  __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
+    const __m256i some = load32(codes);
+    __m256i lows = _mm256_setzero_si256(), highs = lows, start = lows;
+#pragma GCC unroll 8
+    for (size_t b = 0; b < kBlocks; ++b) {
+      // In this block: index 0x70 .. 0x7F, a shuffle by its low nibble. Outside: high bit, zero.
+      const __m256i index = _mm256_adds_epu8(_mm256_sub_epi8(some, start), _mm256_set1_epi8(0x70));
+      lows = _mm256_or_si256(lows, _mm256_shuffle_epi8(load32(low + 32 * b), index));
+      highs = _mm256_or_si256(highs, _mm256_shuffle_epi8(load32(high + 32 * b), index));
+      start = _mm256_add_epi8(start, _mm256_set1_epi8(16));
+    }
+    // Quarters 0 2 1 3: so that unpacking within halves gives them in order.
+    lows = _mm256_permute4x64_epi64(lows, 0xD8);
+    highs = _mm256_permute4x64_epi64(highs, 0xD8);
+    const __m256i upper = _mm256_set1_epi32(int(0xFFFF0000u));
+    const __m256i first = _mm256_unpacklo_epi8(lows, highs), second = _mm256_unpackhi_epi8(lows, highs);
+    even = {_mm256_castsi256_ps(_mm256_slli_epi32(first, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(second, 16))};
+    odd = {_mm256_castsi256_ps(_mm256_and_si256(first, upper)), _mm256_castsi256_ps(_mm256_and_si256(second, upper))};
+  }
+};
+
+// Tables of any numbers, and long ones: scalar look-ups, as quick as gathers or quicker.
+struct FromTable {
+  const float* table;
+
+  explicit FromTable(const ProductSetup& setup) : table(setup.matrix->table) {}
+  void begin_row(size_t, size_t) {}
+  __attribute__((always_inline)) __m256 eight(const uint8_t* c) const {
+    return _mm256_setr_ps(table[c[0]], table[c[2]], table[c[4]], table[c[6]], table[c[8]], table[c[10]], table[c[12]],
+                          table[c[14]]);
+  }
+  __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
+    even = {eight(codes), eight(codes + 16)};
+    odd = {eight(codes + 1), eight(codes + 17)};
+  }
+};
+
+// A product rounded to the dtype, as pattern_of does it.
+template <class T>
+__attribute__((always_inline)) inline __m256 cast(__m256 value) {
+  if constexpr (T::kDType == DType::kBF16) {
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(int(0xFFFF0000u))));
+  } else if constexpr (T::kDType == DType::kF16) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  } else {
+    return value;
+  }
+}
+
+template <class T, bool kByRow>
+struct FromSteps {
+  const float* of_rows;
+  __m256i first;
+  __m256 step[Avx2::kRows];
+
+  explicit FromSteps(const ProductSetup& setup)
+      : of_rows(setup.matrix->steps), first(_mm256_set1_epi32(setup.matrix->first)) {}
+  void begin_row(size_t r, size_t row) {
+    if constexpr (kByRow) step[r] = _mm256_set1_ps(of_rows[row]);
+  }
+  __attribute__((always_inline)) __m256 weights(__m256i codes, __m256 steps) const {
+    return cast<T>(_mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(codes, first)), steps));
+  }
+  __attribute__((always_inline)) void operator()(size_t r, const uint8_t* codes, const float* steps, Sixteen& even,
+                                                 Sixteen& odd) const {
+    const __m256i low = load_words(codes), high = load_words(codes + 16);
+    const auto step_of = [&](size_t at) __attribute__((always_inline)) {
+      return kByRow ? step[r] : _mm256_loadu_ps(steps + at);
+    };
+    even = {weights(even_words(low), step_of(0)), weights(even_words(high), step_of(8))};
+    odd = {weights(_mm256_srli_epi32(low, 16), step_of(16)), weights(_mm256_srli_epi32(high, 16), step_of(24))};
+  }
+};
+
+}  // namespace
+
+void product_rows_avx2(const ProductSetup& setup, size_t begin, size_t end) {
+  const CodeMatrix& matrix = *setup.matrix;
+  if (!matrix.table) {
+    with_dtype(matrix.dtype, [&](auto t) {
+      using T = decltype(t);
+      if (matrix.by_row) all_rows<Avx2>(setup, FromSteps<T, true>(setup), begin, end);
+      else all_rows<Avx2>(setup, FromSteps<T, false>(setup), begin, end);
+    });
+  } else if (matrix.dtype != DType::kBF16 || matrix.n_codes > 128) {
+    all_rows<Avx2>(setup, FromTable(setup), begin, end);
+  } else if (matrix.n_codes <= 32) {
+    all_rows<Avx2>(setup, FromShuffles<2>(setup), begin, end);
+  } else if (matrix.n_codes <= 64) {
+    all_rows<Avx2>(setup, FromShuffles<4>(setup), begin, end);
+  } else if (matrix.n_codes <= 96) {
+    all_rows<Avx2>(setup, FromShuffles<6>(setup), begin, end);
+  } else {
+    all_rows<Avx2>(setup, FromShuffles<8>(setup), begin, end);
+  }
+}
+
+}  // namespace moebound

@@ -1,0 +1,61 @@
+"""Products of a matrix of codes with activations, in NumPy: native/product/ once more, to be read.
+
+y = W x in float32, in one order: columns in groups of 32, the last filled up with zeros; lane i of
+16 adds w[2i] · x[2i], then w[2i + 1] · x[2i + 1] of each group; lanes are added in halves; patches
+come last, one after the other. Each step is a fused multiply-add, rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+LANES, GROUP = 16, 32
+
+Floats = npt.NDArray[np.float32]
+
+
+def fma(a: Any, b: Any, c: Any) -> Floats:
+    """float32(a · b + c), rounded once.
+
+    In float64 the product is exact; the sum is rounded to odd, which a second rounding to so much
+    fewer bits does not see (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums:
+    proved algorithms using rounding to odd", 2008).
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        exact = np.asarray(a, np.float64) * np.asarray(b, np.float64)
+        other = np.asarray(c, np.float64)
+        total = np.asarray(exact + other)
+        back = total - exact
+        rest = np.asarray((exact - (total - back)) + (other - back))
+        even = (total.view(np.uint64) & np.uint64(1)) == 0
+        towards = np.where(rest > 0, np.inf, -np.inf)
+        inexact = even & (rest != 0) & np.isfinite(rest)
+        return np.where(inexact, np.nextafter(total, towards), total).astype(np.float32)
+
+
+def product(
+    weights: Floats, x: Floats, patched: npt.NDArray[np.uint64], patch_weights: Floats
+) -> Floats:
+    """[T, R] sums of weights [R, C] with x [T, C]. weights: 0 where there is a patch."""
+    rows, columns = weights.shape
+    padding = -columns % GROUP
+    w = np.pad(weights, ((0, 0), (0, padding))).reshape(rows, -1, LANES, 2)
+    a = np.pad(x, ((0, 0), (0, padding))).reshape(len(x), -1, LANES, 2)
+    found = np.empty((len(x), rows), np.float32)
+    for t in range(len(x)):
+        lanes = np.zeros((rows, LANES), np.float32)
+        for group in range(w.shape[1]):
+            for odd in (0, 1):
+                lanes = fma(w[:, group, :, odd], a[t, group, :, odd], lanes)
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        sums = lanes[:, 0]
+        for place, weight in zip(patched.tolist(), patch_weights, strict=True):
+            row, column = divmod(place, columns)
+            sums[row] = fma(weight, x[t, column], sums[row])
+        found[t] = sums
+    return found
