@@ -9,7 +9,7 @@
 //   originals, payload, decoded values, and with originals: n_misses, the misses, 9 words of the judge
 //
 // With every instruction set: originals encode to the payload and the misses, the payload decodes to the
-// values, and the judge says the same of both. Exit code 1 and a line on stderr at the first difference.
+// values, and to codes that stand for them, and the judge says the same of both. Exit code 1 and a line on stderr at the first difference.
 #include <bit>
 #include <cstdio>
 #include <cstdlib>
@@ -20,6 +20,7 @@
 
 #include "base/bytes.h"
 #include "base/cpu.h"
+#include "base/status.h"
 #include "bound/codec.h"
 #include "measure/compare.h"
 
@@ -62,6 +63,32 @@ std::vector<uint64_t> judged(const ArrayInfo& info, const uint8_t* originals, co
           bits(s.abs_sum),       bits(s.square_sum), bits(s.lowest), bits(s.highest)};
 }
 
+// Whether the payload decodes to codes that stand for these values. One of more codes than a byte has is
+// refused, and says nothing.
+bool codes_stand_for(const ArrayInfo& info, const std::vector<uint8_t>& payload, const std::vector<uint8_t>& decoded) {
+  std::vector<uint8_t> codes(info.n);
+  CodeValues stand_for;
+  try {
+    stand_for = decode_codes(info, payload.data(), payload.size(), codes.data(), 2);
+  } catch (const Corrupt&) {
+    return true;
+  }
+  return with_dtype(info.output, [&](auto t) {
+    using T = decltype(t);
+    for (size_t i = 0; i < info.n; ++i) {
+      typename T::Bits value;
+      if (stand_for.steps.empty()) {
+        value = typename T::Bits(stand_for.values[codes[i]]);
+      } else {
+        const float step = stand_for.steps[stand_for.by_row ? i / info.columns : i % info.columns];
+        value = pattern_of<T>(float(int32_t(codes[i]) + stand_for.first) * step);
+      }
+      if (value != load<typename T::Bits>(decoded.data() + i * sizeof value)) return false;
+    }
+    return true;
+  });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -96,6 +123,7 @@ int main(int argc, char** argv) {
       std::vector<uint8_t> out(decoded.size());
       decode_bound(info, payload.data(), payload.size(), out.data(), 2);
       if (out != decoded) fail(where + ": other values");
+      if (!codes_stand_for(info, payload, decoded)) fail(where + ": codes of other values");
       ++n_decoded;
       if (!encodes) continue;
       const EncodedBound encoded = encode_bound(info, originals.data(), options);

@@ -8,7 +8,10 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = "check_bound", "check_cuszp", "check_frozen"
+PROGRAMS = "check_bound", "check_cuszp", "check_frozen", "check_product"
+PRODUCTS = 150, 20261129
+SAID_OF_PRODUCTS = "150 products, 160908a9294004d7\n"
+"""check_product of these arguments: on every machine, with every instruction set."""
 
 
 def build(folder: Path, *options: str, include: str = "") -> Path:

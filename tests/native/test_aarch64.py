@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from frozen import N_ENCODED, write_frozen
-from programs import ROOT, build, run
+from programs import PRODUCTS, ROOT, SAID_OF_PRODUCTS, build, run
 
 NEEDED = "cmake", "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [name for name in NEEDED if shutil.which(name) is None]
@@ -43,6 +43,10 @@ def test_neon_is_the_scalar_path(programs: Path) -> None:
     said = emulated(programs / "check_bound", 150, 10, 20261129)
     assert said.startswith("150 arrays")
     assert said.endswith("paths: scalar neon\n")
+
+
+def test_products_are_those_of_other_machines(programs: Path) -> None:
+    assert emulated(programs / "check_product", *PRODUCTS) == SAID_OF_PRODUCTS
 
 
 def test_cuszp_on_arm(programs: Path) -> None:

@@ -1,4 +1,4 @@
-"""Builds check_bound.cpp and check_cuszp.cpp and lets them loose on the kernel: every path against
+"""Builds the programs of this folder and lets them loose on the kernel: every path against
 the scalar one, on good bytes and on damaged ones, under sanitizers. A long run: `check_bound CASES
 MUTATIONS SEED`."""
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from frozen import N_ENCODED, write_frozen
-from programs import build, run
+from programs import PRODUCTS, SAID_OF_PRODUCTS, build, run
 
 from codec.kernel import ISAS
 
@@ -39,6 +39,11 @@ def test_bytes_and_values_of_the_module_in_use(sanitized: Path, tmp_path: Path) 
     assert f"{N_ENCODED * len(ISAS)} encoded" in run(
         sanitized / "check_frozen", tmp_path / "frozen"
     )
+
+
+@pytest.mark.slow
+def test_products_of_codes_under_sanitizers(sanitized: Path) -> None:
+    assert run(sanitized / "check_product", *PRODUCTS) == SAID_OF_PRODUCTS
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@
 #include <arm_neon.h>
 
 #include <algorithm>
-#include <array>
 
 #include "base/bytes.h"
+#include "base/bytes_neon.h"
 #include "bound/rans/streams.h"
 
 namespace moebound {
@@ -135,28 +135,12 @@ __attribute__((always_inline)) inline void emit_groups(const DecodeSetup& setup,
   }
 }
 
-// A table of bytes for symbols below 64 kQuarters, of which setup has n_blocks blocks of 16.
-template <size_t kParts>
-struct ByteTable {
-  uint8x16x4_t part[kParts];
-
-  ByteTable(const std::vector<uint8_t>& blocks) {
-    for (size_t b = 0; b < 4 * kParts; ++b) {
-      part[b / 4].val[b % 4] = 32 * b < blocks.size() ? vld1q_u8(blocks.data() + 32 * b) : vdupq_n_u8(0);
-    }
-  }
-  __attribute__((always_inline)) uint8x16_t operator[](uint8x16_t symbol) const {
-    uint8x16_t found = vqtbl4q_u8(part[0], symbol);
-    if constexpr (kParts > 1) found = vqtbx4q_u8(found, part[1], vsubq_u8(symbol, vdupq_n_u8(64)));
-    return found;
-  }
-};
-
 // Emits 16-bit values by shuffles.
 template <size_t kParts>
 void emit_by_shuffles(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float*, size_t n,
                       uint8_t* out) {
-  const ByteTable<kParts> low(setup.shuffle_low), high(setup.shuffle_high);
+  const size_t n_blocks = setup.shuffle_low.size() / 32;
+  const ByteTable<kParts> low(setup.shuffle_low.data(), n_blocks, 32), high(setup.shuffle_high.data(), n_blocks, 32);
   emit_groups<uint16_t>(setup, symbols, planes, n, out, [&](const uint8_t* symbol, const uint8_t*, size_t, uint16_t* to)
                                                             __attribute__((always_inline)) {
 #pragma GCC unroll 2
@@ -177,6 +161,21 @@ __attribute__((always_inline)) inline uint8x16_t low_bits_of(const uint8_t* plan
     low = vorrq_u8(low, vandq_u8(vtstq_u8(bytes, bit), vdupq_n_u8(uint8_t(1u << b))));
   }
   return low;
+}
+
+// Emits bins as they are, which are below 256.
+void emit_codes(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float*, size_t n,
+                uint8_t* out) {
+  const uint32_t low_bits = setup.layout->low_bits;
+  const int8x16_t up = vdupq_n_s8(int8_t(low_bits));
+  emit_groups<uint8_t>(setup, symbols, planes, n, out, [&](const uint8_t* symbol, const uint8_t* plane, size_t, uint8_t* to)
+                                                           __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (size_t h = 0; h < 2; ++h) {
+      const uint8x16_t high = vshlq_u8(vld1q_u8(symbol + 16 * h), up);
+      vst1q_u8(to + 16 * h, vorrq_u8(high, low_bits_of(plane + 2 * h, low_bits)));
+    }
+  });
 }
 
 // Two vectors of 8 bins: symbols with their low bits.
@@ -209,13 +208,6 @@ void emit_by_look_ups(const DecodeSetup& setup, const uint16_t* symbols, const u
   });
 }
 
-// A float's bits as a bfloat16 in the upper half, rounded to even; below it is anything.
-__attribute__((always_inline)) inline uint32x4_t rounded(float32x4_t value) {
-  const uint32x4_t bits = vreinterpretq_u32_f32(value);
-  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-  return vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7FFF)), odd);
-}
-
 // Emits bins times steps.
 template <class T, bool kByRow>
 void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_t* planes, const float* steps, size_t n,
@@ -245,7 +237,8 @@ void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_
           const float16x8_t both = vcvt_high_f16_f32(vcvt_f16_f32(a), b);
           vst1q_u16(to + at, vreinterpretq_u16_f16(both));
         } else {
-          vst1q_u16(to + at, vuzp2q_u16(vreinterpretq_u16_u32(rounded(a)), vreinterpretq_u16_u32(rounded(b))));
+          vst1q_u16(to + at, vuzp2q_u16(vreinterpretq_u16_u32(rounded_bf16(a)),
+                                     vreinterpretq_u16_u32(rounded_bf16(b))));
         }
       }
     }
@@ -253,6 +246,7 @@ void emit_scaled(const DecodeSetup& setup, const uint16_t* symbols, const uint8_
 }
 
 Emit emit_for(const DecodeSetup& setup) {
+  if (setup.codes) return emit_codes;
   if (setup.scaled) {
     return with_dtype(setup.output, [&](auto t) -> Emit {
       using T = decltype(t);
