@@ -12,7 +12,8 @@ struct Named {
   const char* name;
 };
 constexpr Named kNames[] = {
-    {Isa::kScalar, "scalar"}, {Isa::kAvx2, "avx2"}, {Isa::kAvx512, "avx512"}, {Isa::kAvx512Search, "avx512-search"}};
+    {Isa::kScalar, "scalar"}, {Isa::kAvx2, "avx2"}, {Isa::kAvx512, "avx512"}, {Isa::kAvx512Search, "avx512-search"},
+    {Isa::kNeon, "neon"}};
 
 Isa by_name(const std::string& name) {
   std::string names;
@@ -35,6 +36,7 @@ bool gathers_are_slow() {
 
 Isa choose() {
   if (const char* wanted = std::getenv("MOEBOUND_ISA"); wanted && *wanted) return by_name(wanted);
+  if (can_run(Isa::kNeon)) return Isa::kNeon;
   if (can_run(Isa::kAvx512)) return gathers_are_slow() ? Isa::kAvx512Search : Isa::kAvx512;
   return can_run(Isa::kAvx2) ? Isa::kAvx2 : Isa::kScalar;
 }
@@ -61,13 +63,17 @@ bool can_run(Isa isa) {
            __builtin_cpu_supports("avx512dq");
   }
 #endif
+#ifdef MOEBOUND_NEON
+  if (isa == Isa::kNeon) return true;
+#endif
   return isa == Isa::kScalar;
 }
 
 const char* isa_name(Isa isa) { return kNames[int(isa)].name; }
 
 const std::vector<Isa>& all_isas() {
-  static const std::vector<Isa> all{Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Search};
+  static const std::vector<Isa> all{Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Search,
+                                    Isa::kNeon};
   return all;
 }
 

@@ -23,8 +23,11 @@ DecodeSegments decoder() {
     case Isa::kAvx512Search:
     case Isa::kAvx512: return decode_segments_avx512;
     case Isa::kAvx2: return decode_segments_avx2;
-    case Isa::kScalar: break;
+    default: break;
   }
+#endif
+#ifdef MOEBOUND_NEON
+  if (isa() == Isa::kNeon) return decode_segments_neon;
 #endif
   return decode_segments_scalar;
 }

@@ -24,8 +24,11 @@ EncodeSegment encoder() {
     case Isa::kAvx512Search:
     case Isa::kAvx512: return encode_segment_avx512;
     case Isa::kAvx2: return encode_segment_avx2;
-    case Isa::kScalar: break;
+    default: break;
   }
+#endif
+#ifdef MOEBOUND_NEON
+  if (isa() == Isa::kNeon) return encode_segment_neon;
 #endif
   return encode_segment_scalar;
 }
@@ -33,6 +36,9 @@ EncodeSegment encoder() {
 PutPlanes planes_writer() {
 #ifdef MOEBOUND_X86
   if (isa() != Isa::kScalar) return put_planes_avx2;
+#endif
+#ifdef MOEBOUND_NEON
+  if (isa() == Isa::kNeon) return put_planes_neon;
 #endif
   return put_planes_any;
 }

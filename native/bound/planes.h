@@ -10,5 +10,6 @@ using PutPlanes = void (*)(const uint8_t* low, size_t count, uint32_t low_bits, 
 
 void put_planes_any(const uint8_t*, size_t, uint32_t, uint8_t*);
 void put_planes_avx2(const uint8_t*, size_t, uint32_t, uint8_t*);
+void put_planes_neon(const uint8_t*, size_t, uint32_t, uint8_t*);
 
 }  // namespace moebound

@@ -22,8 +22,11 @@ ProductRows rows_function() {
     case Isa::kAvx512Search:
     case Isa::kAvx512: return product_rows_avx512;
     case Isa::kAvx2: return __builtin_cpu_supports("fma") ? product_rows_avx2 : product_rows_scalar;
-    case Isa::kScalar: break;
+    default: break;
   }
+#endif
+#ifdef MOEBOUND_NEON
+  if (isa() == Isa::kNeon) return product_rows_neon;
 #endif
   return product_rows_scalar;
 }

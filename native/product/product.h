@@ -62,5 +62,6 @@ using ProductRows = void (*)(const ProductSetup&, size_t begin, size_t end);
 void product_rows_scalar(const ProductSetup&, size_t, size_t);
 void product_rows_avx2(const ProductSetup&, size_t, size_t);
 void product_rows_avx512(const ProductSetup&, size_t, size_t);
+void product_rows_neon(const ProductSetup&, size_t, size_t);
 
 }  // namespace moebound

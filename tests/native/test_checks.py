@@ -1,58 +1,25 @@
-"""Builds check_bound.cpp and check_cuszp.cpp and lets them loose on the kernel: every path against
+"""Builds the programs of this folder and lets them loose on the kernel: every path against
 the scalar one, on good bytes and on damaged ones, under sanitizers. A long run: `check_bound CASES
 MUTATIONS SEED`."""
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from frozen import N_ENCODED, write_frozen
+from programs import PRODUCTS, SAID_OF_PRODUCTS, build, run
 
-ROOT = Path(__file__).parents[2]
+from codec.kernel import ISAS
+
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on the PATH"),
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
 ]
-
-
-def build(folder: Path, *options: str, include: str = "") -> Path:
-    """Configures and builds the programs; returns their folder. include: where to look, too."""
-    environment = os.environ | ({"CPLUS_INCLUDE_PATH": include} if include else {})
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, "-DMOEBOUND_CHECKS=ON", *options],
-        [
-            "cmake",
-            "--build",
-            str(folder),
-            "--target",
-            "check_bound",
-            "check_cuszp",
-            "--parallel",
-            "2",
-        ],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder / "native"
-
-
-def check(program: Path, cases: int, mutations: int, seed: int) -> str:
-    done = subprocess.run(
-        [program, str(cases), str(mutations), str(seed)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +29,26 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_damaged_payloads_of_bound_under_sanitizers(sanitized: Path) -> None:
-    said = check(sanitized / "check_bound", 400, 20, 20261122)
+    said = run(sanitized / "check_bound", 400, 20, 20261122)
     assert said.startswith("400 arrays")
 
 
 @pytest.mark.slow
+def test_bytes_and_values_of_the_module_in_use(sanitized: Path, tmp_path: Path) -> None:
+    write_frozen(tmp_path / "frozen")
+    assert f"{N_ENCODED * len(ISAS)} encoded" in run(
+        sanitized / "check_frozen", tmp_path / "frozen"
+    )
+
+
+@pytest.mark.slow
+def test_products_of_codes_under_sanitizers(sanitized: Path) -> None:
+    assert run(sanitized / "check_product", *PRODUCTS) == SAID_OF_PRODUCTS
+
+
+@pytest.mark.slow
 def test_damaged_streams_of_cuszp_under_sanitizers(sanitized: Path) -> None:
-    said = check(sanitized / "check_cuszp", 300, 20, 20261126)
+    said = run(sanitized / "check_cuszp", 300, 20, 20261126)
     assert said.startswith("300 arrays")
 
 
@@ -79,5 +59,5 @@ def test_the_avx512_path_in_plain_c(tmp_path: Path) -> None:
     emulated = build(
         tmp_path / "build", "-DMOEBOUND_EMULATE_AVX512=ON", include=simde.get_include()
     )
-    said = check(emulated / "check_bound", 300, 10, 20261123)
+    said = run(emulated / "check_bound", 300, 10, 20261123)
     assert "avx512" in said

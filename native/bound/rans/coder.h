@@ -85,6 +85,7 @@ using DecodeSegments = bool (*)(const DecodeSetup&, const SegmentJob*, size_t n)
 bool decode_segments_scalar(const DecodeSetup&, const SegmentJob*, size_t);
 bool decode_segments_avx2(const DecodeSetup&, const SegmentJob*, size_t);
 bool decode_segments_avx512(const DecodeSetup&, const SegmentJob*, size_t);
+bool decode_segments_neon(const DecodeSetup&, const SegmentJob*, size_t);
 
 // More than this many segments together are of no use to any path.
 constexpr size_t kMostTogether = 4;
@@ -112,5 +113,6 @@ using EncodeSegment = uint16_t* (*)(const EncodeSetup&, size_t first, size_t las
 uint16_t* encode_segment_scalar(const EncodeSetup&, size_t, size_t, uint32_t*, uint16_t*);
 uint16_t* encode_segment_avx2(const EncodeSetup&, size_t, size_t, uint32_t*, uint16_t*);
 uint16_t* encode_segment_avx512(const EncodeSetup&, size_t, size_t, uint32_t*, uint16_t*);
+uint16_t* encode_segment_neon(const EncodeSetup&, size_t, size_t, uint32_t*, uint16_t*);
 
 }  // namespace moebound

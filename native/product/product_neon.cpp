@@ -1,0 +1,140 @@
+// Sixteen lanes in four vectors of four. For AArch64, where every CPU has NEON and fused multiply-add.
+#include <arm_neon.h>
+
+#include "base/bytes_neon.h"
+#include "product/rows.h"
+
+namespace moebound {
+namespace {
+
+struct Sixteen {
+  float32x4_t four[4];
+};
+
+struct Neon {
+  using F = Sixteen;
+  static constexpr size_t kRows = 2, kTokens = 2;
+
+  static F zero() { return {{vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)}}; }
+  static F load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+  static void store(float* p, F f) {
+    for (size_t i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, f.four[i]);
+  }
+  static F fma(F a, F b, F c) {
+    for (size_t i = 0; i < 4; ++i) c.four[i] = vfmaq_f32(c.four[i], a.four[i], b.four[i]);
+    return c;
+  }
+  static float sum(F f) {
+    const float32x4_t four = vaddq_f32(vaddq_f32(f.four[0], f.four[2]), vaddq_f32(f.four[1], f.four[3]));
+    return vpadds_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
+  }
+};
+
+// Tables of bfloat16, by shuffles of their bytes.
+template <size_t kParts>
+struct FromShuffles {
+  ByteTable<kParts> low, high;
+
+  explicit FromShuffles(const ProductSetup& setup) : low(bytes(setup, 0)), high(bytes(setup, 8)) {}
+  static ByteTable<kParts> bytes(const ProductSetup& setup, int shift) {
+    uint8_t table[64 * kParts];
+    for (size_t c = 0; c < sizeof table; ++c) table[c] = uint8_t(setup.words[c] >> shift);
+    return {table, 4 * kParts, 16};
+  }
+  void begin_row(size_t, size_t) {}
+  __attribute__((always_inline)) Sixteen weights(uint8x16_t codes) const {
+    const uint8x16_t lows = low[codes], highs = high[codes];
+    const uint16x8_t first = vreinterpretq_u16_u8(vzip1q_u8(lows, highs));
+    const uint16x8_t second = vreinterpretq_u16_u8(vzip2q_u8(lows, highs));
+    return {{vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(first), 16)),
+             vreinterpretq_f32_u32(vshll_high_n_u16(first, 16)),
+             vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(second), 16)),
+             vreinterpretq_f32_u32(vshll_high_n_u16(second, 16))}};
+  }
+  __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
+    const uint8x16x2_t some = vld2q_u8(codes);
+    even = weights(some.val[0]);
+    odd = weights(some.val[1]);
+  }
+};
+
+// Tables of any numbers, and long ones: scalar look-ups.
+struct FromTable {
+  const float* table;
+
+  explicit FromTable(const ProductSetup& setup) : table(setup.matrix->table) {}
+  void begin_row(size_t, size_t) {}
+  __attribute__((always_inline)) float32x4_t four(const uint8_t* c) const {
+    float32x4_t found = vld1q_dup_f32(table + c[0]);
+    found = vld1q_lane_f32(table + c[2], found, 1);
+    found = vld1q_lane_f32(table + c[4], found, 2);
+    return vld1q_lane_f32(table + c[6], found, 3);
+  }
+  __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
+    even = {{four(codes), four(codes + 8), four(codes + 16), four(codes + 24)}};
+    odd = {{four(codes + 1), four(codes + 9), four(codes + 17), four(codes + 25)}};
+  }
+};
+
+// A product rounded to the dtype, as pattern_of does it.
+template <class T>
+__attribute__((always_inline)) inline float32x4_t cast(float32x4_t value) {
+  if constexpr (T::kDType == DType::kBF16) {
+    return vreinterpretq_f32_u32(vandq_u32(rounded_bf16(value), vdupq_n_u32(0xFFFF0000u)));
+  } else if constexpr (T::kDType == DType::kF16) {
+    return vcvt_f32_f16(vcvt_f16_f32(value));
+  } else {
+    return value;
+  }
+}
+
+template <class T, bool kByRow>
+struct FromSteps {
+  const float* of_rows;
+  int32x4_t first;
+  float32x4_t step[Neon::kRows];
+
+  explicit FromSteps(const ProductSetup& setup)
+      : of_rows(setup.matrix->steps), first(vdupq_n_s32(setup.matrix->first)) {}
+  void begin_row(size_t r, size_t row) {
+    if constexpr (kByRow) step[r] = vdupq_n_f32(of_rows[row]);
+  }
+  __attribute__((always_inline)) Sixteen weights(size_t r, uint8x16_t codes, const float* steps) const {
+    const uint16x8_t words[2] = {vmovl_u8(vget_low_u8(codes)), vmovl_high_u8(codes)};
+    Sixteen found;
+#pragma GCC unroll 4
+    for (size_t q = 0; q < 4; ++q) {
+      const uint32x4_t code = q % 2 ? vmovl_high_u16(words[q / 2]) : vmovl_u16(vget_low_u16(words[q / 2]));
+      const float32x4_t whole = vcvtq_f32_s32(vaddq_s32(vreinterpretq_s32_u32(code), first));
+      found.four[q] = cast<T>(vmulq_f32(whole, kByRow ? step[r] : vld1q_f32(steps + 4 * q)));
+    }
+    return found;
+  }
+  __attribute__((always_inline)) void operator()(size_t r, const uint8_t* codes, const float* steps, Sixteen& even,
+                                                 Sixteen& odd) const {
+    const uint8x16x2_t some = vld2q_u8(codes);
+    even = weights(r, some.val[0], steps);
+    odd = weights(r, some.val[1], kByRow ? steps : steps + kProductLanes);
+  }
+};
+
+}  // namespace
+
+void product_rows_neon(const ProductSetup& setup, size_t begin, size_t end) {
+  const CodeMatrix& matrix = *setup.matrix;
+  if (!matrix.table) {
+    with_dtype(matrix.dtype, [&](auto t) {
+      using T = decltype(t);
+      if (matrix.by_row) all_rows<Neon>(setup, FromSteps<T, true>(setup), begin, end);
+      else all_rows<Neon>(setup, FromSteps<T, false>(setup), begin, end);
+    });
+  } else if (matrix.dtype != DType::kBF16 || matrix.n_codes > 128) {
+    all_rows<Neon>(setup, FromTable(setup), begin, end);
+  } else if (matrix.n_codes <= 64) {
+    all_rows<Neon>(setup, FromShuffles<1>(setup), begin, end);
+  } else {
+    all_rows<Neon>(setup, FromShuffles<2>(setup), begin, end);
+  }
+}
+
+}  // namespace moebound

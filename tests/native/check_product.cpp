@@ -1,0 +1,113 @@
+// Holds every instruction set of the product of codes against the scalar one, bit for bit.
+//
+//   check_product CASES SEED
+//
+// CASES random matrices: tables and steps, of every dtype, rows of any length, patches, one token or
+// several. Prints the hash of all results, which is the same on every machine: what is drawn has no
+// function of the C library in it. Exit code 1 and a line on stderr at the first difference.
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "base/cpu.h"
+#include "base/xxh64.h"
+#include "bound/steps.h"
+#include "product/product.h"
+
+using namespace moebound;
+
+namespace {
+
+std::mt19937_64 rng;
+
+uint64_t below(uint64_t n) { return rng() % n; }
+// Of 12 bits, at most 2^-4.
+float number() { return float(int32_t(below(4096)) - 2048) * 0x1p-15f; }
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "check_product: %s\n", what.c_str());
+  std::exit(1);
+}
+
+struct Drawn {
+  CodeMatrix matrix{};
+  std::vector<uint8_t> codes;
+  std::vector<float> table, steps, patch_weights;
+  std::vector<uint64_t> patched;
+
+  void draw() {
+    matrix.rows = 1 + below(70);
+    matrix.columns = 1 + below(below(3) ? 200 : 700);
+    matrix.dtype = DType(below(3));
+    matrix.n_codes = 1 + below(below(2) ? 40 : 256);
+    matrix.zero = uint8_t(below(matrix.n_codes));
+    codes.resize(matrix.rows * matrix.columns);
+    for (uint8_t& code : codes) code = uint8_t(below(matrix.n_codes));
+    with_dtype(matrix.dtype, [&](auto t) {
+      using T = decltype(t);
+      if (below(2)) {
+        table.resize(kCodeTable);
+        for (size_t c = 0; c < matrix.n_codes; ++c) table[c] = T::value(pattern_of<T>(number()));
+        table[matrix.zero] = 0;
+      } else {
+        matrix.by_row = below(2);
+        matrix.first = -int32_t(matrix.zero);
+        steps.resize(matrix.by_row ? matrix.rows : matrix.columns);
+        for (float& step : steps) step = float(1 + below(1000)) * 0x1p-20f;
+      }
+      for (size_t at = below(200); at < codes.size() && below(8); at += 1 + below(300)) {
+        codes[at] = matrix.zero;
+        patched.push_back(at);
+        patch_weights.push_back(T::value(pattern_of<T>(number() * 64)));
+      }
+    });
+    matrix.codes = codes.data();
+    matrix.table = table.empty() ? nullptr : table.data();
+    matrix.steps = steps.data();
+    matrix.patched = patched.data();
+    matrix.patch_weights = patch_weights.data();
+    matrix.n_patches = patched.size();
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) fail("usage: check_product CASES SEED");
+  const size_t n_cases = std::strtoull(argv[1], nullptr, 10);
+  rng.seed(std::strtoull(argv[2], nullptr, 10));
+  uint64_t hash = 0;
+  for (size_t c = 0; c < n_cases; ++c) {
+    Drawn drawn;
+    drawn.draw();
+    const CodeMatrix& matrix = drawn.matrix;
+    const DType dtype = DType(below(3));
+    const size_t n_tokens = 1 + below(below(2) ? 1 : 7), size = item_size(dtype);
+    std::vector<uint8_t> x(n_tokens * matrix.columns * size);
+    with_dtype(dtype, [&](auto t) {
+      using T = decltype(t);
+      for (size_t i = 0; i < n_tokens * matrix.columns; ++i) {
+        const typename T::Bits bits = pattern_of<T>(number() * 16);
+        std::copy_n(reinterpret_cast<const uint8_t*>(&bits), sizeof bits, x.data() + i * sizeof bits);
+      }
+    });
+    const auto run = [&](Isa isa, unsigned threads) {
+      use_isa(isa_name(isa));
+      std::vector<uint8_t> y(n_tokens * matrix.rows * size);
+      product(matrix, dtype, x.data(), n_tokens, y.data(), matrix.rows, threads);
+      return y;
+    };
+    const std::vector<uint8_t> expected = run(Isa::kScalar, 1);
+    for (const Isa isa : all_isas()) {
+      if (can_run(isa) && run(isa, unsigned(1 + c % 2)) != expected) {
+        fail(std::string(isa_name(isa)) + " differs in case " + std::to_string(c));
+      }
+    }
+    hash = xxh64(expected.data(), expected.size(), hash);
+  }
+  std::printf("%zu products, %016llx\n", n_cases, static_cast<unsigned long long>(hash));
+}

@@ -1,0 +1,36 @@
+"""Building the programs of this folder, and running them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = "check_bound", "check_cuszp", "check_frozen", "check_product"
+PRODUCTS = 150, 20261129
+SAID_OF_PRODUCTS = "150 products, 9b49c2361cb213d3\n"
+"""check_product of these arguments: on every machine, with every instruction set."""
+
+
+def build(folder: Path, *options: str, include: str = "") -> Path:
+    """Configures and builds the programs; returns their folder. include: where to look, too."""
+    environment = os.environ | ({"CPLUS_INCLUDE_PATH": include} if include else {})
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, "-DMOEBOUND_CHECKS=ON", *options],
+        ["cmake", "--build", str(folder), "--target", *PROGRAMS, "--parallel", "2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "native"
+
+
+def run(*command: str | Path | int) -> str:
+    """What a program says. It fails the test by its exit code."""
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
