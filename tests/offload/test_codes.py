@@ -63,6 +63,16 @@ def test_logits_of_values_up_to_rounding(name: str, made: Make) -> None:
     assert (logits(made(name)) - values).abs().max() <= 1e-5
 
 
+def test_many_tokens_are_computed_as_by_values(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_HAS_BFLOAT16", True)
+    ids = torch.arange(3, 99).view(1, 96) % 60
+    some: dict[str, Any] = {"ids": ids, "dtype": "bfloat16"}
+    values = logits(made("mixtral"), slots="values", **some)
+    assert torch.equal(logits(made("mixtral"), **some), values)  # an expert has 24 tokens or more
+    monkeypatch.setattr(slots, "MANY_ROWS", 1000)
+    assert not torch.equal(logits(made("mixtral"), **some), values)
+
+
 def test_nothing_but_the_slots_shows_in_logits(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "WORK_PER_THREAD", 1)  # several threads for small products too
     store = made("mixtral")

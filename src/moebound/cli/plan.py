@@ -110,9 +110,10 @@ def plan(
     With --sensitivity the plan is tried on the model, and what it loses on other problems than the
     map's is measured. --max-kl is then kept by what was measured, in a few tries.
 
-    With --calibration experts are rounded by what they see, and layers' rates are searched for by
-    measuring whole plans. Killed and started again, a search goes on from where it was; `compress
-    --plan` then needs the same --calibration.
+    With --calibration experts are rounded by what they see. With a map beside it the plan goes by
+    the map; without one, layers' rates are searched for by measuring whole plans, as with --scheme
+    search. Killed and started again, a search goes on from where it was. `compress --plan` needs
+    the same --calibration.
     """
     asked = {"--bpw": bpw, "--ratio": ratio, "--max-kl": max_kl}
     given = [name for name, value in asked.items() if value is not None]
@@ -136,9 +137,9 @@ def plan(
 
     evidence = _read(sensitivity, calibration, study, profile)
     setting = _setting(codec, method, calibration is not None)
-    searches = not no_measure and (
-        scheme == "search" or (scheme is None and calibration is not None)
-    )
+    asks = n_searched is not None or search_problems is not None
+    by_search = calibration is not None and (asks or sensitivity is None)
+    searches = not no_measure and (scheme == "search" or (scheme is None and by_search))
     for name, value in (("--search", n_searched), ("--search-problems", search_problems)):
         if value is not None and not searches and max_kl is None:
             raise click.UsageError(f"{name} is for scheme search")

@@ -28,6 +28,12 @@ from moebound.offload.entries import DiskEntry, DiskMatrix
 from moebound.offload.meter import Load
 from moebound.store.stored import naming
 
+MANY_ROWS = 24
+"""From so many rows of bfloat16 on, where the processor multiplies it, weights are written out once
+and torch's product taken: at 64 rows of a [1408, 2048] matrix, 1.4 ms and not 2.7 (one thread)."""
+_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(
+    torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
 WORK_PER_THREAD = 1 << 23
 """Multiplications that are worth a thread of their own: about what waking one takes."""
 
@@ -247,6 +253,8 @@ class CodeSlot(Slot):
     def _product(self, name: str, x: torch.Tensor) -> torch.Tensor:
         rows, columns = self.weights[name].shape
         x = x.detach().contiguous()
+        if len(x) >= MANY_ROWS and x.dtype == torch.bfloat16 and _HAS_BFLOAT16:
+            return linear(x, self._values(name))
         out = torch.empty((len(x), rows), dtype=x.dtype)
         inputs, outputs = _flat(x), _flat(out)
         threads = max(1, min(torch.get_num_threads(), len(x) * rows * columns // WORK_PER_THREAD))
