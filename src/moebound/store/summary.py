@@ -175,7 +175,7 @@ class ExpertTotals:
 @dataclass(frozen=True)
 class OtherTotals:
     """Sums over the coded tensors that are no expert's. guarantee, worst, max_abs_error: as of
-    `ExpertTotals`; "lossless" and None where there are none."""
+    `ExpertTotals`; "lossless" where there are none, and no worst where all are so."""
 
     n_tensors: int = 0
     n_weights: int = 0
@@ -192,13 +192,15 @@ class OtherTotals:
         if not coded:
             return cls()
         found = [record.certificate for record in coded]
+        lossy = [record for record in coded if record.certificate.guarantee != "lossless"]
+        bounded = [record.ratio for record in lossy if record.ratio is not None]
         return cls(
             n_tensors=len(coded),
             n_weights=sum(c.n_weights for c in found),
             bytes_before=sum(c.n_weights * NUMPY_DTYPES[c.source_dtype].itemsize for c in found),
             bytes_after=sum(c.n_bytes for c in found),
             guarantee=weakest(c.guarantee for c in found),
-            worst=max((r.ratio for r in coded if r.ratio is not None), default=None),
+            worst=max(bounded, default=None),
             max_abs_error=max(c.max_abs_error for c in found),
         )
 
