@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 import moebound
 from moebound.calibrate import Text, collect
 from moebound.cli.main import main
-from moebound.errors import MoeboundError
+from moebound.errors import MoeboundError, UnsupportedArchitectureError
 from moebound.evaluate.loading import Loaded, Source
 from moebound.model.live import live_experts
-from moebound.model.skipping import skip, skipping
+from moebound.model.skip_policies import LuRe, OdpRe
+from moebound.model.skipping import _Passes, skipping, without
 from tiny_models import MakeTiny
 
 IDS = torch.arange(5, 25).view(2, 10)
@@ -27,12 +28,80 @@ MIXTRAL = "builtin:wordmath-mixtral"
 def test_weights_below_the_ratio_are_given_to_the_others() -> None:
     index = torch.tensor([[4, 7, 2], [1, 0, 3]])
     weights = torch.tensor([[0.3, 0.5, 0.2], [0.4, 0.3, 0.3]])
-    found, left, skipped = skip(index, weights, 0.5)
+    skipped = LuRe({0: 0.5}).skips(0, weights)
     assert skipped.tolist() == [[False, False, True], [False, False, False]]
+    found, left = without(index, weights, skipped, rescale=True)
     assert found.tolist() == [[4, 7, 7], [1, 0, 3]]
     torch.testing.assert_close(left, torch.tensor([[0.375, 0.625, 0.0], [0.4, 0.3, 0.3]]))
-    assert not skip(index, weights, 0.0)[2].any()
-    assert skip(index, weights, 1.0)[0].tolist() == [[7, 7, 7], [1, 1, 1]]  # one is always left
+    assert not LuRe({0: 0.0}).skips(0, weights).any()
+    one = LuRe({0: 1.0}).skips(0, weights)
+    found, left = without(index, weights, one, rescale=True)
+    assert found.tolist() == [[7, 7, 7], [1, 1, 1]]  # one is always left
+    torch.testing.assert_close(left, torch.tensor([[1.0, 0, 0], [1.0, 0, 0]]))
+
+
+def test_what_is_kept_stands_first_in_its_order() -> None:
+    """So that the place where an expert is met first is the one with its weight, also where a
+    router does not sort; and the weights of the others may be left as they are."""
+    index, weights = torch.tensor([[4, 7, 2]]), torch.tensor([[0.1, 0.5, 0.4]])
+    found, left = without(index, weights, torch.tensor([[True, False, False]]), rescale=False)
+    assert found.tolist() == [[7, 2, 7]]
+    torch.testing.assert_close(left, torch.tensor([[0.5, 0.4, 0.0]]))
+
+
+def test_padding_is_not_counted(tiny: MakeTiny) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("mixtral"), dtype=torch.float32)
+    mask = torch.ones_like(IDS)
+    mask[1, 7:] = 0
+    with torch.inference_mode(), skipping(model, {0: 1.0, 1: 1.0}) as counts:
+        model(IDS, attention_mask=mask)
+    assert (counts.pairs, counts.skipped) == (2 * 17 * 2, 2 * 17)
+
+
+def test_tokens_that_matter_keep_all_their_experts(tiny: MakeTiny) -> None:
+    """By |x|_1 times the attention that a token gets from those behind it, on average over these;
+    padding neither gives nor is protected. Attention is computed as before afterwards."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny("mixtral"), dtype=torch.float32)
+    mask = torch.ones_like(IDS)
+    mask[1, 7:] = 0
+    before = model.config._attn_implementation
+    policy = OdpRe("odp_re", {0: 1.0, 1: 1.0}, frozenset({0, 1}), 0.45)
+    attentions, inputs = list[torch.Tensor](), list[tuple[torch.Tensor, torch.Tensor]]()
+
+    def attended(_module: Any, _args: Any, output: Any) -> None:
+        attentions.append(output[1])
+
+    def asked(_module: Any, args: Any) -> None:
+        inputs.append((args[0].view(2, 10, -1), args[1].view(2, 10, -1)))
+
+    with torch.inference_mode(), skipping(model, policy) as counts:
+        assert model.config._attn_implementation == "eager"
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(attended)
+            layer.mlp.experts.register_forward_pre_hook(asked)
+        model(IDS, attention_mask=mask)
+    assert model.config._attn_implementation == before
+    for attention, (x, index) in zip(attentions, inputs, strict=True):
+        for row, length in ((0, 10), (1, 7)):
+            sizes = x[row].abs().sum(-1)
+            importance = [
+                float(sizes[j] * attention[row, :, j:length, j].mean(0).sum() / (length - j))
+                for j in range(length)
+            ]
+            best = sorted(range(length), key=lambda j: -importance[j])[: int(0.45 * length)]
+            two = [j for j in range(10) if len(set(index[row, j].tolist())) > 1]
+            assert two == sorted(best)
+    assert (counts.pairs, counts.skipped) == (2 * 17 * 2, 2 * (17 - 4 - 3))
+
+
+class Cut(torch.nn.Module):
+    pass
+
+
+def test_attention_that_gives_no_weights_is_named() -> None:
+    passes = _Passes()
+    with pytest.raises(UnsupportedArchitectureError, match="odp_re:protect0 protects none"):
+        passes.attended(Cut(), None, (torch.zeros(1), None))
 
 
 def test_the_same_as_a_model_that_chooses_fewer(tiny: MakeTiny) -> None:
