@@ -68,7 +68,7 @@ def measure_thresholds(
     with skip_in(model, _Nothing(), hear):
         before = Baseline.of(model, rows)
     gates = {layer: torch.cat(parts) for layer, parts in heard.items()}
-    lines = []
+    lines = list[LayerLine]()
     for layer in live.layers:
         say(f"without the experts of layer {layer}", 1 + len(lines), total)
         modules = [entry.module for entry in live.stacks if entry.layer == layer]

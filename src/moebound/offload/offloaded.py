@@ -131,13 +131,14 @@ class Offloaded:
         """A new text begins. Noticed by itself where a forward pass starts without a past."""
         self._fetcher.begin_sequence()
 
-    def skip(self, policy: Policy) -> None:
-        """Skip experts from now on (`model/skipping.py`), in the place of what was skipped before.
-        Raises as `skip_in`, and nothing is skipped then."""
+    def skip(self, policy: Policy | None) -> None:
+        """Skip experts from now on (`model/skipping.py`), in the place of what was skipped before;
+        None skips nothing. Raises as `skip_in`, and nothing is skipped then."""
         self._skipping.close()
         self._policy = ""
-        self._skipping = skip_in(self.model, policy, self._count)
-        self._policy = policy.setting
+        if policy is not None:
+            self._skipping = skip_in(self.model, policy, self._count)
+            self._policy = policy.setting
 
     def _count(self, _layer: int, weights: torch.Tensor, skipped: torch.Tensor) -> None:
         self.meter.add(pairs=weights.numel(), pairs_skipped=int(skipped.sum()))

@@ -1,0 +1,166 @@
+"""What skipping policies skip, lose and save: shares, KL, time a token with experts offloaded.
+
+    moebound thresholds builtin:wordmath-mixtral --task wordmath-hard --skip 500 --limit 96 \
+        -o t.json
+    OMP_WAIT_POLICY=PASSIVE python bench/skipping.py builtin:wordmath-mixtral --task wordmath-hard \
+        --thresholds t.json --limit 100 > rows.json
+
+KL is that to the model without a policy, over all tokens and over those of answers, of --limit
+problems that are read with their solutions. Time is that of decoding: --texts of these problems are
+fed token by token into a model from `moebound.load` at --budget (of --store, else of SRC), the same
+tokens whatever the policy. All policies take turns with one model, text by text, --rounds times, so
+that a busy machine slows all of them; a saving is of two times of the same text in the same round.
+Rows go to stdout as JSON, a table and progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import moebound
+from moebound.bench.environment import describe
+from moebound.calibrate.text import solved
+from moebound.evaluate.fidelity import Baseline
+from moebound.evaluate.loading import Loaded, load
+from moebound.evaluate.text import Rows
+from moebound.model.skip_policies import Policy, get_policy
+from moebound.model.skipping import Skipped, skipping
+from moebound.tasks import get_task
+
+NONE = "none"
+POLICIES = ("lu_re", "odp_re", "modes_re:target0.2", "modes_re:target0.4", "hobbit_re",
+            "hobbit_re:above0.7")  # fmt: skip
+
+
+def policy_of(setting: str, thresholds: Path | None) -> Policy | None:
+    if setting == NONE:
+        return None
+    return get_policy(setting, None if setting.startswith("hobbit_re") else thresholds)
+
+
+def quality(
+    loaded: Loaded, rows: Rows, policies: dict[str, Policy | None]
+) -> dict[str, dict[str, Any]]:
+    """What each policy skips of the text's pairs, and how far its predictions are."""
+    before, found = Baseline.of(loaded.model, rows), dict[str, dict[str, Any]]()
+    for setting, policy in policies.items():
+        say(f"reading with {setting}")
+        counts = Skipped()
+        chosen = nullcontext(counts) if policy is None else skipping(loaded.model, policy)
+        with chosen as counts:
+            score = before.compare(loaded.model)
+        found[setting] = {
+            "pairs": counts.pairs,
+            "share": counts.share,
+            "kl_nats": score.kl_nats,
+            "kl_stderr": score.kl_stderr,
+            "answer_kl_nats": score.answer_kl_nats,
+            "answer_kl_stderr": score.answer_kl_stderr,
+        }
+    return found
+
+
+def times(
+    src: str, rows: Rows, policies: dict[str, Policy | None], *, budget: str, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds, loads, bytes and skipped share a token of decoding, by policy."""
+    parts: dict[str, list[dict[str, Any]]] = {setting: [] for setting in policies}
+    with moebound.load(src, ram_budget=budget) as offloaded, torch.inference_mode():
+        for turn in range(rounds + 1):  # the first warms up
+            say(f"decoding, round {turn} of {rounds}")
+            for prompt, solution in rows:
+                for setting, policy in policies.items():
+                    offloaded.skip(policy)
+                    past = offloaded.model(torch.tensor([list(prompt)]), use_cache=True)
+                    offloaded.meter.reset()
+                    for token in solution:
+                        past = offloaded.model(
+                            torch.tensor([[token]]),
+                            past_key_values=past.past_key_values,
+                            use_cache=True,
+                        )
+                    if turn:
+                        parts[setting].append(offloaded.stats())
+    found = dict[str, dict[str, Any]]()
+    base = np.array([stats["seconds_per_step"] for stats in parts[NONE]])
+    for setting, stats in parts.items():
+        seconds = np.array([part["seconds_per_step"] for part in stats])
+        saved = 1 - seconds / base
+        steps = sum(part["steps"] for part in stats)
+        pairs, skipped = (
+            sum(part.get("skipping", {}).get(name, 0) for part in stats)
+            for name in ("pairs", "skipped")
+        )
+        found[setting] = {
+            "share_decoding": skipped / pairs if pairs else 0.0,
+            "ms_per_token": 1e3 * float(np.median(seconds)),
+            "saved": float(saved.mean()),
+            "saved_stderr": float(saved.std(ddof=1) / len(saved) ** 0.5) if len(saved) > 1 else 0.0,
+            "loads_per_token": sum(part["loads"] for part in stats) / steps,
+            "bytes_per_token": sum(part["bytes_moved"] for part in stats) / steps,
+        }
+    return found
+
+
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """In 10⁻³ nats, ± one standard error."""
+    lines = [
+        "| policy | skipped | KL, all tokens | KL, answers | skipped, decoding | loads a token "
+        "| ms a token | time saved |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| `{row['policy']}` | {row['share']:.1%} "
+            f"| {1e3 * row['kl_nats']:.2f} ± {1e3 * row['kl_stderr']:.2f} "
+            f"| {1e3 * row['answer_kl_nats']:.3f} ± {1e3 * row['answer_kl_stderr']:.3f} "
+            f"| {row['share_decoding']:.1%} | {row['loads_per_token']:.2f} "
+            f"| {row['ms_per_token']:.2f} "
+            f"| {row['saved']:.1%} ± {row['saved_stderr']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("src")
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--thresholds", type=Path)
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--store")
+    parser.add_argument("--budget", default="25%")
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    asked = parser.parse_args()
+    settings = [NONE, *asked.policies.split(",")]
+    policies = {setting: policy_of(setting, asked.thresholds) for setting in settings}
+    loaded = load(asked.src)
+    rows = solved(loaded, get_task(asked.task), asked.limit, skip=asked.skip)
+    read = quality(loaded, rows, policies)
+    decoded = times(
+        asked.store or asked.src, rows[: asked.texts], policies,
+        budget=asked.budget, rounds=asked.rounds,
+    )  # fmt: skip
+    found = [{"policy": setting, **read[setting], **decoded[setting]} for setting in policies]
+    print(json.dumps({"environment": describe(), "arguments": vars(asked), "rows": found},
+                     default=str))  # fmt: skip
+    say(table(found))
+
+
+if __name__ == "__main__":
+    main()
