@@ -35,6 +35,9 @@ def test_hobbit_skips_what_stands_behind_a_share_of_the_larger_gates() -> None:
     assert HobbitRe(above=0.75).skips(0, GATES).tolist()[:2] == [
         [no, no, yes, yes], [no, no, no, no],  # .75 is not above .75
     ]  # fmt: skip
+    assert HobbitRe().coarser(GATES).tolist()[:2] == [
+        [no, no, yes, yes], [no, no, no, yes],
+    ]  # fmt: skip
     # Shares, so sums other than 1 are judged alike.
     assert torch.equal(HobbitRe().skips(0, 3 * GATES), HobbitRe().skips(0, GATES))
 

@@ -16,8 +16,9 @@ from moebound.calibrate import Text, collect
 from moebound.cli.main import main
 from moebound.errors import MoeboundError, UnsupportedArchitectureError
 from moebound.evaluate.loading import Loaded, Source
+from moebound.model.coarse_copies import skipping_with_copies
 from moebound.model.live import live_experts
-from moebound.model.skip_policies import LuRe, OdpRe
+from moebound.model.skip_policies import HobbitRe, LuRe, OdpRe, get_policy
 from moebound.model.skipping import _Passes, skipping, without
 from tiny_models import MakeTiny
 
@@ -92,6 +93,48 @@ def test_tokens_that_matter_keep_all_their_experts(tiny: MakeTiny) -> None:
             two = [j for j in range(10) if len(set(index[row, j].tolist())) > 1]
             assert two == sorted(best)
     assert (counts.pairs, counts.skipped) == (2 * 17 * 2, 2 * (17 - 4 - 3))
+
+
+@pytest.mark.parametrize("setting", ["hobbit_re:low0.3:above0.6", "hobbit_re:low0.3:renorm"])
+def test_coarse_copies_compute_what_stands_between_the_two_shares(
+    setting: str, tiny: MakeTiny
+) -> None:
+    """Against a loop over each token's experts by hand."""
+    src = tiny("mixtral")
+    model: Any = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32)
+    other: Any = AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32)
+    experts, copies = (m.model.layers[0].mlp.experts for m in (model, other))
+    with torch.no_grad():
+        copies.down_proj.mul_(1.5)
+    x = torch.randn(12, 32, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(4).repeat(12, 1)
+    weights = torch.rand(12, 4, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    policy = get_policy(setting)
+    assert isinstance(policy, HobbitRe)
+    with torch.inference_mode():
+        outputs = [
+            torch.stack([m(x, index[:, :1] + e, torch.ones(12, 1)) for e in range(4)], 1)
+            for m in (experts, copies)
+        ]
+        with skipping_with_copies(model, policy, other) as counts:
+            found = experts(x, index, weights)
+    n_coarse = 0
+    for token in range(12):
+        kept, before = dict[int, int](), 0.0
+        for expert in weights[token].argsort(descending=True).tolist():
+            if before <= policy.above:
+                kept[expert] = int(before > policy.low)
+            before += float(weights[token, expert])
+        scale = float(1 / weights[token, list(kept)].sum()) if policy.rescales else 1.0
+        wanted = sum(scale * weights[token, e] * outputs[low][token, e] for e, low in kept.items())
+        torch.testing.assert_close(found[token], wanted)
+        n_coarse += sum(kept.values())
+    assert counts.coarse == n_coarse > 0
+    with pytest.raises(MoeboundError, match="lu_re has no use for coarser copies"):
+        skipping_with_copies(model, LuRe({}), other).__enter__()
+    other = AutoModelForCausalLM.from_pretrained(tiny("qwen3_moe"), dtype=torch.float32)
+    with pytest.raises(MoeboundError, match="its experts are not those of the model"):
+        skipping_with_copies(model, policy, other).__enter__()
 
 
 class Cut(torch.nn.Module):

@@ -45,6 +45,9 @@ EVERY_S = 5.0
 @click.option("--skip", metavar="POLICY", help=f"While answering. {SKIP_HELP}")
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
               help=CALIBRATION_HELP)  # fmt: skip
+@click.option("--coarse", metavar="STORE",
+              help="SRC under a wider bound, for --skip hobbit_re: what it reads in low precision "
+                   "where an expert is missing, and here all count as missing.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
               default="float32", show_default=True, help="What to compute with.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True,
@@ -61,6 +64,7 @@ def eval_command(
     batch: int | None,
     skip: str | None,
     calibration: Path | None,
+    coarse: str | None,
     dtype: str,
     device: str,
 ) -> int:
@@ -80,6 +84,8 @@ def eval_command(
                 raise click.UsageError(f"{name} does not go with --task {task}")
 
     check_skip(skip, calibration)
+    if coarse is not None and (skip is None or not skip.startswith("hobbit_re")):
+        raise click.UsageError("--coarse goes with --skip hobbit_re")
     if skip is not None and (task.startswith(LM_EVAL) or _is_text(task)):
         raise click.UsageError(f"--skip does not go with --task {task}")
 
@@ -87,6 +93,7 @@ def eval_command(
     from moebound.evaluate.loading import load
     from moebound.evaluate.scoring import evaluate
     from moebound.evaluate.transcript import rescore
+    from moebound.model.coarse_copies import skipping_with_copies
     from moebound.model.skip_policies import get_policy
     from moebound.model.skipping import skipping
     from moebound.tasks import get_task
@@ -102,7 +109,12 @@ def eval_command(
     policy = None if skip is None else get_policy(skip, calibration)
     loaded = load(src, dtype=dtype, device=device)
     with step_bar(output, every_s=EVERY_S) as say, ExitStack() as stack:
-        skipped = None if policy is None else stack.enter_context(skipping(loaded.model, policy))
+        skipped = None
+        if policy is not None and coarse is not None:
+            other = load(coarse, dtype=dtype, device=device).model
+            skipped = stack.enter_context(skipping_with_copies(loaded.model, policy, other))
+        elif policy is not None:
+            skipped = stack.enter_context(skipping(loaded.model, policy))
         found = evaluate(
             loaded, asked, limit=limit, batch=batch, answers=answers,
             drafts=None if before is None else before.texts,

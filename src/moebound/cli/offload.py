@@ -214,5 +214,7 @@ def stats_facts(stats: dict[str, Any]) -> list[tuple[str, str]]:
 def skipping_fact(found: dict[str, Any]) -> tuple[str, str]:
     """What a policy skipped, as `Skipped.to_json` has it."""
     share = wording.percent(found["skipped"], found["pairs"])
-    return ("skipped", f"{share} of {found['pairs']} pairs of a token and an expert, by "
+    coarse = f", {wording.percent(found.get('coarse', 0), found['pairs'])} coarse"
+    coarse *= "coarse" in found
+    return ("skipped", f"{share} of {found['pairs']} pairs of a token and an expert{coarse}, by "
             f"{found['policy']}")  # fmt: skip

@@ -8,7 +8,8 @@
     odp_re[:layersN][:protectS]     the same, in N layers and for all but a share S of the tokens;
                                     needs medians, and what each layer matters
     modes_re[:targetS | :tauX]      alpha_l w_i < tau; needs what each layer matters, and points
-    hobbit_re[:aboveS][:renorm]     those behind a share S of a token's weights; needs nothing
+    hobbit_re[:aboveS][:lowS][:renorm]
+                                    those behind a share S of a token's weights; needs nothing
 
 w_1 >= w_2 >= ... are a token's weights as its router gives them. The expert with the largest is
 never skipped, whatever a rule says. Nothing is stored with the model.
@@ -38,6 +39,8 @@ MODES_TARGET = 0.8
 """The released code's default."""
 HOBBIT_ABOVE = 0.9
 """T2 of the paper: behind this share of a token's weights an expert is skipped."""
+HOBBIT_LOW = 0.6
+"""T1: behind this one it is computed in low precision."""
 
 
 class Policy:
@@ -138,27 +141,39 @@ class ModesRe(Policy):
 
 
 class HobbitRe(Policy):
-    """The skipping of HOBBIT (2411.01433): experts whose larger ones have more than a share (T2,
-    0.9) of a token's weights.
+    """HOBBIT's rule (2411.01433). s: the share of a token's weights that larger ones have.
 
-    Deviations: there it is done on a miss only, and what lies between T1 (0.6) and T2 is read in
-    low precision. Here every expert counts as missed: texts do not depend on what is in memory, and
-    quality is that of the worst case. On a miss only, with low precision: `--coarse` and
-    `--skip-above` (`offload/fallback.py`). Whether the rest is renormalised is not stated; `renorm`
-    does.
+        s <= T1 (low): as it is,   s <= T2 (above): in low precision,   else: skipped
+
+    Deviations: the paper does so on a miss only. Here every expert counts as missed: texts do not
+    depend on what is in memory, and quality is that of the worst case. Low precision is a store
+    under a wider bound (`coarse_copies.py`, `moebound eval --coarse`), the original without one. On
+    a miss only: `--coarse` and `--skip-above` of a model that is offloaded (`offload/fallback.py`).
+    Whether the rest is renormalised is not stated; `renorm` does.
     """
 
     rescales = False
 
-    def __init__(self, setting: str = "hobbit_re", above: float = HOBBIT_ABOVE) -> None:
+    def __init__(
+        self, setting: str = "hobbit_re", above: float = HOBBIT_ABOVE, low: float = HOBBIT_LOW
+    ) -> None:
         super().__init__(setting)
-        self.above = above
+        self.above, self.low = above, low
 
     def skips(self, layer: int, weights: torch.Tensor) -> torch.Tensor:
-        ordered, order = weights.float().sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        share = before / ordered.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, order, share > self.above)
+        return _share_before(weights) > self.above
+
+    def coarser(self, weights: torch.Tensor) -> torch.Tensor:
+        """As `skips`: what is computed in low precision, where it is not skipped."""
+        return _share_before(weights) > self.low
+
+
+def _share_before(weights: torch.Tensor) -> torch.Tensor:
+    """[..., K]: of a token's weights, what those larger than each have together."""
+    ordered, order = weights.float().sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    share = before / ordered.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.zeros_like(share).scatter(-1, order, share)
 
 
 class _HobbitRenormed(HobbitRe):
@@ -178,7 +193,7 @@ _KNOWN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lu_re": ((), ()),
     "odp_re": (("layers", "protect"), ()),
     "modes_re": (("target", "tau"), ()),
-    "hobbit_re": (("above",), ("renorm",)),
+    "hobbit_re": (("above", "low"), ("renorm",)),
 }
 
 
@@ -222,7 +237,8 @@ def check_setting(setting: str, calibration: Path | None) -> None:
         )
     _share(setting, asked.numbers.get("protect", 0.0), "protect", below_1=False)
     _share(setting, asked.numbers.get("target", 0.5), "target", below_1=True)
-    _share(setting, asked.numbers.get("above", 0.5), "above", below_1=False)
+    for name in ("above", "low"):
+        _share(setting, asked.numbers.get(name, 0.5), name, below_1=False)
     if {"target", "tau"} <= set(asked.numbers):
         raise MoeboundError(f"--skip {setting}: expected target or tau, found both")
 
@@ -237,7 +253,8 @@ def get_policy(setting: str, calibration: Path | None = None) -> Policy:
     asked = _parse(setting)
     if asked.name == "hobbit_re":
         above = asked.numbers.get("above", HOBBIT_ABOVE)
-        return (_HobbitRenormed if asked.words else HobbitRe)(setting, above)
+        low = asked.numbers.get("low", HOBBIT_LOW)
+        return (_HobbitRenormed if asked.words else HobbitRe)(setting, above, low)
     assert calibration is not None  # check_setting saw it
     if calibration.is_dir():
         if asked.name != "lu_re":

@@ -35,6 +35,8 @@ class Skipped:
 
     pairs: int = 0
     skipped: int = 0
+    coarse: int = 0
+    """Of those that are not skipped: computed with a coarser copy."""
 
     @property
     def share(self) -> float:
@@ -46,12 +48,9 @@ class Skipped:
         self.skipped += int(skipped.sum())
 
     def to_json(self, policy: str) -> dict[str, Any]:
-        return {
-            "policy": policy,
-            "pairs": self.pairs,
-            "skipped": self.skipped,
-            "share": self.share,
-        }
+        """With `coarse` where there are any."""
+        found = {"policy": policy, "pairs": self.pairs, "skipped": self.skipped}
+        return found | {"share": self.share} | ({"coarse": self.coarse} if self.coarse else {})
 
 
 @contextmanager
