@@ -10,6 +10,8 @@ problems that are read with their solutions. Time is that of decoding: --texts o
 fed token by token into a model from `moebound.load` at --budget (of --store, else of SRC), the same
 tokens whatever the policy. All policies take turns with one model, text by text, --rounds times, so
 that a busy machine slows all of them; a saving is of two times of the same text in the same round.
+--coarse: a store under a wider bound, for the low precision of HOBBIT's rule, which is read here
+for every expert that would be, as if none was ever in memory; time is not measured with it.
 Rows go to stdout as JSON, a table and progress to stderr.
 """
 
@@ -19,7 +21,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ from moebound.calibrate.text import solved
 from moebound.evaluate.fidelity import Baseline
 from moebound.evaluate.loading import Loaded, load
 from moebound.evaluate.text import Rows
-from moebound.model.skip_policies import Policy, get_policy
+from moebound.model.coarse_copies import skipping_with_copies
+from moebound.model.skip_policies import HobbitRe, Policy, get_policy
 from moebound.model.skipping import Skipped, skipping
 from moebound.tasks import get_task
 
@@ -48,25 +51,36 @@ def policy_of(setting: str, thresholds: Path | None) -> Policy | None:
 
 
 def quality(
-    loaded: Loaded, rows: Rows, policies: dict[str, Policy | None]
+    loaded: Loaded, rows: Rows, policies: dict[str, Policy | None], coarse: str | None
 ) -> dict[str, dict[str, Any]]:
-    """What each policy skips of the text's pairs, and how far its predictions are."""
+    """What each policy skips of the text's pairs, and how far its predictions are; of HOBBIT's also
+    with the low precision of a store."""
     before, found = Baseline.of(loaded.model, rows), dict[str, dict[str, Any]]()
+    copies = None if coarse is None else load(coarse).model
     for setting, policy in policies.items():
         say(f"reading with {setting}")
-        counts = Skipped()
-        chosen = nullcontext(counts) if policy is None else skipping(loaded.model, policy)
-        with chosen as counts:
-            score = before.compare(loaded.model)
-        found[setting] = {
-            "pairs": counts.pairs,
-            "share": counts.share,
-            "kl_nats": score.kl_nats,
-            "kl_stderr": score.kl_stderr,
-            "answer_kl_nats": score.answer_kl_nats,
-            "answer_kl_stderr": score.answer_kl_stderr,
-        }
+        chosen = nullcontext(Skipped()) if policy is None else skipping(loaded.model, policy)
+        found[setting] = _compared(before, loaded.model, chosen)
+        if copies is not None and isinstance(policy, HobbitRe):
+            chosen = skipping_with_copies(loaded.model, policy, copies)
+            found[setting]["copies"] = _compared(before, loaded.model, chosen)
     return found
+
+
+def _compared(
+    before: Baseline, model: Any, chosen: AbstractContextManager[Skipped]
+) -> dict[str, Any]:
+    with chosen as counts:
+        score = before.compare(model)
+    return {
+        "pairs": counts.pairs,
+        "share": counts.share,
+        "share_coarse": counts.coarse / counts.pairs if counts.pairs else 0.0,
+        "kl_nats": score.kl_nats,
+        "kl_stderr": score.kl_stderr,
+        "answer_kl_nats": score.answer_kl_nats,
+        "answer_kl_stderr": score.answer_kl_stderr,
+    }
 
 
 def times(
@@ -124,14 +138,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| `{row['policy']}` | {row['share']:.1%} "
-            f"| {1e3 * row['kl_nats']:.2f} ± {1e3 * row['kl_stderr']:.2f} "
-            f"| {1e3 * row['answer_kl_nats']:.3f} ± {1e3 * row['answer_kl_stderr']:.3f} "
+            f"| `{row['policy']}` | {_figures(row)} "
             f"| {row['share_decoding']:.1%} | {row['loads_per_token']:.2f} "
             f"| {row['ms_per_token']:.2f} "
             f"| {row['saved']:.1%} ± {row['saved_stderr']:.1%} |"
         )
+        if "copies" in row:
+            coarse = row["copies"]["share_coarse"]
+            lines.append(f"| the same, {coarse:.1%} coarse | {_figures(row['copies'])} | | | | |")
     return "\n".join(lines)
+
+
+def _figures(row: dict[str, Any]) -> str:
+    return (
+        f"{row['share']:.1%} | {1e3 * row['kl_nats']:.2f} ± {1e3 * row['kl_stderr']:.2f} "
+        f"| {1e3 * row['answer_kl_nats']:.3f} ± {1e3 * row['answer_kl_stderr']:.3f}"
+    )
 
 
 def main() -> None:
@@ -143,6 +165,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0)
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--store")
+    parser.add_argument("--coarse")
     parser.add_argument("--budget", default="25%")
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
@@ -151,7 +174,7 @@ def main() -> None:
     policies = {setting: policy_of(setting, asked.thresholds) for setting in settings}
     loaded = load(asked.src)
     rows = solved(loaded, get_task(asked.task), asked.limit, skip=asked.skip)
-    read = quality(loaded, rows, policies)
+    read = quality(loaded, rows, policies, asked.coarse)
     decoded = times(
         asked.store or asked.src, rows[: asked.texts], policies,
         budget=asked.budget, rounds=asked.rounds,
