@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from moebound.cli import exits, wording
+from moebound.cli.offload import CALIBRATION_HELP, SKIP_HELP, check_skip, skipping_fact
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from moebound.evaluate.evaluation import Comparison, Evaluation
     from moebound.evaluate.loading import Loaded
-    from moebound.model.skipping import Skipped
     from moebound.score import Tally
     from moebound.score.statistics import Interval, Paired
 
@@ -42,11 +42,12 @@ EVERY_S = 5.0
               help="Answers of another model, to compare with in pairs.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), metavar="N",
               help="Problems at a time. Default: as many as fit 2 GiB.")  # fmt: skip
-@click.option("--skip", type=click.Choice(["lu_re"]), metavar="POLICY",
-              help="Skip experts of little weight while answering: lu_re, those below the median "
-              "ratio of the second weight to the first. Needs --calibration.")  # fmt: skip
-@click.option("--calibration", type=click.Path(path_type=Path), metavar="STATS",
-              help="What `moebound calibrate` wrote, for --skip.")  # fmt: skip
+@click.option("--skip", metavar="POLICY", help=f"While answering. {SKIP_HELP}")
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+              help=CALIBRATION_HELP)  # fmt: skip
+@click.option("--coarse", metavar="STORE",
+              help="SRC under a wider bound, for --skip hobbit_re: what it reads in low precision "
+                   "where an expert is missing, and here all count as missing.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
               default="float32", show_default=True, help="What to compute with.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True,
@@ -63,6 +64,7 @@ def eval_command(
     batch: int | None,
     skip: str | None,
     calibration: Path | None,
+    coarse: str | None,
     dtype: str,
     device: str,
 ) -> int:
@@ -81,8 +83,9 @@ def eval_command(
             if value is not None:
                 raise click.UsageError(f"{name} does not go with --task {task}")
 
-    if (skip is None) != (calibration is None):
-        raise click.UsageError("--skip and --calibration go together")
+    check_skip(skip, calibration)
+    if coarse is not None and (skip is None or not skip.startswith("hobbit_re")):
+        raise click.UsageError("--coarse goes with --skip hobbit_re")
     if skip is not None and (task.startswith(LM_EVAL) or _is_text(task)):
         raise click.UsageError(f"--skip does not go with --task {task}")
 
@@ -90,6 +93,9 @@ def eval_command(
     from moebound.evaluate.loading import load
     from moebound.evaluate.scoring import evaluate
     from moebound.evaluate.transcript import rescore
+    from moebound.model.coarse_copies import skipping_with_copies
+    from moebound.model.skip_policies import get_policy
+    from moebound.model.skipping import skipping
     from moebound.tasks import get_task
 
     if task.startswith(LM_EVAL):
@@ -100,8 +106,15 @@ def eval_command(
     asked = get_task(task, data=data)
     problems = asked.problems(limit)
     before = None if baseline is None else _baseline(baseline, asked.name, problems)
+    policy = None if skip is None else get_policy(skip, calibration)
     loaded = load(src, dtype=dtype, device=device)
-    with step_bar(output, every_s=EVERY_S) as say, _skipping(loaded, calibration) as skipped:
+    with step_bar(output, every_s=EVERY_S) as say, ExitStack() as stack:
+        skipped = None
+        if policy is not None and coarse is not None:
+            other = load(coarse, dtype=dtype, device=device).model
+            skipped = stack.enter_context(skipping_with_copies(loaded.model, policy, other))
+        elif policy is not None:
+            skipped = stack.enter_context(skipping(loaded.model, policy))
         found = evaluate(
             loaded, asked, limit=limit, batch=batch, answers=answers,
             drafts=None if before is None else before.texts,
@@ -109,29 +122,15 @@ def eval_command(
         )  # fmt: skip
     document: dict[str, Any] = found.to_json()
     human: list[RenderableType] = [*_tables(src, found)]
-    if skipped is not None:
-        document["skipping"] = {"policy": skip, "pairs": skipped.pairs, "share": skipped.share}
-        lines = [("skipped", f"{wording.percent(skipped.skipped, skipped.pairs)} of "
-                  f"{skipped.pairs} pairs of a token and an expert")]  # fmt: skip
-        human.append(wording.facts(f"policy {skip}", lines))
+    if skipped is not None and policy is not None:
+        document["skipping"] = skipped.to_json(policy.setting)
+        human.append(wording.facts("", [skipping_fact(document["skipping"])]))
     if before is not None:
         compared = compare_to(rescore(before, asked), found)
         document["baseline"] = {"source": before.source, **compared.to_json()}
         human.append(_comparison(str(baseline), compared))
     output.result(document, *human)
     return exits.OK
-
-
-@contextmanager
-def _skipping(loaded: Loaded, calibration: Path | None) -> Iterator[Skipped | None]:
-    if calibration is None:
-        yield None
-        return
-    from moebound.files.formats.statistics import read_statistics
-    from moebound.model.skipping import skipping
-
-    with skipping(loaded.model, read_statistics(calibration).median_ratios()) as counts:
-        yield counts
 
 
 def _is_text(task: str) -> bool:

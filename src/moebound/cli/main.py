@@ -31,6 +31,7 @@ from moebound.cli.report import report
 from moebound.cli.sensitivity import sensitivity
 from moebound.cli.serve import serve
 from moebound.cli.study import study
+from moebound.cli.thresholds import thresholds
 from moebound.cli.verify import verify
 
 
@@ -71,6 +72,7 @@ for command in (
     report,
     sensitivity,
     calibrate,
+    thresholds,
     plan,
     compress,
     verify,

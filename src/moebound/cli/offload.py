@@ -21,6 +21,25 @@ F = TypeVar("F", bound=Callable[..., int])
 SMALL_S = 1e-3
 """Decoding and computing an expert takes less where experts are tiny."""
 
+SKIP_HELP = (
+    "Leave out experts of little weight: lu_re, odp_re, modes_re or hobbit_re, with options behind "
+    "a colon (modes_re:target0.4)."
+)
+CALIBRATION_HELP = "Thresholds of --skip, from `moebound thresholds`; for lu_re also statistics."
+
+
+def check_skip(skip: str | None, calibration: Path | None) -> None:
+    """Raises UsageError for --calibration alone, MoeboundError for a policy that is none, or that
+    needs a file that was not given."""
+    from moebound.model.skip_policies import check_setting
+
+    if skip is None:
+        if calibration is not None:
+            raise click.UsageError("--calibration goes with --skip")
+        return
+    check_setting(skip, calibration)
+
+
 _OPTIONS = (
     click.option("--ram-budget", metavar="SIZE",
                  help="Memory for experts, decoded and compressed together: 4GiB, or 20% of all "
@@ -48,6 +67,9 @@ _OPTIONS = (
                  help="They matter little with this share of a token's gate weights before them."),
     click.option("--skip-above", type=click.FloatRange(0, 1),
                  help="On a miss, experts behind this share are left out.  [default: none is]"),
+    click.option("--skip", metavar="POLICY", help=f"{SKIP_HELP} Texts do not depend on memory."),
+    click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE",
+                 help=CALIBRATION_HELP),
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
                  default="auto", show_default=True, help="What to compute with."),
     click.option("--device", default="cpu", show_default=True, help="Where: cpu or cuda."),
@@ -102,14 +124,17 @@ def offload_options(command: F) -> Callable[..., int]:
         coarse: Path | None,
         coarse_above: float,
         skip_above: float | None,
+        skip: str | None,
+        calibration: Path | None,
         dtype: str,
         device: str,
         **options: Any,
     ) -> int:
+        check_skip(skip, calibration)
         offload = {"ram_budget": ram_budget, "tier": tier, "slots": slots, "policy": policy,
                    "predictor": prefetch, "raw": raw, "coarse": coarse,
-                   "coarse_above": coarse_above, "skip_above": skip_above, "dtype": dtype,
-                   "device": device}  # fmt: skip
+                   "coarse_above": coarse_above, "skip_above": skip_above, "skip": skip,
+                   "calibration": calibration, "dtype": dtype, "device": device}  # fmt: skip
         return command(*args, offload=offload, **options)
 
     found: Callable[..., int] = wrapped
@@ -183,6 +208,8 @@ def stats_facts(stats: dict[str, Any]) -> list[tuple[str, str]]:
     if any(stats["fallback"].values()):
         coarse, skipped = stats["fallback"]["coarse"], stats["fallback"]["skipped"]
         rows.append(("fallback", f"{coarse} coarse copies, {skipped} experts left out"))
+    if "skipping" in stats:
+        rows.append(skipping_fact(stats["skipping"]))
     if prefetch["predictor"] != "none":
         state = "on" if prefetch["active"] else "switched off: it did not pay"
         precision, recall = (
@@ -192,3 +219,12 @@ def stats_facts(stats: dict[str, Any]) -> list[tuple[str, str]]:
         name = prefetch["predictor"]
         rows.append(("prefetch", f"{name}, precision {precision}, recall {recall}; {state}"))
     return rows
+
+
+def skipping_fact(found: dict[str, Any]) -> tuple[str, str]:
+    """What a policy skipped, as `Skipped.to_json` has it."""
+    share = wording.percent(found["skipped"], found["pairs"])
+    coarse = f", {wording.percent(found.get('coarse', 0), found['pairs'])} coarse"
+    coarse *= "coarse" in found
+    return ("skipped", f"{share} of {found['pairs']} pairs of a token and an expert{coarse}, by "
+            f"{found['policy']}")  # fmt: skip

@@ -16,11 +16,12 @@ import torch
 from moebound.cache import ExpertCache
 from moebound.checkpoint import local_folder
 from moebound.codec import thread_count
-from moebound.errors import CacheError, CheckpointError
+from moebound.errors import CacheError, CheckpointError, MoeboundError
 from moebound.model.dtypes import check_device, parse_dtype
 from moebound.model.live import LiveExperts, live_experts
 from moebound.model.pretrained import load_tokenizer
 from moebound.model.routers import find_routers
+from moebound.model.skip_policies import Policy, get_policy
 from moebound.offload.choose import catalog_of, choose, open_delivery, open_tier
 from moebound.offload.codes import CodeKinds, SlotsName, code_kinds
 from moebound.offload.entries import DiskEntries, open_entries
@@ -53,6 +54,8 @@ def load(
     coarse: str | os.PathLike[str] | None = None,
     coarse_above: float = 0.6,
     skip_above: float | None = None,
+    skip: str | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     threads: int | None = None,
     drop_cache: bool = False,
 ) -> Offloaded:
@@ -77,6 +80,10 @@ def load(
     coarse, coarse_above, skip_above: graded fallback on a miss, off by default (`fallback.py`):
         `coarse` is a store of the same model under a wider bound.
 
+    skip, calibration: a policy by which experts of little weight are left out ("lu_re", "odp_re",
+        "modes_re:target0.4", "hobbit_re"; `model/skip_policies.py`), and the file or folder with
+        its thresholds. Texts still do not depend on what is in memory.
+
     Guarantee: logits are those of the decoded weights; bit for bit the same whatever the budget,
     tier, policy, predictor, timing and `threads`, with the same number of torch's threads
     (`torch.set_num_threads`, OMP_NUM_THREADS), which is not moebound's to choose; within float
@@ -86,7 +93,8 @@ def load(
     are right too: a copy of each expert is kept for them until `backward`. With a graded fallback
     none of this holds, beyond the bound of the coarse store.
 
-    Raises CacheError for a budget below the least (the message has it), CheckpointError and
+    Raises MoeboundError for a policy whose thresholds are missing or of another model;
+    CacheError for a budget below the least (the message has it), CheckpointError and
     UnsupportedArchitectureError for a model that cannot be run so, and what opening a damaged
     store raises.
     """
@@ -97,6 +105,7 @@ def load(
     guess = _predictor(predictor)
     if slots not in ("values", "codes", "auto"):
         raise CacheError(f"slots {slots!r}: expected values, codes or auto")
+    chosen_policy = _policy(skip, calibration)
     path = local_folder(resolve(os.fspath(source)))
     cores = thread_count() if threads is None else threads
     entries = open_entries(path)
@@ -186,7 +195,22 @@ def load(
         not_codes=codes.refused,
     )
     guard_whole(model, live, loader, choice)
-    return Offloaded(model, tokenizer, fetcher, choice)
+    found = Offloaded(model, tokenizer, fetcher, choice)
+    if chosen_policy is not None:
+        try:
+            found.skip(chosen_policy)
+        except MoeboundError:
+            found.close()
+            raise
+    return found
+
+
+def _policy(skip: str | None, calibration: str | os.PathLike[str] | None) -> Policy | None:
+    if skip is None:
+        if calibration is not None:
+            raise MoeboundError("calibration has thresholds of a skipping policy: give skip, too")
+        return None
+    return get_policy(skip, None if calibration is None else Path(calibration))
 
 
 def _predictor(name: str) -> Predictor | None:

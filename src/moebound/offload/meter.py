@@ -45,7 +45,8 @@ class Meter:
     """Sums since the last `reset`. Any thread may add to it.
 
     Seconds: read and decode are those of the loading threads, added up; experts is the time spent
-    in experts functions, of which stall was waiting; step is all of a forward pass.
+    in experts functions, of which stall was waiting; step is all of a forward pass. pairs: of a
+    token and an expert, seen by a skipping policy.
     """
 
     read_s: float = 0.0
@@ -65,6 +66,8 @@ class Meter:
     predicted_right: int = 0
     skipped: int = 0
     coarse: int = 0
+    pairs: int = 0
+    pairs_skipped: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def loaded(self, load: Load) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -11,6 +12,8 @@ import torch
 
 from moebound.cache import ExpertCache
 from moebound.errors import CheckpointError
+from moebound.model.skip_policies import Policy
+from moebound.model.skipping import Skipped, skip_in
 from moebound.model.strands import current
 from moebound.offload.choose import LoadPath
 from moebound.offload.codes import SlotsName
@@ -97,6 +100,7 @@ class Offloaded:
         ]
         self._begun = 0.0
         self._round: object = None
+        self._policy, self._skipping = "", ExitStack()
 
     def __iter__(self) -> Iterator[Any]:
         """model, tokenizer = moebound.load(...)"""
@@ -139,6 +143,18 @@ class Offloaded:
         """A new text begins. Noticed by itself where a forward pass starts without a past."""
         self._fetcher.begin_sequence()
 
+    def skip(self, policy: Policy | None) -> None:
+        """Skip experts from now on (`model/skipping.py`), in the place of what was skipped before;
+        None skips nothing. Raises as `skip_in`, and nothing is skipped then."""
+        self._skipping.close()
+        self._policy = ""
+        if policy is not None:
+            self._skipping = skip_in(self.model, policy, self._count)
+            self._policy = policy.setting
+
+    def _count(self, _layer: int, weights: torch.Tensor, skipped: torch.Tensor) -> None:
+        self.meter.add(pairs=weights.numel(), pairs_skipped=int(skipped.sum()))
+
     def stats(self) -> dict[str, Any]:
         """Everything counted since loading, or since `meter.reset()`, as one JSON-able document."""
         self._fetcher.check_process()
@@ -164,6 +180,11 @@ class Offloaded:
                 ),
             },
             "fallback": {"coarse": found["coarse"], "skipped": found["skipped"]},
+            **(
+                {"skipping": Skipped(found["pairs"], found["pairs_skipped"]).to_json(self._policy)}
+                if self._policy
+                else {}
+            ),
             "seconds_per_step": found["step_s"] / found["steps"] if found["steps"] else None,
             "stall_s": found["stall_s"],
             **{
@@ -174,6 +195,7 @@ class Offloaded:
         }  # fmt: skip
 
     def close(self) -> None:
+        self._skipping.close()
         for hook in self._hooks:
             hook.remove()
         self._fetcher.close()

@@ -68,3 +68,16 @@ def test_without_the_package_the_command_that_installs_it(
         answer = client.get("/metrics")
     assert answer.status_code == 501
     assert ".[serve]" in answer.json()["error"]["message"]
+
+
+def test_what_a_policy_skipped() -> None:
+    pytest.importorskip("prometheus_client", reason="pip install '.[serve]'")
+    from moebound.offload.loading import load
+
+    with load("builtin:wordmath-mixtral", skip="hobbit_re:above0.5") as offloaded:
+        with running(offloaded) as live, live.client() as client:
+            client.post("/v1/chat/completions", json=chat_body())
+            found = samples(client.get("/metrics").text)
+        stats = offloaded.stats()["skipping"]
+    assert found["moebound_expert_pairs_total",] == stats["pairs"] > 0
+    assert found["moebound_expert_pairs_skipped_total",] == stats["skipped"] > 0

@@ -101,6 +101,13 @@ class _Collector:
         for cause, seconds in self._engine["stall_s"].items():
             stalls.add_metric([cause], seconds)
         yield stalls
+        skipping = self._engine.get("skipping")
+        if isinstance(skipping, Mapping):
+            for name, key, what in (
+                ("expert_pairs", "pairs", "Pairs of a token and an expert that it was sent to."),
+                ("expert_pairs_skipped", "skipped", "Of these, what the policy left out."),
+            ):
+                yield self._counter(name, what, skipping[key])
 
     def _counter(self, name: str, what: str, value: float) -> Any:
         return self._core.CounterMetricFamily(f"moebound_{name}", what, value)
