@@ -215,21 +215,29 @@ def plan(
     return exits.OK
 
 
+_DIVIDING = [*WIDTH_SCHEMES, "rfid", "frequency"]
 _FOR = {"--widths": "schemes of widths", "--seed": "scheme mptqs_re"}
 
 
 def _family(method: str | None, scheme: Scheme | None) -> Family | None:
     """The method's, where its integers are what the plan chooses; None of one that has none, or
     with a scheme that knows no widths."""
+    from moebound.plan import Family
+
+    if method is None or scheme not in _DIVIDING or not _is_family(method):
+        return None
+    return Family.of(method)
+
+
+def _is_family(method: str) -> bool:
     from moebound.errors import MethodError
     from moebound.plan import Family
 
-    if method is None or scheme not in (*WIDTH_SCHEMES, "rfid", "frequency"):
-        return None
     try:
-        return Family.of(method)
+        Family.of(method)
     except MethodError:
-        return None
+        return False
+    return True
 
 
 def _without(evidence: Evidence, setting: str) -> Evidence:
@@ -252,6 +260,11 @@ def _setting(codec: str | None, method: str | None, calibrated: bool, by_widths:
 
     if codec is not None or (method is None and not calibrated):
         return f"bounded:{codec or 'bound'}"
+    if method is not None and _is_family(method):
+        raise MethodError(
+            f"method {method!r} knows no bound, and plans choose bounds; schemes that choose widths "
+            f"are {', '.join(_DIVIDING)}"
+        )
     made = get_method(method or "calibrated")
     if not made.takes_bound:
         raise MethodError(f"method {made.setting!r} knows no bound, and plans choose bounds")

@@ -185,7 +185,8 @@ def _mptqs(offers: Offers, asked: Asked) -> Ints:
 
 
 def _scored(scheme: str, offers: Offers, asked: Asked) -> Ints:
-    """Bits by a score, rounded down, and then up where most was lost, as long as bytes allow.
+    """Bits by a score that would fill the budget, rounded down, and then up where that took most,
+    as long as bytes allow.
 
     rfid (2602.09316): λ · (ξ·E + (1 - ξ)·F), see `schemes.rfid`. frequency: λ + ½ log2(share), see
     `schemes.by_frequency`. milo_re (Huang et al., 2504.02658), section 3.3: ranks of compensators
@@ -213,19 +214,19 @@ def _scored(scheme: str, offers: Offers, asked: Asked) -> Ints:
             return np.asarray(scale + np.log2(share) / 2)
         return np.asarray(base + scale * score)
 
-    def rounded(scale: float) -> Ints:
-        below = np.searchsorted(widths, wanted(scale) + 1e-9, side="right") - 1
-        return columns[np.maximum(below, 0)]
-
     rows = np.arange(len(sizes))
-    low, high = 0.0, 64.0 + (0 if scheme == "frequency" else 1e3)
-    if sizes[rows, rounded(low)].sum() > asked.budget_bytes:
-        _too_small(sizes[rows, rounded(low)], asked.budget_bytes)
+    least = sizes[:, columns[0]]
+    if least.sum() > asked.budget_bytes:
+        _too_small(least, asked.budget_bytes)
+    low, high = 0.0, 1e3
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        fits = sizes[rows, rounded(middle)].sum() <= asked.budget_bytes
-        low, high = (middle, high) if fits else (low, middle)
-    found = rounded(low)
+        between = (
+            np.interp(w, widths, row[columns]) for w, row in zip(wanted(middle), sizes, strict=True)
+        )
+        low, high = (middle, high) if sum(between) <= asked.budget_bytes else (low, middle)
+    below = np.searchsorted(widths, wanted(low) + 1e-9, side="right") - 1
+    found = columns[np.maximum(below, 0)]
     left = asked.budget_bytes - int(sizes[rows, found].sum())
     places = np.searchsorted(columns, found)
     lost = wanted(low) - widths[places]

@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from moebound.errors import MethodError, PlanError
+from moebound.errors import CodecError, MethodError, PlanError
 from moebound.methods import get_method
 from moebound.plan.items import Floats, Ints
 from moebound.types import ExpertKey
@@ -46,7 +46,7 @@ class Family:
         made = cls(name, group, rest)
         try:
             get_method(made.setting(4))
-        except MethodError as error:
+        except (CodecError, MethodError) as error:
             raise MethodError(
                 f"method {text!r}: plans choose bounds, or widths of integers as rtn and hqq have; "
                 f"{error}"
@@ -103,7 +103,8 @@ class ExpertWidths:
 
     def size(self, roles: Sequence[str] | None = None) -> Ints:
         """[W] of these matrices together; of all."""
-        return np.sum([self.sizes[role] for role in roles or self.roles], axis=0, dtype=np.int64)
+        found: Ints = np.sum([self.sizes[r] for r in roles or self.roles], axis=0, dtype=np.int64)
+        return found
 
     def output_errors(self, roles: Sequence[str] | None = None) -> Floats:
         """[W] their norms |Y - Ŷ|: never growing with the width, since a wider one is not taken
@@ -137,7 +138,8 @@ class Offers:
 
     def totals(self) -> Ints:
         """[W] bytes of all experts at one width."""
-        return np.sum([expert.size() for expert in self.experts], axis=0, dtype=np.int64)
+        found: Ints = np.sum([expert.size() for expert in self.experts], axis=0, dtype=np.int64)
+        return found
 
     def columns(self, widths: Sequence[int]) -> list[int]:
         """Raises PlanError for a width that was not measured."""
