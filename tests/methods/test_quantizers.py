@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moebound.checkpoint import Role
 from moebound.errors import BackendUnavailable, MethodError, MoeboundError
 from moebound.methods import get_method
+from moebound.methods.rtn import Rtn
 from moebound.sensitivity.noise import Changed, generators_for, parse_source
 from moebound.types import ExpertKey, TensorStats
 
@@ -71,7 +75,8 @@ def test_one_bit_is_the_sign_times_the_mean(end: str) -> None:
 
 
 def test_a_width_for_each_linear_block() -> None:
-    matrices = {role: weights(8, 64, seed=at) for at, role in enumerate(("gate", "up", "down"))}
+    roles: tuple[Role, ...] = ("gate", "up", "down")
+    matrices = {role: weights(8, 64, seed=at) for at, role in enumerate(roles)}
     draws = generators_for(0, ExpertKey(1, 0))
     found = parse_source("rtn:int2-5:g64").apply(matrices, None, TensorStats(), draws)
     for role, matrix in matrices.items():
@@ -82,6 +87,12 @@ def test_a_width_for_each_linear_block() -> None:
     for setting in ("hqq:int1:g64", "hqq:int2-3:g64", "rtn:int0:g64", "rtn:int2-9:g64"):
         with pytest.raises(MethodError, match=r"expected integers of int[12] to int8"):
             get_method(setting)
+
+
+@pytest.mark.parametrize("down", [0, 9, "3"])
+def test_widths_of_down_that_are_none(down: Any) -> None:
+    with pytest.raises(MethodError, match="expected a whole number from 1 to 8"):
+        Rtn(2, 64, False, down)
 
 
 def test_what_no_scale_can_stand_for() -> None:

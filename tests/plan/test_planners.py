@@ -20,7 +20,7 @@ from moebound.plan import (
     make_width_plan,
 )
 from moebound.plan.knapsack import knapsack
-from moebound.plan.planners import WIDTH_SCHEMES, Asked, choose
+from moebound.plan.planners import WIDTH_SCHEMES, Asked, WidthScheme, choose
 from moebound.types import ExpertKey
 
 from .conftest import ROLES, experts
@@ -247,12 +247,12 @@ def test_what_is_missing_is_named() -> None:
 
 
 @pytest.mark.parametrize("scheme", WIDTH_SCHEMES)
-def test_codecs_get_the_same_differences_of_bits(scheme: str) -> None:
+def test_codecs_get_the_same_differences_of_bits(scheme: WidthScheme) -> None:
     sizes, found = experts(3, 8), offers()
     deciding = Deciding(found, seed=3)
     plan = make_plan(
         sizes, Evidence(), Budget(bpw=3), source="tiny", scheme=scheme, deciding=deciding
-    )  # type: ignore[arg-type]
+    )
     assert 2.99 < plan.bits_per_weight <= 3
     chosen = choose(scheme, found, Asked(int(3 * found.n_weights / 8), seed=3))
     scales = {
@@ -262,9 +262,9 @@ def test_codecs_get_the_same_differences_of_bits(scheme: str) -> None:
     }
     assert max(scales) == pytest.approx(min(scales))
     with pytest.raises(PlanError, match="give --bpw or --ratio"):
-        make_plan(sizes, Evidence(), Budget(max_kl=1), source="", scheme=scheme, deciding=deciding)  # type: ignore[arg-type]
+        make_plan(sizes, Evidence(), Budget(max_kl=1), source="", scheme=scheme, deciding=deciding)
     with pytest.raises(PlanError, match="nobody measured"):
-        make_plan(sizes, Evidence(), Budget(bpw=3), source="", scheme=scheme)  # type: ignore[arg-type]
+        make_plan(sizes, Evidence(), Budget(bpw=3), source="", scheme=scheme)
 
 
 def test_families() -> None:

@@ -18,6 +18,14 @@ from moebound.cli.options import BoundValue, CodecId, IndexSet, PlannedMethod
 from moebound.cli.output import Output, output_options
 from moebound.cli.progress import progress_bar
 from moebound.cli.steps import step_bar
+from moebound.cli.widths import (
+    WIDTH_SCHEMES,
+    check_widths,
+    deciding,
+    family_of,
+    refuse_family,
+    without,
+)
 
 if TYPE_CHECKING:
     from moebound.checkpoint import Checkpoint
@@ -39,7 +47,6 @@ if TYPE_CHECKING:
     from moebound.tasks.base import Problem, Task
     from moebound.types import ExpertKey
 
-WIDTH_SCHEMES = ["pmq_re", "mxmoe_re", "edgemoe_re", "mptqs_re", "milo_re"]
 SCHEMES = ["search", "sensitivity", "layer", "frequency", "rfid", "uniform", *WIDTH_SCHEMES]
 N_SEARCHED = 96
 SEARCH_PROBLEMS = 128
@@ -157,20 +164,18 @@ def plan(
     from moebound.plan import Budget
 
     evidence = _read(sensitivity, calibration, study, profile)
-    family = _family(method, scheme)
-    for option, value, fitting in (
-        ("--widths", widths, by_widths or family is not None),
-        ("--seed", seed, scheme == "mptqs_re"),
-    ):
-        if value is not None and not fitting:
-            raise click.UsageError(f"{option} is for {_FOR[option]}")
+    family = family_of(method, scheme)
+    if widths is not None and not by_widths and family is None:
+        raise click.UsageError("--widths is for schemes of widths")
+    if seed is not None and scheme != "mptqs_re":
+        raise click.UsageError("--seed is for scheme mptqs_re")
     if family is not None:
         setting = family.setting(4)
     else:
         setting = _setting(codec, method, calibration is not None, by_widths)
     statistics = evidence.calibration
     if by_widths or family is not None:
-        evidence = _without(evidence, setting)
+        evidence = without(evidence, setting)
     searches = not no_measure and (
         scheme == "search" or (scheme is None and calibration is not None)
     )
@@ -215,43 +220,6 @@ def plan(
     return exits.OK
 
 
-_DIVIDING = [*WIDTH_SCHEMES, "rfid", "frequency"]
-_FOR = {"--widths": "schemes of widths", "--seed": "scheme mptqs_re"}
-
-
-def _family(method: str | None, scheme: Scheme | None) -> Family | None:
-    """The method's, where its integers are what the plan chooses; None of one that has none, or
-    with a scheme that knows no widths."""
-    from moebound.plan import Family
-
-    if method is None or scheme not in _DIVIDING or not _is_family(method):
-        return None
-    return Family.of(method)
-
-
-def _is_family(method: str) -> bool:
-    from moebound.errors import MethodError
-    from moebound.plan import Family
-
-    try:
-        Family.of(method)
-    except MethodError:
-        return False
-    return True
-
-
-def _without(evidence: Evidence, setting: str) -> Evidence:
-    """What a plan of widths goes by: no losses, and statistics only where its method rounds by
-    them, others than those that it chooses by."""
-    from dataclasses import replace
-
-    from moebound.methods import get_method
-
-    rounds = bool(get_method(setting).statistics)
-    kept = evidence.calibration if rounds else None
-    return replace(evidence, sensitivity=None, study=None, calibration=kept)
-
-
 def _setting(codec: str | None, method: str | None, calibrated: bool, by_widths: bool) -> str:
     """Raises MethodError for a method that plans cannot be made of, PlanError for statistics that
     it does not look at."""
@@ -260,11 +228,8 @@ def _setting(codec: str | None, method: str | None, calibrated: bool, by_widths:
 
     if codec is not None or (method is None and not calibrated):
         return f"bounded:{codec or 'bound'}"
-    if method is not None and _is_family(method):
-        raise MethodError(
-            f"method {method!r} knows no bound, and plans choose bounds; schemes that choose widths "
-            f"are {', '.join(_DIVIDING)}"
-        )
+    if method is not None:
+        refuse_family(method)
     made = get_method(method or "calibrated")
     if not made.takes_bound:
         raise MethodError(f"method {made.setting!r} knows no bound, and plans choose bounds")
@@ -297,21 +262,12 @@ class _Asked:
     def check(self) -> None:
         """Statistics that are missing, or another model's, before any work."""
         from moebound.checkpoint import experts_name
-        from moebound.errors import MethodError, PlanError
+        from moebound.errors import MethodError
         from moebound.methods import get_method
-        from moebound.plan.planners import BY_COUNTS, BY_OUTPUTS
 
         found = self.statistics
-        if self.by_widths and found is None:
-            if self.scheme in BY_OUTPUTS:
-                raise PlanError(
-                    f"scheme {self.scheme!r} goes by what rounding does to outputs: give "
-                    "--calibration, what `moebound calibrate` wrote"
-                )
-            if self.scheme in BY_COUNTS and self.evidence.profile is None:
-                raise PlanError(
-                    f"scheme {self.scheme!r} needs routing counts: give --profile or --calibration"
-                )
+        if self.by_widths:
+            check_widths(str(self.scheme), self.family, self.evidence, found)
         if found is not None:
             found.check_model(experts_name(self.checkpoint), self.src)
         elif get_method(self.setting).statistics:
@@ -346,24 +302,10 @@ class _Asked:
             )  # fmt: skip
 
     def deciding(self, output: Output) -> Deciding:
-        """What widths cost: of the method, or of rtn where the plan is of bounds."""
-        from moebound.plan import Deciding, Family
-        from moebound.plan.losses import shares_from_profile
-        from moebound.plan.planners import BY_COUNTS
-        from moebound.store import measure_widths
-
-        with progress_bar(output, "measuring widths") as progress:
-            offers = measure_widths(
-                self.checkpoint, self.family or Family("rtn"), self.statistics,
-                counts=self.scheme in BY_COUNTS and self.statistics is not None,
-                ranks=self.scheme == "rfid", jobs=self.jobs, progress=progress,
-            )  # fmt: skip
-        shares = None
-        if self.evidence.profile is not None:
-            keys = [expert.key for expert in offers.experts]
-            shares = shares_from_profile(self.evidence.profile, keys)
-        made = None if self.statistics is None else self.statistics.of.to_json()
-        return Deciding(offers, self.widths, self.seed, shares, made)
+        return deciding(
+            output, self.checkpoint, str(self.scheme), self.family, self.evidence, self.statistics,
+            widths=self.widths, seed=self.seed, jobs=self.jobs,
+        )  # fmt: skip
 
     def of_widths(self, output: Output, trying: _Trying | None) -> Plan:
         """A plan of a grid method, measured where that was asked."""

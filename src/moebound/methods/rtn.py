@@ -53,7 +53,7 @@ class Grouped(Method):
     def __post_init__(self) -> None:
         """Raises MethodError for what no payload can say."""
         for name, value, least, most in (
-            ("bits", self.bits, self.least_bits, 8),
+            *(("bits", bits, self.least_bits, 8) for bits in self._bits()),
             ("group", self.group, 2, MAX_SIZE),
         ):
             if type(value) is not int or not least <= value <= most:
@@ -63,6 +63,10 @@ class Grouped(Method):
                 )
         if type(self.coded) is not bool:
             raise MethodError(f"method {self.id!r}: coded {self.coded!r}: expected True or False")
+
+    def _bits(self) -> tuple[int, ...]:
+        """Of all that it has integers for."""
+        return (self.bits,)
 
     @classmethod
     def most_weights(cls, n_bytes: int) -> int:
@@ -187,6 +191,9 @@ class Rtn(Grouped):
     def setting(self) -> str:
         widths = f"{self.bits}" if self.down is None else f"{self.bits}-{self.down}"
         return f"{self.id}:int{widths}:g{self.group}" + (":coded" if self.coded else "")
+
+    def _bits(self) -> tuple[int, ...]:
+        return (self.bits,) if self.down is None else (self.bits, self.down)
 
     def for_role(self, role: Role) -> Rtn:
         bits = self.bits if self.down is None or role != "down" else self.down

@@ -14,7 +14,7 @@ from moebound.plan.budget import Budget
 from moebound.plan.items import Floats, Items
 from moebound.plan.plan import Plan, PlannedExpert
 from moebound.plan.planners import Asked, choose
-from moebound.plan.widths import Offers
+from moebound.plan.widths import Family, Offers
 from moebound.types import ExpertKey
 
 
@@ -69,6 +69,7 @@ def make_width_plan(
     most = budget.n_bytes(n_weights=offers.n_weights, source_bytes=source_bytes)
     if most is None:
         raise PlanError(no_limit(scheme))
+    check_blocks(scheme, offers.family)
     narrowest = offers.columns([min(deciding.widths or offers.widths)])[0]
     budget.refuse(
         most,
@@ -81,11 +82,6 @@ def make_width_plan(
     for expert in offers.experts:
         widths = found[expert.key]
         first, down = next(iter(widths.values())), widths["down"]
-        if first != down and not offers.family.by_block:
-            raise PlanError(
-                f"scheme {scheme!r} gives each linear block a width, and method {offers.family} "
-                "has one for an expert: take rtn, or a codec"
-            )
         at = {role: offers.widths.index(width) for role, width in widths.items()}
         experts.append(
             PlannedExpert(
@@ -111,6 +107,15 @@ def make_width_plan(
             "bound_per": "matrix" if by_block else "expert",
         },
     )
+
+
+def check_blocks(scheme: str, family: Family) -> None:
+    """Raises PlanError for a scheme of linear blocks and a method that has one width an expert."""
+    if scheme == "mxmoe_re" and not family.by_block:
+        raise PlanError(
+            f"scheme {scheme!r} gives each linear block a width, and method {family} has one for "
+            "an expert: take rtn, or a codec"
+        )
 
 
 def no_limit(scheme: str) -> str:
