@@ -36,6 +36,7 @@ from moebound.errors import (
 )
 from moebound.evaluate.loading import load
 from moebound.files.formats.statistics import Statistics
+from moebound.plan import Plan
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import MODELS
 from untrained import untrained
@@ -131,6 +132,17 @@ def test_plans_are_taken_by_their_size(source: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(MethodError, match="found none"):
         run(source, get_task("wordmath"), methods=[f"plan:{tmp_path / 'empty'}"], limit=1)
+
+
+def test_plans_of_widths_are_rows(source: str, tmp_path: Path) -> None:
+    out = tmp_path / "control.json"
+    told = ["--bpw", "4", "--scheme", "mptqs_re", "--method", "rtn:g64", "-o", str(out)]
+    assert main(["plan", source, *told]) == 0
+    report = run(source, get_task("wordmath"), methods=[f"plan:{out}"], bits=[4.0], limit=1)
+    [row] = report.rows
+    assert row.made is not None, row
+    assert row.made.n_bytes == Plan.load(out).n_bytes
+    assert row.made.guarantee == "none"
 
 
 def test_a_broken_promise_is_a_row_and_an_exit_code(

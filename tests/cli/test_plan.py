@@ -242,6 +242,74 @@ def test_statistics_that_are_missing_or_wrong(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("scheme", ["pmq_re", "mxmoe_re", "edgemoe_re", "mptqs_re", "milo_re"])
+def test_plans_of_widths(
+    run: Run, mapped: tuple[Path, Path], calibrated: Path, tmp_path: Path, scheme: str
+) -> None:
+    """Of a grid method, whose store has the plan's bytes, and of bounds."""
+    folder, out, dst = mapped[0], tmp_path / "plan.json", tmp_path / "dst"
+    options = ["--scheme", scheme, "--calibration", calibrated, "--bpw", 4, "-o", out, "--json"]
+    ran = run("plan", folder, *options, "--method", "rtn:g64", "--no-measure")
+    assert ran.code == 0, ran.stderr
+    found = ran.document
+    assert found["scheme"] == scheme
+    assert 3.5 < found["predicted"]["bits_per_weight"] <= 4
+    assert found["made"]["calibration"]["text"] == "wordmath"
+    assert all(method.startswith("rtn:int") for method in Plan.load(out).methods)
+    ran = run("compress", folder, dst, "--plan", out, "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.document["expert_bytes_after"] == found["predicted"]["bytes"]
+    assert run("verify", dst, "--against", folder).code == 0
+    ran = run("plan", folder, *options, "--codec", "bound", "--no-measure")
+    assert ran.code == 0, ran.stderr
+    assert 3.9 < ran.document["predicted"]["bits_per_weight"] <= 4
+    assert (ran.document["method"], ran.document["made"]["widths_of"]) == (
+        "bounded:bound", "rtn:g128",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_plans_of_widths_are_measured(
+    run: Run, mapped: tuple[Path, Path], calibrated: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "plan.json"
+    for method in ("rtn", "bounded:bound", "calibrated"):
+        ran = run("plan", mapped[0], "--scheme", "pmq_re", "--calibration", calibrated, "--bpw", 4,
+                  "--method", method, "--problems", 3, "-o", out, "--json")  # fmt: skip
+        assert ran.code == 0, ran.stderr
+        assert ran.document["measured"]["kl"] > 0
+        assert ran.document["measured"]["n_problems"] == 3
+
+
+def test_what_plans_of_widths_need(
+    run: Run, mapped: tuple[Path, Path], calibrated: Path, measured: dict[str, Path], source: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder, out = mapped[0], tmp_path / "plan.json"
+    stats = ["--calibration", calibrated, "--no-measure"]
+    for src, options, message in (
+        (folder, ["--scheme", "pmq_re", "--method", "rtn"], "does to outputs: give --calibration"),
+        (folder, ["--scheme", "milo_re", "--method", "rtn"], "give --profile or --calibration"),
+        (folder, ["--scheme", "rfid", "--method", "rtn"], "give --profile or --calibration"),
+        (source, ["--scheme", "pmq_re", "--method", "rtn", *stats], "has other weights"),
+        (folder, ["--scheme", "layer", "--method", "rtn"], "knows no bound"),
+        (folder, ["--scheme", "mxmoe_re", "--method", "hqq", *stats], "each linear block a width"),
+        (folder, ["--scheme", "pmq_re", "--widths", "9", "--method", "rtn", *stats], "width 9"),
+        (folder, ["--scheme", "pmq_re", "--seed", "1", *stats], "--seed is for scheme mptqs_re"),
+        (folder, ["--widths", "2-3"], "--widths is for schemes of widths"),
+    ):
+        ran = run("plan", src, "--bpw", 4, *options, "-o", out)
+        assert ran.code == 2, options
+        assert message in ran.stderr, ran.stderr
+        assert "Traceback" not in ran.stderr
+    assert not out.exists()
+    # Counts alone are enough for RFID's score, and for the control nothing is needed.
+    for options in (["--scheme", "rfid", "--profile", measured["profile"]],
+                    ["--scheme", "mptqs_re", "--seed", 3, "--widths", "2,4"]):  # fmt: skip
+        ran = run("plan", source, "--bpw", 4, "--method", "rtn", *options, "-o", out, "--json")
+        assert ran.code == 0, ran.stderr
+
+
 @pytest.mark.slow
 def test_a_budget_that_rounding_cannot_meet(
     run: Run, mapped: tuple[Path, Path], calibrated: Path, tmp_path: Path

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moebound.checkpoint import Role
 from moebound.errors import BackendUnavailable, MethodError, MoeboundError
+from moebound.methods import get_method
+from moebound.methods.rtn import Rtn
 from moebound.sensitivity.noise import Changed, generators_for, parse_source
 from moebound.types import ExpertKey, TensorStats
 
@@ -24,7 +29,12 @@ def weights(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("rtn:int4:g64", 4 + 20 / 64), ("rtn:int3:g128", 3 + 19 / 128), ("rtn:int8:g32", 8 + 24 / 32)],
+    [
+        ("rtn:int4:g64", 4 + 20 / 64),
+        ("rtn:int3:g128", 3 + 19 / 128),
+        ("rtn:int8:g32", 8 + 24 / 32),
+        ("rtn:int1:g128", 1 + 16 / 128),
+    ],
 )
 def test_every_byte_is_counted(name: str, bits: float) -> None:
     matrix = weights(64, 128)
@@ -51,6 +61,38 @@ def test_no_weight_moves_by_more_than_a_step(seed: int, bits: int, group: int) -
         # Half a step of rounding, half of the zero point's; float16 rounds the step, by 2^-11 of
         # it or, of tiny ones, by 2^-25, and so many steps are multiplied by it.
         assert error <= 1.01 * step * (1 + 2.0**bits * 2**-11) + 2.0**bits * 2**-25
+
+
+@pytest.mark.parametrize("end", ["", ":coded"])
+def test_one_bit_is_the_sign_times_the_mean(end: str) -> None:
+    # The last group has two weights only.
+    matrix = torch.tensor([[-1.0, 2.0, -3.0, 0.0, 4.0, -8.0]])
+    found = apply(f"rtn:int1:g4{end}", matrix).matrices["gate"]
+    assert found.tolist() == [[-1.5, 1.5, -1.5, 1.5, 6.0, -6.0]]
+    assert torch.equal(
+        apply("rtn:int1:g4", torch.zeros(2, 64)).matrices["gate"], torch.zeros(2, 64)
+    )
+
+
+def test_a_width_for_each_linear_block() -> None:
+    roles: tuple[Role, ...] = ("gate", "up", "down")
+    matrices = {role: weights(8, 64, seed=at) for at, role in enumerate(roles)}
+    draws = generators_for(0, ExpertKey(1, 0))
+    found = parse_source("rtn:int2-5:g64").apply(matrices, None, TensorStats(), draws)
+    for role, matrix in matrices.items():
+        alone = apply(f"rtn:int{5 if role == 'down' else 2}:g64", matrix).matrices["gate"]
+        assert torch.equal(found.matrices[role], alone)
+    assert get_method("rtn:int2-5:g64:coded").setting == "rtn:int2-5:g64:coded"
+    assert get_method("rtn:int3-3:g64").setting == "rtn:int3:g64"
+    for setting in ("hqq:int1:g64", "hqq:int2-3:g64", "rtn:int0:g64", "rtn:int2-9:g64"):
+        with pytest.raises(MethodError, match=r"expected integers of int[12] to int8"):
+            get_method(setting)
+
+
+@pytest.mark.parametrize("down", [0, 9, "3"])
+def test_widths_of_down_that_are_none(down: Any) -> None:
+    with pytest.raises(MethodError, match="expected a whole number from 1 to 8"):
+        Rtn(2, 64, False, down)
 
 
 def test_what_no_scale_can_stand_for() -> None:
@@ -92,7 +134,7 @@ def test_without_hqq_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ["rtn:int9:g64", "rtn:int4", "hqq:int4:g64:coded:x", "rtn:int4:g"])
 def test_options_that_are_none(name: str) -> None:
-    with pytest.raises(MethodError, match=f"method '{name}': .* int2 to int8"):
+    with pytest.raises(MethodError, match=f"method '{name}': .* int[12] to int8"):
         parse_source(name)
 
 

@@ -126,6 +126,19 @@ class MethodSetting(click.ParamType):  # type: ignore[type-arg]  # generic since
             self.fail(str(error), param, ctx)
 
 
+class PlannedMethod(MethodSetting):
+    """A method's setting, or that of one with integers without their bits: "rtn:g128"."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from moebound.plan import Family
+
+        try:
+            Family.of(str(value))
+        except MoeboundError:
+            return super().convert(value, param, ctx)
+        return str(value)
+
+
 class CodecIds(CodecId):
     """Several of them, separated by commas."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,22 +14,40 @@ from typing import TYPE_CHECKING
 import click
 
 from moebound.cli import exits, wording
-from moebound.cli.options import BoundValue, CodecId, MethodSetting
+from moebound.cli.options import BoundValue, CodecId, IndexSet, PlannedMethod
 from moebound.cli.output import Output, output_options
 from moebound.cli.progress import progress_bar
 from moebound.cli.steps import step_bar
+from moebound.cli.widths import (
+    WIDTH_SCHEMES,
+    check_widths,
+    deciding,
+    family_of,
+    refuse_family,
+    without,
+)
 
 if TYPE_CHECKING:
     from moebound.checkpoint import Checkpoint
     from moebound.evaluate.loading import Loaded
-    from moebound.plan import Budget, Evidence, ExpertSizes, Measured, Plan, Scheme
+    from moebound.files.formats.statistics import Statistics
+    from moebound.plan import (
+        Budget,
+        Deciding,
+        Evidence,
+        ExpertSizes,
+        Family,
+        Measured,
+        Plan,
+        Scheme,
+    )  # fmt: skip
     from moebound.score import Tokens
     from moebound.sensitivity.trial import Trial
     from moebound.sensitivity.tries import Tries
     from moebound.tasks.base import Problem, Task
     from moebound.types import ExpertKey
 
-SCHEMES = ["search", "sensitivity", "layer", "frequency", "rfid", "uniform"]
+SCHEMES = ["search", "sensitivity", "layer", "frequency", "rfid", "uniform", *WIDTH_SCHEMES]
 N_SEARCHED = 96
 SEARCH_PROBLEMS = 128
 HELD_OUT = 500
@@ -72,9 +91,13 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
               help="A bound for each.  [default: matrix, where losses are known so]")  # fmt: skip
 @click.option("--codec", type=CodecId(), default=None,
               help="Whose sizes to plan with, and to compress with.  [default: bound]")  # fmt: skip
-@click.option("--method", type=MethodSetting(), default=None,
-              help="Instead of a codec: calibrated, or calibrated:k1.5.  [default: calibrated with "
-              "--calibration]")  # fmt: skip
+@click.option("--method", type=PlannedMethod(), default=None,
+              help="Instead of a codec: calibrated, or calibrated:k1.5; for schemes of widths "
+              "rtn or hqq, as in rtn:g128.  [default: calibrated with --calibration]")  # fmt: skip
+@click.option("--widths", type=IndexSet(), default=None,
+              help="Bits that a scheme of widths may choose.  [default: the scheme's]")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=None,
+              help="Of scheme mptqs_re, which draws.  [default: 0]")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), default=None,
               help="Experts to work on at a time.  [default: one a CPU]")  # fmt: skip
 @output_options
@@ -99,6 +122,8 @@ def plan(
     per: str | None,
     codec: str | None,
     method: str | None,
+    widths: set[int] | None,
+    seed: int | None,
     jobs: int | None,
 ) -> int:
     """Choose a bound for each expert of SRC so that the experts fit a budget.
@@ -114,6 +139,9 @@ def plan(
     the map; without one, layers' rates are searched for by measuring whole plans, as with --scheme
     search. Killed and started again, a search goes on from where it was. `compress --plan` needs
     the same --calibration.
+
+    The schemes whose names end in _re are other papers' planners. They choose widths for the
+    integers of --method rtn or hqq, or for bounds that cost as many bits, and go by --calibration.
     """
     asked = {"--bpw": bpw, "--ratio": ratio, "--max-kl": max_kl}
     given = [name for name, value in asked.items() if value is not None]
@@ -127,7 +155,8 @@ def plan(
         raise click.UsageError(f"--problems is for measuring with a map: found {other}")
     if codec is not None and method is not None:
         raise click.UsageError("--codec and --method exclude each other")
-    if codec is not None and calibration is not None:
+    by_widths = scheme in WIDTH_SCHEMES
+    if codec is not None and calibration is not None and not by_widths:
         raise click.UsageError("--codec rounds without --calibration: leave one of them out")
     # Read once, when torch is loaded; see `moebound sensitivity`.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -136,7 +165,18 @@ def plan(
     from moebound.plan import Budget
 
     evidence = _read(sensitivity, calibration, study, profile)
-    setting = _setting(codec, method, calibration is not None)
+    family = family_of(method, scheme)
+    if widths is not None and not by_widths and family is None:
+        raise click.UsageError("--widths is for schemes of widths")
+    if seed is not None and scheme != "mptqs_re":
+        raise click.UsageError("--seed is for scheme mptqs_re")
+    if family is not None:
+        setting = family.setting(4)
+    else:
+        setting = _setting(codec, method, calibration is not None, by_widths)
+    statistics = evidence.calibration
+    if by_widths or family is not None:
+        evidence = without(evidence, setting)
     asks = n_searched is not None or search_problems is not None
     by_search = calibration is not None and (asks or sensitivity is None)
     searches = not no_measure and (scheme == "search" or (scheme is None and by_search))
@@ -152,10 +192,14 @@ def plan(
         scheme,
         None if per is None else per == "matrix",
         jobs,
+        statistics,
+        family,
+        None if widths is None else tuple(sorted(widths)),
+        seed or 0,
     )
     asked_for.check()
     trying = None
-    if not no_measure and (evidence.sensitivity or evidence.calibration or task):
+    if not no_measure and (evidence.sensitivity or statistics or task):
         protected = tokens or (evidence.map.tokens if evidence.map is not None else "all")
         searches = searches or (max_kl is not None and not asked_for.knows_losses)
         trying = _Trying(
@@ -177,7 +221,7 @@ def plan(
     return exits.OK
 
 
-def _setting(codec: str | None, method: str | None, calibrated: bool) -> str:
+def _setting(codec: str | None, method: str | None, calibrated: bool, by_widths: bool) -> str:
     """Raises MethodError for a method that plans cannot be made of, PlanError for statistics that
     it does not look at."""
     from moebound.errors import MethodError, PlanError
@@ -185,10 +229,12 @@ def _setting(codec: str | None, method: str | None, calibrated: bool) -> str:
 
     if codec is not None or (method is None and not calibrated):
         return f"bounded:{codec or 'bound'}"
+    if method is not None:
+        refuse_family(method)
     made = get_method(method or "calibrated")
     if not made.takes_bound:
         raise MethodError(f"method {made.setting!r} knows no bound, and plans choose bounds")
-    if calibrated and not made.statistics:
+    if calibrated and not made.statistics and not by_widths:
         raise PlanError(f"method {made.setting!r} looks at no statistics: leave out --calibration")
     return made.setting
 
@@ -205,6 +251,14 @@ class _Asked:
     scheme: Scheme | None
     per_role: bool | None
     jobs: int | None
+    statistics: Statistics | None = None
+    family: Family | None = None
+    widths: tuple[int, ...] | None = None
+    seed: int = 0
+
+    @property
+    def by_widths(self) -> bool:
+        return self.family is not None or self.scheme in WIDTH_SCHEMES
 
     def check(self) -> None:
         """Statistics that are missing, or another model's, before any work."""
@@ -212,7 +266,9 @@ class _Asked:
         from moebound.errors import MethodError
         from moebound.methods import get_method
 
-        found = self.evidence.calibration
+        found = self.statistics
+        if self.by_widths:
+            check_widths(str(self.scheme), self.family, self.evidence, found)
         if found is not None:
             found.check_model(experts_name(self.checkpoint), self.src)
         elif get_method(self.setting).statistics:
@@ -246,6 +302,25 @@ class _Asked:
                 jobs=self.jobs, progress=progress,
             )  # fmt: skip
 
+    def deciding(self, output: Output) -> Deciding:
+        return deciding(
+            output, self.checkpoint, str(self.scheme), self.family, self.evidence, self.statistics,
+            widths=self.widths, seed=self.seed, jobs=self.jobs,
+        )  # fmt: skip
+
+    def of_widths(self, output: Output, trying: _Trying | None) -> Plan:
+        """A plan of a grid method, measured where that was asked."""
+        from dataclasses import replace
+
+        from moebound.plan import make_width_plan
+
+        profile = self.evidence.profile
+        made = make_width_plan(
+            self.deciding(output), str(self.scheme), self.budget, source=self.checkpoint.name,
+            made={} if profile is None else {"profile": profile.describe()},
+        )  # fmt: skip
+        return made if trying is None else replace(made, measured=trying.measure(made))
+
     def make(self, output: Output, trying: _Trying | None, searches: bool, n_searched: int) -> Plan:
         from moebound.plan import Search, make_plan
         from moebound.store import Encoded
@@ -253,6 +328,9 @@ class _Asked:
         calibration = self.evidence.calibration
         if trying is not None:
             trying.check()
+        if self.family is not None:
+            return self.of_widths(output, trying)
+        deciding = self.deciding(output) if self.by_widths else None
         sizes = self.sizes(output)
         encoded: Callable[[Plan], dict[ExpertKey, int]] | None = None
         if calibration is not None:
@@ -275,6 +353,7 @@ class _Asked:
                 measure=None if trying is None else trying.measure,
                 encoded=encoded,
                 search=search,
+                deciding=deciding,
             )
 
 
@@ -308,7 +387,7 @@ class _Trying:
 
         with _hinted():
             check_memory(self.asked.checkpoint)
-            if self.asked.evidence.calibration is None:
+            if self.asked.statistics is None:
                 _ = self._text  # with statistics it takes the tokenizer
 
     @cached_property
@@ -325,13 +404,14 @@ class _Trying:
         from moebound.tasks import get_task
 
         evidence, n = self.asked.evidence, self._n_search + self._n_measured
+        statistics = self.asked.statistics
         n = n if self.searches else self._n_measured
-        if evidence.calibration is not None:
+        if statistics is not None:
             mapped = None if evidence.map is None else evidence.map.task
-            task = get_task(self._task or mapped or evidence.calibration.of.text)
+            task = get_task(self._task or mapped or statistics.of.text)
             read = self._mapped(task)
             most = n + len(read)
-            found = unread_by(self._loaded, evidence.calibration, task, most, skip=HELD_OUT)
+            found = unread_by(self._loaded, statistics, task, most, skip=HELD_OUT)
             return task, [problem for problem in found if problem.id not in read][:n]
         if evidence.sensitivity is not None and self._task is None:
             return unread(evidence.sensitivity, n)
@@ -438,10 +518,10 @@ def _read(
 
 
 def _lines(made: Plan) -> list[tuple[str, str]]:
-    values = sorted(bound.value for bound in made.bounds)
     asked = ", ".join(f"{name} {value:g}" for name, value in made.budget.items())
+    what = "bound" if made.bounds else "width"
     return [
-        ("scheme", f"{made.scheme}, a bound for each {made.made['bound_per']}"),
+        ("scheme", f"{made.scheme}, a {what} for each {made.made['bound_per']}"),
         ("asked", asked),
         ("experts", f"{len(made.experts)}, {made.n_weights} weights"),
         ("predicted size", f"{wording.n_bytes(made.n_bytes)}, "
@@ -450,8 +530,18 @@ def _lines(made: Plan) -> list[tuple[str, str]]:
         ("predicted KL", "not known: no losses were given" if made.kl is None
          else f"{made.kl:.3g} nats a token"),
         *_measured(made),
-        ("rates", f"{values[0]:.3g} to {values[-1]:.3g}, median {values[len(values) // 2]:.3g}"),
+        _given(made),
     ]  # fmt: skip
+
+
+def _given(made: Plan) -> tuple[str, str]:
+    """What experts get."""
+    values = sorted(bound.value for bound in made.bounds)
+    if values:
+        middle = values[len(values) // 2]
+        return "rates", f"{values[0]:.3g} to {values[-1]:.3g}, median {middle:.3g}"
+    count = Counter(made.method_of(key) for key in made.keys)
+    return "methods", ", ".join(f"{n} x {setting}" for setting, n in sorted(count.items()))
 
 
 def _measured(made: Plan) -> list[tuple[str, str]]:

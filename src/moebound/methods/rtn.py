@@ -5,6 +5,10 @@ extremes (asymmetric, as in AutoAWQ and GPTQ's baseline): 4 + 20/64 bits a weigh
 matrix. `rtn:int4:g64:coded` has the same weights; its integers are entropy-coded, as an array of
 codec `bound`. No bound is known: what it leaves is measured, not promised.
 
+`rtn:int1:g128` is the sign times the group's mean |weight|, 1 + 16/128 bits, as MC-MoE's PMQ has it
+at 1 bit (2410.06270); on its own it is what CMoE's binary experts are without training.
+`rtn:int2-3:g128` gives gate and up 2 bits and down 3: a plan's width for each linear block.
+
 A group runs over the end of a row where rows are shorter. A matrix that groups do not divide ends
 with a shorter one.
 """
@@ -14,11 +18,12 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from moebound.checkpoint import Role
 from moebound.codec.bound import BoundCodec
 from moebound.codec.envelope import MAX_SIZE
 from moebound.codec.fields import FieldReader, put_varint
@@ -27,7 +32,7 @@ from moebound.methods.base import Encoding, GroupView, MatrixSpec, Method, Paylo
 from moebound.methods.packing import Codes, code, pack, packed_bytes, uncode, unpack
 from moebound.types import Array
 
-_OPTIONS = re.compile(r"int([2-8]):g([0-9]{1,13})(:coded)?")
+_OPTIONS = re.compile(r"int([1-8])(?:-([1-8]))?:g([0-9]{1,13})(:coded)?")
 _HALF = 0.25
 """The bound that coded integers have had since version 1."""
 
@@ -40,6 +45,7 @@ class Grouped(Method):
     entropy-coded.
     """
 
+    least_bits: ClassVar[int] = 2
     bits: int = 4
     group: int = 64
     coded: bool = False
@@ -47,7 +53,7 @@ class Grouped(Method):
     def __post_init__(self) -> None:
         """Raises MethodError for what no payload can say."""
         for name, value, least, most in (
-            ("bits", self.bits, 2, 8),
+            *(("bits", bits, self.least_bits, 8) for bits in self._bits()),
             ("group", self.group, 2, MAX_SIZE),
         ):
             if type(value) is not int or not least <= value <= most:
@@ -58,6 +64,10 @@ class Grouped(Method):
         if type(self.coded) is not bool:
             raise MethodError(f"method {self.id!r}: coded {self.coded!r}: expected True or False")
 
+    def _bits(self) -> tuple[int, ...]:
+        """Of all that it has integers for."""
+        return (self.bits,)
+
     @classmethod
     def most_weights(cls, n_bytes: int) -> int:
         """As many as an envelope of codec `bound`; integers without one take 2 bits each."""
@@ -66,13 +76,26 @@ class Grouped(Method):
     @classmethod
     def from_options(cls, options: str) -> Self:
         found = _OPTIONS.fullmatch(options)
-        if not found or not 2 <= int(found[2]) <= MAX_SIZE:
-            raise MethodError(
-                f"method '{cls.id}:{options}': expected integers of int2 to int8 and groups of 2 "
-                f"weights or more, as in {cls.id}:int4:g64; then :coded, if the integers are to be "
-                "entropy-coded"
-            )
-        return cls(int(found[1]), int(found[2]), bool(found[3]))
+        widths = [int(width) for width in found.group(1, 2) if width] if found else []
+        too_narrow = min(widths, default=0) < cls.least_bits
+        if not found or too_narrow or not 2 <= int(found[3]) <= MAX_SIZE:
+            raise cls._unknown(options)
+        return cls._of(widths, int(found[3]), bool(found[4]))
+
+    @classmethod
+    def _of(cls, widths: Sequence[int], group: int, coded: bool) -> Self:
+        """widths: one, or of gate and up, and of down."""
+        if len(widths) > 1:
+            raise cls._unknown(f"int{widths[0]}-{widths[1]}:g{group}")
+        return cls(widths[0], group, coded)
+
+    @classmethod
+    def _unknown(cls, options: str) -> MethodError:
+        return MethodError(
+            f"method '{cls.id}:{options}': expected integers of int{cls.least_bits} to int8 and "
+            f"groups of 2 weights or more, as in {cls.id}:int4:g64; then :coded, if the integers "
+            "are to be entropy-coded"
+        )
 
     @property
     def setting(self) -> str:
@@ -82,12 +105,16 @@ class Grouped(Method):
         return Encoding(
             {
                 expert.key: {
-                    role: Payload(self.quantized(matrix.astype(np.float32)))
+                    role: Payload(self.for_role(role).quantized(matrix.astype(np.float32)))
                     for role, matrix in expert.matrices.items()
                 }
                 for expert in group.experts
             }
         )
+
+    def for_role(self, role: Role) -> Grouped:
+        """What rounds the matrices of a role."""
+        return self
 
     @abstractmethod
     def quantized(self, matrix: Array) -> bytes:
@@ -120,7 +147,7 @@ class Head:
     def read(cls, read: FieldReader, spec: MatrixSpec) -> Head:
         bits, flags = read.take(2)
         group = read.varint()
-        if not 2 <= bits <= 8 or flags > 1 or group < 2:
+        if not 1 <= bits <= 8 or flags > 1 or group < 2:
             raise CorruptionError(f"integers of {bits} bits, flags {flags}, groups of {group}")
         group = min(group, max(1, spec.size))
         return cls(bits, bool(flags), group, -(-spec.size // group))
@@ -146,15 +173,38 @@ class Head:
         return codes.reshape(self.n_groups, self.group)
 
 
+@dataclass(frozen=True)
 class Rtn(Grouped):
-    """A payload: head, scales (float16 each), zero points, integers."""
+    """A payload: head, scales (float16 each), zero points, integers. Of 1 bit there are no zero
+    points, and an integer q is (2q - 1) times the scale. down: bits of down; None for `bits`."""
 
     id: ClassVar[str] = "rtn"
+    least_bits: ClassVar[int] = 1
+    down: int | None = None
+
+    @classmethod
+    def _of(cls, widths: Sequence[int], group: int, coded: bool) -> Self:
+        one = len(set(widths)) == 1
+        return cls(widths[0], group, coded, None if one else widths[1])
+
+    @property
+    def setting(self) -> str:
+        widths = f"{self.bits}" if self.down is None else f"{self.bits}-{self.down}"
+        return f"{self.id}:int{widths}:g{self.group}" + (":coded" if self.coded else "")
+
+    def _bits(self) -> tuple[int, ...]:
+        return (self.bits,) if self.down is None else (self.bits, self.down)
+
+    def for_role(self, role: Role) -> Rtn:
+        bits = self.bits if self.down is None or role != "down" else self.down
+        return replace(self, bits=bits, down=None)
 
     def quantized(self, matrix: Array) -> bytes:
         flat, group = matrix.reshape(-1), min(self.group, max(1, matrix.size))
         # Padding repeats the last weight: the last group's extremes stay its own.
         groups = np.pad(flat, (0, -len(flat) % group), mode="edge").reshape(-1, group)
+        if self.bits == 1:
+            return self._signs(flat, groups, matrix.shape)
         # Zero is in every group's range, so a zero point of so many bits can name it.
         low = np.minimum(groups.min(axis=1, keepdims=True), 0)
         high = np.maximum(groups.max(axis=1, keepdims=True), 0)
@@ -171,6 +221,17 @@ class Rtn(Grouped):
         parts = scale.astype("<f2").tobytes(), pack(zero.astype(np.uint8), self.bits)
         return bytes(self.head()) + b"".join(parts) + self.write_codes(own)
 
+    def _signs(self, flat: Array, groups: Array, shape: tuple[int, ...]) -> bytes:
+        size = np.abs(groups)
+        if behind := groups.size - len(flat):
+            size[-1, len(size[-1]) - behind :] = np.nan  # what fills up the last group is no weight
+        with np.errstate(over="ignore"):
+            scale = np.nanmean(size, axis=1, dtype=np.float64).astype(np.float16)
+        if not np.isfinite(scale).all() or not np.isfinite(flat).all():
+            raise MethodError("a scale is beyond float16, or a weight is not finite")
+        codes = (flat >= 0).astype(np.uint8).reshape(shape)
+        return bytes(self.head()) + scale.astype("<f2").tobytes() + self.write_codes(codes)
+
     @classmethod
     def decode(cls, payload: memoryview, spec: MatrixSpec, shared: Sequence[Any]) -> Array:
         read = FieldReader(payload, 0)
@@ -178,6 +239,8 @@ class Rtn(Grouped):
         scale = np.frombuffer(read.take(2 * head.n_groups), "<f2").astype(np.float32)
         if not np.isfinite(scale).all():
             raise CorruptionError("a scale that is not finite")
+        if head.bits == 1:
+            return head.weights(read, spec, np.full_like(scale, 0.5), 2 * scale)
         zeros = read.take(packed_bytes(head.n_groups, head.bits))
         zero = unpack(zeros, head.n_groups, head.bits).astype(np.float32)
         return head.weights(read, spec, zero, np.where(scale > 0, scale, np.float32(1)))
@@ -187,6 +250,8 @@ def take_groups(payload: memoryview, spec: MatrixSpec) -> Array:
     """Integers of groups with a float16 scale and zero point each: (q - z) · s, float32."""
     read = FieldReader(payload, 0)
     head = Head.read(read, spec)
+    if head.bits < 2:
+        raise CorruptionError(f"integers of {head.bits} bits")
     scale, zero = (
         np.frombuffer(read.take(2 * head.n_groups), "<f2").astype(np.float32) for _ in range(2)
     )

@@ -16,11 +16,14 @@ from moebound.files.formats.sensitivity_map import SensitivityMap
 from moebound.files.formats.statistics import Statistics
 from moebound.files.formats.study import Row
 from moebound.plan import schemes
+from moebound.plan.budget import Budget
 from moebound.plan.fit import Fit
 from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.plan.joint import Joint
 from moebound.plan.losses import from_errors, from_sensitivity, from_study, shares_from_profile
+from moebound.plan.make_widths import Deciding, no_limit
 from moebound.plan.plan import CODEC_METHOD, Plan, planned_experts
+from moebound.plan.planners import WIDTH_SCHEMES
 from moebound.plan.schemes import Scheme
 from moebound.plan.search import SQUARE, Found, Say, Tries
 from moebound.plan.search import search as search_for
@@ -68,31 +71,6 @@ class Search:
     say: Say = lambda *_: None
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Exactly one of: bpw (bits per weight, experts only), ratio (times smaller than the source's
-    experts), max_kl (nats a token; measured where plans are measured, else predicted). Raises
-    PlanError otherwise."""
-
-    bpw: float | None = None
-    ratio: float | None = None
-    max_kl: float | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.asked) != 1:
-            raise PlanError(f"expected one of bpw, ratio and max_kl, found {list(self.asked)}")
-
-    @property
-    def asked(self) -> dict[str, float]:
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    def n_bytes(self, *, n_weights: int, source_bytes: int) -> int | None:
-        """The most bytes; None for max_kl."""
-        if self.bpw is not None:
-            return int(self.bpw * n_weights / 8)
-        return None if self.ratio is None else int(source_bytes / self.ratio)
-
-
 def make_plan(
     experts: Sequence[ExpertSizes],
     evidence: Evidence,
@@ -106,6 +84,7 @@ def make_plan(
     measure: Measure | None = None,
     encoded: Callable[[Plan], Mapping[ExpertKey, int]] | None = None,
     search: Search | None = None,
+    deciding: Deciding | None = None,
 ) -> Plan:
     """A bound for each expert, or each of its matrices.
 
@@ -114,7 +93,8 @@ def make_plan(
     most of the evidence. per_role: a bound for each matrix; None for yes where losses are known so.
     measure: says what a plan loses, see `sensitivity/trial.py`; None to go by predictions.
     encoded: says what a plan's experts really take; None to believe `experts`. search: how, for the
-    scheme of that name, and for `max_kl` where no losses are known.
+    scheme of that name, and for `max_kl` where no losses are known. deciding: what widths cost, for
+    the schemes of `planners.py`: an expert's rate is λ · 2^-width.
 
     Guarantee: predicted bytes are within the budget, and with `encoded` they are the store's to the
     byte; measured KL is, where there is a `measure`, and the plan has it. Raises PlanError if the
@@ -130,6 +110,17 @@ def make_plan(
             f"scheme {chosen!r} goes by losses, and there are none of method {setting!r}: give "
             "--sensitivity, or take scheme 'search', which measures them"
         )
+    if chosen in WIDTH_SCHEMES:
+        if budget.max_kl is not None:
+            raise PlanError(no_limit(chosen))
+        if deciding is None:
+            raise PlanError(
+                f"scheme {chosen!r} needs to know what widths cost, and nobody measured"
+            )
+        if chosen == "mxmoe_re" and per_role is False:
+            raise PlanError(f"scheme {chosen!r} gives each linear block a bound: not one an expert")
+        per_role = per_role or chosen == "mxmoe_re"
+        evidence = replace(evidence, sensitivity=None, study=None)
     by_losses = chosen in ("sensitivity", "search") and (bounded or by_errors)
     roles = evidence.has_roles and by_losses if per_role is None else per_role
     share = None
@@ -188,6 +179,12 @@ def make_plan(
         _check(asked, items, most, joint, source_bytes)
         if most is None:
             return plan_of(_rates(chosen, items, experts, share, None, loss))
+        if deciding is not None and chosen in WIDTH_SCHEMES:
+            shape = deciding.shape(chosen, items, most)
+            made.update(deciding.describe(chosen) | {"widths_of": str(deciding.offers.family)})
+            return fit(most)(
+                lambda n: plan_of(schemes.scaled(items, shape, budget_bytes=n, max_kl=None))
+            )
         return fit(most)(lambda n: plan_of(_rates(chosen, items, experts, share, n, None)))
 
     def really(plan: Plan) -> Plan:
@@ -321,16 +318,4 @@ def _check(budget: Budget, items: Items, most: int | None, joint: Joint, source_
         return
     # At the widest rate; a narrower one may happen to be a few bytes less, which few schemes find.
     smallest = int(items.sizes[:, -1].sum())
-    if smallest <= most:
-        return
-    if budget.bpw is not None:
-        # Rounded up, so that asking for what is said here works.
-        bits = -(-8000 * smallest // int(items.n_weights.sum())) / 1000
-        asked, possible = f"--bpw {budget.bpw:g}", f"{bits:.3f} bits per weight"
-    else:
-        ratio = int(1000 * source_bytes / smallest) / 1000
-        asked, possible = f"--ratio {budget.ratio:g}", f"{ratio:.3f} times smaller"
-    raise PlanError(
-        f"{asked} cannot be met: that is {most} bytes, and the smallest is {smallest} bytes, "
-        f"{possible}"
-    )
+    budget.refuse(most, smallest, n_weights=int(items.n_weights.sum()), source_bytes=source_bytes)

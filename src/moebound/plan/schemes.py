@@ -6,6 +6,7 @@
     rfid         an expert's bits by frequency and effective rank fused, as RFID-MoE divides ranks
     sensitivity  each expert's rate by its own measured curve: the optimum under those curves
     search       layers' rates by what whole plans lose when they are measured (`search.py`)
+    pmq_re, mxmoe_re, edgemoe_re, mptqs_re, milo_re     by widths (`planners.py`)
 
 The rules behind layer and frequency: a loss of c·α² at n·(const - log2 α) bits is least, for a
 given total, where every weight loses the same, α ∝ sqrt(n/c).
@@ -24,7 +25,10 @@ from moebound.plan.allocate import within_bytes, within_loss
 from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.types import ExpertKey
 
-Scheme = Literal["uniform", "layer", "frequency", "rfid", "sensitivity", "search"]
+Scheme = Literal[
+    "uniform", "layer", "frequency", "rfid", "sensitivity", "search",
+    "pmq_re", "mxmoe_re", "edgemoe_re", "mptqs_re", "milo_re",
+]  # fmt: skip
 
 RFID_FUSION = 0.8
 """ξ of RFID-MoE (2602.09316): the weight of effective rank; 1 - ξ is frequency's."""

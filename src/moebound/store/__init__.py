@@ -35,6 +35,7 @@ from moebound.store.summary import (
 )
 from moebound.store.verify import verify
 from moebound.store.weights import decoded_weights
+from moebound.store.widths import measure_widths
 from moebound.store.writer import compress
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "decompress",
     "measure_calibrated",
     "measure_sizes",
+    "measure_widths",
     "open_store",
     "other_tensors",
     "plan_of",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ from moebound.plan.items import Floats, Ints
 from moebound.store.recipe import Recipe
 from moebound.store.summary import Meter, ProgressCallback
 from moebound.types import Array, ErrorBound, TensorStats
+
+Found = TypeVar("Found")
 
 NARROWEST, WIDEST = -5, 9
 """Octaves: rates of 1/32 to 512 are tried of methods that give each input channel a bound of its
@@ -63,7 +66,7 @@ def measure_sizes(
             effective_rank=effective_rank(list(arrays.values())) if ranks else None,
         )
 
-    return _each(checkpoint, measure, jobs, progress)
+    return each_expert(checkpoint, measure, jobs, progress)
 
 
 def measure_calibrated(
@@ -119,7 +122,7 @@ def measure_calibrated(
             errors=errors,
         )
 
-    return _each(checkpoint, measure, jobs, progress)
+    return each_expert(checkpoint, measure, jobs, progress)
 
 
 @dataclass(frozen=True)
@@ -191,20 +194,20 @@ def _some_rows(array: Array, transposed: bool) -> Array:
     )
 
 
-def _each(
+def each_expert(
     checkpoint: Checkpoint,
-    measure: Callable[[Expert], ExpertSizes],
+    measure: Callable[[Expert], Found],
     jobs: int | None,
     progress: ProgressCallback | None,
-) -> list[ExpertSizes]:
-    """Of every routed expert, in the order of the checkpoint."""
+) -> list[Found]:
+    """What is measured of every routed expert, in the order of the checkpoint."""
     experts = checkpoint.experts()
     meter = Meter(
         progress,
         total_bytes=sum(expert.n_bytes for expert in experts),
         total_experts=len(experts),
     )
-    found = list[ExpertSizes]()
+    found = list[Found]()
     jobs = thread_count() if jobs is None else jobs
     with closing(in_order(measure, experts, jobs=jobs)) as measured:
         for expert, sizes in zip(experts, measured, strict=True):
