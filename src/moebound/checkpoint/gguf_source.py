@@ -200,7 +200,7 @@ def _infos(
     shape = tuple(int(side) for side in reversed(tensor.shape))
     kind = tensor.tensor_type
     where = f"{file}: tensor {tensor.name!r}"
-    if kind not in (*gguf.quants._type_traits, *_PLAIN(gguf)):
+    if kind not in (*gguf.quants._type_traits, *_plain_types(gguf)):
         raise FormatError(f"{where} is {kind.name}, which gguf does not dequantize")
     raw = tuple(int(side) for side in gguf.quant_shape_to_byte_shape(shape, kind))
     if not is_text(tensor.name) or math.prod(raw) != int(tensor.n_bytes):
@@ -351,6 +351,11 @@ def _config(file: Path, reader: Any, name: str, arch: _Arch) -> dict[str, Any]:
             if value is not None and name != "llama":
                 found[key] = int(value)
         found.pop("model_type", None)
+        # Of float32: 1e-6 is 9.999999974752427e-07 there.
+        found = {
+            key: float(str(np.float32(value))) if isinstance(value, float) else value
+            for key, value in found.items()
+        }
         head_dim = _value(reader, file, f"{name}.attention.key_length")
         if head_dim is not None:
             found["head_dim"] = int(head_dim)
