@@ -242,7 +242,7 @@ def _infos(
         yield _info(name, shape, part, compute)
 
 
-def _PLAIN(gguf: Any) -> tuple[Any, ...]:
+def _plain_types(gguf: Any) -> tuple[Any, ...]:
     return gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16
 
 
