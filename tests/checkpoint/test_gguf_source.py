@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gguf_models
+import moebound
 from moebound.checkpoint import open_checkpoint, read_tensor
 from moebound.codec.arrays import to_torch
 from moebound.errors import (
@@ -15,6 +16,7 @@ from moebound.errors import (
     CheckpointError,
     CorruptionError,
     FormatError,
+    StoreError,
     UnsupportedArchitectureError,
 )
 from quantized_models import plain_model
@@ -86,6 +88,8 @@ def test_store_of_a_gguf_file_is_verified(plain: Path, tmp_path: Path) -> None:
     gguf_models.write(plain, tmp_path / "m.gguf", "Q8_0")
     file, store = str(tmp_path / "m.gguf"), str(tmp_path / "store")
     assert main(["compress", file, store, "--rate", "0.1"]) == 0
+    with pytest.raises(StoreError, match=r"GGUF, m\.gguf.*moebound compress"):
+        moebound.load(file)
     assert main(["verify", store, "--against", file]) == 0
     card = (tmp_path / "store" / "README.md").read_text()
     for said in ("GGUF, m.gguf", "Q8_0 of", "SHA-256"):
@@ -123,6 +127,10 @@ def test_a_folder_with_one_and_a_part_of_a_set(plain: Path, tmp_path: Path) -> N
     folder.mkdir()
     gguf_models.write(plain, folder / "m.gguf", "Q8_0")
     assert open_checkpoint(folder).experts()
+    (folder / "n.gguf").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="2 GGUF models"):
+        open_checkpoint(folder)
+    (folder / "n.gguf").unlink()
     (folder / "m.gguf").rename(folder / "m-00001-of-00002.gguf")
     with pytest.raises(CheckpointError, match=r"m-00002-of-00002\.gguf .* is missing"):
         open_checkpoint(folder)

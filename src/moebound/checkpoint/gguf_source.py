@@ -1,5 +1,5 @@
-"""GGUF files, of llama.cpp, as sources: tensors under the names of Hugging Face, dequantized as they
-are read, and a folder with the config and tokenizer that the file's metadata make.
+"""GGUF files, of llama.cpp, as sources: tensors under the names of Hugging Face, dequantized as
+they are read, and a folder with the config and tokenizer that the file's metadata make.
 
 Values are those of `gguf`'s own dequantizers, rounded once to bfloat16. The experts of a layer are
 one tensor there, [experts, out, in]; here each is a tensor of its own, whose bytes alone are read.
@@ -220,8 +220,8 @@ def _infos(
             name = f"model.layers.{match['layer']}.{arch.block}.experts.{index}.{leaf}.weight"
             yield _info(name, shape[1:], its, partial(_rows, its, kind, gguf))
         return
-    name = _name(tensor.name, match, arch)
-    if name is None:
+    named = _name(tensor.name, match, arch)
+    if named is None:
         if tensor.name.startswith("rope_freqs"):  # computed from the config
             return
         raise UnsupportedArchitectureError(
@@ -237,9 +237,9 @@ def _infos(
     if heads:
         compute = partial(_unpermuted, part, kind, gguf, heads)
     if match and match["part"] == "ffn_gate_inp_shexp":
-        yield _info(name, (1, *shape), part, partial(_as_row, part, kind, gguf))
+        yield _info(named, (1, *shape), part, partial(_as_row, part, kind, gguf))
     else:
-        yield _info(name, shape, part, compute)
+        yield _info(named, shape, part, compute)
 
 
 def _plain_types(gguf: Any) -> tuple[Any, ...]:
@@ -338,7 +338,8 @@ def _config(file: Path, reader: Any, name: str, arch: _Arch) -> dict[str, Any]:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     try:
-        found = dict(load_gguf_checkpoint(str(file))["config"])
+        loaded: Any = load_gguf_checkpoint(str(file))  # type: ignore[no-untyped-call]
+        found = dict(loaded["config"])
         top = {"experts": "expert_count", "top_k": "expert_used_count"}
         counts = {key: _value(reader, file, f"{name}.{part}") for key, part in top.items()}
         found["num_local_experts" if name == "llama" else "num_experts"] = int(counts["experts"])
