@@ -17,7 +17,7 @@ PACKAGES = {
     "pysz": ("pysz", "peers"),
     "zfpy": ("zfpy", "peers"),
     "hqq": ("hqq", "peers"),
-    "gguf": ("gguf", "peers"),
+    "gguf": ("gguf", "gguf"),
     "llama_cpp": ("llama-cpp-python", "peers"),
     "llguidance": ("llguidance", "serve"),
     "prometheus_client": ("prometheus-client", "serve"),

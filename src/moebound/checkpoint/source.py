@@ -12,6 +12,7 @@ from typing import Any
 
 from moebound.checkpoint.experts import Expert, ExpertMatrix, find_experts, read_matrix
 from moebound.checkpoint.families import Family, find_family, text_config
+from moebound.checkpoint.gguf_source import gguf_file, open_gguf
 from moebound.checkpoint.inventory import TEMPLATES_FOLDER, Inventory, take_inventory
 from moebound.checkpoint.leftovers import why_missing
 from moebound.checkpoint.quantized import KNOWN, dequantized
@@ -163,10 +164,11 @@ def open_checkpoint(
     """Open a model's checkpoint. Reads headers only.
 
     src: a local folder, a hub id ("org/name", downloaded to the hub's cache; the other arguments
-    are huggingface_hub's), a built-in model ("builtin:wordmath"), or one .safetensors file (tensors
-    without experts). A checkpoint that is open is given back.
+    are huggingface_hub's), a built-in model ("builtin:wordmath"), a .gguf file (of a split set the
+    first) or a folder with one, or one .safetensors file (tensors without experts). A checkpoint
+    that is open is given back.
 
-    A quantized one (FP8, MXFP4, compressed-tensors, GPTQ, AWQ) is dequantized as it is read.
+    A quantized one (FP8, MXFP4, compressed-tensors, GPTQ, AWQ, GGUF) is dequantized as it is read.
 
     Raises CheckpointError if it cannot be found, fetched or read, is inconsistent, or quantized in
     another way; UnsupportedArchitectureError if it is dense or its architecture is not known;
@@ -176,9 +178,13 @@ def open_checkpoint(
         return src
     path = Path(src).expanduser()
     name = as_text(path.resolve().name if path.exists() else os.fspath(src))
+    if (file := gguf_file(path)) is not None:
+        return _open_gguf(file, name)
     if path.exists() and not path.is_dir():
         if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path}: expected a folder or a .safetensors file")
+            raise CheckpointError(
+                f"{path}: expected a folder or a .safetensors file, or a .gguf file"
+            )
         return Checkpoint(path, {}, None, read_header(path)[0], name)
     path = local_folder(
         src,
@@ -206,6 +212,15 @@ def open_checkpoint(
     return checkpoint
 
 
+def _open_gguf(file: Path, name: str) -> Checkpoint:
+    found = open_gguf(file)
+    family = find_family(found.config)
+    checkpoint = Checkpoint(found.folder, found.config, family, found.tensors, name, found.words)
+    if not checkpoint.experts():
+        raise UnsupportedArchitectureError(f"{file}: dense: none of its tensors is an expert's")
+    return checkpoint
+
+
 def local_folder(
     src: str | os.PathLike[str],
     *,
@@ -221,6 +236,8 @@ def local_folder(
     """
     src = resolve(os.fspath(src))
     path = Path(src).expanduser()
+    if (file := gguf_file(path)) is not None:
+        return open_gguf(file).folder
     if path.is_dir():
         return path
     return _download(src, revision, token, cache_dir, local_files_only)

@@ -265,8 +265,11 @@ def engine_of(loaded: Loaded) -> str:
 def bytes_of(src: str) -> int:
     """Of all files of a model: the folder's, hidden ones not, or the one file's."""
     from moebound.checkpoint import local_folder
+    from moebound.checkpoint.gguf_source import gguf_file, split_set
 
     path = Path(src)
+    if (first := gguf_file(path)) is not None:
+        return sum(file.stat().st_size for file in split_set(first))
     if path.is_file():
         return path.stat().st_size
     files = (p for p in local_folder(src).rglob("*") if not p.name.startswith("."))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from moebound.checkpoint import TensorInfo, local_folder, open_checkpoint, read_tensor
 from moebound.checkpoint.families import find_family
+from moebound.checkpoint.gguf_source import gguf_file
 from moebound.checkpoint.quantized import KNOWN
 from moebound.codec.arrays import to_torch
 from moebound.errors import CheckpointError, MoeboundError, UnsupportedArchitectureError
@@ -66,7 +67,9 @@ def read_config(src: Source, **options: Any) -> Any:
     from transformers import AutoConfig
 
     with _in_words(src, "a model"):
-        return AutoConfig.from_pretrained(src, trust_remote_code=False, **_local(src), **options)
+        return AutoConfig.from_pretrained(
+            _folder(src), trust_remote_code=False, **_local(src), **options
+        )
 
 
 def load_model(src: Source, *, config: Any = None, **options: Any) -> Any:
@@ -104,7 +107,7 @@ def load_tokenizer(src: Source) -> Any:
     from transformers import AutoTokenizer
 
     with _in_words(src, "a tokenizer"):
-        return AutoTokenizer.from_pretrained(src, trust_remote_code=False, **_local(src))
+        return AutoTokenizer.from_pretrained(_folder(src), trust_remote_code=False, **_local(src))
 
 
 def empty_model(config: Any, name: str) -> Any:
@@ -124,7 +127,7 @@ def _dequantized(src: Source, config: Any) -> dict[str, Any] | None:
     no longer says that they are quantized. None for any other model."""
     settings = getattr(config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    if method not in KNOWN:
+    if method not in KNOWN and gguf_file(Path(src)) is None:
         return None
     checkpoint = open_checkpoint(src)
     if checkpoint.stored_as is None:
@@ -145,8 +148,13 @@ class _Unread:
         return to_torch(read_tensor(self._tensor))[index]
 
 
+def _folder(src: Source) -> Source:
+    """Where config and tokenizer are: `src`, but of a GGUF file the folder made of its metadata."""
+    return src if gguf_file(Path(src)) is None else local_folder(src)
+
+
 def _local(src: Source) -> dict[str, bool]:
-    return {"local_files_only": True} if Path(src).is_dir() else {}
+    return {"local_files_only": True} if Path(src).exists() else {}
 
 
 def _auto_class(config_class: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from moebound.cache import ExpertCache
 from moebound.checkpoint import local_folder
+from moebound.checkpoint.gguf_source import gguf_file
 from moebound.codec import thread_count
 from moebound.errors import CacheError, CheckpointError, MoeboundError
 from moebound.model.dtypes import check_device, parse_dtype
@@ -106,7 +107,9 @@ def load(
     if slots not in ("values", "codes", "auto"):
         raise CacheError(f"slots {slots!r}: expected values, codes or auto")
     chosen_policy = _policy(skip, calibration)
-    path = local_folder(resolve(os.fspath(source)))
+    named = Path(resolve(os.fspath(source)))
+    # A GGUF file is refused in the words of other quantized sources.
+    path = local_folder(named) if gguf_file(named) is None else named
     cores = thread_count() if threads is None else threads
     entries = open_entries(path)
     grades, coarser = None, None
