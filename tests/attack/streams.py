@@ -147,7 +147,7 @@ def corpus() -> list[Stream]:
             except MoeboundError:
                 continue  # not installed, or not for such an array
     made += [("bound with steps", data) for data in _stepped(arrays)]
-    for method in ("rtn:int2:g4", "rtn:int4:g64", "rtn:int8:g32", "hqq:int4:g64"):
+    for method in ("rtn:int2:g4", "rtn:int4:g64", "rtn:int8:g32", "hqq:int4:g64", "moqe_re:int4"):
         for array in arrays:
             if array.ndim == 2 and array.size and np.isfinite(array.astype(np.float32)).all():
                 view = ExpertView(ExpertKey(0, 0), {"gate": array})

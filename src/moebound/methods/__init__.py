@@ -11,7 +11,7 @@ registry.py  methods by id, those of other packages included
 bounded.py   a bound on every weight, by any codec
 calibrated.py   a bound on every weight, rounded by what experts see: shrinkage.py (H), geometry.py
              (steps), feedback.py (errors handed on), outputs.py (what is certified)
-rtn.py, hqq.py   quantizers of groups
+rtn.py, hqq.py   quantizers of groups; quantizing/ those of papers, groups along the inputs
 bases/       low rank, shared bases, a base and what is left of it
 keeping.py   some experts are kept, and coded by another method: pruning/, merging/
 """

@@ -15,6 +15,8 @@ E_j of the columns: each column can still make good what those before it did. So
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from moebound.methods.shrinkage import RULE
@@ -77,4 +79,41 @@ def round_with_feedback(
             wanted = torch.addmv(work[at], own[:at].T, share[start:k, k]) if at else work[0]
             q = torch.clamp(wanted.round_(), low[k], high[k], out=codes[k])
             torch.sub(w[k], q, out=own[at])
+    return codes.T.contiguous()
+
+
+@torch.no_grad()
+def quantize_with_feedback(
+    weights: torch.Tensor,
+    upper: torch.Tensor,
+    group: int,
+    top: int,
+    grid: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """Codes q, float32 [O, N] from 0 to top: Ŵ_ij = (q_ij - zero) step of j's group. No bound.
+
+    weights: [O, N]. upper: of `upper_factor`, [N, N]. grid: from the weights [O, g] of a group to
+    its step and zero [O]; asked when the group's turn comes, with the weights as those before have
+    left them, which is where e = 0 for all of the group.
+    """
+    w = weights.float().T.contiguous()
+    share = (upper / upper.diagonal()).float()
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    for first in range(0, len(w), group):
+        last = min(first + group, len(w))
+        carried = share[:first, first:last].T @ errors[:first]
+        own = torch.linalg.solve_triangular(
+            share[first:last, first:last].T, carried, upper=False, unitriangular=True
+        )
+        step, zero = grid((w[first:last] + own).T.contiguous())
+        for start in range(first, last, BLOCK):
+            stop = min(start + BLOCK, last)
+            here = errors[start:stop]
+            work = torch.addmm(w[start:stop], share[:start, start:stop].T, errors[:start])
+            for k in range(start, stop):
+                at = k - start
+                wanted = torch.addmv(work[at], here[:at].T, share[start:k, k]) if at else work[0]
+                q = (wanted / step).add_(zero).round_().clamp_(0, top)
+                codes[k] = q
+                torch.sub(w[k], (q - zero) * step, out=here[at])
     return codes.T.contiguous()

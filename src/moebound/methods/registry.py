@@ -16,10 +16,12 @@ METHODS = Plugins(
     Method,  # type: ignore[type-abstract]
     group="moebound.methods",
     built_in={
+        "awq_re": "moebound.methods.quantizing.awq:Awq",
         BOUNDED: "moebound.methods.bounded:Bounded",
         "calibrated": "moebound.methods.calibrated:Calibrated",
         "d2_moe_fixed": "moebound.methods.bases.d2_moe:D2Moe",
         "frequency": "moebound.methods.pruning.frequency:Frequency",
+        "gptq_re": "moebound.methods.quantizing.gptq:Gptq",
         "hc_smoe_fixed": "moebound.methods.merging.hc_smoe:HcSmoe",
         "hqq": "moebound.methods.hqq:Hqq",
         "lu_re": "moebound.methods.pruning.search:Lu",
@@ -29,6 +31,7 @@ METHODS = Plugins(
         "modegpt_re": "moebound.methods.bases.modegpt:ModeGpt",
         "moe_i2_re": "moebound.methods.bases.moe_i2:MoeI2",
         "mone_re": "moebound.methods.pruning.mone:Mone",
+        "moqe_re": "moebound.methods.quantizing.moqe:Moqe",
         "puzzle_moe_re": "moebound.methods.merging.puzzle:PuzzleMoe",
         "reap_re": "moebound.methods.pruning.reap:Reap",
         "residual": "moebound.methods.bases.residual:Residual",

@@ -205,18 +205,8 @@ class Rtn(Grouped):
         groups = np.pad(flat, (0, -len(flat) % group), mode="edge").reshape(-1, group)
         if self.bits == 1:
             return self._signs(flat, groups, matrix.shape)
-        # Zero is in every group's range, so a zero point of so many bits can name it.
-        low = np.minimum(groups.min(axis=1, keepdims=True), 0)
-        high = np.maximum(groups.max(axis=1, keepdims=True), 0)
-        top = np.float32(2**self.bits - 1)
-        with np.errstate(over="ignore"):
-            scale = ((high - low) / top).astype(np.float16)
-        if not np.isfinite(scale).all():
-            raise MethodError("a scale is beyond float16, or a weight is not finite")
-        step = scale.astype(np.float32)
-        step = np.where(step > 0, step, np.float32(1))
-        zero = np.clip(np.rint(-low / step), 0, top)
-        codes = np.clip(np.rint(groups / step + zero), 0, top).astype(np.uint8)
+        scale, step, zero = asymmetric(groups, self.bits)
+        codes = np.clip(np.rint(groups / step + zero), 0, 2**self.bits - 1).astype(np.uint8)
         own = codes.reshape(-1)[: len(flat)].reshape(matrix.shape)
         parts = scale.astype("<f2").tobytes(), pack(zero.astype(np.uint8), self.bits)
         return bytes(self.head()) + b"".join(parts) + self.write_codes(own)
@@ -244,6 +234,23 @@ class Rtn(Grouped):
         zeros = read.take(packed_bytes(head.n_groups, head.bits))
         zero = unpack(zeros, head.n_groups, head.bits).astype(np.float32)
         return head.weights(read, spec, zero, np.where(scale > 0, scale, np.float32(1)))
+
+
+def asymmetric(groups: Array, bits: int) -> tuple[Array, Array, Array]:
+    """The grid between the extremes of each group [..., g] float32: scale as float16, the step that
+    it stands for, and the zero point; [..., 1] each. Raises MethodError for no finite scale."""
+    # Zero is in every group's range, so a zero point of so many bits can name it.
+    low = np.minimum(groups.min(axis=-1, keepdims=True), 0)
+    high = np.maximum(groups.max(axis=-1, keepdims=True), 0)
+    top = np.float32(2**bits - 1)
+    with np.errstate(over="ignore"):
+        scale = ((high - low) / top).astype(np.float16)
+    if not np.isfinite(scale).all():
+        raise MethodError("a scale is beyond float16, or a weight is not finite")
+    step = scale.astype(np.float32)
+    step = np.where(step > 0, step, np.float32(1))
+    zero: Array = np.clip(np.rint(-low / step), 0, top)
+    return scale, step, zero
 
 
 def take_groups(payload: memoryview, spec: MatrixSpec) -> Array:

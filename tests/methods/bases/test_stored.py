@@ -22,10 +22,10 @@ IDS = torch.arange(5, 25).view(2, 10)
 BOUND = ErrorBound(0.5, "rate", "expert")
 NO_TEXT = [
     "svd:b7", "mobe_fixed:b8:s3", "d2_moe_fixed:b9:plain", "resmoe_fixed:b9", "milo_fixed:b7",
-    "rfid_re:b9:flat",
+    "rfid_re:b9:flat", "moqe_re:int4",
 ]  # fmt: skip
 WITH_TEXT = ["rfid_re:b9", "d2_moe_fixed:b9", "moe_i2_re:b7", "moe_i2_re:b7:p0.5", "soco_lite:b7",
-             "modegpt_re:b9"]  # fmt: skip
+             "modegpt_re:b9", "gptq_re:int4:g16", "awq_re:int4:g16"]  # fmt: skip
 BOUNDED = [
     "residual:svd:b4:f8",
     "residual:d2_moe_fixed:r2:plain",

@@ -55,6 +55,9 @@ def _claims() -> tuple[Claim, ...]:
         add("ResMoE, 2503.06881", f"better than SVD of the experts{how}", resmoe, svd)
     add("MoDeGPT, 2408.09632", "better than SVD", "modegpt_re", "svd")
     add("MiLo, 2504.02658", "better than rounding, and than HQQ", "milo_fixed", "rtn", "hqq")
+    add("GPTQ, 2210.17323", "better than rounding to nearest", "gptq_re", "rtn")
+    add("AWQ, 2306.00978", "better than rounding to nearest, and than GPTQ", "awq_re", "rtn",
+        "gptq_re")  # fmt: skip
     add("HQQ", "better than rounding to nearest", "hqq", "rtn")
     coded = (("", ""), ("+rtn", ", kept experts in integers"), ("+bound", ", kept experts bounded"))
     for end, how in coded:

@@ -39,7 +39,10 @@ BITS = (8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5)
 _LOW_RANK = ("svd", "d2_moe_fixed", "mobe_fixed", "rfid_re")
 """Whom the RFID-MoE paper compares, at shares of the parameters removed."""
 
-_QUANTIZERS = ("rtn", "rtn:coded", "hqq", "milo_fixed")
+_QUANTIZERS = (
+    *("rtn", "rtn:coded", "hqq", "milo_fixed", "gptq_re", "awq_re"),
+    *(f"moqe_re:int{bits}" for bits in range(2, 9)),
+)
 _BOUNDED = ("bound", "calibrated")
 _BASES = (
     *_LOW_RANK,
