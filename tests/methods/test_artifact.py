@@ -206,7 +206,9 @@ def test_what_does_not_go_together() -> None:
         compress_expert(get_method("bound"), view)
     with pytest.raises(MethodError, match="looks at a layer at a time"):
         compress_expert(get_method("mean_rest"), view)
-    with pytest.raises(MethodError, match=r"'nosuch': unknown\. Known here: .*bounded, .*, rtn.*sz3"):
+    with pytest.raises(
+        MethodError, match=r"'nosuch': unknown\. Known here: .*bounded, .*, rtn.*sz3"
+    ):
         get_method("nosuch")
 
     class Asks(Plain):

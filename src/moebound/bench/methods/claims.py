@@ -78,7 +78,8 @@ def _claims() -> tuple[Claim, ...]:
         "calibrated", "bound")  # fmt: skip
     add(ours, "a bound costs nothing beside round to nearest", "bound", "rtn", "rtn:coded")
     add(ours, "better than any base alone", "bound", "svd:f8", "mobe_fixed:f8", "rfid_re:f8",
-        "d2_moe_fixed:f8:base5", "resmoe_fixed:f8:base5", "milo_fixed", "modegpt_re:q4")  # fmt: skip
+        "d2_moe_fixed:f8:base5", "resmoe_fixed:f8:base5", "milo_fixed",
+        "modegpt_re:q4")  # fmt: skip
     add(ours, "rounding by inputs beats every base", "calibrated", "modegpt_re:q4")
     add(ours, "better than leaving experts out and coding the rest", "bound", "reap_re+bound",
         "mone_re+bound", "hc_smoe_fixed+bound", "puzzle_moe_re:seed0+rtn")  # fmt: skip
