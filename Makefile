@@ -1,5 +1,6 @@
 # make demo   set everything up and go the whole road on a real model; leaves demo/index.html
-# make test   set everything up and run all tests
+# make test   set everything up and run all tests, but the long ones
+# make long   tests that take minutes: a cluster whose nodes are killed, another processor's emulator
 # make check  lint, types and the quick tests; nothing is built but the package itself
 # make fuzz   the property tests with other examples each time, ROUNDS times over
 # make attack mutated streams, stores, certificates and requests: ATTACK="streams --count 1000000"
@@ -28,16 +29,19 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS)
 STAMPS := $(VENV)/.stamps
 NATIVE := CMakeLists.txt $(shell find native -type f)
 
-.PHONY: demo test check fuzz attack lint bench peers install clean
+.PHONY: demo test long check fuzz attack lint bench peers install clean
 
 demo: install
 	$(BIN)/moebound demo -o $(DEMO)
 
 test: peers
-	$(PYTEST) $(TEST_OPTIONS)
+	$(PYTEST) -m "not long" $(TEST_OPTIONS)
+
+long: peers
+	$(PYTEST) -m long $(TEST_OPTIONS)
 
 check: lint
-	$(PYTEST) -m "not slow" $(TEST_OPTIONS)
+	$(PYTEST) -m "not slow and not long" $(TEST_OPTIONS)
 
 fuzz: install
 	for round in $$(seq $(ROUNDS)); do \

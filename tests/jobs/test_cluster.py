@@ -104,7 +104,7 @@ def test_stores(machines: Machines, tmp_path: Path) -> None:
     assert two == one
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_statistics(machines: Machines, loaded: Loaded, tmp_path: Path) -> None:
     text, settings = of_task(loaded, get_task(TASK), 8), Settings(memory=1 << 20)
     collect(loaded, text, tmp_path / "one", settings)
@@ -119,7 +119,7 @@ def test_statistics(machines: Machines, loaded: Loaded, tmp_path: Path) -> None:
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_maps(machines: Machines, loaded: Loaded, tmp_path: Path) -> None:
     settings = MapSettings(rates=(0.3,), n_sampled=4, n_ties=4)
 
