@@ -118,6 +118,7 @@ def test_kept_experts_are_coded_in_3_to_4_bits(place: Place) -> None:
     assert raised.value.nearest == pytest.approx(3.5)
 
 
+@pytest.mark.slow
 def test_plans_are_taken_by_their_size(source: str, tmp_path: Path) -> None:
     for bits in ("3", "5"):
         assert main(["plan", source, "--bpw", bits, "-o", str(tmp_path / f"{bits}.json")]) == 0
@@ -134,6 +135,7 @@ def test_plans_are_taken_by_their_size(source: str, tmp_path: Path) -> None:
         run(source, get_task("wordmath"), methods=[f"plan:{tmp_path / 'empty'}"], limit=1)
 
 
+@pytest.mark.slow
 def test_plans_of_widths_are_rows(source: str, tmp_path: Path) -> None:
     out = tmp_path / "control.json"
     told = ["--bpw", "4", "--scheme", "mptqs_re", "--method", "rtn:g64", "-o", str(out)]
@@ -173,6 +175,7 @@ def test_integers_and_groups_are_those_with_the_least_error(place: Place) -> Non
     assert raised.value.nearest == pytest.approx(2.0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_size_that_a_method_cannot_be_says_the_nearest(
     source: str, statistics: Statistics, tmp_path: Path
 ) -> None:
@@ -186,6 +189,7 @@ def test_a_size_that_a_method_cannot_be_says_the_nearest(
 ASKED = ["bound", "svd:f8", "reap_re", "mone_re+rtn", "puzzle_moe_re"]
 
 
+@pytest.mark.slow
 def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
     source: str, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +240,7 @@ def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
         run(source, get_task("wordmath"), **(options | {"limit": 2}))
 
 
+@pytest.mark.slow
 def test_what_needs_statistics_says_so_in_its_row_and_is_tried_again(
     source: str, tmp_path: Path
 ) -> None:
@@ -262,7 +267,7 @@ def test_a_base_that_explains_nothing_never_pays(place: Place) -> None:
     assert "calibrate" in (refused.reason or "")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_writes_json_and_a_page(
     source: str, statistics: Statistics, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,7 +193,7 @@ def test_page_has_the_figures_their_commands_and_no_machine_paths(
 @pytest.mark.slow
 def test_commands_on_the_page_are_commands(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every option that is shown exists."""
-    blocks = re.findall(r'<div class="how">.*?<pre>(.*?)</pre>', page, flags=re.DOTALL)
+    blocks = re.findall(r'<div class="how">.*?<pre[^>]*>(.*?)</pre>', page, flags=re.DOTALL)
     lines = [line.split() for block in blocks for line in block.splitlines()]
     seen = set()
     for program, *words in lines:
