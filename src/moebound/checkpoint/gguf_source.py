@@ -403,7 +403,9 @@ def _tokenizer(file: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        made = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        made = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
         made.save_pretrained(folder)
     except Exception as error:  # transformers raises what its converters do
         raise CheckpointError(
