@@ -20,7 +20,7 @@ import moebound
 from moebound.checkpoint import ShardWriter, TensorSpec, open_checkpoint, read_header, read_tensor
 from moebound.codec.arrays import to_numpy
 from moebound.errors import BoundError, CorruptionError, MoeboundError
-from moebound.store import decoded_weights, decompress, open_store, other_tensors, verify
+from moebound.store import Store, decoded_weights, decompress, open_store, verify
 from moebound.store.format import certificates_bytes
 from moebound.store.others import bound_of, encode_other
 from moebound.types import NO_LOSS, NUMPY_DTYPES, ErrorBound
@@ -46,6 +46,14 @@ def made(source: MakeSource, tmp_path: Path) -> tuple[Path, Path]:
     src, dst = source(), tmp_path / "dst"
     run(src, dst, others=RATE)
     return src, dst
+
+
+def other_tensors(store: Store) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """What is no expert's, as engines get it."""
+    others = {*store.kept, *store.coded}
+    for name, tensor in decoded_weights(store):
+        if name in others:
+            yield name, to_numpy(tensor)
 
 
 def names_and_arrays(folder: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:

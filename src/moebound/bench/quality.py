@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -22,19 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moebound.bench.beside import Beside, Say
 from moebound.bench.environment import describe
 from moebound.bench.kept import KeptRows
 from moebound.bench.peers import CalibrationText, Peer, get_peer, is_answered, run_peer, text_of
 from moebound.bench.peers.environments import python_of
 from moebound.checkpoint import Checkpoint, experts_name, open_checkpoint
-from moebound.errors import BoundViolatedError, MoeboundError
-from moebound.evaluate.candidate import Original, in_folder, score, stored
-from moebound.evaluate.evaluation import Evaluation, Scored, compare_to, with_answers
-from moebound.evaluate.fidelity import Baseline
-from moebound.evaluate.loading import load
-from moebound.evaluate.scoring import evaluate
-from moebound.evaluate.text import solved_rows
-from moebound.evaluate.transcript import read_transcript
+from moebound.errors import MoeboundError
+from moebound.evaluate.candidate import stored
+from moebound.evaluate.evaluation import Evaluation, Scored, compare_to
 from moebound.files.documents import fields_of
 from moebound.files.formats.statistics import Statistics
 from moebound.methods import codec_of, get_method
@@ -57,9 +52,6 @@ QUANTIZERS = (
     "rtn:int3:g128:coded",
     "hqq:int3:g64",
 )
-
-Say = Callable[[str, int, int], None]
-"""Called with what is being measured, rows done, and rows in all."""
 
 
 @dataclass(frozen=True)
@@ -242,8 +234,8 @@ def run(
         return run_.all(methods, asked, plans, kept)
 
 
-class _Run:
-    """One comparison: the original, what it is compared on, and what is measured beside it."""
+class _Run(Beside):
+    """One comparison."""
 
     def __init__(
         self,
@@ -255,7 +247,8 @@ class _Run:
         peers: Peers | None,
         say: Say,
     ) -> None:
-        self.src, self.task, self.limit, self.peers, self.say = src, task, limit, peers, say
+        super().__init__(src, task, limit, say)
+        self.peers = peers
         self.sensitivity, self.calibration = sensitivity, calibration
         self.checkpoint = open_checkpoint(src)
         if calibration is not None:
@@ -266,8 +259,7 @@ class _Run:
         self.rest_bytes = sum(tensor.n_bytes for tensor in self.rest)
         self.n_parameters = self.n_weights + sum(math.prod(tensor.shape) for tensor in self.rest)
         self.sizes: dict[str, list[ExpertSizes]] = {}
-        self.done = self.made = self.total = 0
-        self.began = 0.0
+        self.done = 0
 
     def identity(self) -> dict[str, Any]:
         """What rows are of: those of another are not mixed in."""
@@ -289,15 +281,8 @@ class _Run:
         beside = [UNIFORM[0], *planned]
         self.total = len(methods) * (1 + len(UNIFORM) + len(planned) + calibrated)
         self.total += len(asked) * (1 + len(beside) + calibrated) + len(plans)
-        self.say("loading", 0, self.total)
-        loaded = load(self.src)
-        problems = self.task.problems(self.limit)
-        rows = solved_rows(loaded.tokenizer, self.task, problems)
-        self.original = Original(loaded.model, Baseline.of(loaded.model, rows))
-        self.answers = evaluate(loaded, self.task, limit=self.limit, answers=kept.answers)
-        self.drafts = read_transcript(kept.answers).texts
+        loaded = self.load(kept)
         found: list[QualityRow] = []
-        self.began = time.monotonic()
         for method in methods:
             row = self.row(kept, method, method, partial(self.store, method))
             found.append(row)
@@ -315,7 +300,7 @@ class _Run:
             found += self.of_plan(kept, plan, found)
         of = None if self.calibration is None else self.calibration.of.to_json()
         return QualityReport(
-            self.src, self.task.name, len(problems), self.answers, tuple(found), describe(), of
+            self.src, self.task.name, self.n_problems, self.answers, tuple(found), describe(), of
         )
 
     def ways(
@@ -352,7 +337,7 @@ class _Run:
         """A row that is kept already, or made and kept."""
         key = f"{method} at {size_of}"
         at = "" if method == size_of else f" at the size of {size_of}"
-        self.say(f"{method}{at}{self.left()}", self.done, self.total)
+        self.say(f"{method}{at}{self.left(self.done)}", self.done, self.total)
         before = kept.get(key)
         if before is not None:
             row = QualityRow.of_kept(before, self.task.name)
@@ -378,13 +363,6 @@ class _Run:
         ]  # fmt: skip
         return [replace(row, size_of=size) for size in like or [row.size_of]]
 
-    def left(self) -> str:
-        """How long the rest takes, by the rows that were made so far."""
-        if not self.made:
-            return ""
-        seconds = (time.monotonic() - self.began) / self.made * (self.total - self.done)
-        return f"; {seconds / 60:.0f} min left" if seconds >= 100 else f"; {seconds:.0f} s left"
-
     def store(self, what: Plan | str, **options: Any) -> QualityRow:
         """A store of ours, measured."""
         with in_a_store(self.checkpoint, what, **options) as (folder, about):
@@ -402,15 +380,10 @@ class _Run:
 
     def measured(self, folder: Path, *, n_bytes: int, **about: Any) -> QualityRow:
         """The model in a folder, beside the original."""
-        found = score(
-            in_folder(folder),
-            self.original,
-            ask=lambda one: evaluate(one, self.task, limit=self.limit, drafts=self.drafts),
-        )
+        score, evaluation = self.compare(folder)
         return QualityRow(
             "", "", n_bytes=n_bytes, n_bytes_whole=n_bytes + self.rest_bytes,
-            n_parameters=self.n_parameters, evaluation=found.asked,
-            score=with_answers(found.score, self.answers, found.asked), **about,
+            n_parameters=self.n_parameters, score=score, evaluation=evaluation, **about,
         )  # fmt: skip
 
     def planned(self, way: Way) -> Callable[[float], tuple[Plan, dict[str, Any]]]:
@@ -485,12 +458,7 @@ def in_a_store(
     work = Path(tempfile.mkdtemp(prefix="moebound-quality-"))
     try:
         made = stored(checkpoint, work / "store", bound if plan is None else plan, **options)
-        if not made.checked.ok:
-            found = made.checked.problems[0]
-            raise BoundViolatedError(
-                f"{made.summary.method}: a store breaks its promise or is damaged: {found.tensor}: "
-                f"{found.message}"
-            )
+        made.checked.check(made.summary.method)
         asked = bound if plan is None else plan.widest
         widest = None if asked is None else asked.value
         yield (

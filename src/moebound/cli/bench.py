@@ -208,7 +208,7 @@ def bench_quality(
     names: tuple[str, ...] = QUANTIZERS if peers is None else ()
     if quantizers is not None:
         names = _names(quantizers)
-    with step_bar(output) as say:
+    with step_bar(output, says_left=True) as say:
         report = run(
             src, get_task(task), quantizers=names, peers=asked,
             plans=[Plan.load(Path(name)) for name in _names(plans or "")],

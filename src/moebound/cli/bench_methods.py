@@ -104,7 +104,7 @@ def bench_methods(
         None if asked is None else [part.strip() for part in asked.split(",") if part.strip()]
         for asked in (methods, residuals)
     )
-    with step_bar(output) as say:
+    with step_bar(output, says_left=True) as say:
         report = run(
             src, get_task(task), methods=names, bits=bits or BITS, removed=removed or (),
             bases=bases,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from moebound.checkpoint.source import local_folder
 from moebound.errors import UnsupportedArchitectureError
@@ -50,3 +50,28 @@ def refuse_more_sources(model: Any) -> None:
             f"{type(model).__name__} loads weights from other checkpoints beside its own, which a "
             "store does not have: `moebound decompress` makes an ordinary checkpoint of it"
         )
+
+
+class PlainLayers:
+    """What an engine finds for `quant_method: moebound`, but for its own layers: nothing is
+    quantized once it is loaded. To stand before the engine's `QuantizationConfig`."""
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        import torch
+
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0  # no kernel of its own
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # it is in config.json
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls()

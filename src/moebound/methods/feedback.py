@@ -68,17 +68,11 @@ def round_with_feedback(
     share = (share * (steps[:, None] / steps[None, :])).float()  # of an error of j, in steps of k
     low, high = (w - kappa / 2).ceil_(), (w + kappa / 2).floor_()
     codes, errors = torch.empty_like(w), torch.empty_like(w)
-    n = len(w)
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
-        own = errors[start:stop]
-        # What the columns before the block leave to each of it.
-        work = torch.addmm(w[start:stop], share[:start, start:stop].T, errors[:start])
-        for k in range(start, stop):
-            at = k - start
-            wanted = torch.addmv(work[at], own[:at].T, share[start:k, k]) if at else work[0]
-            q = torch.clamp(wanted.round_(), low[k], high[k], out=codes[k])
-            torch.sub(w[k], q, out=own[at])
+
+    def nearest(k: int, wanted: torch.Tensor) -> torch.Tensor:
+        return torch.clamp(wanted.round_(), low[k], high[k], out=codes[k])
+
+    _feed(w, share, errors, 0, len(w), nearest)
     return codes.T.contiguous()
 
 
@@ -106,14 +100,33 @@ def quantize_with_feedback(
             share[first:last, first:last].T, carried, upper=False, unitriangular=True
         )
         step, zero = grid((w[first:last] + own).T.contiguous())
-        for start in range(first, last, BLOCK):
-            stop = min(start + BLOCK, last)
-            here = errors[start:stop]
-            work = torch.addmm(w[start:stop], share[:start, start:stop].T, errors[:start])
-            for k in range(start, stop):
-                at = k - start
-                wanted = torch.addmv(work[at], here[:at].T, share[start:k, k]) if at else work[0]
-                q = (wanted / step).add_(zero).round_().clamp_(0, top)
-                codes[k] = q
-                torch.sub(w[k], (q - zero) * step, out=here[at])
+
+        def nearest(
+            k: int, wanted: torch.Tensor, step: torch.Tensor = step, zero: torch.Tensor = zero
+        ) -> torch.Tensor:
+            codes[k] = (wanted / step).add_(zero).round_().clamp_(0, top)
+            return (codes[k] - zero) * step
+
+        _feed(w, share, errors, first, last, nearest)
     return codes.T.contiguous()
+
+
+def _feed(
+    w: torch.Tensor,
+    share: torch.Tensor,
+    errors: torch.Tensor,
+    first: int,
+    last: int,
+    nearest: Callable[[int, torch.Tensor], torch.Tensor],
+) -> None:
+    """Columns of w (its rows) from first to last, each with what those before have left to it.
+    nearest: rounds column k to what is wanted of it, and returns what it stands for."""
+    for start in range(first, last, BLOCK):
+        stop = min(start + BLOCK, last)
+        own = errors[start:stop]
+        # What the columns before the block leave to each of it.
+        work = torch.addmm(w[start:stop], share[:start, start:stop].T, errors[:start])
+        for k in range(start, stop):
+            at = k - start
+            wanted = torch.addmv(work[at], own[:at].T, share[start:k, k]) if at else work[0]
+            torch.sub(w[k], nearest(k, wanted), out=own[at])

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ HOBBIT_LOW = 0.6
 """T1: behind this one it is computed in low precision."""
 
 
-class Policy:
+class Policy(ABC):
     """setting: how it is asked for, in full. rescales: whether what is left gets the weight of what
     was skipped. protect: share of a sequence's tokens, those that matter most, that keep all."""
 
@@ -53,13 +54,13 @@ class Policy:
         self.setting = setting
         self.protect = 0.0
 
-    def check_layers(self, layers: tuple[int, ...]) -> None:
+    def check_layers(self, layers: tuple[int, ...]) -> None:  # noqa: B027  # most need none
         """Raises MoeboundError for a layer that it has no threshold of."""
 
+    @abstractmethod
     def skips(self, layer: int, weights: torch.Tensor) -> torch.Tensor:
         """weights: [..., K], the router's. Returns bool of that shape; what it says of a token's
         largest weight does not count."""
-        raise NotImplementedError
 
 
 class LuRe(Policy):

@@ -89,8 +89,9 @@ def load(
     tier, policy, predictor, timing and `threads`, with the same number of torch's threads
     (`torch.set_num_threads`, OMP_NUM_THREADS), which is not moebound's to choose; within float
     rounding those of stock transformers. With slots of codes the experts' products are moebound's
-    own: the same weights, summed in another order, the same for any number of torch's threads; so
-    logits differ by rounding from those of slots of values. Gradients, of all that is not experts,
+    own, but for many tokens in bfloat16 (`slots.MANY_ROWS`): the same weights, summed in another
+    order, the same for any number of torch's threads; so logits differ by rounding from those of
+    slots of values. Gradients, of all that is not experts,
     are right too: a copy of each expert is kept for them until `backward`. With a graded fallback
     none of this holds, beyond the bound of the coarse store.
 

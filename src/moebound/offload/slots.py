@@ -157,10 +157,6 @@ class Slot:
             return None
         return target if target.is_contiguous() and target.shape == part.shape else None
 
-    def fill_codes(self, part: DiskMatrix, data: memoryview, *, threads: int) -> None:
-        """Of slots of codes: decode a part's bytes."""
-        raise NotImplementedError
-
     def put(self, part: DiskMatrix, weights: torch.Tensor, *, non_blocking: bool = False) -> None:
         """Copy the weights of a part, as on disk, to where they belong. Casts.
 
@@ -319,7 +315,7 @@ def fill(
     Raises FormatError or CorruptionError, naming file and tensor, for bytes that are damaged or
     hold another shape or dtype than certified.
     """
-    if slot.kind.aside_bytes is not None:
+    if isinstance(slot, CodeSlot):
         slot.fill_codes(part, data, threads=threads)
         return
     target = slot.whole(part)

@@ -14,7 +14,6 @@ from moebound.store.card import Measurement, read_measurement, write_card
 from moebound.store.decompress import decompress
 from moebound.store.encoded import Encoded, Memo
 from moebound.store.format import ExpertRecord, MatrixRecord, Settings
-from moebound.store.others import other_tensors
 from moebound.store.planned import plan_of
 from moebound.store.reader import (
     EncodedExpert,
@@ -63,7 +62,6 @@ __all__ = [
     "measure_sizes",
     "measure_widths",
     "open_store",
-    "other_tensors",
     "plan_of",
     "rate_within",
     "read_measurement",

@@ -14,7 +14,6 @@ they are, and so do the experts of prediction heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from moebound.checkpoint import Family, TensorInfo, read_tensor
 from moebound.checkpoint.families import ROUTERS
@@ -24,8 +23,6 @@ from moebound.codec.registry import codec_class
 from moebound.errors import BoundError, CodecError
 from moebound.store.format import CodedRecord, Others
 from moebound.store.ratio import kept_ratio
-from moebound.store.reader import Store
-from moebound.store.stored import read_kept
 from moebound.types import NO_LOSS, NUMPY_DTYPES, Array, ErrorBound
 
 LEAST_WEIGHTS = 4096
@@ -78,18 +75,3 @@ def _encode(tensor: TensorInfo, array: Array, others: Others) -> tuple[CodedReco
     certificate = made.certificate
     ratio = kept_ratio(certificate, array)
     return CodedRecord(tensor.name, tensor.file.name, ratio, certificate), made.data
-
-
-def other_tensors(store: Store) -> Iterator[tuple[str, Array]]:
-    """Every tensor of a store that is no compressed expert's, by its name in the source, decoded,
-    one at a time, in the order of the files. Hashes are compared.
-
-    Raises CorruptionError, naming file and tensor, for bytes that are damaged or another's, and
-    FormatError for a dtype that NumPy lacks.
-    """
-    for name in store.tensors:
-        if name in store.coded:
-            stored = store.coded[name]
-            yield name, stored.decode(stored.read())
-        elif name in store.kept:
-            yield name, read_kept(store.tensors[name], store.kept[name])

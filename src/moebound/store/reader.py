@@ -184,7 +184,7 @@ class Store:
     """A store's contents, by name; no weights are in memory.
 
     tensors: every tensor of the shards. kept: those that are as they were, with their hashes.
-    coded: those of no expert that are coded; `others.other_tensors` gives both, decoded.
+    coded: those of no expert that are coded; `decoded_weights` gives both, decoded.
     parts: shared parts, by group and number. routers: router edits' tensors and records.
     """
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from moebound.checkpoint import TensorInfo, read_into, read_tensor
+from moebound.checkpoint import TensorInfo, read_into
 from moebound.codec import Certificate
 from moebound.errors import CorruptionError, FormatError
 from moebound.methods import Stored
 from moebound.store.checks import check_bytes
-from moebound.store.format import CodedRecord, TensorRecord
+from moebound.store.format import CodedRecord
 from moebound.types import NUMPY_DTYPES, Array
 
 
@@ -79,11 +79,3 @@ class StoredTensor:
         with naming(self.tensor):
             stored = self.parse(data)
             return stored.decode(threads=threads, max_bytes=stored.spec.n_bytes)
-
-
-def read_kept(tensor: TensorInfo, record: TensorRecord) -> Array:
-    """A tensor that was kept as it was. Raises as `read_tensor`, CorruptionError if its bytes are
-    not those that were certified."""
-    array = read_tensor(tensor)
-    check_bytes(tensor, record.sha256, array.reshape(-1).view("u1"))
-    return array

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any, Literal
 
 from moebound.checkpoint import TensorInfo
+from moebound.errors import BoundViolatedError
 from moebound.files.formats.statistics import FEW_TOKENS
 from moebound.methods import codec_of, weakest
 from moebound.store.format import (
@@ -358,6 +359,14 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         return not self.problems
+
+    def check(self, name: str) -> None:
+        """Raises BoundViolatedError, with the name and the first problem, unless it is `ok`."""
+        if not self.ok:
+            found = self.problems[0]
+            raise BoundViolatedError(
+                f"{name}: a store breaks its promise or is damaged: {found.tensor}: {found.message}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {

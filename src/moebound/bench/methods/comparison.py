@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from moebound.bench.beside import Beside, Say
 from moebound.bench.environment import describe
 from moebound.bench.kept import KeptRows
 from moebound.bench.methods.making import Candidate, make
@@ -24,13 +24,7 @@ from moebound.bench.methods.rows import MethodRow, MethodsReport
 from moebound.bench.methods.sizing import WITHIN, Place, Sizing, sizing_of
 from moebound.checkpoint import experts_name, open_checkpoint
 from moebound.errors import BackendUnavailable, BoundViolatedError, MoeboundError, SizeError
-from moebound.evaluate.candidate import Original, in_folder, score
-from moebound.evaluate.evaluation import with_answers
 from moebound.evaluate.fidelity import Baseline
-from moebound.evaluate.loading import load
-from moebound.evaluate.scoring import evaluate
-from moebound.evaluate.text import solved_rows
-from moebound.evaluate.transcript import read_transcript
 from moebound.files.formats.statistics import Statistics
 from moebound.methods import get_method
 from moebound.tasks import Task
@@ -73,8 +67,6 @@ BASES = (
 METHODS = (*_BOUNDED, *_QUANTIZERS, *_BASES, *_KEEPING, *_CODED, *_PAIRS, *_RESIDUALS)
 """What is measured if nobody says: all there are, as they are published and in fewer bits."""
 
-Say = Callable[[str, int, int], None]
-"""Called with what is being measured, rows done, and rows in all."""
 _TRIES = 5
 
 
@@ -142,8 +134,8 @@ def run(
         return run_.all(cells, bases, kept)
 
 
-class _Run:
-    """One comparison: the original, what it is compared on, and what is measured beside it."""
+class _Run(Beside):
+    """One comparison."""
 
     def __init__(
         self,
@@ -155,9 +147,8 @@ class _Run:
         say: Say,
         total: int,
     ) -> None:
-        self.src, self.task, self.place, self.say = src, task, place, say
-        self.limit, self.n_answers = limit, answers
-        self.made, self.total, self.began = 0, total, 0.0
+        super().__init__(src, task, limit, say, n_answers=answers)
+        self.place, self.total = place, total
 
     def identity(self) -> dict[str, Any]:
         """What rows are of: those of another are not mixed in."""
@@ -177,16 +168,7 @@ class _Run:
         bases: Sequence[str],
         kept: KeptRows,
     ) -> MethodsReport:
-        self.say("loading", 0, self.total)
-        loaded = load(self.src)
-        problems = self.task.problems(self.limit)
-        text = solved_rows(loaded.tokenizer, self.task, problems)
-        baseline = Baseline.of(loaded.model, text)
-        self.original = Original(loaded.model, baseline)
-        self.asked = self.limit if self.n_answers is None else min(self.n_answers, len(problems))
-        self.answers = evaluate(loaded, self.task, limit=self.asked, answers=kept.answers)
-        self.drafts = read_transcript(kept.answers).texts
-        self.began = time.monotonic()
+        self.load(kept)
         found = []
         for done, (method, sizing, bits, removed) in enumerate(cells):
             self.say(f"{method} at {bits:g} bits{self.left(done)}", done, self.total)
@@ -197,7 +179,7 @@ class _Run:
             measured.append(self.base(kept, base))
         of = None if self.place.calibration is None else self.place.calibration.of.to_json()
         return MethodsReport(
-            self.src, self.task.name, len(problems), self.answers, lengths(baseline),
+            self.src, self.task.name, self.n_problems, self.answers, lengths(self.baseline),
             tuple(found), describe(), of, tuple(measured),
         )  # fmt: skip
 
@@ -233,13 +215,6 @@ class _Run:
             self.made += 1
         kept.add(key, row.to_kept())
         return row
-
-    def left(self, done: int) -> str:
-        """How long the rest takes, by the rows that were made so far."""
-        if not self.made:
-            return ""
-        seconds = (time.monotonic() - self.began) / self.made * (self.total - done)
-        return f"; {seconds / 60:.0f} min left" if seconds >= 100 else f"; {seconds:.0f} s left"
 
     def at_size(self, method: str, sizing: Sizing, bits: float, removed: float | None) -> MethodRow:
         """A store that takes so many bits a weight, measured: what is asked is set right by what
@@ -281,16 +256,8 @@ class _Run:
 
     def measured(self, row: MethodRow, folder: Path) -> MethodRow:
         """The model in a folder, beside the original."""
-        found = score(
-            in_folder(folder),
-            self.original,
-            ask=lambda one: evaluate(one, self.task, limit=self.asked, drafts=self.drafts),
-        )
-        return MethodRow(
-            row.method, row.bits, row.removed, row.made,
-            score=with_answers(found.score, self.answers, found.asked),
-            evaluation=found.asked, kl_sums=found.score.kl_sums,
-        )  # fmt: skip
+        score, evaluation = self.compare(folder)
+        return replace(row, score=score, evaluation=evaluation, kl_sums=score.kl_sums)
 
 
 def lengths(baseline: Baseline) -> tuple[tuple[int, int], ...]:

@@ -125,14 +125,7 @@ def _made(spec: dict[str, Any]) -> dict[str, Any]:
     )
     seconds, cpu_seconds = time.monotonic() - begun, time.process_time() - cpu
     peak = peak_resident_bytes()
-    checked = verify(dst, against=checkpoint)
-    if not checked.ok:
-        found = checked.problems[0]
-        return {
-            "kind": "violated",
-            "error": f"{summary.method}: a store breaks its promise or is damaged: {found.tensor}: "
-            f"{found.message}",
-        }
+    verify(dst, against=checkpoint).check(summary.method)
     return {
         "n_bytes": summary.expert_bytes_after,
         "n_weights": summary.n_weights,

@@ -19,13 +19,12 @@ from contextlib import closing
 from typing import Any, cast
 
 import torch
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moebound.codec import thread_count
 from moebound.codec.arrays import to_numpy, to_torch
 from moebound.errors import MethodError, StoreError
+from moebound.integrations.transformers.tables import OrdinaryQuantizer, enter
 from moebound.jobs.ordered import in_order
 from moebound.methods import Artifact, ExpertView, GroupView, Method, compress, get_method
 from moebound.model.live import LiveExpert, LiveExperts, live_experts
@@ -94,7 +93,7 @@ class MoeboundConfig(QuantizationConfigMixin):
         return {"quant_method": METHOD, "method": self.method, "bound": bound}
 
 
-class CompressingQuantizer(HfQuantizer):
+class CompressingQuantizer(OrdinaryQuantizer):
     """Takes part in one from_pretrained. Raises UnsupportedArchitectureError, before weights are
     loaded, for a model without experts that are known here."""
 
@@ -115,17 +114,6 @@ class CompressingQuantizer(HfQuantizer):
         compress_in_place(live_experts(model), get_method(config.method), config.bound)
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-    def is_serializable(self) -> bool:
-        return True
 
 
 def compress_in_place(experts: LiveExperts, method: Method, bound: ErrorBound | None) -> None:
@@ -167,12 +155,7 @@ def _put(expert: LiveExpert, artifact: Artifact) -> None:
 
 def register() -> None:
     """Enter config and quantizer into transformers' tables. Idempotent."""
-    from transformers.quantizers import auto
-
-    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(MoeboundConfig)
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(CompressingQuantizer)
+    enter(METHOD, MoeboundConfig, CompressingQuantizer)
 
 
 register()

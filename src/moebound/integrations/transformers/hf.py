@@ -35,8 +35,6 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moebound.checkpoint import TensorInfo
@@ -44,6 +42,7 @@ from moebound.codec import thread_count
 from moebound.codec.arrays import to_torch
 from moebound.errors import CorruptionError, FormatError, StoreError
 from moebound.integrations.transformers.router_edits import apply_router_edits
+from moebound.integrations.transformers.tables import OrdinaryQuantizer, enter
 from moebound.jobs.ordered import in_order
 from moebound.methods import FindPart, RouterEdit, Stored, shared_name
 from moebound.methods.blob import MatrixBlob, blob_checksum, parse_shared
@@ -132,7 +131,7 @@ class Decode(ConversionOps):
         raise NotImplementedError("a loaded model saves ordinary weights")
 
 
-class MoeboundQuantizer(HfQuantizer):
+class MoeboundQuantizer(OrdinaryQuantizer):
     """Takes part in one from_pretrained. Raises StoreError, FormatError and CorruptionError that
     name file and tensor, before any weight is loaded, for shards that are not whole."""
 
@@ -211,17 +210,6 @@ class MoeboundQuantizer(HfQuantizer):
         own = [self._familys_own.get(id(entry), entry) for entry in used]
         model._weight_conversions = [entry for entry in own if entry is not None]
         return model
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-    def is_serializable(self) -> bool:
-        return True
 
 
 @dataclass
@@ -388,12 +376,7 @@ def check_whole(tensors: list[TensorInfo], own: OwnTensors) -> None:
 
 def register() -> None:
     """Enter config and quantizer into transformers' tables. Idempotent."""
-    from transformers.quantizers import auto
-
-    if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(MoeboundStoreConfig)
-    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(MoeboundQuantizer)
+    enter(QUANT_METHOD, MoeboundStoreConfig, MoeboundQuantizer)
 
 
 # Also for those who import this module themselves: then it is half loaded when the tables appear,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moebound.checkpoint.shards import read_json
@@ -26,6 +25,7 @@ from moebound.integrations.transformers.hf import (
     check_certified,
     check_whole,
 )
+from moebound.integrations.transformers.tables import enter
 from moebound.model.pretrained import load_model, read_config, what_runs
 from moebound.model.stacks import Stack, find_stack
 from moebound.store import compressed_tensors
@@ -95,13 +95,4 @@ def _take_out(stack: Stack) -> None:
     stack.module._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def _register() -> None:
-    from transformers.quantizers import auto
-
-    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(SkeletonConfig)
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(SkeletonQuantizer)
-
-
-_register()
+enter(METHOD, SkeletonConfig, SkeletonQuantizer)

@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from moebound.integrations.engine import (
     QUANT_METHOD,
+    PlainLayers,
     fetch_store,
     refuse_more_sources,
     store_weights,
@@ -53,26 +54,8 @@ class MoeboundModelLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is 
         )
 
 
-class MoeboundQuantization(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed
+class MoeboundQuantization(PlainLayers, QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed
     """What vLLM finds for `quant_method: moebound`: nothing is quantized once it is loaded."""
-
-    def get_name(self) -> str:
-        return QUANT_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0  # no kernel of its own
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []  # it is in config.json
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> MoeboundQuantization:
-        return cls()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         # None means plain for every other kind of layer.
