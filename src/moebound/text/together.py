@@ -64,6 +64,7 @@ class _Running:
     n_tokens: int = 0
     n_bytes: int = 0
     n_passes: int = 0
+    last: Piece | None = None
 
     def told(self) -> bool:
         """Between two passes: everybody is waited for."""
@@ -174,6 +175,8 @@ class Together:
             del self._by_strand[one.strand]
             if one.strand.error is not None:
                 one.tell(one.strand.error)
+            elif one.last is not None:  # who hears it finds the place free
+                one.tell(one.last)
         for one in self._running:
             if one.n_passes % MEASURE_EVERY == 1:
                 one.n_bytes = 0 if one.cache is None else held_bytes(one.cache)
@@ -191,7 +194,10 @@ class Together:
             prompt=text.prompt,
             should_stop=one.told,
         ):
-            one.tell(piece)
+            if piece.finish is None:
+                one.tell(piece)
+            else:
+                one.last = piece
 
     def _passing(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward pass of some text begins."""
