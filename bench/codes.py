@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
-from moebound import _native, encode, parse
+from moebound import _native, encode
 from moebound.bench.environment import describe
 from moebound.bench.timing import interleaved
+from moebound.codec import parse
 from moebound.codec.arrays import to_torch
 from moebound.codec.bound import BoundCodec
 from moebound.codec.codes import decode_codes

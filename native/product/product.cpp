@@ -52,14 +52,6 @@ F16::Bits rounded<F16>(float value) {
   return std::isnan(value) ? uint16_t(0x7E00) : pattern_of<F16>(value);
 }
 
-template <class T>
-float weight_of(const CodeMatrix& matrix, size_t row, size_t column) {
-  const uint8_t code = matrix.codes[row * matrix.columns + column];
-  if (matrix.table) return matrix.table[code];
-  const float step = matrix.steps[matrix.by_row ? row : column];
-  return T::value(pattern_of<T>(float(int32_t(code) + matrix.first) * step));
-}
-
 void add_patches(const CodeMatrix& matrix, const float* x, size_t padded, size_t begin, size_t end, size_t n_tokens,
                  float* y) {
   const uint64_t* const all = matrix.patched;
@@ -125,8 +117,19 @@ void weights_of_codes(const CodeMatrix& matrix, void* out) {
     using T = decltype(t);
     auto* const to = static_cast<typename T::Bits*>(out);
     for (size_t row = 0; row < matrix.rows; ++row) {
-      for (size_t j = 0; j < matrix.columns; ++j) {
-        to[row * matrix.columns + j] = pattern_of<T>(weight_of<T>(matrix, row, j));
+      const uint8_t* const codes = matrix.codes + row * matrix.columns;
+      auto* const into = to + row * matrix.columns;
+      const auto each = [&](auto weight) {
+        for (size_t j = 0; j < matrix.columns; ++j) into[j] = pattern_of<T>(weight(j));
+      };
+      // A loop for each kind, so that the compiler makes vectors of it.
+      const float first = float(matrix.first), own = matrix.by_row && !matrix.table ? matrix.steps[row] : 0.0f;
+      if (matrix.table) {
+        each([&](size_t j) { return matrix.table[codes[j]]; });
+      } else if (matrix.by_row) {
+        each([&](size_t j) { return (float(codes[j]) + first) * own; });
+      } else {
+        each([&](size_t j) { return (float(codes[j]) + first) * matrix.steps[j]; });
       }
     }
     for (size_t i = 0; i < matrix.n_patches; ++i) to[matrix.patched[i]] = rounded<T>(matrix.patch_weights[i]);
