@@ -30,7 +30,7 @@ from moebound.store.stored import naming
 
 MANY_ROWS = 24
 """From so many rows of bfloat16 on, where the processor multiplies it, weights are written out once
-and torch's product taken: at 64 rows of a [1408, 2048] matrix, 1.7 ms and not 3.2 (bench/codes.py)."""
+and torch's product taken: at 64 rows of a [1408, 2048] matrix 1.7 ms, not 3.2 (bench/codes.py)."""
 _HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
