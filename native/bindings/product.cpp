@@ -1,7 +1,11 @@
-// Matrices of codes: decoded to, computed with, and their weights.
+// Matrices of codes: decoded to, computed with, and their weights. Products of plain weights.
 #include "bindings/shared.h"
 
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
 #include <algorithm>
+#include <tuple>
 
 #include "product/product.h"
 
@@ -30,7 +34,7 @@ class Codes {
       if (at[i] >= codes.size() || (i && at[i] <= at[i - 1])) throw nb::value_error("patched");
     }
     matrix_ = {codes.data(), rows, columns, dtype_from(dtype), scaled ? nullptr : table_, table.size(), steps.data(), by_row,
-               first, zero, at, patch_weights.data(), patched.size()};
+               first, zero, at, patch_weights.data(), patched.size(), false};
   }
   const moebound::CodeMatrix& matrix() const { return matrix_; }
 
@@ -42,6 +46,13 @@ class Codes {
   Flat<float> patch_weights_;
   moebound::CodeMatrix matrix_;
 };
+
+// One of several products: matrix, first value of x, tokens, first value of out, values between tokens.
+using Job = std::tuple<const Codes*, size_t, size_t, size_t, size_t>;
+
+bool fits(size_t size, size_t first, size_t n_tokens, size_t row, size_t stride) {
+  return first <= size && size - first >= row && stride >= row && (size - first - row) / stride >= n_tokens - 1;
+}
 
 }  // namespace
 
@@ -64,24 +75,47 @@ void bind_product(nb::module_& m) {
                     Flat<uint64_t>, Flat<float>>(),
            "codes"_a, "rows"_a, "columns"_a, "dtype"_a, "table"_a, "steps"_a, "by_row"_a, "first"_a, "zero"_a,
            "patched"_a, "patch_weights"_a)
-      // x: [tokens · columns]; out: from its first value on, tokens are `stride` apart.
-      .def("product", [](const Codes& self, AnyArray x, WritableArray out, size_t stride, unsigned threads) {
-        const auto& matrix = self.matrix();
-        const auto dtype = dtype_of(x);
-        const size_t n_tokens = x.shape(0) / matrix.columns;
-        if (x.shape(0) % matrix.columns) throw nb::value_error("x");
-        if (dtype_of(out) != dtype || stride < matrix.rows ||
-            (n_tokens && (out.shape(0) < matrix.rows || (out.shape(0) - matrix.rows) / stride < n_tokens - 1))) {
-          throw nb::value_error("out");
-        }
-        if (!n_tokens) return;
-        const Away away;
-        moebound::product(matrix, dtype, x.data(), n_tokens, out.data(), stride, threads);
-      }, "x"_a, "out"_a, "stride"_a, "threads"_a)
       .def("weights", [](const Codes& self, WritableArray out) {
         const auto& matrix = self.matrix();
         if (dtype_of(out) != matrix.dtype || out.shape(0) != matrix.rows * matrix.columns) throw nb::value_error("out");
         const Away away;
         moebound::weights_of_codes(matrix, out.data());
       }, "out"_a);
+
+  // jobs: (matrix, x_first, n_tokens, out_first, stride); x: [n_tokens · columns] from x_first on; out: the first
+  // token's from out_first on, tokens `stride` apart. No two may write to one place.
+  m.def("products", [](const std::vector<Job>& jobs, AnyArray x, WritableArray out, unsigned threads) {
+    const auto dtype = dtype_of(x);
+    if (dtype_of(out) != dtype) throw nb::value_error("out");
+    const size_t size = moebound::item_size(dtype);
+    std::vector<moebound::Product> products;
+    products.reserve(jobs.size());
+    for (const auto& [codes, x_first, n_tokens, out_first, stride] : jobs) {
+      const auto& matrix = codes->matrix();
+      if (n_tokens == 0) continue;
+      if (!fits(x.shape(0), x_first, n_tokens, matrix.columns, matrix.columns)) throw nb::value_error("x");
+      if (!fits(out.shape(0), out_first, n_tokens, matrix.rows, stride)) throw nb::value_error("out");
+      products.push_back({&matrix, static_cast<const uint8_t*>(x.data()) + x_first * size, n_tokens,
+                          static_cast<uint8_t*>(out.data()) + out_first * size, stride});
+    }
+    const Away away;
+    moebound::multiply(products.data(), products.size(), dtype, threads);
+  }, "jobs"_a, "x"_a, "out"_a, "threads"_a);
+
+  // Plain weights of bfloat16, [rows · columns]: x: [n_tokens · columns], out: [n_tokens · rows], bias: [rows] or
+  // nothing; all patterns.
+  m.def("linear", [](Flat<uint16_t> weights, Flat<uint16_t> bias, Flat<uint16_t> x,
+                     nb::ndarray<uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, size_t columns,
+                     unsigned threads) {
+    if (columns == 0 || weights.size() == 0 || weights.size() % columns) throw nb::value_error("weights");
+    const auto matrix = moebound::plain_matrix(weights.data(), weights.size() / columns, columns);
+    if (bias.size() && bias.size() != matrix.rows) throw nb::value_error("bias");
+    if (x.size() % columns) throw nb::value_error("x");
+    const size_t n_tokens = x.size() / columns;
+    if (out.size() / matrix.rows != n_tokens || out.size() % matrix.rows) throw nb::value_error("out");
+    if (!n_tokens) return;
+    const moebound::Product product{&matrix, x.data(), n_tokens, out.data(), matrix.rows, bias.size() ? bias.data() : nullptr};
+    const Away away;
+    moebound::multiply(&product, 1, moebound::DType::kBF16, threads);
+  }, "weights"_a, "bias"_a, "x"_a, "out"_a, "columns"_a, "threads"_a);
 }

@@ -67,48 +67,101 @@ void add_patches(const CodeMatrix& matrix, const float* x, size_t padded, size_t
   }
 }
 
-}  // namespace
-
-void product(const CodeMatrix& matrix, DType dtype, const void* x, size_t n_tokens, void* y, size_t y_stride,
-             unsigned threads) {
+// One product under way.
+struct Work {
   ProductSetup setup{};
-  setup.matrix = &matrix;
-  setup.n_tokens = n_tokens;
-  setup.groups = (matrix.columns + kProductGroup - 1) / kProductGroup;
-  const size_t padded = setup.groups * kProductGroup;
-  std::vector<float> inputs(n_tokens * padded), steps, sums(n_tokens * matrix.rows);
-  with_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    const auto* const from = static_cast<const typename T::Bits*>(x);
-    for (size_t token = 0; token < n_tokens; ++token) {
-      to_groups([&](size_t j) { return T::value(from[token * matrix.columns + j]); }, matrix.columns,
-                inputs.data() + token * padded);
+  std::vector<float> own_inputs, steps, sums;
+  size_t padded = 0, first_block = 0;
+
+  void begin(const Product& product, DType dtype, const Work* before, const Product* product_before) {
+    const CodeMatrix& matrix = *product.matrix;
+    setup.matrix = &matrix;
+    setup.n_tokens = product.n_tokens;
+    setup.groups = (matrix.columns + kProductGroup - 1) / kProductGroup;
+    padded = setup.groups * kProductGroup;
+    sums.resize(product.n_tokens * matrix.rows);
+    setup.y = sums.data();
+    if (before && product_before->x == product.x && product_before->n_tokens == product.n_tokens &&
+        product_before->matrix->columns == matrix.columns) {
+      setup.x = before->setup.x;
+    } else {
+      own_inputs.resize(product.n_tokens * padded);
+      with_dtype(dtype, [&](auto t) {
+        using T = decltype(t);
+        const auto* const from = static_cast<const typename T::Bits*>(product.x);
+        for (size_t token = 0; token < product.n_tokens; ++token) {
+          to_groups([&](size_t j) { return T::value(from[token * matrix.columns + j]); }, matrix.columns,
+                    own_inputs.data() + token * padded);
+        }
+      });
+      setup.x = own_inputs.data();
     }
-  });
-  setup.x = inputs.data();
-  setup.y = sums.data();
-  if (matrix.table) {
-    for (size_t c = 0; c < kCodeTable; ++c) setup.words[c] = uint16_t(std::bit_cast<uint32_t>(matrix.table[c]) >> 16);
-  } else if (!matrix.by_row) {
-    steps.resize(padded);
-    to_groups([&](size_t j) { return matrix.steps[j]; }, matrix.columns, steps.data());
-    setup.steps = steps.data();
+    if (matrix.plain) return;
+    if (matrix.table) {
+      for (size_t c = 0; c < kCodeTable; ++c) setup.words[c] = uint16_t(std::bit_cast<uint32_t>(matrix.table[c]) >> 16);
+    } else if (!matrix.by_row) {
+      steps.resize(padded);
+      to_groups([&](size_t j) { return matrix.steps[j]; }, matrix.columns, steps.data());
+      setup.steps = steps.data();
+    }
   }
-  const ProductRows rows = rows_function();
-  const size_t n_blocks = (matrix.rows + kRowsAtOnce - 1) / kRowsAtOnce;
-  for_each_index(n_blocks, threads, [&](size_t i) {
+
+  void block(const Product& product, DType dtype, ProductRows rows, size_t i) const {
+    const CodeMatrix& matrix = *setup.matrix;
     const size_t begin = i * kRowsAtOnce, end = std::min(begin + kRowsAtOnce, matrix.rows);
     rows(setup, begin, end);
-    add_patches(matrix, setup.x, padded, begin, end, n_tokens, setup.y);
+    add_patches(matrix, setup.x, padded, begin, end, product.n_tokens, setup.y);
+    if (product.bias) add_bias(product, begin, end);
     with_dtype(dtype, [&](auto t) {
       using T = decltype(t);
-      auto* const out = static_cast<typename T::Bits*>(y);
-      for (size_t token = 0; token < n_tokens; ++token) {
+      auto* const out = static_cast<typename T::Bits*>(product.y);
+      for (size_t token = 0; token < product.n_tokens; ++token) {
         for (size_t row = begin; row < end; ++row) {
-          out[token * y_stride + row] = rounded<T>(setup.y[token * matrix.rows + row]);
+          out[token * product.y_stride + row] = rounded<T>(setup.y[token * matrix.rows + row]);
         }
       }
     });
+  }
+
+  void add_bias(const Product& product, size_t begin, size_t end) const {
+    with_dtype(setup.matrix->dtype, [&](auto t) {
+      using T = decltype(t);
+      const auto* const bias = static_cast<const typename T::Bits*>(product.bias);
+      for (size_t token = 0; token < product.n_tokens; ++token) {
+        for (size_t row = begin; row < end; ++row) {
+          setup.y[token * setup.matrix->rows + row] += T::value(bias[row]);
+        }
+      }
+    });
+  }
+};
+
+}  // namespace
+
+CodeMatrix plain_matrix(const uint16_t* weights, size_t rows, size_t columns) {
+  CodeMatrix matrix{};
+  matrix.codes = reinterpret_cast<const uint8_t*>(weights);
+  matrix.rows = rows;
+  matrix.columns = columns;
+  matrix.dtype = DType::kBF16;
+  matrix.plain = true;
+  return matrix;
+}
+
+void multiply(const Product* products, size_t n, DType dtype, unsigned threads) {
+  std::vector<Work> work(n);
+  size_t n_blocks = 0;
+  for (size_t p = 0; p < n; ++p) {
+    work[p].begin(products[p], dtype, p ? &work[p - 1] : nullptr, p ? &products[p - 1] : nullptr);
+    work[p].first_block = n_blocks;
+    n_blocks += (products[p].matrix->rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  }
+  const ProductRows rows = rows_function();
+  for_each_index(n_blocks, threads, [&](size_t i) {
+    const auto behind = std::upper_bound(work.begin(), work.end(), i,
+                                         [](size_t at, const Work& some) { return at < some.first_block; });
+    const size_t p = size_t(behind - work.begin()) - 1;
+    work[p].block(products[p], dtype, rows, i - work[p].first_block);
   });
 }
 

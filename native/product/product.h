@@ -8,7 +8,7 @@
 //   columns go in groups of 32, the last filled up with weights and activations of 0;
 //   lane i of 16 adds w[2i] · x[2i], then w[2i + 1] · x[2i + 1] of each group, by fused multiply-add;
 //   lanes i and i + 8 are added, then i and i + 4, i + 2, i + 1;
-//   the row's patches are added by fused multiply-add, as they stand.
+//   the row's patches are added by fused multiply-add, as they stand, and a bias by addition.
 // So threads, the number of tokens and the instruction set do not show in a result.
 #pragma once
 #include <cstddef>
@@ -23,7 +23,7 @@ constexpr size_t kCodeTable = 256;
 constexpr size_t kProductLanes = 16, kProductGroup = 2 * kProductLanes;
 
 struct CodeMatrix {
-  const uint8_t* codes;  // [rows][columns]
+  const uint8_t* codes;  // [rows][columns]; or the weights themselves, patterns of bfloat16, if `plain`
   size_t rows, columns;
   DType dtype;             // of the weights
   const float* table;      // [kCodeTable], of numbers that dtype has; nullptr where there are steps
@@ -35,12 +35,25 @@ struct CodeMatrix {
   const uint64_t* patched;     // [n_patches], ascending flat places ...
   const float* patch_weights;  // ... and what belongs there
   size_t n_patches;
+  bool plain;
 };
 
-// y[t][r] = row r of the matrix times x[t]. x: [n_tokens][columns] of `dtype`, y of the same dtype, its
-// tokens y_stride values apart.
-void product(const CodeMatrix& matrix, DType dtype, const void* x, size_t n_tokens, void* y, size_t y_stride,
-             unsigned threads);
+// A matrix of plain bfloat16 weights, patterns in [rows][columns].
+CodeMatrix plain_matrix(const uint16_t* weights, size_t rows, size_t columns);
+
+// y[t][r] = row r of the matrix times x[t], plus bias[r] if there is one. x: [n_tokens][columns] of the
+// products' dtype, y of the same dtype, its tokens y_stride values apart, bias: [rows] of the matrix's.
+struct Product {
+  const CodeMatrix* matrix;
+  const void* x;
+  size_t n_tokens;
+  void* y;
+  size_t y_stride;
+  const void* bias = nullptr;
+};
+
+// All of them at once: threads share the rows of all, so that many small ones keep them busy.
+void multiply(const Product* products, size_t n, DType dtype, unsigned threads);
 
 // The weights themselves: patterns of matrix.dtype, [rows][columns].
 void weights_of_codes(const CodeMatrix& matrix, void* out);

@@ -131,11 +131,26 @@ struct FromSteps {
   }
 };
 
+// The weights themselves.
+struct FromPlain {
+  static constexpr size_t kCodeBytes = 2;
+
+  void begin_row(size_t, size_t) {}
+  __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
+    const __m256i low = load32(codes), high = load32(codes + 32);
+    const __m256i upper = _mm256_set1_epi32(int(0xFFFF0000u));
+    even = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+    odd = {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))};
+  }
+};
+
 }  // namespace
 
 void product_rows_avx2(const ProductSetup& setup, size_t begin, size_t end) {
   const CodeMatrix& matrix = *setup.matrix;
-  if (!matrix.table) {
+  if (matrix.plain) {
+    all_rows<Avx2>(setup, FromPlain(), begin, end);
+  } else if (!matrix.table) {
     with_dtype(matrix.dtype, [&](auto t) {
       using T = decltype(t);
       if (matrix.by_row) all_rows<Avx2>(setup, FromSteps<T, true>(setup), begin, end);

@@ -93,11 +93,25 @@ struct FromSteps {
   }
 };
 
+// The weights themselves.
+struct FromPlain {
+  static constexpr size_t kCodeBytes = 2;
+
+  void begin_row(size_t, size_t) {}
+  __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, __m512& even, __m512& odd) const {
+    const __m512i words = _mm512_loadu_si512(codes);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xFFFF0000u))));
+  }
+};
+
 }  // namespace
 
 void product_rows_avx512(const ProductSetup& setup, size_t begin, size_t end) {
   const CodeMatrix& matrix = *setup.matrix;
-  if (!matrix.table) {
+  if (matrix.plain) {
+    all_rows<Avx512>(setup, FromPlain(), begin, end);
+  } else if (!matrix.table) {
     with_dtype(matrix.dtype, [&](auto t) {
       using T = decltype(t);
       if (matrix.by_row) all_rows<Avx512>(setup, FromSteps<T, true>(setup), begin, end);

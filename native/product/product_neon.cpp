@@ -118,11 +118,28 @@ struct FromSteps {
   }
 };
 
+// The weights themselves.
+struct FromPlain {
+  static constexpr size_t kCodeBytes = 2;
+
+  void begin_row(size_t, size_t) {}
+  __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
+#pragma GCC unroll 4
+    for (size_t q = 0; q < 4; ++q) {
+      const uint32x4_t words = vreinterpretq_u32_u8(vld1q_u8(codes + 16 * q));
+      even.four[q] = vreinterpretq_f32_u32(vshlq_n_u32(words, 16));
+      odd.four[q] = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xFFFF0000u)));
+    }
+  }
+};
+
 }  // namespace
 
 void product_rows_neon(const ProductSetup& setup, size_t begin, size_t end) {
   const CodeMatrix& matrix = *setup.matrix;
-  if (!matrix.table) {
+  if (matrix.plain) {
+    all_rows<Neon>(setup, FromPlain(), begin, end);
+  } else if (!matrix.table) {
     with_dtype(matrix.dtype, [&](auto t) {
       using T = decltype(t);
       if (matrix.by_row) all_rows<Neon>(setup, FromSteps<T, true>(setup), begin, end);

@@ -11,6 +11,10 @@ template <class T>
 float weight_at(const ProductSetup& setup, size_t row, size_t group, size_t at) {
   const CodeMatrix& matrix = *setup.matrix;
   const size_t column = group * kProductGroup + at;
+  if (matrix.plain) {
+    if (column >= matrix.columns) return 0.0f;
+    return BF16::value(reinterpret_cast<const uint16_t*>(matrix.codes)[row * matrix.columns + column]);
+  }
   const uint8_t code = column < matrix.columns ? matrix.codes[row * matrix.columns + column] : matrix.zero;
   if (matrix.table) return matrix.table[code];
   const float step = matrix.by_row ? matrix.steps[row] : column < matrix.columns ? matrix.steps[column] : 0.0f;

@@ -4,7 +4,8 @@
 // A path brings `Isa`:
 //   F                      16 floats, with zero(), load(p), store(p, f), fma(a, b, c), sum(f): as product.h adds them
 //   kRows, kTokens         so many rows and tokens are summed at a time, once weights are numbers
-// and decoders: decoder(codes, steps, even, odd) makes 32 codes into weights; begin_row(row) comes before.
+// and decoders: decoder(codes, steps, even, odd) makes 32 codes into weights; begin_row(row) comes before;
+// kCodeBytes, if a code has more than one.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -17,26 +18,34 @@
 namespace moebound {
 namespace {
 
+// Bytes of a code: 2 where it is the weight itself, a pattern of bfloat16.
+template <class Decoder>
+constexpr size_t code_bytes() {
+  if constexpr (requires { Decoder::kCodeBytes; }) return Decoder::kCodeBytes;
+  else return 1;
+}
+
 // The codes of a row, group by group; those of a ragged end from a copy that is filled up.
+template <size_t kBytes>
 class RowCodes {
  public:
   void begin(const CodeMatrix& matrix, size_t row) {
-    codes_ = matrix.codes + row * matrix.columns;
+    codes_ = matrix.codes + row * matrix.columns * kBytes;
     whole_ = matrix.columns / kProductGroup;
     const size_t left = matrix.columns % kProductGroup;
     if (left) {
-      std::memset(ragged_, matrix.zero, kProductGroup);
-      std::memcpy(ragged_, codes_ + whole_ * kProductGroup, left);
+      std::memset(ragged_, matrix.zero, sizeof ragged_);
+      std::memcpy(ragged_, codes_ + whole_ * kProductGroup * kBytes, left * kBytes);
     }
   }
   const uint8_t* operator[](size_t group) const {
-    return group < whole_ ? codes_ + group * kProductGroup : ragged_;
+    return group < whole_ ? codes_ + group * kProductGroup * kBytes : ragged_;
   }
 
  private:
   const uint8_t* codes_;
   size_t whole_;
-  uint8_t ragged_[kProductGroup];
+  uint8_t ragged_[kProductGroup * kBytes];
 };
 
 // One token: weights go from codes to sums in registers. Several rows at a time, since a sum waits for
@@ -44,7 +53,7 @@ class RowCodes {
 template <class Isa, class Decoder, size_t R>
 void rows_of_one(const ProductSetup& setup, Decoder& decoder, size_t row) {
   using F = typename Isa::F;
-  RowCodes codes[R];
+  RowCodes<code_bytes<Decoder>()> codes[R];
   F sums[R];
   for (size_t r = 0; r < R; ++r) {
     codes[r].begin(*setup.matrix, row + r);
@@ -94,13 +103,20 @@ void block(const ProductSetup& setup, const float* weights, size_t row, size_t t
   }
 }
 
+// As block, of n tokens, 1 to T.
+template <class Isa, size_t R, size_t T>
+void some_tokens(const ProductSetup& setup, const float* weights, size_t row, size_t token, size_t n) {
+  if (n == T) return block<Isa, R, T>(setup, weights, row, token);
+  if constexpr (T > 1) some_tokens<Isa, R, T - 1>(setup, weights, row, token, n);
+}
+
 // Several tokens: weights become numbers once for all of them.
 template <class Isa, class Decoder, size_t R>
 void rows_of_many(const ProductSetup& setup, Decoder& decoder, size_t row, float* weights) {
   using F = typename Isa::F;
   const size_t n = setup.groups * kProductGroup;
   for (size_t r = 0; r < R; ++r) {
-    RowCodes codes;
+    RowCodes<code_bytes<Decoder>()> codes;
     codes.begin(*setup.matrix, row + r);
     decoder.begin_row(0, row + r);
     for (size_t g = 0; g < setup.groups; ++g) {
@@ -111,11 +127,13 @@ void rows_of_many(const ProductSetup& setup, Decoder& decoder, size_t row, float
       Isa::store(to + kProductLanes, odd);
     }
   }
-  size_t token = 0;
-  for (; token + Isa::kTokens <= setup.n_tokens; token += Isa::kTokens) {
-    block<Isa, R, Isa::kTokens>(setup, weights, row, token);
+  // As evenly as possible: a block of one token would wait for its own sums.
+  const size_t n_blocks = (setup.n_tokens + Isa::kTokens - 1) / Isa::kTokens;
+  for (size_t i = 0, token = 0; i < n_blocks; ++i) {
+    const size_t end = setup.n_tokens * (i + 1) / n_blocks;
+    some_tokens<Isa, R, Isa::kTokens>(setup, weights, row, token, end - token);
+    token = end;
   }
-  for (; token < setup.n_tokens; ++token) block<Isa, R, 1>(setup, weights, row, token);
 }
 
 template <class Isa, class Decoder>

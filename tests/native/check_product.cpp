@@ -98,7 +98,8 @@ int main(int argc, char** argv) {
     const auto run = [&](Isa isa, unsigned threads) {
       use_isa(isa_name(isa));
       std::vector<uint8_t> y(n_tokens * matrix.rows * size);
-      product(matrix, dtype, x.data(), n_tokens, y.data(), matrix.rows, threads);
+      const Product product{&matrix, x.data(), n_tokens, y.data(), matrix.rows};
+      multiply(&product, 1, dtype, threads);
       return y;
     };
     const std::vector<uint8_t> expected = run(Isa::kScalar, 1);

@@ -10,8 +10,9 @@ A patched place has the code of 0, and its weight stands beside, exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,7 +72,10 @@ class CodeMatrix:
         x: flat [T · cols], bfloat16 as uint16 bits. out: flat, of the same dtype, from the first
         value of the first token on; tokens are `stride` apart.
         """
-        self._kernel.product(x, out, stride, threads)  # type: ignore[attr-defined]
+        n_tokens, left = divmod(len(x), self.shape[1])
+        if left:
+            raise ValueError(f"x: {len(x)} values, expected {self.shape[1]} a token")
+        products([Product(self, 0, n_tokens, 0, stride)], x, out, threads=threads)
 
     def weights(self) -> Array:
         """[rows, cols] as `decode` gives them, patterns: bfloat16 as uint16 bits."""
@@ -85,6 +89,28 @@ class CodeMatrix:
             codes, self.shape, self.dtype, self.table, self.steps, self.by_row, self.first,
             self.patched, self.patch_weights,
         )  # fmt: skip
+
+
+class Product(NamedTuple):
+    """One of several: x from place x_first on, [tokens · cols]; the first token's result from place
+    out_first on, tokens `stride` apart."""
+
+    matrix: CodeMatrix
+    x_first: int
+    n_tokens: int
+    out_first: int
+    stride: int
+
+
+def products(jobs: Iterable[Product], x: Array, out: Array, *, threads: int = 1) -> None:
+    """As many `CodeMatrix.product`, to the bit, whose rows the threads share: one call keeps them
+    busy where each product by itself would be too small. No two may write to one place."""
+    _native.products(
+        [(job.matrix._kernel, *job[1:]) for job in jobs],  # type: ignore[attr-defined]
+        x,
+        out,
+        threads,
+    )
 
 
 _PATTERNS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
