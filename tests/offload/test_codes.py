@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 from codec.kernel import ISAS, using
 from moebound.checkpoint import open_checkpoint
 from moebound.errors import CacheError, MoeboundError
+from moebound.model import few_rows
 from moebound.offload import codes, slots
 from moebound.offload.loading import load
 from moebound.store import compress
@@ -83,7 +84,7 @@ def test_many_tokens_are_computed_as_by_values(made: Make, monkeypatch: pytest.M
 
 
 def test_nothing_but_the_slots_shows_in_logits(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slots, "WORK_PER_THREAD", 1)  # several threads for small products too
+    monkeypatch.setattr(few_rows, "WORK_PER_THREAD", 1)  # several threads for small products too
     store = made("mixtral")
     expected = logits(store, ram_budget="100%")
     for options in (

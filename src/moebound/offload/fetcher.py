@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from itertools import chain
 
 import torch
 
@@ -25,8 +24,9 @@ from moebound.types import Array, ExpertKey
 WAIT_S = 300.0
 """Only a hang takes so long."""
 
-Compute = Callable[[int, Slot | None], None]
-"""Called with the number of an expert in its module, and its weights; None to leave it out."""
+Compute = Callable[[Mapping[int, Slot | None], int], None]
+"""Called with experts that are there, by their numbers in their module: their weights, None to
+leave one out. And with how many threads are worth using: one while others decode."""
 
 
 class Fetcher:
@@ -89,7 +89,8 @@ class Fetcher:
         absent: Collection[int] = (),
     ) -> None:
         """Call `compute` for each expert that is chosen: residents first, then the others in the
-        order in which they come.
+        order in which they come. While decoding, those that are there at one time come together; of
+        a prompt each by itself, since others wait for its room.
 
         first: number of the module's first expert in its layer. chosen, weights: [T, K], the
         router's. absent: numbers of experts that there is nothing to compute with. x: [T, H], what
@@ -123,7 +124,7 @@ class Fetcher:
         if absent:
             for expert in experts:
                 if expert in absent:
-                    compute(expert, None)
+                    compute({expert: None}, 1)
             kept = [place for place, expert in enumerate(experts) if expert not in absent]
             experts = [experts[place] for place in kept]
             tokens = None if tokens is None else [tokens[place] for place in kept]
@@ -149,21 +150,42 @@ class Fetcher:
             if self.decoding:
                 self.foresight.look(layer, numbers, x)
             aside = self._aside(grades)
-            arrivals = ((order.key, self._arrived(order)) for order in orders)
-            for key, slot in chain(hits.items(), arrivals):
+            for ready, pending in self._ready(hits, orders):
                 begin = clock()
-                compute(key.expert - first, slot)
+                threads = 1 if pending else torch.get_num_threads()
+                compute({key.expert - first: slot for key, slot in ready.items()}, threads)
                 computed += clock() - begin
-                slot.after_use()
+                for slot in ready.values():
+                    slot.after_use()
                 if orders:  # others may be waiting for its room
-                    self.cache.release((key,))
-                    del pinned[key]
+                    self.cache.release(ready)
+                    for key in ready:
+                        del pinned[key]
             for key, coming in aside.items():
                 self._compute_aside(key, first, coming, compute)
         finally:
             self.loader.cancel([*before, *orders])
             self.cache.release(pinned)
             self.meter.add(compute_s=computed)
+
+    def _ready(
+        self, hits: Mapping[ExpertKey, Slot], orders: Sequence[Order]
+    ) -> Iterator[tuple[dict[ExpertKey, Slot], bool]]:
+        """Experts that can be computed now, and whether others are still being loaded."""
+        together = self.decoding
+        if together and hits:
+            yield dict(hits), bool(orders)
+        elif hits:
+            for key, slot in hits.items():
+                yield {key: slot}, bool(orders)
+        at = 0
+        while at < len(orders):
+            ready = {orders[at].key: self._arrived(orders[at])}
+            at += 1
+            while together and at < len(orders) and orders[at].arrived.done():
+                ready[orders[at].key] = self._arrived(orders[at])
+                at += 1
+            yield ready, at < len(orders)
 
     def _graded(
         self, missing: Sequence[ExpertKey], first: int, chosen: Array, gates: Array
@@ -191,7 +213,7 @@ class Fetcher:
         self, key: ExpertKey, first: int, coming: Future[Slot] | None, compute: Compute
     ) -> None:
         if coming is None:
-            compute(key.expert - first, None)
+            compute({key.expert - first: None}, 1)
             return
         assert self._coarse is not None
         begin = clock()
@@ -200,7 +222,7 @@ class Fetcher:
         except MoeboundError as error:
             raise type(error)(f"{key}, its coarse copy: {error}") from error
         self.meter.stalled(begin, clock(), slot.load)
-        compute(key.expert - first, slot)
+        compute({key.expert - first: slot}, torch.get_num_threads())
         slot.after_use()
         self._coarse.give(slot)
 

@@ -8,19 +8,20 @@ it is alone. Outputs are summed for each sequence by itself, in its router's ord
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moebound.model.joined import compute_rows, least_rows, worth_joining
+from moebound.model.joined import ROWS, compute_rows, least_rows, worth_joining
 from moebound.model.strands import current
+from moebound.offload.compute import FewRows, expert_output, few_rows_outputs
+from moebound.offload.fetcher import Compute
 from moebound.offload.meter import clock
-from moebound.offload.on_demand import LayerExperts, expert_output, places_of, sum_of_one
+from moebound.offload.on_demand import LayerExperts, places_of, sum_of_one
 from moebound.offload.slots import Slot, SlotKind
 
-Compute = Callable[[int, Slot | None], None]
 Finish = Callable[[], torch.Tensor]
 
 _LEAST = dict[tuple[SlotKind, torch.dtype], int | None]()
@@ -67,9 +68,9 @@ class JointExperts(LayerExperts):
                 compute, finishes[call] = self._of_many(module, call.x, call.chosen, call.weights)
                 computes.append(compute)
 
-        def compute_all(loaded: int, slot: Slot | None) -> None:
+        def compute_all(some: Mapping[int, Slot | None], threads: int) -> None:
             for compute in computes:
-                compute(loaded, slot)
+                compute(some, threads)
 
         self._fetcher.decoding = len(ones) == len(calls)
         self._visit(
@@ -91,18 +92,26 @@ class JointExperts(LayerExperts):
             for call in calls
         ]  # fmt: skip
 
-        def compute(loaded: int, slot: Slot | None) -> None:
-            for expert in self._computes_for.get(loaded, (loaded,)):
-                owners = [i for i, place in enumerate(places) if expert in place]
-                if not owners:
-                    continue
+        def compute(some: Mapping[int, Slot | None], threads: int) -> None:
+            wanted, owners = list[FewRows](), list[list[int]]()
+            for expert, slot in self._computed(some):
+                of = [i for i, place in enumerate(places) if expert in place]
                 if slot is None:
-                    for i in owners:
+                    for i in of:
                         tables[i][places[i][expert]] = 0
-                    continue
-                found = self._rows(calls[0].module, expert, slot, [calls[i].x for i in owners])
-                for i, row in zip(owners, found, strict=True):
-                    tables[i][places[i][expert]] = row[0]
+                elif of and self._least(calls[0], expert, slot) == 1:
+                    for start in range(0, len(of), ROWS):
+                        owners.append(of[start : start + ROWS])
+                        rows = torch.cat([calls[i].x for i in owners[-1]])
+                        wanted.append(FewRows(expert, slot, rows))
+                elif of:
+                    found = self._rows(calls[0], expert, slot, [calls[i].x for i in of])
+                    for i, row in zip(of, found, strict=True):
+                        tables[i][places[i][expert]] = row[0]
+            outputs = few_rows_outputs(calls[0].module, wanted, self.dtype, threads)
+            for one, of, output in zip(wanted, owners, outputs, strict=True):
+                for i, row in zip(of, output, strict=True):
+                    tables[i][places[i][one.expert]] = row
 
         def finish(call: Call, table: torch.Tensor) -> Finish:
             return lambda: sum_of_one(call.module, table, call.weights).to(call.x.dtype)
@@ -110,18 +119,25 @@ class JointExperts(LayerExperts):
         return compute, {c: finish(c, table) for c, table in zip(calls, tables, strict=True)}
 
     def _rows(
-        self, module: Any, expert: int, slot: Slot, rows: Sequence[torch.Tensor]
+        self, call: Call, expert: int, slot: Slot, rows: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """An expert's output for each of [1, H]."""
 
         def compute(x: torch.Tensor) -> torch.Tensor:
-            return expert_output(module, expert, slot, x, self.dtype)
+            return expert_output(call.module, expert, slot, x, self.dtype)
 
+        return compute_rows(compute, rows, self._least(call, expert, slot))
+
+    def _least(self, call: Call, expert: int, slot: Slot) -> int | None:
+        """From how many rows on such experts are computed together, as `least_rows`."""
         if not worth_joining(sum(torch.Size(shape).numel() for _, shape in slot.kind.shapes)):
-            return compute_rows(compute, rows, None)
+            return None
         way = slot.kind, self.dtype
         if way not in _LEAST:
             _LEAST[way] = least_rows(
-                compute, rows[0].shape[1], dtype=rows[0].dtype, device=rows[0].device
+                lambda x: expert_output(call.module, expert, slot, x, self.dtype),
+                call.x.shape[1],
+                dtype=call.x.dtype,
+                device=call.x.device,
             )
-        return compute_rows(compute, rows, _LEAST[way])
+        return _LEAST[way]

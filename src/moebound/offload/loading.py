@@ -19,6 +19,7 @@ from moebound.checkpoint.gguf_source import gguf_file
 from moebound.codec import thread_count
 from moebound.errors import CacheError, CheckpointError, MoeboundError
 from moebound.model.dtypes import check_device, parse_dtype
+from moebound.model.few_rows import multiply_few_rows
 from moebound.model.live import LiveExperts, live_experts
 from moebound.model.pretrained import load_tokenizer
 from moebound.model.routers import find_routers
@@ -124,6 +125,7 @@ def load(
     if raw is not None:
         sources["raw"] = _same_model(entries, open_entries(local_folder(resolve(os.fspath(raw)))))
     model = load_skeleton(path, routed=entries.tensors, dtype=computed_in, device=device)
+    multiply_few_rows(model)
     register_on_demand()
     model.set_experts_implementation(NAME)
     live = live_experts(model)

@@ -15,16 +15,16 @@ their numbers: checkpointing asks for the same operations in the same order a se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from moebound.errors import CacheError
 from moebound.methods import RouterEdit
 from moebound.model.batched import sort_by_expert
+from moebound.offload.compute import FewRows, expert_output, few_rows_outputs
 from moebound.offload.fetcher import Compute, Fetcher
 from moebound.offload.meter import clock
 from moebound.offload.slots import Slot
@@ -106,11 +106,13 @@ class LayerExperts:
         found = dict[str, torch.Tensor]()
         n_experts = module.num_experts
 
-        def copy(expert: int, slot: Slot | None) -> None:
-            for name, weights in ({} if slot is None else slot.decoded()).items():
-                if name not in found:
-                    found[name] = weights.new_empty((n_experts, *weights.shape), dtype=self.dtype)
-                found[name][expert] = weights
+        def copy(some: Mapping[int, Slot | None], threads: int) -> None:
+            for expert, slot in some.items():
+                for name, weights in ({} if slot is None else slot.decoded()).items():
+                    if name not in found:
+                        shape = (n_experts, *weights.shape)
+                        found[name] = weights.new_empty(shape, dtype=self.dtype)
+                    found[name][expert] = weights
 
         every = torch.arange(n_experts).unsqueeze(1)
         self._fetcher.decoding = False
@@ -150,8 +152,8 @@ class LayerExperts:
         rows = x.index_select(0, routed.order // n_chosen)
         outputs = torch.empty((len(rows), x.shape[1]), dtype=x.dtype, device=x.device)
 
-        def compute(loaded: int, slot: Slot | None) -> None:
-            for expert in self._computes_for.get(loaded, (loaded,)):
+        def compute(some: Mapping[int, Slot | None], threads: int) -> None:
+            for expert, slot in self._computed(some):
                 part = slice(ends[expert] - routed.loads[expert], ends[expert])
                 if slot is None:
                     outputs[part] = 0
@@ -174,16 +176,25 @@ class LayerExperts:
         places = places_of(chosen)
         outputs = torch.zeros((chosen.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
 
-        def compute(loaded: int, slot: Slot | None) -> None:
-            for expert in self._computes_for.get(loaded, (loaded,)):
-                place = places.get(expert)
-                if place is not None and slot is None:
-                    outputs[place] = 0
-                elif place is not None and slot is not None:
-                    outputs[place] = expert_output(module, expert, slot, x, self.dtype)[0]
+        def compute(some: Mapping[int, Slot | None], threads: int) -> None:
+            wanted = list[FewRows]()
+            for expert, slot in self._computed(some):
+                if expert in places and slot is None:
+                    outputs[places[expert]] = 0
+                elif expert in places and slot is not None:
+                    wanted.append(FewRows(expert, slot, x))
+            found = few_rows_outputs(module, wanted, self.dtype, threads)
+            for one, output in zip(wanted, found, strict=True):
+                outputs[places[one.expert]] = output[0]
 
         self._visit(module, chosen, weights, x, compute)
         return sum_of_one(module, outputs, weights).to(x.dtype)
+
+    def _computed(self, loaded: Mapping[int, Slot | None]) -> Iterator[tuple[int, Slot | None]]:
+        """The experts that are computed with these: aliases are computed with their targets."""
+        for number, slot in loaded.items():
+            for expert in self._computes_for.get(number, (number,)):
+                yield expert, slot
 
     def _visit(
         self,
@@ -195,15 +206,16 @@ class LayerExperts:
     ) -> None:
         kept = dict[int, Slot | None]()
 
-        def keep(expert: int, slot: Slot | None) -> None:
-            kept[expert] = None if slot is None else slot.copy()
+        def keep(some: Mapping[int, Slot | None], threads: int) -> None:
+            for expert, slot in some.items():
+                kept[expert] = None if slot is None else slot.copy()
 
         if self._alias:
             chosen, weights = self._aliased(chosen, weights, module.num_experts)
         seen = keep if _records_gradient(module, x) else compute
         self._fetcher.visit(self.layer, self.first, chosen, weights, x, seen, absent=self._absent)
         for expert in sorted(kept):
-            compute(expert, kept.pop(expert))
+            compute({expert: kept.pop(expert)}, torch.get_num_threads())
 
 
 def places_of(chosen: torch.Tensor) -> dict[int, int]:
@@ -242,30 +254,3 @@ def _normed(module: Any, outputs: torch.Tensor) -> torch.Tensor:
         normed: torch.Tensor = module.post_expert_norm(outputs)
         return normed
     return outputs
-
-
-def expert_output(
-    module: Any, expert: int, slot: Slot, rows: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """One expert's output for its tokens. rows: [n, H]. dtype: to compute in.
-    Returns [n, H]."""
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _project(module, rows, slot, first, expert, dtype)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    return _project(module, inner, slot, "down_proj", expert, dtype)
-
-
-def _project(
-    module: Any,
-    x: torch.Tensor,
-    slot: Slot,
-    name: str,
-    expert: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    if dtype == slot.kind.dtype:
-        out = slot.project(name, x.to(dtype))
-    else:  # a model that was cast
-        weight = slot.decoded()[name].to(dtype)
-        out = linear(x.to(dtype), weight.t() if module.is_transposed else weight)
-    return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out

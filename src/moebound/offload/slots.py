@@ -20,10 +20,11 @@ from torch.nn.functional import linear
 
 from moebound.checkpoint import Role, read_into
 from moebound.codec.arrays import to_torch, torch_dtype
-from moebound.codec.codes import CodeMatrix, decode_codes
+from moebound.codec.codes import CodeMatrix, Product, decode_codes, products
 from moebound.codec.envelope import Envelope
 from moebound.errors import CorruptionError
 from moebound.methods import FindPart
+from moebound.model.few_rows import flat, threads_for
 from moebound.offload.entries import DiskEntry, DiskMatrix
 from moebound.offload.meter import Load
 from moebound.store.stored import naming
@@ -34,8 +35,6 @@ and torch's product taken: at 64 rows of a [1408, 2048] matrix 1.7 ms, not 3.2 (
 _HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(  # type: ignore[no-untyped-call]
     torch.ops.mkldnn._is_mkldnn_bf16_supported()
 )
-WORK_PER_THREAD = 1 << 23
-"""Multiplications that are worth a thread of their own: about what waking one takes."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ class CodeSlot(Slot):
         for name, codes in self.weights.items():
             shape = (codes.shape[0], codes.shape[1])
             self.parts[name, 0] = CodeMatrix(
-                _flat(codes), shape, "BF16", np.zeros(64, np.float32), none, False, 0,
+                flat(codes), shape, "BF16", np.zeros(64, np.float32), none, False, 0,
                 np.empty(0, np.uint64), none,
             )  # fmt: skip
 
@@ -219,7 +218,7 @@ class CodeSlot(Slot):
             self.kind,
             codes,
             parts={
-                (name, first): part.copy(_flat(codes[name][first : first + part.shape[0]]))
+                (name, first): part.copy(flat(codes[name][first : first + part.shape[0]]))
                 for (name, first), part in self.parts.items()
             },
         )
@@ -235,7 +234,7 @@ class CodeSlot(Slot):
             found = part.stored.parse(data).found
             if not isinstance(found, Envelope):
                 raise CorruptionError("expected an envelope")
-            self.parts[name, first] = decode_codes(found, _flat(target), threads=threads)
+            self.parts[name, first] = decode_codes(found, flat(target), threads=threads)
 
     def project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """x times a parameter's transpose: [T, in] to [T, out], in x's dtype."""
@@ -252,22 +251,25 @@ class CodeSlot(Slot):
         if len(x) >= MANY_ROWS and x.dtype == torch.bfloat16 and _HAS_BFLOAT16:
             return linear(x, self._values(name))
         out = torch.empty((len(x), rows), dtype=x.dtype)
-        inputs, outputs = _flat(x), _flat(out)
-        threads = max(1, min(torch.get_num_threads(), len(x) * rows * columns // WORK_PER_THREAD))
-        for first, part in self._of(name):
-            part.product(inputs, outputs[first:], stride=rows, threads=threads)
+        products(
+            [Product(part, 0, len(x), first, rows) for first, part in self.parts_of(name)],
+            flat(x),
+            flat(out),
+            threads=threads_for(len(x) * rows * columns),
+        )
         return out
 
     def _values(self, name: str) -> torch.Tensor:
         values = torch.empty(self.weights[name].shape, dtype=self.kind.dtype)
-        for first, part in self._of(name):
+        for first, part in self.parts_of(name):
             some = torch.from_numpy(part.weights())
             if part.dtype == "BF16":
                 some = some.view(torch.bfloat16)
             values[first : first + len(some)] = some
         return values
 
-    def _of(self, name: str) -> list[tuple[int, CodeMatrix]]:
+    def parts_of(self, name: str) -> list[tuple[int, CodeMatrix]]:
+        """The matrices that a parameter is made of, by first row."""
         return [(first, part) for (of, first), part in self.parts.items() if of == name]
 
 
@@ -283,14 +285,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad,) = grads
         return grad @ ctx.slot._values(ctx.name).to(grad.dtype), None, None
-
-
-def _flat(tensor: torch.Tensor) -> Any:
-    """As the kernel takes it: a flat array of the same memory, bfloat16 as uint16 bits."""
-    flat = tensor.reshape(-1)
-    if flat.dtype == torch.bfloat16:
-        flat = flat.view(torch.uint16)
-    return flat.numpy()
 
 
 def _transposed(part: DiskMatrix, slot: Slot) -> bool:

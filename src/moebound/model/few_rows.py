@@ -1,0 +1,145 @@
+"""Linear layers in bfloat16, of one token or a few: by all threads, in moebound's order of sums.
+
+A product with one row takes as long as reading its weights. torch's reads them with one thread, and
+slower than memory gives them: of a token of an offloaded model whose experts are all in memory,
+half of the time went there (docs/offload.md, "Where a token spends its time"). The native product
+(native/product/) shares the rows of the matrix among threads, sums in float32 in one order, and
+rounds once: so a row's result depends on no threads, no instruction set and no other row. It
+differs from torch's by float rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moebound import _native
+from moebound.types import Array
+
+ROWS = 8
+"""Up to so many; torch's instructions for bfloat16 pay from more on."""
+
+LEAST_WEIGHTS = 1 << 16
+"""Smaller layers are left to torch: the call is what takes time."""
+
+WORK_PER_THREAD = 1 << 20
+"""Multiplications that are worth a thread: 0.1 ms where one takes a byte or two from memory."""
+
+_NO_BIAS = np.empty(0, np.uint16)
+
+
+def threads_for(multiplications: int) -> int:
+    """How many of torch's threads are worth waking."""
+    return max(1, min(torch.get_num_threads(), multiplications // WORK_PER_THREAD))
+
+
+def flat(tensor: torch.Tensor) -> Any:
+    """As the kernel takes it: a flat array of the same memory, bfloat16 as uint16 bits."""
+    found = tensor.reshape(-1)
+    if found.dtype == torch.bfloat16:
+        found = found.view(torch.uint16)
+    return found.numpy()
+
+
+class NativeLinear:
+    """The `forward` of a linear layer: up to ROWS rows of bfloat16 by the native product, all else
+    by what it was before."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._module, self._before = module, module.forward
+        self._weights: tuple[int, Array] | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        module = self._module
+        if not (
+            0 < x.numel() <= ROWS * module.in_features
+            and x.dtype == torch.bfloat16
+            and x.device.type == "cpu"
+            and self.applies
+            and not torch.compiler.is_compiling()
+        ):
+            return self._before(x)
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
+        ):
+            return _Linear.apply(x, module.weight, module.bias, self)  # type: ignore[no-any-return, no-untyped-call]
+        return self.product(x)
+
+    @property
+    def applies(self) -> bool:
+        """Whether few rows are computed here: not once the model was cast or moved."""
+        weight, bias = self._module.weight, self._module.bias
+        return (
+            weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and (bias is None or bias.dtype == torch.bfloat16)
+        )
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        module = self._module
+        rows = module.out_features
+        out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+        bias = _NO_BIAS if module.bias is None else flat(module.bias.detach())
+        _native.linear(
+            self._flat_weights(), bias, flat(x.detach()), flat(out), module.in_features,
+            threads_for(x.numel() * rows),
+        )  # fmt: skip
+        return out
+
+    def _flat_weights(self) -> Array:
+        """Made once, and again when the layer has other memory. What is kept holds that memory, so
+        that no other can have its address."""
+        weight = self._module.weight
+        place = weight.data_ptr()
+        if self._weights is None or self._weights[0] != place:
+            self._weights = place, flat(weight.detach())
+        return self._weights[1]
+
+
+class _Linear(torch.autograd.Function):
+    """The same, that backward can go through."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        layer: NativeLinear,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            grad @ weight if needs_x else None,
+            rows.mT @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
+            rows.sum(0) if ctx.biased and needs_bias else None,
+            None,
+        )
+
+
+def multiply_few_rows(model: nn.Module) -> int:
+    """Have the linear layers of a model on the CPU compute few rows so; the number of layers.
+    Layers whose forward pass is another's already, and those on other devices, stay as they are.
+    Nothing is done where the kernel has no vector instructions."""
+    if _native.isa() == "scalar":
+        return 0
+    found = 0
+    for module in model.modules():
+        if type(module) is not nn.Linear or "forward" in vars(module):
+            continue
+        if module.weight.device.type == "cpu" and module.weight.numel() >= LEAST_WEIGHTS:
+            module.forward = NativeLinear(module)  # type: ignore[method-assign]
+            found += 1
+    return found
