@@ -60,6 +60,8 @@ void rows_of_one(const ProductSetup& setup, Decoder& decoder, size_t row) {
     decoder.begin_row(r, row + r);
     sums[r] = Isa::zero();
   }
+  // The next rows are asked for now: processors look ahead within a page only, which is a row or two.
+  const size_t ahead = R * setup.matrix->columns * code_bytes<Decoder>();
   for (size_t g = 0; g < setup.groups; ++g) {
     const float* const x = setup.x + g * kProductGroup;
     const F x_even = Isa::load(x), x_odd = Isa::load(x + kProductLanes);
@@ -67,6 +69,7 @@ void rows_of_one(const ProductSetup& setup, Decoder& decoder, size_t row) {
 #pragma GCC unroll 4
     for (size_t r = 0; r < R; ++r) {
       F even, odd;
+      __builtin_prefetch(codes[r][g] + ahead);
       decoder(r, codes[r][g], steps, even, odd);
       sums[r] = Isa::fma(odd, x_odd, Isa::fma(even, x_even, sums[r]));
     }

@@ -47,7 +47,7 @@ def _by_kernel(one: FewRows, dtype: torch.dtype) -> bool:
     return (
         isinstance(one.slot, CodeSlot)
         and one.slot.kind.dtype == dtype
-        and len(one.rows) <= ROWS
+        and one.rows.shape[0] <= ROWS
         and not (torch.is_grad_enabled() and one.rows.requires_grad)
     )
 
@@ -82,17 +82,16 @@ def _project_all(
     else:
         x, step = torch.cat([some.detach() for some in inputs]), 1
     out_rows, width = slots[0].weights[name].shape
-    out = torch.empty((sum(map(len, inputs)), out_rows), dtype=x.dtype)
+    counts = [some.shape[0] for some in inputs]
+    out = torch.empty((sum(counts), out_rows), dtype=x.dtype)
     jobs, row = list[Product](), 0
-    for slot, some in zip(slots, inputs, strict=True):
+    for slot, n in zip(slots, counts, strict=True):
         assert isinstance(slot, CodeSlot)
         for of, matrix in slot.parts_of(name):
-            jobs.append(
-                Product(matrix, step * row * width, len(some), row * out_rows + of, out_rows)
-            )
-        row += len(some)
+            jobs.append(Product(matrix, step * row * width, n, row * out_rows + of, out_rows))
+        row += n
     products(jobs, flat(x), flat(out), threads=threads)
-    return list(out.split([len(some) for some in inputs]))
+    return list(out.split(counts))
 
 
 def expert_output(
