@@ -1,6 +1,6 @@
 """Where the time of a token goes when all experts are in memory (docs/offload.md).
 
-    OMP_WAIT_POLICY=PASSIVE python bench/cached_token.py WORK > rows.json      JSON, a table on stderr
+    OMP_WAIT_POLICY=PASSIVE python bench/cached_token.py WORK > rows.json
 
 WORK: the folder of `moebound bench offload`, with its checkpoint, store, ids and trace. A text is
 read token by token with the store in slots of codes and of values, and by stock transformers, each
@@ -8,7 +8,7 @@ in a process of its own, in turns: with the linear layers outside of experts by 
 and by torch's, and with experts computed together and one by one. Checked first: the ways of
 computing experts give the same logits, to the bit. Then some tokens are read once more with a clock
 around parts. Figures are medians, and least ones, of milliseconds a token; CPU time is that of all
-threads.
+threads. JSON, and a table on stderr.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 import moebound
 from moebound import _native
 from moebound.codec import encode_codes, envelope
-from moebound.codec.codes import CodeMatrix, decode_codes, has_codes
+from moebound.codec.codes import CodeMatrix, Product, decode_codes, has_codes, products
 from moebound.codec.reference.product import fma
 from moebound.codec.reference.product import product as reference
 from moebound.errors import CodecError, CorruptionError
@@ -254,3 +254,65 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
     for bad in ({"x": x[:7]}, {"out": out[:5]}, {"stride": 2}, {"out": out.view(np.int32)}):
         with pytest.raises((ValueError, TypeError)):
             matrix.product(**{"x": x, "out": out, "stride": 3} | bad)
+
+
+def test_many_products_at_once_are_each_by_itself() -> None:
+    first, second = (patched(codes_of(encoded(kind, (70, 33)))) for kind in ("grid", "rows"))
+    x = np.random.default_rng(0).standard_normal((5, 33)).astype(np.float32)
+    alone = multiply(first, x), multiply(second, x[2:3]), multiply(first, x[4:])
+    jobs = [Product(first, 0, 5, 0, 70), Product(second, 2 * 33, 1, 350, 70),
+            Product(second, 0, 0, 0, 70), Product(first, 4 * 33, 1, 425, 75)]  # fmt: skip
+    for isa in ISAS:
+        for threads in (1, 3):
+            out = np.full(500, 7, np.float32)
+            with using(isa):
+                products(jobs, x.reshape(-1), out, threads=threads)
+            assert out[:350].tobytes() == alone[0].tobytes()
+            assert out[350:420].tobytes() == alone[1].tobytes()
+            assert out[425:495].tobytes() == alone[2].tobytes()
+            assert (out[420:425] == 7).all()
+            assert (out[495:] == 7).all()
+
+
+def test_products_out_of_bounds_are_refused() -> None:
+    matrix = codes_of(encoded("grid", (70, 33)))
+    x, out = np.zeros(66, np.float32), np.zeros(150, np.float32)
+    products([Product(matrix, 33, 1, 80, 70)], x, out)
+    products([Product(matrix, 0, 2, 0, 80)], x, out)
+    for bad in (
+        (34, 1, 0, 70), (0, 3, 0, 70), (0, 1, 81, 70), (0, 2, 0, 81), (0, 2, 0, 69),
+        (2**63, 1, 0, 70), (0, 1, 2**63, 70),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"x|out"):
+            products([Product(matrix, *bad)], x, out)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(70, 96), (61, 50), (130, 33)])
+def test_plain_weights_are_summed_in_the_same_order(shape: tuple[int, int], isa: str) -> None:
+    rng = np.random.default_rng(1)
+    bf16 = ml_dtypes.bfloat16
+    weights = rng.standard_normal(shape).astype(bf16)
+    bias = rng.standard_normal(shape[0]).astype(bf16)
+    x = rng.standard_normal((9, shape[1])).astype(bf16)
+    none, nothing = np.empty(0, np.uint64), np.empty(0, np.float32)
+    sums = reference(weights.astype(np.float32), x.astype(np.float32), none, nothing)
+    for given, expected in ((bias, sums + bias.astype(np.float32)), (np.empty(0, bf16), sums)):
+        for n, threads in ((9, 2), (1, 1), (3, 3)):
+            out = np.zeros((n, shape[0]), np.uint16)
+            with using(isa):
+                _native.linear(
+                    flat(weights), flat(given), flat(x[:n]), out.reshape(-1), shape[1], threads
+                )
+            assert out.tobytes() == expected[:n].astype(bf16).tobytes()
+
+
+def test_plain_weights_that_do_not_fit_are_refused() -> None:
+    given: dict[str, Any] = {
+        "weights": np.zeros(12, np.uint16), "bias": np.zeros(3, np.uint16),
+        "x": np.zeros(8, np.uint16), "out": np.zeros(6, np.uint16), "columns": 4, "threads": 1,
+    }  # fmt: skip
+    _native.linear(**given)
+    for name, bad in (("weights", 11), ("weights", 0), ("bias", 2), ("x", 7), ("out", 7)):
+        with pytest.raises(ValueError, match=name):
+            _native.linear(**given | {name: np.zeros(bad, np.uint16)})

@@ -3,8 +3,9 @@
 //   check_product CASES SEED
 //
 // CASES random matrices: tables and steps, of every dtype, rows of any length, patches, one token or
-// several. Prints the hash of all results, which is the same on every machine: what is drawn has no
-// function of the C library in it. Exit code 1 and a line on stderr at the first difference.
+// several. Then as many of plain bfloat16. Prints the hashes of all results, which are the same on every
+// machine: what is drawn has no function of the C library in it. Exit code 1 and a line on stderr at the
+// first difference.
 #include <algorithm>
 #include <bit>
 #include <cstdio>
@@ -80,11 +81,7 @@ int main(int argc, char** argv) {
   if (argc != 3) fail("usage: check_product CASES SEED");
   const size_t n_cases = std::strtoull(argv[1], nullptr, 10);
   rng.seed(std::strtoull(argv[2], nullptr, 10));
-  uint64_t hash = 0;
-  for (size_t c = 0; c < n_cases; ++c) {
-    Drawn drawn;
-    drawn.draw();
-    const CodeMatrix& matrix = drawn.matrix;
+  const auto check = [&](const CodeMatrix& matrix, size_t c, uint64_t hash) {
     const DType dtype = DType(below(3));
     const size_t n_tokens = 1 + below(below(2) ? 1 : 7), size = item_size(dtype);
     std::vector<uint8_t> x(n_tokens * matrix.columns * size);
@@ -108,7 +105,20 @@ int main(int argc, char** argv) {
         fail(std::string(isa_name(isa)) + " differs in case " + std::to_string(c));
       }
     }
-    hash = xxh64(expected.data(), expected.size(), hash);
+    return xxh64(expected.data(), expected.size(), hash);
+  };
+  uint64_t of_codes = 0, of_plain = 0;
+  for (size_t c = 0; c < n_cases; ++c) {
+    Drawn drawn;
+    drawn.draw();
+    of_codes = check(drawn.matrix, c, of_codes);
   }
-  std::printf("%zu products, %016llx\n", n_cases, static_cast<unsigned long long>(hash));
+  for (size_t c = 0; c < n_cases; ++c) {
+    const size_t rows = 1 + below(70), columns = 1 + below(below(3) ? 200 : 700);
+    std::vector<uint16_t> weights(rows * columns);
+    for (uint16_t& weight : weights) weight = pattern_of<BF16>(number());
+    of_plain = check(plain_matrix(weights.data(), rows, columns), c, of_plain);
+  }
+  std::printf("%zu products, %016llx, %016llx\n", n_cases, static_cast<unsigned long long>(of_codes),
+              static_cast<unsigned long long>(of_plain));
 }

@@ -15,7 +15,8 @@ from codec.kernel import ISAS, using
 from moebound.checkpoint import open_checkpoint
 from moebound.errors import CacheError, MoeboundError
 from moebound.model import few_rows
-from moebound.offload import codes, slots
+from moebound.offload import codes, compute, slots
+from moebound.offload.fetcher import Fetcher
 from moebound.offload.loading import load
 from moebound.store import compress
 from moebound.types import ErrorBound
@@ -266,3 +267,81 @@ def test_the_benchmark_runs_both_kinds() -> None:
     ]
     with pytest.raises(MoeboundError, match="slots"):
         OffloadSettings(slots=("bytes",))
+
+
+def _token_by_token(store: Path, n: int = 6, **options: Any) -> torch.Tensor:
+    from transformers import DynamicCache
+
+    with load(store, **{"dtype": "float32", "slots": "codes"} | options) as offloaded:
+        past, found = DynamicCache(config=offloaded.model.config), list[torch.Tensor]()
+        with torch.no_grad():
+            for token in IDS[0, :n].tolist():
+                step = offloaded.model(torch.tensor([[token]]), past_key_values=past)
+                found.append(step.logits)
+        return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "nemotron_h"])
+def test_experts_computed_together_are_those_computed_alone(
+    name: str, made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_rows, "WORK_PER_THREAD", 1)
+    together = list[int]()
+    whole = compute._of_codes
+
+    def spy(module: Any, experts: Any, *args: Any) -> list[torch.Tensor]:
+        together.append(len(experts))
+        return whole(module, experts, *args)
+
+    monkeypatch.setattr(compute, "_of_codes", spy)
+    found = _token_by_token(made(name), ram_budget="100%")
+    assert max(together) > 1
+    for options in ({"ram_budget": "60%", "tier": "disk"}, {"ram_budget": "100%", "threads": 1}):
+        assert torch.equal(_token_by_token(made(name), **options), found), options
+    monkeypatch.setattr(compute, "_by_kernel", lambda *_: False)
+    together.clear()
+    assert torch.equal(_token_by_token(made(name), ram_budget="100%"), found)
+    assert not together
+
+
+def test_experts_of_a_prompt_come_one_by_one(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that each makes room when it has been computed."""
+    sizes = list[int]()
+    visit = Fetcher.visit
+
+    def spied(self: Fetcher, *args: Any, **options: Any) -> None:
+        *rest, called = args
+
+        def compute_some(some: Any, threads: int) -> None:
+            sizes.append(len(some))
+            called(some, threads)
+
+        visit(self, *rest, compute_some, **options)
+
+    monkeypatch.setattr(Fetcher, "visit", spied)
+    for budget in ("45%", "100%"):
+        logits(made("mixtral"), ram_budget=budget, tier="disk")
+        assert set(sizes) == {1}
+        sizes.clear()
+    _token_by_token(made("mixtral"), ram_budget="100%")
+    assert max(sizes) > 1
+
+
+def test_linear_layers_of_a_token_are_native(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, and the same whatever the budget and torch's threads."""
+    monkeypatch.setattr(few_rows, "LEAST_WEIGHTS", 1)
+    options: dict[str, Any] = {"dtype": "bfloat16", "ram_budget": "100%"}
+    found = _token_by_token(made("mixtral"), **options)
+    if few_rows._native.isa() != "scalar":
+        products = list[int]()
+        product = few_rows.NativeLinear.product
+
+        def spy(self: few_rows.NativeLinear, x: torch.Tensor) -> torch.Tensor:
+            products.append(x.numel())
+            return product(self, x)
+
+        monkeypatch.setattr(few_rows.NativeLinear, "product", spy)
+        assert torch.equal(_token_by_token(made("mixtral"), **options), found)
+        assert products
+    small = options | {"ram_budget": "60%", "tier": "disk", "threads": 1}
+    assert torch.equal(_token_by_token(made("mixtral"), **small), found)

@@ -66,6 +66,7 @@ def unpack_positions(data: memoryview, size: int, count: int) -> Positions:
     split = (count * low + 7) // 8
     lows, highs = np.split(np.frombuffer(data, np.uint8), [split])
     positions: Positions = np.empty(count, np.uint64)
+    weights = np.uint64(1) << np.arange(low, dtype=np.uint64)
     n_found = 0
     for at in _pieces(len(highs)):
         ones = np.flatnonzero(np.unpackbits(highs[at], bitorder="little")) + 8 * at.start
@@ -81,8 +82,7 @@ def unpack_positions(data: memoryview, size: int, count: int) -> Positions:
         bits = np.unpackbits(
             lows[at.start * low // 8 :][: (n_here * low + 7) // 8], bitorder="little"
         )
-        for bit, plane in enumerate(bits[: n_here * low].reshape(n_here, low).T):
-            positions[at] |= plane.astype(np.uint64) << np.uint64(bit)
+        positions[at] |= bits[: n_here * low].reshape(n_here, low) @ weights
     if positions[-1] >= size or np.any(positions[1:] <= positions[:-1]):
         raise CorruptionError(f"patch: positions are not ascending below {size}")
     return positions
