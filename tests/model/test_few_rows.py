@@ -57,6 +57,7 @@ def test_a_row_is_the_same_whatever_is_beside_it(bias: bool) -> None:
         assert torch.equal(layer(strided), whole)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit
 def test_all_else_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made()
     layer, forward = model[0], model[0].forward
@@ -74,6 +75,12 @@ def test_all_else_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
         layer.float()
         x = few.float()
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        layer.bfloat16()
+        traced = torch.jit.trace(layer, few)  # type: ignore[no-untyped-call]
+        assert torch.equal(traced(many), nn.functional.linear(many, layer.weight, layer.bias))
+        assert torch.func.vmap(layer)(few).shape == (ROWS, 90)
+        with pytest.raises(RuntimeError, match="shapes"):
+            layer(few.view(-1, 100))
     assert not products
 
 

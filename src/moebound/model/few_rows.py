@@ -56,10 +56,11 @@ class NativeLinear:
         module = self._module
         if not (
             0 < x.numel() <= ROWS * module.in_features
+            and x.shape[-1] == module.in_features
             and x.dtype == torch.bfloat16
             and x.device.type == "cpu"
             and self.applies
-            and not torch.compiler.is_compiling()
+            and not _watched()
         ):
             return self._before(x)
         if torch.is_grad_enabled() and (
@@ -98,6 +99,15 @@ class NativeLinear:
         if self._weights is None or self._weights[0] != place:
             self._weights = place, flat(weight.detach())
         return self._weights[1]
+
+
+def _watched() -> bool:
+    """Whether torch records operations otherwise than for `backward`: it cannot see this one."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 class _Linear(torch.autograd.Function):
