@@ -33,8 +33,7 @@ from moebound.bench.environment import describe
 from moebound.bench.offload.subjects import SUBJECTS
 from moebound.cache import load_trace
 from moebound.model.few_rows import NativeLinear
-from moebound.offload import on_demand
-from moebound.offload.compute import expert_output
+from moebound.offload import compute, on_demand
 
 SUBJECT_NAMES = ("codes", "values", "stock")
 
@@ -53,16 +52,16 @@ def torch_linears(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def one_by_one(_: nn.Module) -> Iterator[None]:
-    before = on_demand.few_rows_outputs
+    before = compute.few_rows_outputs
 
     def alone(module: Any, experts: Any, dtype: torch.dtype, threads: int) -> list[torch.Tensor]:
-        return [expert_output(module, e.expert, e.slot, e.rows, dtype) for e in experts]
+        return [compute.expert_output(module, e.expert, e.slot, e.rows, dtype) for e in experts]
 
-    on_demand.few_rows_outputs = alone  # type: ignore[assignment]
+    vars(on_demand)["few_rows_outputs"] = alone
     try:
         yield
     finally:
-        on_demand.few_rows_outputs = before
+        vars(on_demand)["few_rows_outputs"] = before
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from codec.kernel import ISAS, using
+from moebound import _native
 from moebound.checkpoint import open_checkpoint
 from moebound.errors import CacheError, MoeboundError
 from moebound.model import few_rows
@@ -307,7 +308,7 @@ def test_experts_computed_together_are_those_computed_alone(
 def test_experts_of_a_prompt_come_one_by_one(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that each makes room when it has been computed."""
     sizes = list[int]()
-    visit = Fetcher.visit
+    visit: Any = Fetcher.visit
 
     def spied(self: Fetcher, *args: Any, **options: Any) -> None:
         *rest, called = args
@@ -332,7 +333,7 @@ def test_linear_layers_of_a_token_are_native(made: Make, monkeypatch: pytest.Mon
     monkeypatch.setattr(few_rows, "LEAST_WEIGHTS", 1)
     options: dict[str, Any] = {"dtype": "bfloat16", "ram_budget": "100%"}
     found = _token_by_token(made("mixtral"), **options)
-    if few_rows._native.isa() != "scalar":
+    if _native.isa() != "scalar":
         products = list[int]()
         product = few_rows.NativeLinear.product
 

@@ -29,6 +29,7 @@ def test_files_and_predictors() -> None:
     for name in re.findall(r"\b([a-z_]+\.py)\b", TEXT):
         places = (
             "src/moebound/offload",
+            "src/moebound/model",
             "src/moebound/text",
             "tests/offload",
             "bench",

@@ -54,13 +54,12 @@ class NativeLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         module = self._module
-        if not (
+        if _watched() or not (
             0 < x.numel() <= ROWS * module.in_features
             and x.shape[-1] == module.in_features
             and x.dtype == torch.bfloat16
             and x.device.type == "cpu"
             and self.applies
-            and not _watched()
         ):
             return self._before(x)
         if torch.is_grad_enabled() and (
@@ -150,6 +149,6 @@ def multiply_few_rows(model: nn.Module) -> int:
         if type(module) is not nn.Linear or "forward" in vars(module):
             continue
         if module.weight.device.type == "cpu" and module.weight.numel() >= LEAST_WEIGHTS:
-            module.forward = NativeLinear(module)  # type: ignore[method-assign]
+            module.forward = NativeLinear(module)  # type: ignore[method-assign, assignment]
             found += 1
     return found

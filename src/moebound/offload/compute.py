@@ -91,7 +91,7 @@ def _project_all(
             jobs.append(Product(matrix, step * row * width, n, row * out_rows + of, out_rows))
         row += n
     products(jobs, flat(x), flat(out), threads=threads)
-    return list(out.split(counts))
+    return list(torch.split_with_sizes(out, counts))
 
 
 def expert_output(
