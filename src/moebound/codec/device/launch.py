@@ -162,7 +162,12 @@ class PreparedDecode:
         if self._on_gpu:
             current = torch.cuda.current_stream(self.compressed.device)
             if current != self._stream:
-                for tensor in (self.known.block, self._jobs_there, self._tables.slots, self._status):
+                for tensor in (
+                    self.known.block,
+                    self._jobs_there,
+                    self._tables.slots,
+                    self._status,
+                ):
                     tensor.record_stream(current)
         if self._kernels is not None:
             if not self._expanded:
