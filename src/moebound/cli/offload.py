@@ -47,8 +47,9 @@ _OPTIONS = (
                       "[default: 70 % of what is free]"),
     click.option("--tier", type=click.Choice(["auto", "disk", "ram", "device"]), default="auto",
                  show_default=True,
-                 help="Where experts wait: on disk, or compressed in RAM, within the budget; or compressed "
-                      "in a GPU's memory, as many as the budget holds there, the rest on the host."),
+                 help="Where experts wait: on disk, or compressed in RAM, within the budget; or "
+                      "compressed in a GPU's memory, as many as the budget holds, the rest on the "
+                      "host."),
     click.option("--slots", type=click.Choice(["values", "codes", "auto"]), default="values",
                  show_default=True,
                  help="What memory holds of an expert: its weights, or codes of a byte each, twice "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -45,9 +45,9 @@ class LoadPath:
     """One way to run: a source of experts, the tier they wait in, and what slots hold. kinds: of
     the slots of every expert.
 
-    Bytes: cache for decoded experts, held for those in RAM or on the device as they are on disk,
-    beside for what one on the device takes there beside its own. hit_ratio: what is expected, the
-    share of experts that fit. seconds: a token, overlapped.
+    Bytes: cache for decoded experts, held for those in RAM or on the device as they are on disk.
+    hit_ratio: what is expected, the share of experts that fit. plan: of tier "device". seconds: a
+    token, overlapped.
     """
 
     name: str
@@ -60,7 +60,7 @@ class LoadPath:
     costs: Costs
     slots: SlotsName
     kinds: Mapping[ExpertKey, SlotKind]
-    beside_bytes: int = 0
+    plan: DevicePlan | None = None
 
     @property
     def title(self) -> str:
@@ -81,21 +81,26 @@ def open_tier(
     return DiskTier(entries, drop_cache=drop_cache)
 
 
-def open_path(path: LoadPath, device: torch.device, *, cores: int, drop_cache: bool) -> Tier:
-    """Where the experts of a load path wait."""
+def open_path(
+    path: LoadPath, device: torch.device, *, cores: int, drop_cache: bool
+) -> tuple[LoadPath, Tier]:
+    """Where the experts of a load path wait, and the path with the bytes that they really take."""
     everything = path.entries.everything
-    if path.tier == "device":
-        return DeviceTier(
-            everything,
-            candidates(path.entries.asked_for),
-            device,
-            limit=path.held_bytes,
-            beside=path.beside_bytes,
-            host_bytes=host_bytes(),
-            cores=cores,
-            drop_cache=drop_cache,
-        )
-    return open_tier(path.tier, everything, device, drop_cache=drop_cache)
+    if path.plan is None:
+        return path, open_tier(path.tier, everything, device, drop_cache=drop_cache)
+    tier = DeviceTier(
+        everything,
+        candidates(path.entries.asked_for),
+        device,
+        limit=path.plan.limit_bytes,
+        beside=path.plan.beside_bytes,
+        host_bytes=host_bytes(),
+        cores=cores,
+        drop_cache=drop_cache,
+    )
+    decoded = sum(kind.n_bytes for kind in path.kinds.values())
+    room = min(path.plan.budget_bytes - tier.held_bytes, decoded)
+    return replace(path, cache_bytes=room, held_bytes=tier.held_bytes), tier
 
 
 def open_delivery(
@@ -158,12 +163,12 @@ def choose(
                 floor = catalog_of(entries, of).smallest_budget(floor=1, working=working)
                 held = entries.n_bytes if at == "ram" and on_host else 0
                 everything = sum(kind.n_bytes for kind in of.values())
-                speeds, beside = None, 0
+                speeds, plan = None, None
                 if at == "device":
                     plan = plan_device(
-                        entries, of, device, n_bytes - floor, cores=cores, drop_cache=drop_cache
+                        entries, of, device, n_bytes, floor, cores=cores, drop_cache=drop_cache
                     )
-                    held, speeds, beside = plan.held_bytes, plan.speeds, plan.beside_bytes
+                    held, speeds = plan.held_bytes, plan.speeds
                 room = min(n_bytes - held, everything)
                 least.append(floor + held)
                 if room < floor:
@@ -198,7 +203,7 @@ def choose(
                         costs,
                         slots,
                         of,
-                        beside,
+                        plan,
                     )
                 )
     if not least:
@@ -224,9 +229,15 @@ def choose(
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What of a source a device is to hold compressed, and how fast experts then come. held_bytes:
-    for all of it. beside_bytes: of these, an expert's beside its own."""
+    """What of a source a device is to hold compressed, and how fast experts then come.
 
+    Bytes: budget, of the device, for decoded experts too; limit, what the least cache of those
+    leaves of it; held, what is expected to be taken; beside, what of that an expert takes beside
+    its own.
+    """
+
+    budget_bytes: int
+    limit_bytes: int
     held_bytes: int
     beside_bytes: int
     speeds: Speeds
@@ -236,12 +247,14 @@ def plan_device(
     entries: DiskEntries,
     kinds: Mapping[ExpertKey, SlotKind],
     device: torch.device,
-    n_bytes: int,
+    budget: int,
+    floor: int,
     *,
     cores: int,
     drop_cache: bool,
 ) -> DevicePlan:
-    """As many experts as n_bytes of the device hold, one at least; the others wait on the host."""
+    """As many experts as the budget holds beside `floor`, one at least; the others wait on the
+    host."""
     found = candidates(entries.asked_for)
     probe = sample_of(found)
     waiting = DeviceTier(
@@ -250,7 +263,7 @@ def plan_device(
     )  # fmt: skip
     delivery = open_delivery(waiting, entries, device, cores=cores)
     speeds, beside = measure_speeds(probe, delivery, kinds, device), waiting.most_beside
-    held = first_fitting(found, n_bytes, beside) or found[:1]
+    held = first_fitting(found, budget - floor, beside) or found[:1]
     others = entries.n_bytes - sum(entry.n_bytes for entry in held)
     if len(held) < len(entries.asked_for):
         rest: TierName = "ram" if others <= host_bytes() else "disk"
@@ -262,7 +275,7 @@ def plan_device(
             measure_speeds(some, delivery, kinds, device), len(held) / len(entries.asked_for)
         )
     total = sum(room_for(1, entry.n_bytes) + beside for entry in held)
-    return DevicePlan(total, beside, speeds)
+    return DevicePlan(budget, budget - floor, total, beside, speeds)
 
 
 def host_bytes() -> int:
@@ -274,11 +287,11 @@ def _tiers(
     tier: TierName | Literal["auto"], entries: DiskEntries, device: torch.device
 ) -> tuple[TierName, ...]:
     """Those to try for a source."""
-    if tier not in ("auto", "device"):
+    if tier == "disk" or tier == "ram":
         return (tier,)
     holds = bool(candidates(entries.asked_for))
     if tier == "device":
-        return ("device",) if holds else ()
+        return (tier,) if holds else ()
     usable = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return ("disk", "ram", "device") if usable and holds else ("disk", "ram")
 

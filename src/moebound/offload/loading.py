@@ -149,7 +149,8 @@ def load(
         cores=cores,
         drop_cache=drop_cache,
     )
-    chosen = load_paths[0]
+    chosen, waiting = open_path(load_paths[0], place, cores=cores, drop_cache=drop_cache)
+    load_paths[0] = chosen
     meter = Meter()
     cache = ExpertCache[Held](
         catalog_of(chosen.entries, chosen.kinds),
@@ -157,7 +158,6 @@ def load(
         policy=policy,
         working=chosen.costs.top_k + 1 + chosen.entries.most_shared,
     )
-    waiting = open_path(chosen, place, cores=cores, drop_cache=drop_cache)
     delivery = open_delivery(waiting, chosen.entries, place, cores=cores)
     copies = None
     if coarser is not None:

@@ -65,10 +65,10 @@ class Choice:
         waiting: Tier,
     ) -> Choice:
         """The first of them, and what was predicted of all."""
-        chosen, on_device, held = load_paths[0], 0, load_paths[0].held_bytes
+        chosen, on_device = load_paths[0], 0
         rest: TierName | None = None
         if isinstance(waiting, DeviceTier):
-            on_device, held = len(waiting.keys), waiting.held_bytes
+            on_device = len(waiting.keys)
             rest = waiting.rest.name if len(waiting.keys) < len(chosen.entries.by_key) else None
         return cls(
             source=chosen.name,
@@ -76,7 +76,7 @@ class Choice:
             policy=policy,
             predictor=predictor,
             cache_bytes=chosen.cache_bytes,
-            held_bytes=held,
+            held_bytes=chosen.held_bytes,
             buffer_bytes=buffer_bytes,
             expert_bytes=chosen.entries.n_bytes,
             expected_hit_ratio=chosen.hit_ratio,

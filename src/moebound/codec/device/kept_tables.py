@@ -61,8 +61,8 @@ class KeptTables:
         tables = Tables.empty(int(self._slots[kept].sum()), wide, known.block.device)
         for at in range(0, len(kept), AT_ONCE):
             some = kept[at : at + AT_ONCE]
-            nowhere = np.zeros(len(some), np.int64)  # no weights are read or written
-            jobs = make_jobs(known.metadata, some, nowhere, nowhere, first[some])
+            nowhere = [0] * len(some)  # no weights are read or written
+            jobs = make_jobs(known.metadata, some.tolist(), nowhere, nowhere, first[some])
             expand(known, jobs, _copied(jobs.numbers, known.block), tables)
         return tables, first
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _SLOTS, _PATCHES = 1024, 256
 """Of a program."""
 
-_BLOCKS = (1 << 12) // _SLOTS
-"""Of the largest table."""
+_MOST_SLOTS = 1 << 12
+"""Of a table."""
 
 _TROUBLES = (
     (1, "a first state below 2^16"),
@@ -97,13 +97,15 @@ class Tables:
 
 def expand(known: OnDevice, jobs: Jobs, jobs_there: torch.Tensor, tables: Tables) -> None:
     """Expand the tables of these jobs, each to its first slot, on the current stream."""
-    at = known.metadata.sections
+    at, device = known.metadata.sections, known.block.device
+    block = _SLOTS if device.type == "cuda" else _MOST_SLOTS  # the interpreter wants few programs
+    blocks = _MOST_SLOTS // block
     launch(
-        kernels(known.block.device).decode_kernel.expand_tables,
-        (jobs.tables * _BLOCKS, len(jobs)),
+        kernels(device).decode_kernel.expand_tables,
+        (jobs.tables * blocks, len(jobs)),
         (known.block, jobs_there, tables.slots),
         (at["arrays"], at["symbols"]),
-        {"WIDE": tables.wide, "BLOCK": _SLOTS, "BLOCKS": _BLOCKS},
+        {"WIDE": tables.wide, "BLOCK": block, "BLOCKS": blocks},
         num_warps=4,
     )
 

@@ -71,9 +71,12 @@ def test_kept_tables_are_expanded_once_and_counted(
     assert kept.n_bytes <= sum(resident_bytes([stream]) for stream in streams)
     assert resident_bytes(streams) == kept.n_bytes
     expanded = list[int]()
-    monkeypatch.setattr(
-        PreparedDecode, "expand", lambda self: (expanded.append(len(self.jobs)), expand(self))[1]
-    )
+
+    def counted(prepared: PreparedDecode) -> None:
+        expanded.append(len(prepared.jobs))
+        expand(prepared)
+
+    monkeypatch.setattr(PreparedDecode, "expand", counted)
     schedule, size = Schedule(together=32, wide=wide), max(s.n_bytes for s in streams)
     for i in (0, 1):
         compressed = torch.zeros(size, dtype=torch.uint8)
