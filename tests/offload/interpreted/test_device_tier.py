@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moebound.checkpoint import open_checkpoint
+from moebound.cli.offload import choice_lines, stats_facts
 from moebound.errors import CacheError, CorruptionError
 from moebound.offload import choose, costs
 from moebound.offload.costs import Speeds
@@ -110,6 +111,11 @@ def test_the_same_logits_however_many_are_held(
         assert all(tiers[name] > 0 for name in tiers if name != "decoded")
         assert (stats["bytes_moved"] > 0) == (rest is not None)
         assert (choice.speeds.link is None) == (rest is None)
+        said = choice_lines(offloaded)
+        assert f"{held} compressed in the GPU's memory" in said[0]
+        assert ("the others on disk" in said[0]) == (rest == "disk")
+        assert ("reading" in said[1]) == (rest is not None)
+        assert "% device" in dict(stats_facts(stats))["experts asked for"]
 
 
 def test_what_is_held_is_spread_over_layers_and_within_the_limit(
