@@ -113,7 +113,8 @@ def _row(case: Case, settings: OffloadSettings, prepared: Prepared, work: Path) 
         "how": case.how, "source": str(source), "options": case.options(settings),
         "trace": str(prepared.trace) if case.routing == "forced" else None,
         "top_k": prepared.top_k, "ids": str(prepared.ids), "prompt": settings.prompt,
-        "warm": settings.warm, "tokens": settings.tokens, "drop_cache": case.tier not in ("ram", "device"),
+        "warm": settings.warm, "tokens": settings.tokens,
+        "drop_cache": case.tier not in ("ram", "device"),
         "device": settings.device, "clients": settings.clients,
     }  # fmt: skip
     return launch(spec, work, timeout_s=settings.timeout_s, memory_limit=settings.memory_limit)
