@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moebound.checkpoint import open_checkpoint
 from moebound.errors import CacheError
+from moebound.offload import choose
 from moebound.offload.costs import Costs, Speeds
 from moebound.offload.decoding import room_for
 from moebound.offload.device_tier import candidates, first_fitting
@@ -57,6 +59,36 @@ def test_a_part_on_the_host_costs_its_part() -> None:
         return Costs(speeds.read_s, speeds.decode_s, 0.0, 0.0, 1, 4).overlapped_s(0.5)
 
     assert seconds(here) < seconds(mixed) < seconds(there)
+
+
+@pytest.mark.parametrize(("bus_s", "tier"), [(1e-2, "device"), (1e-6, "disk")])
+def test_auto_takes_it_where_the_bus_costs_more_than_the_hits(
+    store: Path, bus_s: float, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = open_entries(store)
+    auto = choose._tiers("auto", entries, torch.device("cuda"))
+    assert auto == ("disk", "ram", "device")
+    assert choose._tiers("auto", entries, torch.device("cpu")) == ("disk", "ram")
+    there, host = Speeds(None, 1e9, 0.0, 1e-3), Speeds(1e9, 1e9, bus_s, 1e-3)
+
+    def plan(*args: Any, **_: Any) -> choose.DevicePlan:
+        budget, floor = args[3:]
+        held = sum(room_for(1, entry.n_bytes) for entry in entries)
+        return choose.DevicePlan(budget, budget - floor, held, 0, there)
+
+    monkeypatch.setattr(choose, "_tiers", lambda *_: auto)
+    monkeypatch.setattr(choose, "plan_device", plan)
+    monkeypatch.setattr(choose, "measure_speeds", lambda *_: host)
+    with load(store, tier="disk") as offloaded:
+        kinds, model = offloaded._fetcher.loader._kinds, offloaded.model
+    best, *others = choose.choose(
+        {"compressed": entries}, kinds, model,
+        budget="90%", tier="auto", device=torch.device("cpu"), cores=1, drop_cache=False,
+    )  # fmt: skip
+    assert best.tier == tier
+    assert {tier, *(other.tier for other in others)} >= {"disk", "device"}
+    path = next(path for path in (best, *others) if path.tier == "device")
+    assert path.cache_bytes + path.held_bytes <= 0.9 * sum(k.n_bytes for k in kinds.values())
 
 
 @needs_gpu
