@@ -86,7 +86,9 @@ class DeviceTier(Tier):
             streams += found
         with on_device(device):
             self._resident = Resident(streams, device, tables=True)
-        self.held_bytes = room + self._resident.n_bytes
+        if not streams:
+            self._compressed = _memory(0, device)
+        self.held_bytes = room + self._resident.n_bytes if streams else 0
         others = [entry for entry in entries if entry.key not in self._offsets]
         if sum(entry.n_bytes for entry in others) <= host_bytes:
             self.rest: Tier = RamTier(others, pinned=device.type == "cuda")
