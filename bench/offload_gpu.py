@@ -27,7 +27,7 @@ CASES = {
 def main(out: Path, name: str) -> None:
     shapes, budget = CASES[name]
     settings = OffloadSettings(
-        shapes=shapes, codec="bound:segment=gpu", budgets=(budget,), tiers=("ram",),
+        shapes=shapes, codec="bound:segment=gpu", budgets=(budget,), tiers=("ram", "device"),
         device="cuda", peers=(), tokens=64, warm=16, prompt=16,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as work:

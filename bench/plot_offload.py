@@ -19,8 +19,8 @@ COLORS = {
     "accelerate": "#cc79a7",
     "llama.cpp": "#009e73",
 }
-_MARKERS = {"disk": "o", "ram": "s"}
-_STYLES = {"disk": "-", "ram": "--"}
+_MARKERS = {"disk": "o", "ram": "s", "device": "^"}
+_STYLES = {"disk": "-", "ram": "--", "device": "-."}
 
 Curve = tuple[str, str, str, list[dict[str, Any]]]
 """A label, a colour, a tier, and rows by ascending budget."""

@@ -268,7 +268,8 @@ def bench_gpu(
 @click.option("--memory-limit", metavar="SIZE",
               help="What the process of each run may have, files that it reads included, as 2GB: "
                    "a control group, on Linux, where one can be made.")  # fmt: skip
-@click.option("--tiers", default="disk,ram", show_default=True, help="Where experts wait.")
+@click.option("--tiers", default="disk,ram", show_default=True,
+              help="Where experts wait: disk, ram, device.")  # fmt: skip
 @click.option("--policies", default="hobbit", show_default=True, help="Of the cache.")
 @click.option("--prefetch", default="none", show_default=True, help="Predictors.")
 @click.option("--slots", default="values", show_default=True,

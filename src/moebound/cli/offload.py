@@ -43,10 +43,13 @@ def check_skip(skip: str | None, calibration: Path | None) -> None:
 _OPTIONS = (
     click.option("--ram-budget", metavar="SIZE",
                  help="Memory for experts, decoded and compressed together: 4GiB, or 20% of all "
-                      "of them decoded.  [default: 70 % of what is free]"),
-    click.option("--tier", type=click.Choice(["auto", "disk", "ram"]), default="auto",
+                      "of them decoded; with --device cuda the GPU's.  "
+                      "[default: 70 % of what is free]"),
+    click.option("--tier", type=click.Choice(["auto", "disk", "ram", "device"]), default="auto",
                  show_default=True,
-                 help="Where experts wait: on disk, or compressed in RAM, within the budget."),
+                 help="Where experts wait: on disk, or compressed in RAM, within the budget; or "
+                      "compressed in a GPU's memory, as many as the budget holds, the rest on the "
+                      "host."),
     click.option("--slots", type=click.Choice(["values", "codes", "auto"]), default="values",
                  show_default=True,
                  help="What memory holds of an expert: its weights, or codes of a byte each, twice "
@@ -166,11 +169,19 @@ def load_offloaded(src: str, offload: dict[str, Any], output: Output) -> Offload
     return offloaded
 
 
+_PLACES = {"disk": "on disk", "ram": "in RAM", "device": "compressed in the GPU's memory"}
+
+
 def choice_lines(offloaded: Offloaded) -> list[str]:
     """What was chosen at load and what it is expected to cost, for people."""
     choice = offloaded.choice
-    speeds, where = choice.speeds, {"disk": "on disk", "ram": "in RAM"}[choice.tier]
-    decode = "" if speeds.decode is None else f", decoding {speeds.decode / 1e6:.0f} Mweights/s"
+    speeds, where = choice.speeds, _PLACES[choice.tier]
+    if choice.tier == "device":
+        where = f"{choice.on_device} {where}, {wording.n_bytes(choice.held_bytes)}"
+        if choice.rest is not None:
+            where += f", the others {_PLACES[choice.rest]}"
+    read = "" if speeds.link is None else f"reading {wording.n_bytes(speeds.link)}/s"
+    decode = "" if speeds.decode is None else f"decoding {speeds.decode / 1e6:.0f} Mweights/s"
     ways = ", ".join(f"{1e3 * seconds:.1f} ms ({name})"
                      for name, seconds in choice.predicted_s.items())  # fmt: skip
     costs = choice.costs
@@ -180,7 +191,7 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
     return [
         f"experts: {choice.source}, {where}, {wording.n_bytes(choice.expert_bytes)}; "
         f"{wording.n_bytes(choice.cache_bytes)} for decoded ones, as {choice.slots}{refused}",
-        f"measured: reading {wording.n_bytes(speeds.link)}/s{decode}",
+        f"measured: {', '.join(filter(None, (read, decode)))}",
         f"predicted, a token: {ways}; at a hit ratio of {choice.expected_hit_ratio:.2f}"
         + (
             "; experts are so small here that a token may take several times as long"

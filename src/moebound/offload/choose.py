@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,11 @@ from moebound.offload.costs import (
     measure_memory,
     measure_speeds,
     sample,
+    sample_of,
 )
+from moebound.offload.decoding import room_for
 from moebound.offload.delivery import CpuDelivery, Delivery
+from moebound.offload.device_tier import DeviceTier, candidates, first_fitting
 from moebound.offload.entries import DiskEntries, DiskEntry
 from moebound.offload.slots import SlotKind
 from moebound.offload.tiers import DiskTier, RamTier, Tier, TierName
@@ -29,6 +33,8 @@ from moebound.types import ExpertKey
 
 FALLBACK_MARGIN = 0.02
 """Another load path than the first is taken where it is predicted to be so much faster."""
+
+NO_LIMIT = 1 << 62
 
 FREE_SHARE = 0.7
 """Of the free memory, what experts get where no budget is given."""
@@ -39,8 +45,9 @@ class LoadPath:
     """One way to run: a source of experts, the tier they wait in, and what slots hold. kinds: of
     the slots of every expert.
 
-    Bytes: cache for decoded experts, held for those in RAM as they are on disk. hit_ratio: what is
-    expected, the share of experts that fit. seconds: a token, overlapped.
+    Bytes: cache for decoded experts, held for those in RAM or on the device as they are on disk.
+    hit_ratio: what is expected, the share of experts that fit. plan: of tier "device". seconds: a
+    token, overlapped.
     """
 
     name: str
@@ -53,6 +60,7 @@ class LoadPath:
     costs: Costs
     slots: SlotsName
     kinds: Mapping[ExpertKey, SlotKind]
+    plan: DevicePlan | None = None
 
     @property
     def title(self) -> str:
@@ -73,15 +81,38 @@ def open_tier(
     return DiskTier(entries, drop_cache=drop_cache)
 
 
+def open_path(
+    path: LoadPath, device: torch.device, *, cores: int, drop_cache: bool
+) -> tuple[LoadPath, Tier]:
+    """Where the experts of a load path wait, and the path with the bytes that they really take."""
+    everything = path.entries.everything
+    if path.plan is None:
+        return path, open_tier(path.tier, everything, device, drop_cache=drop_cache)
+    tier = DeviceTier(
+        everything,
+        candidates(path.entries.asked_for),
+        device,
+        limit=path.plan.limit_bytes,
+        beside=path.plan.beside_bytes,
+        host_bytes=host_bytes(),
+        cores=cores,
+        drop_cache=drop_cache,
+    )
+    decoded = sum(kind.n_bytes for kind in path.kinds.values())
+    room = min(path.plan.budget_bytes - tier.held_bytes, decoded)
+    return replace(path, cache_bytes=room, held_bytes=tier.held_bytes), tier
+
+
 def open_delivery(
     tier: Tier, entries: DiskEntries, device: torch.device, *, cores: int
 ) -> Delivery:
     """How experts get from there to the device."""
-    if device.type == "cpu":
+    held = tier.keys if isinstance(tier, DeviceTier) else frozenset[ExpertKey]()
+    if device.type == "cpu" and not isinstance(tier, DeviceTier):
         return CpuDelivery(tier, cores=cores)
     from moebound.offload.cuda import CudaDelivery
 
-    largest = max((entry.n_bytes for entry in entries if entry.encoded), default=0)
+    largest = max((e.n_bytes for e in entries if e.encoded and e.key not in held), default=0)
     return CudaDelivery(tier, device, largest=largest, cores=cores)
 
 
@@ -107,8 +138,9 @@ def choose(
     and as `top_k_of`.
     """
     decoded = sum(kind.n_bytes for kind in kinds.values())
+    free = available_memory(device)
     if budget is None:
-        n_bytes = min(decoded, int(available_memory(device) * FREE_SHARE))
+        n_bytes = min(decoded, int(free * FREE_SHARE))
     else:
         n_bytes = parse_budget(budget, of=decoded)
     layers, top_k = len({key.layer for key in kinds}), top_k_of(model.config.to_dict())
@@ -125,36 +157,67 @@ def choose(
         if values or not ways:
             ways.append(("values", kinds))
         probe = sample(entries)
-        tiers: tuple[TierName, ...] = ("disk", "ram") if tier == "auto" else (tier,)
-        for at in tiers:
+        for at in _tiers(tier, entries, device):
             for slots, of in ways:
                 working = top_k + 1 + entries.most_shared
                 floor = catalog_of(entries, of).smallest_budget(floor=1, working=working)
                 held = entries.n_bytes if at == "ram" and on_host else 0
                 everything = sum(kind.n_bytes for kind in of.values())
+                speeds, plan = None, None
+                if at == "device":
+                    plan = plan_device(
+                        entries, of, device, n_bytes, floor, cores=cores, drop_cache=drop_cache
+                    )
+                    held, speeds = plan.held_bytes, plan.speeds
                 room = min(n_bytes - held, everything)
                 least.append(floor + held)
                 if room < floor:
                     continue
+                if at == "device" and held + room > free:
+                    if tier == "auto":
+                        continue
+                    raise CacheError(
+                        f"tier 'device': {held} bytes of compressed experts and {room} for decoded "
+                        f"ones are to be on {device}, where {free} are free: give a ram_budget of "
+                        f"{int(free * FREE_SHARE)} bytes or less, or use tier='ram'"
+                    )
                 kind = of[max(of, key=lambda key: kinds[key].n_bytes)]
                 if kind not in compute_s:
                     compute_s[kind] = measure_compute(kind, device)
-                waiting = open_tier(at, probe, device, drop_cache=drop_cache)
-                delivery = open_delivery(waiting, entries, device, cores=cores)
-                speeds = measure_speeds(probe, delivery, of, device)
+                if speeds is None:
+                    waiting = open_tier(at, probe, device, drop_cache=drop_cache)
+                    delivery = open_delivery(waiting, entries, device, cores=cores)
+                    speeds = measure_speeds(probe, delivery, of, device)
                 costs = Costs(
                     speeds.read_s, speeds.decode_s, compute_s[kind], other_s, layers, top_k
                 )
                 fitting.append(
                     LoadPath(
-                        name, entries, at, room, held, room / everything, speeds, costs, slots, of
+                        name,
+                        entries,
+                        at,
+                        room,
+                        held,
+                        room / everything,
+                        speeds,
+                        costs,
+                        slots,
+                        of,
+                        plan,
                     )
                 )
+    if not least:
+        paths = ", ".join(str(entries.path) for entries in sources.values())
+        raise CacheError(
+            f"{paths}: tier 'device': no expert is of codec bound or an exact copy, which are what "
+            "a GPU decodes; use tier='ram' or tier='disk'"
+        )
     if not fitting:
         raise CacheError(
             f"budget {n_bytes} bytes: too small for {top_k + 1} experts of a layer at work and one "
             f"kept in each of the other {layers - 1} layers"
             + (", beside all experts as they are on disk" if tier == "ram" else "")
+            + (", beside one expert as it is on disk" if tier == "device" else "")
             + f"; the smallest budget is {min(least)} bytes "
             f"({100 * min(least) / decoded:.1f} % of all experts)"
         )
@@ -162,6 +225,75 @@ def choose(
     if best.seconds > fitting[0].seconds * (1 - FALLBACK_MARGIN):
         best = fitting[0]
     return [best, *(other for other in fitting if other is not best)]
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What of a source a device is to hold compressed, and how fast experts then come.
+
+    Bytes: budget, of the device, for decoded experts too; limit, what the least cache of those
+    leaves of it; held, what is expected to be taken; beside, what of that an expert takes beside
+    its own.
+    """
+
+    budget_bytes: int
+    limit_bytes: int
+    held_bytes: int
+    beside_bytes: int
+    speeds: Speeds
+
+
+def plan_device(
+    entries: DiskEntries,
+    kinds: Mapping[ExpertKey, SlotKind],
+    device: torch.device,
+    budget: int,
+    floor: int,
+    *,
+    cores: int,
+    drop_cache: bool,
+) -> DevicePlan:
+    """As many experts as the budget holds beside `floor`, one at least; the others wait on the
+    host."""
+    found = candidates(entries.asked_for)
+    probe = sample_of(found)
+    waiting = DeviceTier(
+        probe, probe, device,
+        limit=NO_LIMIT, beside=0, host_bytes=0, cores=cores, drop_cache=drop_cache,
+    )  # fmt: skip
+    delivery = open_delivery(waiting, entries, device, cores=cores)
+    speeds, beside = measure_speeds(probe, delivery, kinds, device), waiting.most_beside
+    held = first_fitting(found, budget - floor, beside) or found[:1]
+    others = entries.n_bytes - sum(entry.n_bytes for entry in held)
+    if len(held) < len(entries.asked_for):
+        rest: TierName = "ram" if others <= host_bytes() else "disk"
+        some = sample(entries)
+        delivery = open_delivery(
+            open_tier(rest, some, device, drop_cache=drop_cache), entries, device, cores=cores
+        )
+        speeds = speeds.mixed(
+            measure_speeds(some, delivery, kinds, device), len(held) / len(entries.asked_for)
+        )
+    total = sum(room_for(1, entry.n_bytes) + beside for entry in held)
+    return DevicePlan(budget, budget - floor, total, beside, speeds)
+
+
+def host_bytes() -> int:
+    """What experts may take of the host's memory that are not on the device."""
+    return int(available_memory(torch.device("cpu")) * FREE_SHARE)
+
+
+def _tiers(
+    tier: TierName | Literal["auto"], entries: DiskEntries, device: torch.device
+) -> tuple[TierName, ...]:
+    """Those to try for a source."""
+    if tier == "disk" or tier == "ram":
+        return (tier,)
+    holds = bool(candidates(entries.asked_for))
+    if tier == "device":
+        return (tier,) if holds else ()
+    usable = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return ("disk", "ram", "device") if usable and holds else ("disk", "ram")
 
 
 def catalog_of(entries: DiskEntries, kinds: Mapping[ExpertKey, SlotKind]) -> Catalog:

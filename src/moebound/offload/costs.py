@@ -56,13 +56,22 @@ class Costs:
 
 @dataclass(frozen=True)
 class Speeds:
-    """Of one source on this machine. link: bytes/s from its tier. decode: weights/s with all
-    cores, None where there is nothing to decode."""
+    """Of one source on this machine. link: bytes/s from its tier, None where nothing is moved.
+    decode: weights/s with all cores, None where there is nothing to decode."""
 
-    link: float
+    link: float | None
     decode: float | None
     read_s: float
     decode_s: float
+
+    def mixed(self, other: Speeds, share: float) -> Speeds:
+        """Where `share` of the experts is brought in so, and the rest as `other` says."""
+        return Speeds(
+            other.link,
+            self.decode,
+            share * self.read_s + (1 - share) * other.read_s,
+            share * self.decode_s + (1 - share) * other.decode_s,
+        )
 
 
 def measure_speeds(
@@ -82,7 +91,13 @@ def measure_speeds(
             Arrival(
                 entry,
                 kinds[entry.key].empty(device),
-                Load(entry.key, entry.n_bytes, entry.n_weights, False, begun=begin),
+                Load(
+                    entry.key,
+                    0 if entry.key in delivery.on_device else entry.n_bytes,
+                    entry.n_weights,
+                    False,
+                    begun=begin,
+                ),
             )
             for entry in group
         ]
@@ -92,8 +107,9 @@ def measure_speeds(
     read = sum(load.read - load.begun for load in loads)
     decode = sum(load.done - load.read for load in loads)
     encoded = any(entry.encoded for entry in entries)
+    moved = sum(load.n_bytes for load in loads)
     return Speeds(
-        sum(load.n_bytes for load in loads) / max(read, 1e-9),
+        moved / max(read, 1e-9) if moved else None,
         sum(load.n_weights for load in loads) / max(decode, 1e-9) if encoded else None,
         read / len(loads),
         decode / len(loads),
@@ -132,8 +148,12 @@ def measure_memory(device: torch.device) -> float:
 
 def sample(entries: DiskEntries) -> list[DiskEntry]:
     """A few experts, spread over the model, of those that are ever loaded."""
-    everything = entries.asked_for or list(entries)
-    size = max(1, entries.n_bytes // len(everything))
+    return sample_of(entries.asked_for or list(entries))
+
+
+def sample_of(everything: Sequence[DiskEntry]) -> list[DiskEntry]:
+    """The same, of these."""
+    size = max(1, sum(entry.n_bytes for entry in everything) // len(everything))
     n = min(len(everything), max(MIN_SAMPLES, min(16, SAMPLE_BYTES // size)))
     return [everything[i * len(everything) // n] for i in range(n)]
 

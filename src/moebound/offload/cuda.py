@@ -7,6 +7,9 @@ into the slots (`decoding.py`); the stream that computes runs on meanwhile. The 
 own stream before it hands over: so damage is found before anything is computed with it, and its
 buffer is free again.
 
+Experts that wait on the device itself (`device_tier.py`) are decoded by a launch of their own,
+while the others that come with them are read.
+
 A slot may still be in use by computations that were launched and have not run; what overwrites it
 waits for them on the device (`Slot.used`). Without triton, weights are decoded by the CPU into
 pinned memory and cross the bus decoded.
@@ -21,8 +24,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moebound.offload.decoding import DeviceDecoder, room_for
+from moebound.offload.decoding import DeviceDecoder, Pending, on_device, room_for
 from moebound.offload.delivery import Arrival, Delivery
+from moebound.offload.device_tier import DeviceTier
 from moebound.offload.entries import DiskEntry
 from moebound.offload.meter import clock
 from moebound.offload.slots import Slot, fill, plain_weights
@@ -39,9 +43,10 @@ MOST_READERS = 8
 
 @dataclass(eq=False)
 class Workspace:
-    """One loading thread's. pinned: bytes to be copied. arriving: the same on the device."""
+    """One loading thread's. pinned: bytes to be copied. arriving: the same on the device. stream:
+    None on a CPU, which stands for a GPU under triton's interpreter."""
 
-    stream: torch.cuda.Stream
+    stream: torch.cuda.Stream | None
     pinned: torch.Tensor
     arriving: torch.Tensor
 
@@ -58,27 +63,35 @@ class CudaDelivery(Delivery):
         cores: int,
         decode_on_device: bool | None = None,
     ) -> None:
-        self._tier, self._device = tier, device
-        if decode_on_device is None:
+        self._device = device
+        self._held = tier if isinstance(tier, DeviceTier) else None
+        self._tier = tier.rest if isinstance(tier, DeviceTier) else tier
+        if self._held is not None:
+            decode_on_device, self.on_device = True, self._held.keys
+        elif decode_on_device is None:
             decode_on_device = importlib.util.find_spec("triton") is not None
-        held = tier.held() if isinstance(tier, RamTier) else ()
+        in_ram = isinstance(self._tier, RamTier)
+        held = self._tier.held() if isinstance(self._tier, RamTier) else ()
         self._decoder = DeviceDecoder(device, held) if decode_on_device else None
         self.kept_bytes = self._decoder.device_bytes if self._decoder is not None else 0
         self._decoding = threading.BoundedSemaphore(cores)
         # From a disk, threads read side by side; out of RAM one launch for many pays more, and two
         # threads are enough for one to copy while the other decodes.
-        in_ram = isinstance(tier, RamTier)
         if decode_on_device and in_ram:
             self.together = min(TOGETHER, max(1, TOGETHER_BYTES // max(largest, 1)))
+        elif self._held is not None:
+            self.together = TOGETHER
+        self._at_once = self.together if in_ram else 1
         self.threads = 2 if in_ram else min(cores + 2, MOST_READERS)
-        self._arriving_bytes = room_for(self.together, largest) if decode_on_device else 0
-        self.buffer_bytes = tier.buffer_bytes + self._arriving_bytes
+        self._arriving_bytes = room_for(self._at_once, largest) if decode_on_device else 0
+        self.buffer_bytes = self._tier.buffer_bytes + self._arriving_bytes
 
     def workspace(self) -> Workspace:
-        with torch.cuda.device(self._device):
+        on_gpu = self._device.type == "cuda"
+        with on_device(self._device):
             return Workspace(
-                torch.cuda.Stream(self._device),  # type: ignore[no-untyped-call]
-                torch.empty(self._tier.buffer_bytes, dtype=torch.uint8, pin_memory=True),
+                torch.cuda.Stream(self._device) if on_gpu else None,  # type: ignore[no-untyped-call]
+                torch.empty(self._tier.buffer_bytes, dtype=torch.uint8, pin_memory=on_gpu),
                 torch.empty(self._arriving_bytes, dtype=torch.uint8, device=self._device),
             )
 
@@ -86,33 +99,54 @@ class CudaDelivery(Delivery):
         return self._tier.bytes_of(entry, workspace.pinned.numpy().data)
 
     def bring(self, arrivals: Sequence[Arrival], workspace: Workspace) -> None:
-        with torch.cuda.device(self._device), torch.cuda.stream(workspace.stream):
-            coming = list[tuple[Arrival, memoryview]]()
+        held = [arrival for arrival in arrivals if arrival.entry.key in self.on_device]
+        others = [arrival for arrival in arrivals if arrival.entry.key not in self.on_device]
+        with on_device(self._device, workspace.stream):
             for arrival in arrivals:
-                entry, slot = arrival.entry, arrival.slot
-                data = self.bytes_of(entry, workspace)
-                arrival.load.read = clock()
-                if slot.used is not None:
-                    workspace.stream.wait_event(slot.used)
-                if not entry.encoded:
-                    for part in entry.matrices:
-                        weights = plain_weights(part, data[part.start : part.stop])
-                        slot.put(part, weights, non_blocking=True)
-                elif self._decoder is not None and entry.enveloped:
-                    coming.append((arrival, data))
-                else:
-                    self._decode_here(arrival, data)
-            if coming and self._decoder is not None:
-                self._decoder.decode(coming, workspace.arriving)
-            workspace.stream.synchronize()
+                if arrival.slot.used is not None and workspace.stream is not None:
+                    workspace.stream.wait_event(arrival.slot.used)
+            pending: Pending | None = None
+            if held and self._held is not None:
+                pending = self._held.launch(held)
+                now = clock()
+                for arrival in held:
+                    arrival.load.read = now
+            try:
+                # Each has the buffer to itself, where bytes are read into one.
+                for at in range(0, len(others), self._at_once):
+                    self._from_host(others[at : at + self._at_once], workspace)
+            finally:
+                if pending is not None:  # whatever happens, nothing may still write into slots
+                    pending.finish()
+                if workspace.stream is not None:
+                    workspace.stream.synchronize()
         done = clock()
         for arrival in arrivals:
             arrival.load.done = done
 
+    def _from_host(self, arrivals: Sequence[Arrival], workspace: Workspace) -> None:
+        coming = list[tuple[Arrival, memoryview]]()
+        for arrival in arrivals:
+            entry, slot = arrival.entry, arrival.slot
+            data = self.bytes_of(entry, workspace)
+            arrival.load.read = clock()
+            if not entry.encoded:
+                for part in entry.matrices:
+                    weights = plain_weights(part, data[part.start : part.stop])
+                    slot.put(part, weights, non_blocking=True)
+            elif self._decoder is not None and entry.enveloped:
+                coming.append((arrival, data))
+            else:
+                self._decode_here(arrival, data)
+        if coming and self._decoder is not None:
+            self._decoder.decode(coming, workspace.arriving)
+        if workspace.stream is not None:
+            workspace.stream.synchronize()  # the buffer is free again
+
     def _decode_here(self, arrival: Arrival, data: memoryview) -> None:
         slot = arrival.slot
         weights = {
-            name: torch.empty(shape, dtype=slot.kind.dtype, pin_memory=True)
+            name: torch.empty(shape, dtype=slot.kind.dtype, pin_memory=self._device.type == "cuda")
             for name, shape in slot.kind.shapes
         }
         here = Slot(slot.kind, weights)

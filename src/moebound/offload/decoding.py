@@ -8,6 +8,8 @@ anew.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 
@@ -32,6 +34,59 @@ def room_for(n: int, largest: int) -> int:
     return n * -(-largest // ALIGNMENT) * ALIGNMENT
 
 
+Aside = Sequence[tuple[Slot, DiskMatrix, torch.Tensor]]
+"""Matrices that are laid out otherwise in their slots, and where they are decoded first."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Experts that are being decoded on a device, on the stream that was current."""
+
+    launched: Launched
+    entries: Sequence[DiskEntry]
+    aside: Aside
+
+    def finish(self) -> None:
+        """Wait for the kernels; on the same stream. Raises FormatError or CorruptionError for
+        damaged bytes, with the files in front."""
+        try:
+            self.launched.check()
+        except FormatError as error:
+            files = ", ".join(dict.fromkeys(str(entry.spans[0].file) for entry in self.entries))
+            raise type(error)(f"{files}: {error}") from error
+        for slot, part, weights in self.aside:
+            slot.put(part, weights)
+
+
+def targets(arrivals: Sequence[Arrival], device: torch.device) -> tuple[list[torch.Tensor], Aside]:
+    """Where the matrices of these experts are decoded to, in their order."""
+    outs, aside = list[torch.Tensor](), list[tuple[Slot, DiskMatrix, torch.Tensor]]()
+    for arrival in arrivals:
+        for part in arrival.entry.matrices:
+            target = arrival.slot.whole(part)
+            if target is None:
+                target = torch.empty(part.shape, dtype=torch_dtype(part.dtype), device=device)
+                aside.append((arrival.slot, part, target))
+            outs.append(target)
+    return outs, aside
+
+
+def on_device(device: torch.device, stream: torch.cuda.Stream | None = None) -> ExitStack:
+    """Make it the current one, and the stream too; nothing on a CPU, which stands for a GPU under
+    triton's interpreter."""
+    found = ExitStack()
+    if device.type == "cuda":
+        found.enter_context(torch.cuda.device(device))
+        if stream is not None:
+            found.enter_context(torch.cuda.stream(stream))
+    return found
+
+
+def schedule_for(device: torch.device) -> Schedule:
+    """On a GPU one segment a program; the interpreter wants many."""
+    return DEFAULT_SCHEDULE if device.type == "cuda" else Schedule(together=32)
+
+
 class DeviceDecoder:
     """held: entries whose bytes stay as they are. Reads their headers and checks their checksums.
 
@@ -42,14 +97,12 @@ class DeviceDecoder:
         self,
         device: torch.device,
         held: Iterable[tuple[DiskEntry, memoryview]] = (),
-        *,
-        schedule: Schedule = DEFAULT_SCHEDULE,
     ) -> None:
-        self._schedule = schedule
+        self._schedule = schedule_for(device)
         self._first = dict[ExpertKey, int]()  # the number of an entry's first array
         streams = list[Stream]()
         for entry, data in held:
-            found = _read(entry, data) if entry.encoded and entry.enveloped else []
+            found = read_streams(entry, data) if entry.encoded and entry.enveloped else []
             if found and all(stream.coded is not None for stream in found):
                 self._first[entry.key] = len(streams)
                 streams += found
@@ -67,28 +120,16 @@ class DeviceDecoder:
         `room_for` them. Runs on the current stream.
         Raises FormatError or CorruptionError for damaged bytes, with the files in front.
         """
-        offsets, outs, at = list[int](), list[torch.Tensor](), 0
-        aside = list[tuple[Slot, DiskMatrix, torch.Tensor]]()
+        offsets, at = list[int](), 0
         for arrival, data in coming:
             host = torch.frombuffer(data, dtype=torch.uint8)
             arriving[at : at + len(host)].copy_(host, non_blocking=True)
-            for part in arrival.entry.matrices:
-                target = arrival.slot.whole(part)
-                if target is None:
-                    dtype = torch_dtype(part.dtype)
-                    target = torch.empty(part.shape, dtype=dtype, device=arriving.device)
-                    aside.append((arrival.slot, part, target))
-                offsets.append(at + part.start)
-                outs.append(target)
+            offsets += [at + part.start for part in arrival.entry.matrices]
             at += room_for(1, len(host))
+        arrivals = [arrival for arrival, _ in coming]
+        outs, aside = targets(arrivals, arriving.device)
         launched = self._launch(coming, offsets, arriving, outs)
-        try:
-            launched.check()
-        except FormatError as error:
-            files = ", ".join(dict.fromkeys(str(a.entry.spans[0].file) for a, _ in coming))
-            raise type(error)(f"{files}: {error}") from error
-        for slot, part, weights in aside:
-            slot.put(part, weights)
+        Pending(launched, [arrival.entry for arrival in arrivals], aside).finish()
 
     def _launch(
         self,
@@ -103,11 +144,11 @@ class DeviceDecoder:
                 first = self._first[arrival.entry.key]
                 arrays += range(first, first + len(arrival.entry.matrices))
             return self._resident.launch(arrays, offsets, arriving, outs, self._schedule)
-        streams = [stream for a, data in coming for stream in _read(a.entry, data)]
+        streams = [stream for a, data in coming for stream in read_streams(a.entry, data)]
         return DecodeBatch.of(streams, offsets=offsets).launch(arriving, outs, self._schedule)
 
 
-def _read(entry: DiskEntry, data: memoryview) -> list[Stream]:
+def read_streams(entry: DiskEntry, data: memoryview) -> list[Stream]:
     """Parsed and checked, checksums too."""
     try:
         streams = [read_stream(data[part.start : part.stop]) for part in entry.matrices]

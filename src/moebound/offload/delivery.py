@@ -17,6 +17,7 @@ from moebound.offload.entries import DiskEntry
 from moebound.offload.meter import Load, clock
 from moebound.offload.slots import Slot, fill, read_into_slot
 from moebound.offload.tiers import DiskTier, Tier
+from moebound.types import ExpertKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,13 @@ class Delivery(ABC):
     """One object serves all threads of a loader; each brings a workspace of its own.
 
     together: so many experts a thread brings at a time, at most. threads: so many serve it best.
-    buffer_bytes: what a workspace takes. kept_bytes: what it keeps beside them.
+    buffer_bytes: what a workspace takes. kept_bytes: what it keeps beside them. on_device: experts
+    whose bytes are there already, and need not be moved.
     """
 
     together: int = 1
     kept_bytes: int = 0
+    on_device: frozenset[ExpertKey] = frozenset()
     threads: int
     buffer_bytes: int
 

@@ -138,7 +138,8 @@ class Fetcher:
         pinned = dict.fromkeys(found.keys)
         hits = {key: held for key, held in found.hits.items() if isinstance(held, Slot)}
         missing = [key for key in found.missing if key not in shared]
-        self.meter.add(accesses=len(numbers), hits=len(hits))
+        on_device = self.loader.on_device(missing)
+        self.meter.add(accesses=len(numbers), hits=len(hits), on_device=on_device)
         grades = self._graded(missing, first, index, gates)
         computed = 0.0
         wanted = [key for key, grade in grades.items() if grade == "full"]

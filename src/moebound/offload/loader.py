@@ -86,6 +86,10 @@ class Loader:
         """Memory of all slots."""
         return self._pool.made_bytes
 
+    def on_device(self, keys: Iterable[ExpertKey]) -> int:
+        """How many of these wait on the device that computes."""
+        return sum(key in self._delivery.on_device for key in keys)
+
     def demand(self, keys: Iterable[ExpertKey]) -> list[Order]:
         """Load these, in this order, before anything else."""
         now = clock()
@@ -213,8 +217,8 @@ class Loader:
 
     def _arrival(self, order: Order) -> Arrival:
         entry = self._entries[order.key]
-        load = Load(order.key, entry.n_bytes, entry.n_weights, order.speculative, order.asked,
-                    clock())  # fmt: skip
+        moved = 0 if order.key in self._delivery.on_device else entry.n_bytes
+        load = Load(order.key, moved, entry.n_weights, order.speculative, order.asked, clock())
         slot = self._pool.take(self._kinds[order.key])
         return Arrival(entry, slot, load, self._shared(order))
 

@@ -24,8 +24,9 @@ from moebound.model.live import LiveExperts, live_experts
 from moebound.model.pretrained import load_tokenizer
 from moebound.model.routers import find_routers
 from moebound.model.skip_policies import Policy, get_policy
-from moebound.offload.choose import catalog_of, choose, open_delivery, open_tier
+from moebound.offload.choose import catalog_of, choose, open_delivery, open_path, open_tier
 from moebound.offload.codes import CodeKinds, SlotsName, code_kinds
+from moebound.offload.device_tier import check_tier
 from moebound.offload.entries import DiskEntries, open_entries
 from moebound.offload.fallback import CoarseCopies, Grades
 from moebound.offload.fetcher import Fetcher
@@ -65,11 +66,12 @@ def load(
 
     source: a store, or an ordinary checkpoint folder, whose experts are then read as they are.
     ram_budget: bytes for experts, decoded and compressed together ("4GiB", "20%" of all experts
-        decoded); None for 70 % of what is free. On a GPU, of its memory, and for decoded experts
-        only. Everything else comes on top: the other weights, the KV cache, and the loading
+        decoded); None for 70 % of what is free. On a GPU, of its memory: what waits on the host is
+        not counted. Everything else comes on top: the other weights, the KV cache, and the loading
         threads' buffers (`choice.buffer_bytes`).
-    tier: where experts wait: "disk", "ram" (compressed, within the budget), or "auto" for the
-        faster by prediction. dtype: "auto" for the checkpoint's own. policy: of the cache.
+    tier: where experts wait: "disk", "ram" (compressed, within the budget), "device" (compressed in
+        a GPU's memory, within the budget: as many as it holds, the rest on the host), or "auto" for
+        the fastest by prediction. dtype: "auto" for the checkpoint's own. policy: of the cache.
     predictor: "none", or one of `PREDICTORS`. raw: an ordinary checkpoint of the same model, to be
         used where reading it is predicted to be faster than decoding. threads: native threads, None
         for all CPUs. device: "cpu", or a CUDA device. drop_cache: keep the operating system from
@@ -105,6 +107,9 @@ def load(
 
     computed_in = parse_dtype(dtype)
     check_device(device)
+    place = torch.device(device)
+    if tier == "device":
+        check_tier(place)
     guess = _predictor(predictor)
     if slots not in ("values", "codes", "auto"):
         raise CacheError(f"slots {slots!r}: expected values, codes or auto")
@@ -131,7 +136,6 @@ def load(
     live = live_experts(model)
     _check_experts(path, entries, live)
     kinds = _kinds(live, model.dtype)
-    place = torch.device(device)
     codes = CodeKinds({}, {})
     if slots != "values":
         codes = code_kinds(entries, kinds, place)
@@ -147,7 +151,8 @@ def load(
         cores=cores,
         drop_cache=drop_cache,
     )
-    chosen = load_paths[0]
+    chosen, waiting = open_path(load_paths[0], place, cores=cores, drop_cache=drop_cache)
+    load_paths[0] = chosen
     meter = Meter()
     cache = ExpertCache[Held](
         catalog_of(chosen.entries, chosen.kinds),
@@ -155,7 +160,6 @@ def load(
         policy=policy,
         working=chosen.costs.top_k + 1 + chosen.entries.most_shared,
     )
-    waiting = open_tier(chosen.tier, chosen.entries.everything, place, drop_cache=drop_cache)
     delivery = open_delivery(waiting, chosen.entries, place, cores=cores)
     copies = None
     if coarser is not None:
@@ -199,6 +203,7 @@ def load(
         predictor=predictor,
         buffer_bytes=buffers,
         not_codes=codes.refused,
+        waiting=waiting,
     )
     guard_whole(model, live, loader, choice)
     found = Offloaded(model, tokenizer, fetcher, choice)

@@ -19,8 +19,8 @@ have come, until they are weights."""
 
 @dataclass(slots=True)
 class Load:
-    """One expert brought in. Times by `clock`, in the order they pass: asked for, room found,
-    bytes there, weights there."""
+    """One expert brought in. n_bytes: moved for it. Times by `clock`, in the order they pass: asked
+    for, room found, bytes there, weights there."""
 
     key: ExpertKey
     n_bytes: int
@@ -46,7 +46,8 @@ class Meter:
 
     Seconds: read and decode are those of the loading threads, added up; experts is the time spent
     in experts functions, of which stall was waiting; step is all of a forward pass. pairs: of a
-    token and an expert, seen by a skipping policy.
+    token and an expert, seen by a skipping policy. on_device: accesses to experts that waited,
+    compressed, on the device that computes.
     """
 
     read_s: float = 0.0
@@ -59,6 +60,7 @@ class Meter:
     loaded_bytes: int = 0
     accesses: int = 0
     hits: int = 0
+    on_device: int = 0
     steps: int = 0
     tokens: int = 0
     prefetched: int = 0

@@ -18,20 +18,22 @@ from moebound.model.strands import current
 from moebound.offload.choose import LoadPath
 from moebound.offload.codes import SlotsName
 from moebound.offload.costs import Costs, Speeds
+from moebound.offload.device_tier import DeviceTier
 from moebound.offload.fetcher import Fetcher
 from moebound.offload.loader import Held
 from moebound.offload.meter import Meter, clock
-from moebound.offload.tiers import TierName
+from moebound.offload.tiers import Tier, TierName
 
 
 @dataclass(frozen=True)
 class Choice:
     """What was chosen at load, and from what.
 
-    Bytes: cache for decoded experts, held for those in RAM as they are on disk, buffers for
-    reading, expert all experts as they are on disk. slots: what they hold; not_codes: how many
-    experts are values where others are codes, or none is, by why. predicted_s: seconds a token by
-    way (source, tier and slots), overlapped, at the hit ratio that is expected.
+    Bytes: cache for decoded experts, held for those in RAM or in a GPU's memory as they are on
+    disk, buffers for reading, expert all experts as they are on disk. on_device: how many wait in a
+    GPU's memory; rest: where the others do, if there are any. slots: what they hold; not_codes: how
+    many experts are values where others are codes, or none is, by why. predicted_s: seconds a token
+    by way (source, tier and slots), overlapped, at the hit ratio that is expected.
     """
 
     source: str
@@ -48,6 +50,8 @@ class Choice:
     predicted_s: dict[str, float]
     speeds: Speeds
     costs: Costs
+    on_device: int = 0
+    rest: TierName | None = None
 
     @classmethod
     def of(
@@ -58,9 +62,14 @@ class Choice:
         predictor: str,
         buffer_bytes: int,
         not_codes: Mapping[str, int],
+        waiting: Tier,
     ) -> Choice:
         """The first of them, and what was predicted of all."""
-        chosen = load_paths[0]
+        chosen, on_device = load_paths[0], 0
+        rest: TierName | None = None
+        if isinstance(waiting, DeviceTier):
+            on_device = len(waiting.keys)
+            rest = waiting.rest.name if len(waiting.keys) < len(chosen.entries.by_key) else None
         return cls(
             source=chosen.name,
             tier=chosen.tier,
@@ -76,6 +85,8 @@ class Choice:
             predicted_s={path.title: path.seconds for path in load_paths},
             speeds=chosen.speeds,
             costs=chosen.costs,
+            on_device=on_device,
+            rest=rest,
         )
 
 
@@ -164,10 +175,7 @@ class Offloaded:
         return {
             "choice": asdict(self.choice),
             "hit_ratio": hits / accesses if accesses else None,
-            "tiers": {
-                "decoded": hits,
-                self.choice.tier: accesses - hits,
-            },
+            "tiers": self._tiers(hits, accesses - hits, found["on_device"]),
             "bytes_moved": found["loaded_bytes"],
             "evictions": cache.evictions,
             "prefetch": {
@@ -193,6 +201,13 @@ class Offloaded:
                              "steps", "tokens")
             },
         }  # fmt: skip
+
+    def _tiers(self, hits: int, misses: int, on_device: int) -> dict[str, int]:
+        """Accesses by where the expert was."""
+        if self.choice.tier != "device":
+            return {"decoded": hits, self.choice.tier: misses}
+        found = {"decoded": hits, "device": on_device}
+        return found if self.choice.rest is None else found | {self.choice.rest: misses - on_device}
 
     def close(self) -> None:
         self._skipping.close()

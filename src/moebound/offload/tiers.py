@@ -1,7 +1,7 @@
 """Where experts wait while they are not decoded: on disk, or compressed in RAM.
 
 A tier gives an entry's bytes. From disk they are read into a buffer of the loading thread's own;
-in RAM they are there already.
+in RAM they are there already. `device_tier.py` has the one in a GPU's memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moebound.errors import CheckpointError, CorruptionError
 from moebound.offload.entries import DiskEntry
 from moebound.types import ExpertKey
 
-TierName = Literal["disk", "ram"]
+TierName = Literal["disk", "ram", "device"]
 
 PAGE = 4096
 """What reads around the cache begin and end on: a multiple of every disk's block."""

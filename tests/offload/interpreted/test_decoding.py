@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moebound.checkpoint import open_checkpoint
-from moebound.codec.device import Schedule
 from moebound.errors import CorruptionError
 from moebound.model.live import live_experts
 from moebound.offload.decoding import DeviceDecoder, room_for
@@ -22,7 +21,6 @@ from moebound.types import ErrorBound
 from tiny_models import SMALL, make_tiny
 
 CPU = torch.device("cpu")
-MANY = Schedule(together=32)
 
 
 def read(entry: DiskEntry) -> memoryview:
@@ -68,7 +66,7 @@ def kind_of(folder: Path, dtype: torch.dtype) -> SlotKind:
 def test_the_weights_the_cpu_decodes(store: Path, dtype: torch.dtype, held: bool) -> None:
     entries, kind = list(open_entries(store / "dst")), kind_of(store, dtype)
     known = [(entry, read(entry)) for entry in entries] if held else []
-    decoder = DeviceDecoder(CPU, known, schedule=MANY)
+    decoder = DeviceDecoder(CPU, known)
     assert (decoder.device_bytes > 0) == held
     for some in (entries[2:3], entries[:3]):
         arriving = torch.zeros(room_for(3, max(i.n_bytes for i in entries)), dtype=torch.uint8)
@@ -83,7 +81,7 @@ def test_the_weights_the_cpu_decodes(store: Path, dtype: torch.dtype, held: bool
 @pytest.mark.parametrize("held", [True, False])
 def test_damage_names_the_file(store: Path, held: bool) -> None:
     entries, kind = list(open_entries(store / "dst")), kind_of(store, torch.bfloat16)
-    decoder = DeviceDecoder(CPU, [(i, read(i)) for i in entries] if held else [], schedule=MANY)
+    decoder = DeviceDecoder(CPU, [(i, read(i)) for i in entries] if held else [])
     arriving = torch.zeros(room_for(2, max(i.n_bytes for i in entries)), dtype=torch.uint8)
     spoilt = read(entries[1])
     part = entries[1].matrices[0]

@@ -61,6 +61,7 @@ VARIANTS = (
     Variant("decode_segments", "exact", _EXACT),
     Variant("decode_segments", "exact float32", _EXACT | {"ITEM": 4}),
     Variant("expand_tables", "", {"WIDE": False, "BLOCK": 1024, "BLOCKS": 4}, warps=4),
+    Variant("expand_tables", "wide", {"WIDE": True, "BLOCK": 1024, "BLOCKS": 4}, warps=4),
     Variant("lay_patches", "", {"ITEM": 2, "BLOCK": 256}, warps=4),
     Variant("look_up_codes", "", {"BLOCK": 1024}, warps=4),
     Variant("encode_segments", "classes", _ENCODE),

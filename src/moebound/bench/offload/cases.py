@@ -60,8 +60,9 @@ def cases(settings: OffloadSettings) -> Iterator[Case]:
                 for policy in settings.policies:
                     for predictor in settings.predictors:
                         for source in ("raw", "compressed"):
-                            # In RAM, raw experts beside decoded ones are everything twice.
-                            if tier == "ram" and source == "raw" and settings.device == "cpu":
+                            # Raw experts beside decoded ones are everything twice.
+                            twice = tier == "device" or (tier == "ram" and settings.device == "cpu")
+                            if source == "raw" and twice:
                                 continue
                             some = settings.slots if source == "compressed" else ("values",)
                             for slots in some:
@@ -112,7 +113,8 @@ def _row(case: Case, settings: OffloadSettings, prepared: Prepared, work: Path) 
         "how": case.how, "source": str(source), "options": case.options(settings),
         "trace": str(prepared.trace) if case.routing == "forced" else None,
         "top_k": prepared.top_k, "ids": str(prepared.ids), "prompt": settings.prompt,
-        "warm": settings.warm, "tokens": settings.tokens, "drop_cache": case.tier != "ram",
+        "warm": settings.warm, "tokens": settings.tokens,
+        "drop_cache": case.tier not in ("ram", "device"),
         "device": settings.device, "clients": settings.clients,
     }  # fmt: skip
     return launch(spec, work, timeout_s=settings.timeout_s, memory_limit=settings.memory_limit)

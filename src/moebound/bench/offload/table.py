@@ -102,8 +102,14 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _raw_twin(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The run that differs in the experts' source alone."""
-    name = row["name"].replace("compressed", "raw").split(", slots ")[0]
+    """The run that differs in the experts' source alone; raw ones never wait on the device, and
+    those in RAM are next."""
+    name = (
+        row["name"]
+        .replace("compressed, device", "raw, ram")
+        .replace("compressed", "raw")
+        .split(", slots ")[0]
+    )
     same = ("budget", "policy", "predictor")
     return next(
         (r for r in rows if r["name"] == name and "error" not in r

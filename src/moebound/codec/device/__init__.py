@@ -7,6 +7,7 @@ In the order of travel:
     jobs.py           what of it one launch decodes, from where, to where
     batch.py          many arrays, one launch: start reading there
     resident.py       ... with the metadata on the device for good
+    kept_tables.py    ... and the decoding tables, expanded
     launch.py         what is allocated and run, and what came of it
     decode_kernel.py  its kernels, in Triton
     encode.py         the other way, to the same bytes as on the CPU

@@ -58,14 +58,19 @@ class Jobs:
 
 
 def make_jobs(
-    known: Metadata, arrays: Sequence[int], offsets: Sequence[int], addresses: Sequence[int]
+    known: Metadata,
+    arrays: Sequence[int],
+    offsets: Sequence[int],
+    addresses: Sequence[int],
+    first_slots: Numbers | None = None,
 ) -> Jobs:
-    """offsets: where each envelope begins in the compressed bytes. Arrays that the host has decoded
-    are left out."""
+    """offsets: where each envelope begins in the compressed bytes. first_slots: of the tables of
+    each; None for one behind the other. Arrays that the host has decoded are left out."""
     which = np.asarray(arrays, np.int64)
     facts = known.facts[which]
     numbers = np.empty((len(which), FIELDS), np.int64)
     numbers[:, 0], numbers[:, 1], numbers[:, 2] = which, addresses, offsets
+    numbers[:, 3] = 0 if first_slots is None else first_slots
     items = facts[:, md.ITEM]
     if (len(which) and not (items == items[0]).all()) or not items.all():
         order = np.argsort(items, kind="stable")
@@ -73,7 +78,8 @@ def make_jobs(
         which, facts, numbers = which[order], facts[order], numbers[order]
         items = facts[:, md.ITEM]
     ends = np.cumsum(facts[:, md.SLOTS])
-    numbers[:, 3] = ends - facts[:, md.SLOTS]
+    if first_slots is None:
+        numbers[:, 3] = ends - facts[:, md.SLOTS]
     groups = []
     first = 0
     for item in (2, 4):

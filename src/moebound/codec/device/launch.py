@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _SLOTS, _PATCHES = 1024, 256
 """Of a program."""
 
-_BLOCKS = (1 << 12) // _SLOTS
-"""Of the largest table."""
+_MOST_SLOTS = 1 << 12
+"""Of a table."""
 
 _TROUBLES = (
     (1, "a first state below 2^16"),
@@ -51,6 +51,11 @@ class Schedule:
         if whole(self.together, "together", 1, 32).bit_count() != 1:
             raise CodecError(f"together {self.together}: expected a power of 2")
 
+    def is_wide(self, n_slots: int) -> bool:
+        """The form of so many slots."""
+        few = slot_bytes(True) * n_slots <= MOST_WIDE
+        return few if self.wide is None else self.wide
+
 
 MOST_WIDE = 1 << 16
 
@@ -69,11 +74,48 @@ class OnDevice:
     block: torch.Tensor
 
 
+def slot_bytes(wide: bool) -> int:
+    """Of a table's slot."""
+    return 4 if wide else 1
+
+
+@dataclass(frozen=True)
+class Tables:
+    """slots: expanded tables on the device. wide: their form."""
+
+    slots: torch.Tensor
+    wide: bool
+
+    @classmethod
+    def empty(cls, n_slots: int, wide: bool, device: torch.device) -> Tables:
+        """Room for so many slots."""
+        import torch
+
+        dtype = torch.uint32 if wide else torch.uint8
+        return cls(torch.empty(n_slots, dtype=dtype, device=device), wide)
+
+
+def expand(known: OnDevice, jobs: Jobs, jobs_there: torch.Tensor, tables: Tables) -> None:
+    """Expand the tables of these jobs, each to its first slot, on the current stream."""
+    at, device = known.metadata.sections, known.block.device
+    block = _SLOTS if device.type == "cuda" else _MOST_SLOTS  # the interpreter wants few programs
+    blocks = _MOST_SLOTS // block
+    launch(
+        kernels(device).decode_kernel.expand_tables,
+        (jobs.tables * blocks, len(jobs)),
+        (known.block, jobs_there, tables.slots),
+        (at["arrays"], at["symbols"]),
+        {"WIDE": tables.wide, "BLOCK": block, "BLOCKS": blocks},
+        num_warps=4,
+    )
+
+
 class PreparedDecode:
     """Jobs with their tensors, ready to run; it may run again. Made by `DecodeBatch.prepare`.
 
     jobs_there: `jobs.numbers` on the device, with the addresses of the destinations: whoever made
-    them has checked that these are memory to be written.
+    them has checked that these are memory to be written. tables: those of all jobs, where they are
+    expanded already; None to expand them anew.
 
     What was copied for it travels on the stream that was current then. Where compressed bytes are
     copied on a stream of their own, prepare there and run on another that waits for them: else the
@@ -87,6 +129,7 @@ class PreparedDecode:
         jobs_there: torch.Tensor,
         compressed: torch.Tensor,
         schedule: Schedule,
+        tables: Tables | None = None,
     ) -> None:
         import torch
 
@@ -101,10 +144,8 @@ class PreparedDecode:
         device = compressed.device
         self._on_gpu = device.type == "cuda"
         self._kernels = kernels(device).decode_kernel if len(jobs) else None
-        few = 4 * jobs.n_slots <= MOST_WIDE
-        self._wide = few if schedule.wide is None else schedule.wide
-        slot = torch.uint32 if self._wide else torch.uint8
-        self._slots = torch.empty(jobs.n_slots, dtype=slot, device=device)
+        self._expanded = tables is not None
+        self._tables = tables or Tables.empty(jobs.n_slots, schedule.is_wide(jobs.n_slots), device)
         self._status = torch.empty(n_places, dtype=torch.int32, device=device)
         self._found = (
             torch.empty(n_places, dtype=torch.int32, pin_memory=True)
@@ -123,10 +164,16 @@ class PreparedDecode:
         if self._on_gpu:
             current = torch.cuda.current_stream(self.compressed.device)
             if current != self._stream:
-                for tensor in (self.known.block, self._jobs_there, self._slots, self._status):
+                for tensor in (
+                    self.known.block,
+                    self._jobs_there,
+                    self._tables.slots,
+                    self._status,
+                ):
                     tensor.record_stream(current)
         if self._kernels is not None:
-            self.expand()
+            if not self._expanded:
+                self.expand()
             self.decode()
             self.patch()
         if not self._on_gpu:
@@ -138,16 +185,7 @@ class PreparedDecode:
 
     def expand(self) -> None:
         """Expand the tables."""
-        assert self._kernels is not None
-        at = self.known.metadata.sections
-        launch(
-            self._kernels.expand_tables,
-            (self.jobs.tables * _BLOCKS, len(self.jobs)),
-            (self.known.block, self._jobs_there, self._slots),
-            (at["arrays"], at["symbols"]),
-            {"WIDE": self._wide, "BLOCK": _SLOTS, "BLOCKS": _BLOCKS},
-            num_warps=4,
-        )
+        expand(self.known, self.jobs, self._jobs_there, self._tables)
 
     def decode(self) -> None:
         """Decode all segments; the tables must be there."""
@@ -161,7 +199,13 @@ class PreparedDecode:
             launch(
                 self._kernels.decode_segments,
                 (-(-n_places // together), group.n),
-                (self.compressed, self.known.block, self._jobs_there, self._slots, self._status),
+                (
+                    self.compressed,
+                    self.known.block,
+                    self._jobs_there,
+                    self._tables.slots,
+                    self._status,
+                ),
                 (
                     at["arrays"],
                     at["begins"],
@@ -181,7 +225,7 @@ class PreparedDecode:
                     "SCALED": group.scaled,
                     "HALVES": group.halves,
                     "ALIGNED": self.jobs.aligned,
-                    "WIDE": self._wide,
+                    "WIDE": self._tables.wide,
                     "BALLOT": self._on_gpu and together == 1,
                     "SEGMENTS": together,
                 },

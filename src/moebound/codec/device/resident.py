@@ -17,6 +17,7 @@ from moebound.codec.checks import whole
 from moebound.codec.device import metadata
 from moebound.codec.device.batch import check_compressed, check_offsets, check_outs
 from moebound.codec.device.jobs import FIELDS, make_jobs
+from moebound.codec.device.kept_tables import KeptTables, kept_bytes
 from moebound.codec.device.launch import (
     DEFAULT_SCHEDULE,
     Launched,
@@ -32,12 +33,17 @@ if TYPE_CHECKING:
 
 
 class Resident:
-    """streams: of the arrays, numbered from 0; of codecs that the device decodes.
+    """streams: of the arrays, numbered from 0; of codecs that the device decodes. tables: expand
+    their tables now and keep them there, too (`kept_tables.py`), where a launch expands those of
+    its arrays otherwise; the device has to be the current one for that.
 
-    Raises CodecError for one that the host has decoded.
+    Raises CodecError for one that the host has decoded, BackendUnavailable without triton where
+    tables are to be expanded.
     """
 
-    def __init__(self, streams: Sequence[Stream], device: torch.device | str) -> None:
+    def __init__(
+        self, streams: Sequence[Stream], device: torch.device | str, *, tables: bool = False
+    ) -> None:
         import torch
 
         for i, stream in enumerate(streams):
@@ -47,11 +53,13 @@ class Resident:
         self._sizes = [stream.n_bytes for stream in streams]
         known = metadata.build(streams)
         self._known = OnDevice(known, torch.from_numpy(known.block).to(device))
+        self._tables = KeptTables(self._known) if tables else None
 
     @property
     def n_bytes(self) -> int:
         """What it takes on the device."""
-        return len(self._known.metadata.block)
+        tables = 0 if self._tables is None else self._tables.n_bytes
+        return len(self._known.metadata.block) + tables
 
     def launch(
         self,
@@ -75,11 +83,20 @@ class Resident:
         offsets = check_offsets(offsets, len(arrays))
         ends = [at + self._sizes[i] for i, at in zip(arrays, offsets, strict=True)]
         check_outs([self._specs[i] for i in arrays], outs, compressed)
-        jobs = make_jobs(self._known.metadata, arrays, offsets, [out.data_ptr() for out in outs])
+        kept = None if self._tables is None else self._tables.of(arrays, schedule)
+        tables, first_slots = (None, None) if kept is None else kept
+        addresses = [out.data_ptr() for out in outs]
+        jobs = make_jobs(self._known.metadata, arrays, offsets, addresses, first_slots)
         check_compressed(compressed, max(ends, default=0), aligned=jobs.aligned)
         numbers = torch.empty(
             (len(jobs), FIELDS), dtype=torch.int64, pin_memory=compressed.device.type == "cuda"
         )
         numbers.numpy()[:] = jobs.numbers
         there = numbers.to(compressed.device, non_blocking=True)
-        return PreparedDecode(self._known, jobs, there, compressed, schedule).run()
+        return PreparedDecode(self._known, jobs, there, compressed, schedule, tables).run()
+
+
+def resident_bytes(streams: Sequence[Stream]) -> int:
+    """What these arrays add to a `Resident` with tables, at most: sections are padded once."""
+    known = metadata.build(streams)
+    return len(known.block) + kept_bytes(known.facts[:, metadata.SLOTS])

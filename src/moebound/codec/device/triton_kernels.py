@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +11,11 @@ from moebound.extras import need
 
 if TYPE_CHECKING:
     import torch
+
+
+_ONE_LAUNCH = threading.Lock()
+"""Threads launch one after the other: triton's interpreter keeps what it runs in its module, and on
+a GPU, where launches hold Python's own lock, a kernel that two ask for first is compiled once."""
 
 
 class Kernels(NamedTuple):
@@ -63,6 +69,7 @@ def launch(
     function: takes the tensors, then the numbers, then the constants, in this order, and has all of
     its numbers in do_not_specialize; they fit 32 bits.
     """
-    function[*n_programs, 1](
-        *tensors, *numbers, **constants, num_warps=num_warps, enable_fp_fusion=False
-    )
+    with _ONE_LAUNCH:
+        function[*n_programs, 1](
+            *tensors, *numbers, **constants, num_warps=num_warps, enable_fp_fusion=False
+        )

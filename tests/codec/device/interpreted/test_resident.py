@@ -8,7 +8,9 @@ import torch
 
 from moebound import decode, encode
 from moebound.codec.arrays import torch_dtype
-from moebound.codec.device import Resident, read_stream
+from moebound.codec.device import PreparedDecode, Resident, Schedule, read_stream
+from moebound.codec.device.launch import MOST_WIDE
+from moebound.codec.device.resident import resident_bytes
 from moebound.errors import CodecError, CorruptionError
 
 from ... import weights
@@ -38,16 +40,55 @@ def launched(
 
 
 @pytest.mark.parametrize(
-    ("arrays", "gaps"),
-    [([5], [3]), ([2, 0], [0, 7]), ([4, 1, 3], [16, 1, 2]), ([6, 4, 5, 6], [1, 1, 1, 1])],
+    ("arrays", "gaps", "tables"),
+    [
+        ([5], [3], True),
+        ([2, 0], [0, 7], True),
+        ([4, 1, 3], [16, 1, 2], False),
+        ([6, 4, 5, 6], [1, 1, 1, 1], True),
+    ],
 )
-def test_any_company_from_anywhere(arrays: list[int], gaps: list[int]) -> None:
+def test_any_company_from_anywhere(arrays: list[int], gaps: list[int], tables: bool) -> None:
     offsets, at = [], 0
     for i, gap in zip(arrays, gaps, strict=True):
         offsets.append(at + gap)
         at = offsets[-1] + STREAMS[i].n_bytes
-    for i, out in zip(arrays, launched(Resident(STREAMS, "cpu"), arrays, offsets), strict=True):
+    found = launched(Resident(STREAMS, "cpu", tables=tables), arrays, offsets)
+    for i, out in zip(arrays, found, strict=True):
         np.testing.assert_array_equal(patterns(out), patterns(decode(ENCODED[NAMES[i]])))
+
+
+@pytest.mark.parametrize("wide", [True, None])
+def test_kept_tables_are_expanded_once_and_counted(
+    wide: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of sixteen classes are kept in one form; asked for in the other, they are expanded."""
+    streams = STREAMS[:2]
+    plain, kept = Resident(streams, "cpu"), Resident(streams, "cpu", tables=True)
+    slots = [int(s.coded.n_tables) << s.coded.table_log for s in streams if s.coded is not None]
+    assert 4 * slots[0] > MOST_WIDE >= 4 * slots[1]
+    assert kept.n_bytes - plain.n_bytes == sum(slots) + 4 * slots[1]
+    assert kept.n_bytes <= sum(resident_bytes([stream]) for stream in streams)
+    assert resident_bytes(streams) == kept.n_bytes
+    expanded = list[int]()
+
+    def counted(prepared: PreparedDecode) -> None:
+        expanded.append(len(prepared.jobs))
+        expand(prepared)
+
+    monkeypatch.setattr(PreparedDecode, "expand", counted)
+    schedule, size = Schedule(together=32, wide=wide), max(s.n_bytes for s in streams)
+    for i in (0, 1):
+        compressed = torch.zeros(size, dtype=torch.uint8)
+        data = ENCODED[NAMES[i]]
+        compressed[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        out = torch.zeros(streams[i].spec.size, dtype=torch_dtype(streams[i].spec.dtype))
+        kept.launch([i], [0], compressed, [out], schedule).check()
+        np.testing.assert_array_equal(patterns(out), patterns(decode(data)))
+    assert expanded == ([1] if wide else [])
+
+
+expand = PreparedDecode.expand
 
 
 def test_it_may_be_launched_again_and_again() -> None:
