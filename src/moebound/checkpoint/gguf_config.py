@@ -38,8 +38,8 @@ _TOLD_BY_SHAPES = ("feed_forward_length", "expert_feed_forward_length",
                    "expert_shared_feed_forward_length")  # fmt: skip
 """These may be missing: a wrong default has other shapes than the tensors, which are compared."""
 
-_SCORES = {1: "softmax", 2: "sigmoid", 3: "softmax of those chosen"}
-"""`expert_gating_func`."""
+_SCORES = {1: "softmax", 2: "sigmoid", 3: "softmax of those chosen", 4: "sqrtsoftplus"}
+"""`expert_gating_func`, llama.cpp's llama_expert_gating_func_type."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ def _check_window(header: Header, found: Config) -> None:
 
 
 def _deepseek(header: Header) -> str:
-    """`DeepseekV2Model`: V2 has softmax, which is what llama.cpp takes without the key; V3, Kimi-K2,
-    Moonlight, GLM-4.7-Flash have sigmoid."""
+    """`DeepseekV2Model`. V2 has softmax, which is what llama.cpp takes without the key; V3, Kimi-K2,
+    Moonlight and GLM-4.7-Flash have sigmoid."""
     sigmoid = _SCORES.get(header.get("expert_gating_func", 1)) == "sigmoid"
     return "deepseek_v3" if sigmoid else "deepseek_v2"
 
@@ -185,7 +185,9 @@ def _mla(header: Header, config: Config) -> None:
         greedy = int(config["n_group"]) <= 1
         config["topk_method"] = "greedy" if greedy else "group_limited_greedy"
         if config["norm_topk_prob"]:
-            raise header.refuse("softmax scores that are normalized (deepseek2.expert_weights_norm)")
+            raise header.refuse(
+                "softmax scores that are normalized (deepseek2.expert_weights_norm)"
+            )
     parameters = config["rope_parameters"]
     if parameters["rope_type"] == "yarn":
         # 0.1 times mscale_all_dim, which mscale equals in all published models.

@@ -104,13 +104,15 @@ def _llama3(header: Header, theta: float, dims: int) -> Parameters:
     if np.all(divisors == 1.0):
         return {"rope_type": "default"}
     smooth = np.flatnonzero((divisors > 1.0) & (divisors < factor * (1 - 1e-6)))
-    if len(smooth) < 2:  # one step, between two waves
-        last, first = waves[divisors == 1.0].max(initial=waves[0]), waves[divisors == factor].min()
-        context, low, high = math.sqrt(last * first), 1.0, 1.0
-    else:
-        parts = (1 / divisors[smooth] - 1 / factor) / (1 - 1 / factor)
+    parts = (1 / divisors[smooth] - 1 / factor) / (1 - 1 / factor)
+    low, high = 1.0, 4.0  # as in Llama 3, where fewer than two waves are between
+    if len(smooth) > 1:
         slope, offset = np.polyfit(1 / waves[smooth], parts, 1)
-        low, high, context = 1.0, (1.0 - offset) / -offset, slope / -offset
+        high, context = (1.0 - offset) / -offset, slope / -offset
+    elif len(smooth) == 1:
+        context = float(waves[smooth[0]] * (low + parts[0] * (high - low)))
+    else:  # one step
+        high, context = low, math.sqrt(waves[divisors == 1.0].max() * waves[divisors > 1.0].min())
     found = {
         "rope_type": "llama3",
         "factor": factor,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebound.checkpoint.gguf_config import Arch, arch_of, config_of
+from moebound.checkpoint.gguf_config import arch_of, config_of
 from moebound.checkpoint.gguf_header import Header, read_header
 from moebound.checkpoint.gguf_tensors import left_out, model_of, tensors_of
 from moebound.checkpoint.shards import TensorInfo
@@ -68,8 +68,14 @@ def open_gguf(file: Path) -> GgufSource:
     for part, reader in zip(header.files, header.readers, strict=True):
         with part.open("rb") as handle:
             digest.update(handle.read(int(reader.data_offset)))
-    folder, config = _folder(header, arch, digest.hexdigest())
-    tensors = tensors_of(header, arch, config, model_of(config))
+    folder = _folder_of(digest.hexdigest())
+    known = folder / "config.json"
+    config = json.loads(known.read_text("utf-8")) if known.is_file() else config_of(header, arch)
+    model = model_of(config)
+    config["architectures"] = [model.name]
+    tensors = tensors_of(header, arch, config, model)
+    if not known.is_file():
+        _make_folder(folder, header, config)
     types = Counter(tensor.tensor_type.name for _, tensor in header.tensors.values())
     said = ", ".join(f"{kind} of {count} tensors" for kind, count in types.most_common())
     if apart := len(list(left_out(header, config))):
@@ -96,16 +102,14 @@ def split_set(file: Path) -> list[Path]:
     return [file.with_name(name) for name in names]
 
 
-def _folder(header: Header, arch: Arch, digest: str) -> tuple[Path, dict[str, Any]]:
-    """The folder for a file of this header, in the hub's cache, and its config."""
+def _folder_of(digest: str) -> Path:
+    """The folder for a file of this header, in the hub's cache."""
     from huggingface_hub.constants import HF_HOME
 
-    folder = Path(HF_HOME) / "moebound" / "gguf" / digest
-    if (folder / "config.json").is_file():
-        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return folder, found
-    config = config_of(header, arch)
-    config["architectures"] = [model_of(config).name]
+    return Path(HF_HOME) / "moebound" / "gguf" / digest
+
+
+def _make_folder(folder: Path, header: Header, config: Mapping[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch) / "made"
@@ -118,7 +122,6 @@ def _folder(header: Header, arch: Arch, digest: str) -> tuple[Path, dict[str, An
         except OSError:
             if not (folder / "config.json").is_file():  # else another process was first
                 raise
-    return folder, config
 
 
 def _tokenizer(file: Path, folder: Path) -> None:

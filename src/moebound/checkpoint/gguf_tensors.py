@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from moebound.checkpoint.gguf_config import Arch
 from moebound.checkpoint.gguf_header import Header
-from moebound.checkpoint.gguf_undo import How, granted
+from moebound.checkpoint.gguf_undo import Change, Config, How, change_of
 from moebound.checkpoint.quantized import Read, Weight
 from moebound.checkpoint.shards import TensorInfo, is_text, tensor_bytes
 from moebound.errors import (
@@ -47,8 +48,16 @@ class Model:
     tensors: Mapping[str, tuple[int, ...]]
     exact: frozenset[str]
 
+    @cached_property
+    def _counts(self) -> Counter[str]:
+        return Counter(_EXPERT.sub(".experts.", name) for name in self.tensors)
 
-def model_of(config: Mapping[str, Any]) -> Model:
+    def experts(self, name: str) -> int:
+        """How many experts have a tensor as this one's."""
+        return self._counts[_EXPERT.sub(".experts.", name)]
+
+
+def model_of(config: Config) -> Model:
     """Makes it without memory for its weights."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -94,9 +103,7 @@ class Block:
         return found.astype(np.float32, copy=False).reshape(self.shape)
 
 
-def tensors_of(
-    header: Header, arch: Arch, config: Mapping[str, Any], model: Model
-) -> dict[str, TensorInfo]:
+def tensors_of(header: Header, arch: Arch, config: Config, model: Model) -> dict[str, TensorInfo]:
     """The model's tensors, in the order of the file's.
 
     Raises UnsupportedArchitectureError for a tensor of the file that the model has not,
@@ -106,23 +113,26 @@ def tensors_of(
     blocks = {
         name: _block(file, tensor, header.gguf) for name, (file, tensor) in header.tensors.items()
     }
-    used = dict.fromkeys(blocks, False)
     named = _Names(header, config)
     _refuse_unknown(header, model, named)
-    made = [
-        (_find(header, arch, config, model, name, shape, blocks, used, named))
-        for name, shape in model.tensors.items()
-    ]
-    _refuse_unused(header, model, config, used)
+    changes = {
+        name: _change(header, arch, config, name, blocks.keys(), named) for name in model.tensors
+    }
+    made = {name: _find(header, model, name, change, blocks) for name, change in changes.items()}
+    used = {part for change in changes.values() for part in change.parts}
+    used.update(left_out(header, config))
+    for name in blocks:
+        if name not in used and name.removesuffix(".weight") not in _NO_WEIGHTS:
+            raise _unknown(header, model, name)
     order = {name: at for at, name in enumerate(blocks)}
-    made.sort(key=lambda one: (order[one[0]], one[1].offset))
-    return {tensor.name: tensor for _, tensor in made}
+    names = sorted(made, key=lambda name: (order[changes[name].parts[0]], made[name].offset))
+    return {name: made[name] for name in names}
 
 
 class _Names:
     """`gguf`'s table: a tensor's name on the hub -> its name in the file."""
 
-    def __init__(self, header: Header, config: Mapping[str, Any]) -> None:
+    def __init__(self, header: Header, config: Config) -> None:
         gguf = header.gguf
         arch = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == header.arch)
         self._table = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
@@ -141,99 +151,76 @@ class _Names:
         return None if found is None else str(found)
 
 
+def _change(
+    header: Header, arch: Arch, config: Config, name: str, there: Collection[str], named: _Names
+) -> Change:
+    """The file's tensors that this one is made of, and how. `Change.how` is None where it is one of
+    them as it is."""
+    change = change_of(header.arch, arch.permuted, name, config, there) or Change(("",))
+    parts = tuple(part or named.of(name) or "" for part in change.parts)
+    fused = re.sub(r"ffn_(gate|up)_exps", "ffn_gate_up_exps", parts[0])
+    if parts[0] not in there and fused in there:  # `--fuse-gate-up-exps`: gate before up
+        return Change((fused,), half=int("ffn_up_exps" in parts[0]))
+    return replace(change, parts=parts)
+
+
 def _find(
-    header: Header, arch: Arch, config: Mapping[str, Any], model: Model, name: str,
-    shape: tuple[int, ...], blocks: Mapping[str, Block], used: dict[str, bool], named: _Names,
-) -> tuple[str, TensorInfo]:  # fmt: skip
-    """The first tensor of the file that this one is made of, and this one."""
-    dtype: DType = "F32" if name in model.exact else "BF16"
-    change = granted(header.arch, arch.permuted, name, config, blocks.keys())
-    if change is None:
-        own = named.of(name)
-        sources: tuple[str, ...] = () if own is None else (own,)
-        how, each, halves = None, False, None
-    else:
-        sources = tuple(part if part else str(named.of(name)) for part in change.parts)
-        how, each, halves = change.how, change.each, None
-    if not all(source in blocks for source in sources) and (
-        found := _EXPERT.search(name)
-    ) is not None:
-        fused = re.sub(r"ffn_(gate|up)_exps", "ffn_gate_up_exps", sources[0] if sources else "")
-        if fused in blocks:
-            halves = 0 if "ffn_gate_exps" in sources[0] else 1
-            sources = (fused,)
-    missing = next((source for source in sources if source not in blocks), None)
-    if missing is not None or not sources:
-        raise CheckpointError(
-            f"{header.file}: no tensor {missing or ''} for {name!r}, which a {model.name} of its "
-            "metadata has"
-        )
-    parts = [blocks[source] for source in sources]
-    used.update(dict.fromkeys(sources, True))
-    where = f"{parts[0].bytes.file}: tensor {sources[0]!r}"
-    expert = _EXPERT.search(name)
-    if expert is not None:
-        index = int(expert["expert"])
-        if any(len(part.shape) != 3 or not 0 <= index < part.shape[0] for part in parts):
-            raise CorruptionError(
-                f"{where} has shape {list(parts[0].shape)}, expected "
-                f"{_experts(model, name)} experts of 2 dimensions"
+    header: Header, model: Model, name: str, change: Change, blocks: Mapping[str, Block]
+) -> TensorInfo:
+    shape = model.tensors[name]
+    for part in change.parts:
+        if part not in blocks:
+            raise CheckpointError(
+                f"{header.file}: no tensor {part or 'there'} for {name!r}, which a {model.name} of "
+                "its metadata has"
             )
-        _check_count(where, parts[0], model, name)
-        parts = [part.at(index) for part in parts]
-    if halves is not None:
+    parts = [blocks[part] for part in change.parts]
+    where = f"{parts[0].bytes.file}: tensor {change.parts[0]!r}"
+    if expert := _EXPERT.search(name):
+        count = model.experts(name)
+        if any(len(part.shape) != 3 or part.shape[0] != count for part in parts):
+            raise CorruptionError(
+                f"{where} has shape {list(parts[0].shape)}, expected {count} experts of 2 dimensions"
+            )
+        parts = [part.at(int(expert["expert"])) for part in parts]
+    if change.half is not None:
         rows = parts[0].shape[0] // 2
-        parts = [parts[0].between(halves * rows, (halves + 1) * rows)]
+        parts = [parts[0].between(change.half * rows, (change.half + 1) * rows)]
     if sum(math.prod(part.shape) for part in parts) != math.prod(shape) or (
-        how is None and _sides(parts[0].shape) != _sides(shape)
+        change.how is None and _sides(parts[0].shape) != _sides(shape)
     ):
         raise CorruptionError(
             f"{where} has shape {list(parts[0].shape)}, expected one that makes {list(shape)} of "
             f"{name!r}"
         )
-    compute = partial(_compute, tuple(parts), shape, how, each, name)
+    dtype: DType = "F32" if name in model.exact else "BF16"
+    compute = partial(_compute, tuple(parts), shape, change, name)
     stored = Weight(tuple(part.bytes for part in parts), dtype, compute)
     first = parts[0].bytes
-    info = TensorInfo(
+    return TensorInfo(
         name, dtype, shape, first.file, first.offset, tensor_bytes(dtype, shape), stored
     )
-    return sources[0], info
 
 
 def _sides(shape: tuple[int, ...]) -> list[int]:
     return [side for side in shape if side != 1]
 
 
-def _experts(model: Model, name: str) -> int:
-    stem, rest = _EXPERT.split(name)[0], _EXPERT.split(name)[2]
-    count = 0
-    while f"{stem}.experts.{count}.{rest}" in model.tensors:
-        count += 1
-    return count
-
-
-def _check_count(where: str, part: Block, model: Model, name: str) -> None:
-    """Raises CorruptionError for more experts than the config has. Asked of the first only."""
-    if ".experts.0." in name and _experts(model, name) != part.shape[0]:
-        raise CorruptionError(
-            f"{where} has {part.shape[0]} experts, the metadata {_experts(model, name)}"
-        )
-
-
 def _compute(
-    parts: tuple[Block, ...], shape: tuple[int, ...], how: How | None, each: bool, name: str,
+    parts: tuple[Block, ...], shape: tuple[int, ...], change: Change, name: str,
     read: Read, first: int, last: int,
 ) -> Array:  # fmt: skip
-    """Rows of a tensor. each: `how` makes a leading slice of slices, else all of all."""
-    if how is None:
+    """Rows of a tensor."""
+    if change.how is None:
         part = parts[0]
         if part.shape[0] == shape[0] and len(part.shape) > 1:
             return part.between(first, last).values(read).reshape(last - first, *shape[1:])
         return part.values(read).reshape(shape)[first:last]
-    if not each:
-        return _made(how, [part.values(read) for part in parts], shape, parts, name)[first:last]
+    if not change.each:
+        values = [part.values(read) for part in parts]
+        return _made(change.how, values, shape, parts, name)[first:last]
     slices = (
-        _made(how, [part.at(index).values(read) for part in parts], shape[1:], parts, name)
+        _made(change.how, [part.at(index).values(read) for part in parts], shape[1:], parts, name)
         for index in range(first, last)
     )
     return np.stack(list(slices))
@@ -284,7 +271,7 @@ def _refuse_unknown(header: Header, model: Model, named: _Names) -> None:
             raise _unknown(header, model, name)
 
 
-def left_out(header: Header, config: Mapping[str, Any]) -> Iterator[str]:
+def left_out(header: Header, config: Config) -> Iterator[str]:
     """Tensors of the layers that predict several tokens, which come after the model's."""
     extra = int(header.get("nextn_predict_layers", 0))
     layers = int(config["num_hidden_layers"])
@@ -292,16 +279,3 @@ def left_out(header: Header, config: Mapping[str, Any]) -> Iterator[str]:
         match = _LAYER.match(name)
         if match and layers <= int(match["layer"]) < layers + extra:
             yield name
-
-
-def _refuse_unused(
-    header: Header, model: Model, config: Mapping[str, Any], used: Mapping[str, bool]
-) -> None:
-    passed = set(left_out(header, config))
-    for name, is_used in used.items():
-        stem = name.removesuffix(".weight")
-        if not is_used and name not in passed and stem not in _NO_WEIGHTS:
-            raise _unknown(header, model, name)
-
-
-__all__ = ["Model", "left_out", "model_of", "tensors_of"]

@@ -24,14 +24,16 @@ Config = Mapping[str, Any]
 @dataclass(frozen=True)
 class Change:
     """parts: the file's tensors; "" is the one that the table of names has. how: what makes the
-    model's of them. each: it is done to each slice of the leading axis, which is one expert."""
+    model's of them, None where nothing does. each: it is done to each slice of the leading axis,
+    which is one expert. half: which half of the rows it is, of two in one."""
 
     parts: tuple[str, ...]
-    how: How
+    how: How | None = None
     each: bool = False
+    half: int | None = None
 
 
-def granted(
+def change_of(
     arch: str, permuted: bool, name: str, config: Config, there: Collection[str]
 ) -> Change | None:
     """What has to be undone for one of the model's tensors, by its name on the hub; None where the
@@ -143,13 +145,14 @@ def _by_key_head(qkv: Array, gate: Array, config: Config) -> Array:
 def _qwen35(name: str, blk: str, config: Config, there: Collection[str]) -> Change | None:
     """`_LinearAttentionVReorderBase.modify_tensors`: value heads of one key head apart."""
     change = _qwen3_next(name, blk, config, there)
-    heads, dim = config["linear_num_value_heads"], config["linear_value_head_dim"]
     keys = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
-    back = partial(_grouped, heads=config["linear_num_key_heads"], per=heads)
-    if ".linear_attn." not in name or change is not None and not name.endswith(".A_log"):
-        return change
+    back = partial(
+        _grouped, heads=config["linear_num_key_heads"], per=config["linear_num_value_heads"]
+    )
     if name.endswith(".A_log"):
         return Change(("",), lambda values: _logarithm(back(values)))
+    if change is not None:
+        return change
     if ".in_proj_qkv." in name or ".conv1d." in name:
         return Change(("",), lambda values: np.concatenate([values[:keys], back(values[keys:])]))
     if ".out_proj." in name:
