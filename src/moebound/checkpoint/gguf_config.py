@@ -162,8 +162,8 @@ def _check_window(header: Header, found: Config) -> None:
 
 
 def _deepseek(header: Header) -> str:
-    """`DeepseekV2Model`. V2 has softmax, which is what llama.cpp takes without the key; V3, Kimi-K2,
-    Moonlight and GLM-4.7-Flash have sigmoid."""
+    """`DeepseekV2Model`. V2 has softmax, which is what llama.cpp takes without the key; V3,
+    Kimi-K2, Moonlight and GLM-4.7-Flash have sigmoid."""
     sigmoid = _SCORES.get(header.get("expert_gating_func", 1)) == "sigmoid"
     return "deepseek_v3" if sigmoid else "deepseek_v2"
 

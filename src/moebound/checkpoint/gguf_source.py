@@ -21,6 +21,7 @@ from typing import Any
 from moebound.checkpoint.gguf_config import arch_of, config_of
 from moebound.checkpoint.gguf_header import Header, read_header
 from moebound.checkpoint.gguf_tensors import left_out, model_of, tensors_of
+from moebound.checkpoint.gguf_tokenizer import write_tokenizer
 from moebound.checkpoint.shards import TensorInfo
 from moebound.errors import CheckpointError
 from moebound.extras import need
@@ -115,24 +116,10 @@ def _make_folder(folder: Path, header: Header, config: Mapping[str, Any]) -> Non
         made = Path(scratch) / "made"
         made.mkdir()
         if header.value("tokenizer.ggml.tokens"):
-            _tokenizer(header.file, made)
+            write_tokenizer(header, made)
         (made / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         try:
             made.rename(folder)
         except OSError:
             if not (folder / "config.json").is_file():  # else another process was first
                 raise
-
-
-def _tokenizer(file: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    try:
-        made = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, trust_remote_code=False
-        )
-        made.save_pretrained(folder)
-    except Exception as error:  # transformers raises what its converters do
-        raise CheckpointError(
-            f"{file}: transformers cannot convert its tokenizer: {error} ({type(error).__name__})"
-        ) from error

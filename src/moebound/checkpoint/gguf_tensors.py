@@ -180,7 +180,7 @@ def _find(
         count = model.experts(name)
         if any(len(part.shape) != 3 or part.shape[0] != count for part in parts):
             raise CorruptionError(
-                f"{where} has shape {list(parts[0].shape)}, expected {count} experts of 2 dimensions"
+                f"{where} has shape {list(parts[0].shape)}, expected {count} experts in 3 axes"
             )
         parts = [part.at(int(expert["expert"])) for part in parts]
     if change.half is not None:
