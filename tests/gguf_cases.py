@@ -143,7 +143,7 @@ def make(name: str, folder: Path) -> PreTrainedModel:
     found = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(found | case.hub))
     model.eval()  # type: ignore[no-untyped-call]
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 class _Entry:

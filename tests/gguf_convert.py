@@ -6,6 +6,7 @@ python gguf_convert.py LLAMA.CPP TYPE FOLDER FILE [FOLDER FILE ...]
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ def main(root: str, kind: str, *pairs: str) -> None:
     sys.path[:0] = [root, str(Path(root) / "gguf-py")]  # its own gguf, which may know more
     import gguf
     import torch
-    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+
+    conversion: Any = import_module("conversion")
 
     def no_vocabulary(self: Any) -> None:
         self.gguf_writer.add_tokenizer_model("none")
@@ -22,8 +24,9 @@ def main(root: str, kind: str, *pairs: str) -> None:
 
     types = gguf.LlamaFileType
     for folder, file in zip(pairs[::2], pairs[1::2], strict=True):
-        config = ModelBase.load_hparams(Path(folder), False)
-        found = get_model_class(get_model_architecture(config, ModelType.TEXT))
+        config = conversion.ModelBase.load_hparams(Path(folder), False)
+        kind_of = conversion.get_model_architecture(config, conversion.ModelType.TEXT)
+        found = conversion.get_model_class(kind_of)
         found.set_vocab = no_vocabulary
         found.no_mtp = True
         output = {"bf16": types.MOSTLY_BF16, "f32": types.ALL_F32}[kind]

@@ -160,8 +160,8 @@ def rewrite(
     values: Values = {}
     for tensor in reader.tensors:
         shape = [int(side) for side in reversed(tensor.shape)]
-        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        values[tensor.name] = found.astype(np.float32).reshape(shape)
+        plain = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        values[tensor.name] = plain.astype(np.float32).reshape(shape)
     for name, array in change(values).items():
         its = gguf.GGMLQuantizationType[kind if "_exps.weight" in name else "F32"]
         if array.shape[-1] % gguf.GGML_QUANT_SIZES[its][0]:

@@ -56,7 +56,8 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> Non
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_is_the_model_it_was_made_of(case: str, tmp_path: Path) -> None:
-    model = gguf_cases.make(case, tmp_path / "model").float()
+    model: Any = gguf_cases.make(case, tmp_path / "model")
+    model.float()
     file = recorded(case, tmp_path / "m.gguf")
     same(bits(open_checkpoint(file)), load_file(tmp_path / "model" / "model.safetensors"))
     assert torch.equal(logits(load_model(str(file), dtype=torch.float32)), logits(model))
@@ -229,6 +230,14 @@ def test_shapes_are_those_of_the_metadata(tmp_path: Path) -> None:
         file = rewrite(plain, tmp_path / "other.gguf", keys={f"deepseek2.{key}": value})
         with pytest.raises(CorruptionError):
             open_checkpoint(file)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "gpt_oss_mxfp4", "granitemoe"])
+def test_a_file_runs_offloaded_as_it_is(case: str, tmp_path: Path) -> None:
+    file = recorded(case, tmp_path / "m.gguf")
+    model = load_model(str(file), dtype=torch.float32)
+    with moebound.load(file, dtype="float32") as offloaded, torch.no_grad():
+        assert (offloaded.model(IDS).logits - model(IDS).logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("case", ["deepseek_v3", "gpt_oss"])

@@ -65,7 +65,7 @@ def model_of(config: Config) -> Model:
 
     made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made)
+        model = AutoModelForCausalLM.from_config(made)  # type: ignore[no-untyped-call]
     state = revert_weight_conversion(model, model.state_dict())
     exact = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     tied = "lm_head.weight" if config.get("tie_word_embeddings") else None

@@ -36,8 +36,9 @@ _SPLITS: Mapping[str, tuple[str, ...]] = {
     ),
     "deepseek-llm": (
         r"[\r\n]",
-        r"\s?\p{L}+",
-        r"\s?\p{P}+",
+        r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
+        "\\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
         r"[一-龥ࠀ-一가-퟿]+",
         r"\p{N}+",
     ),

@@ -109,7 +109,7 @@ def load(
         raise CacheError(f"slots {slots!r}: expected values, codes or auto")
     chosen_policy = _policy(skip, calibration)
     named = Path(resolve(os.fspath(source)))
-    # A GGUF file is refused in the words of other quantized sources.
+    # Of a GGUF file, `local_folder` is where its config and tokenizer are.
     path = local_folder(named) if gguf_file(named) is None else named
     cores = thread_count() if threads is None else threads
     entries = open_entries(path)
@@ -123,7 +123,9 @@ def load(
     sources = {"compressed" if entries.compressed else "raw": entries}
     if raw is not None:
         sources["raw"] = _same_model(entries, open_entries(local_folder(resolve(os.fspath(raw)))))
-    model = load_skeleton(path, routed=entries.tensors, dtype=computed_in, device=device)
+    model = load_skeleton(
+        path, routed=entries.tensors, weights=entries.others, dtype=computed_in, device=device
+    )
     register_on_demand()
     model.set_experts_implementation(NAME)
     live = live_experts(model)
