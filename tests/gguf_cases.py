@@ -129,7 +129,7 @@ def make(name: str, folder: Path) -> PreTrainedModel:
     small = {"vocab_size": 64, **tiny.overrides, **case.overrides}
     with _Entry(case.family, Tiny(small, tiny.parts)):
         config = tiny_config(case.family)
-    model = model_class(config)._from_config(  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = model_class(config)._from_config(  # type: ignore[no-untyped-call]
         config, dtype=torch.bfloat16
     )
     generator = torch.Generator().manual_seed(len(name))
@@ -142,7 +142,7 @@ def make(name: str, folder: Path) -> PreTrainedModel:
     model.save_pretrained(folder)
     found = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(found | case.hub))
-    model.eval()  # type: ignore[no-untyped-call]
+    model.train(False)
     return model
 
 

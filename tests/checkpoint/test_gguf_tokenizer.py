@@ -34,7 +34,7 @@ PIECES = {
 
 
 def vocabulary(file: Path, pre: str, arch: str = "llama") -> Path:
-    tokens = [*bytes_to_unicode().values()]
+    tokens = [*bytes_to_unicode().values()]  # type: ignore[no-untyped-call]
     tokens += [*(merge.replace(" ", "") for merge in MERGES), "<end>"]
     writer = gguf.GGUFWriter(file, arch)
     writer.add_block_count(1)

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from moebound.checkpoint.gguf_header import Header, read_header
 from moebound.checkpoint.gguf_tensors import left_out, model_of, tensors_of
 from moebound.checkpoint.gguf_tokenizer import write_tokenizer
 from moebound.checkpoint.shards import TensorInfo
-from moebound.errors import CheckpointError
+from moebound.errors import CheckpointError, CorruptionError
 from moebound.extras import need
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -63,16 +64,38 @@ def open_gguf(file: Path) -> GgufSource:
     Raises BackendUnavailable without gguf, UnsupportedArchitectureError for an architecture that is
     not read, FormatError, CorruptionError or CheckpointError for a file that is not whole.
     """
-    header = read_header(need("gguf", f"{file}: reading GGUF"), split_set(file))
+    gguf = need("gguf", f"{file}: reading GGUF")
+    files = split_set(file)
+    stamps = tuple((part, part.stat().st_mtime_ns, part.stat().st_size) for part in files)
+    from huggingface_hub.constants import HF_HOME
+
+    found = _opened(gguf, stamps, HF_HOME)
+    if not (found.folder / "config.json").is_file():  # the cache was emptied
+        _opened.cache_clear()
+        found = _opened(gguf, stamps, HF_HOME)
+    return found
+
+
+@lru_cache(maxsize=2)
+def _opened(gguf: Any, stamps: tuple[tuple[Path, int, int], ...], home: str) -> GgufSource:
+    """stamps: files, with time and size, so that one that was changed is read again."""
+    header = read_header(gguf, [file for file, *_ in stamps])
+    file = header.file
     arch = arch_of(header)
     digest = hashlib.sha256()
     for part, reader in zip(header.files, header.readers, strict=True):
         with part.open("rb") as handle:
             digest.update(handle.read(int(reader.data_offset)))
-    folder = _folder_of(digest.hexdigest())
+    folder = Path(home) / "moebound" / "gguf" / digest.hexdigest()
     known = folder / "config.json"
     config = json.loads(known.read_text("utf-8")) if known.is_file() else config_of(header, arch)
-    model = model_of(config)
+    try:
+        model = model_of(config)
+    except Exception as error:  # transformers', of numbers that make no model
+        raise CorruptionError(
+            f"{file}: its metadata make no {config['model_type']} model: {error} "
+            f"({type(error).__name__})"
+        ) from error
     config["architectures"] = [model.name]
     tensors = tensors_of(header, arch, config, model)
     if not known.is_file():
@@ -101,13 +124,6 @@ def split_set(file: Path) -> list[Path]:
         if not file.with_name(name).is_file():
             raise CheckpointError(f"{file}: {name} of the same split set is missing beside it")
     return [file.with_name(name) for name in names]
-
-
-def _folder_of(digest: str) -> Path:
-    """The folder for a file of this header, in the hub's cache."""
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(HF_HOME) / "moebound" / "gguf" / digest
 
 
 def _make_folder(folder: Path, header: Header, config: Mapping[str, Any]) -> None:

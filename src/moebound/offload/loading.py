@@ -109,7 +109,7 @@ def load(
         raise CacheError(f"slots {slots!r}: expected values, codes or auto")
     chosen_policy = _policy(skip, calibration)
     named = Path(resolve(os.fspath(source)))
-    # Of a GGUF file, `local_folder` is where its config and tokenizer are.
+    # Of a GGUF file, `local_folder` has config and tokenizer alone.
     path = local_folder(named) if gguf_file(named) is None else named
     cores = thread_count() if threads is None else threads
     entries = open_entries(path)
@@ -164,7 +164,7 @@ def load(
             coarser.by_key, kinds, open_delivery(disk, coarser, place, cores=cores), place
         )
     layers = _layers(model, live, chosen.costs.top_k)
-    tokenizer = _load_tokenizer(path)
+    tokenizer = _load_tokenizer(entries.path)  # of a GGUF file the folder made of its metadata
     # Its threads begin here: what may fail stands before, and what ends them behind.
     loader = Loader(
         cache,
