@@ -230,7 +230,7 @@ def test_shapes_are_those_of_the_metadata(tmp_path: Path) -> None:
     for key, value in (
         ("expert_count", 4),
         ("attention.kv_lora_rank", 8),
-        ("embedding_length", -1),
+        ("attention.head_count", 0),
     ):
         file = rewrite(plain, tmp_path / "other.gguf", keys={f"deepseek2.{key}": value})
         with pytest.raises(CorruptionError):
