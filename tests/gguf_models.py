@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def write(
         its = quantization if matrix else gguf.GGMLQuantizationType.F32
         if values.shape[-1] % gguf.GGML_QUANT_SIZES[its][0]:  # as llama.cpp falls back
             its = gguf.GGMLQuantizationType.F16
-        raw = gguf.quants.quantize(values.astype(np.float32), its)
+        raw = _raw(values.astype(np.float32), its)
         writer.add_tensor(name, raw, raw_dtype=its)
         found: np.ndarray = gguf.quants.dequantize(raw, its)
         return found
@@ -111,3 +112,63 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return truth
+
+
+def _raw(values: np.ndarray, kind: Any) -> np.ndarray:
+    """Quantized by `gguf`; where it only dequantizes, bytes are drawn: small enough for scales."""
+    import gguf
+
+    try:
+        found: np.ndarray = gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        shape = gguf.quant_shape_to_byte_shape(values.shape, kind)
+        found = np.random.default_rng(values.size).integers(0, 64, shape, dtype=np.uint8)
+    return found
+
+
+Values = dict[str, np.ndarray]
+
+
+def rewrite(
+    file: Path,
+    to: Path,
+    *,
+    keys: dict[str, Any] | None = None,
+    change: Callable[[Values], Values] = lambda values: values,
+    kind: str = "F32",
+) -> Path:
+    """Copy a file, dequantized, and changed.
+
+    keys: new values, of the type that the file has for them or that they have; None leaves one out.
+    kind: what matrices of experts are stored as, of whole blocks.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(to, reader.fields["general.architecture"].contents())
+    keys = dict(keys or {})
+    for name, found in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = keys.pop(name, found.contents())
+        if value is not None:
+            sub = found.types[-1] if len(found.types) > 1 else None
+            writer.add_key_value(name, value, found.types[0], sub_type=sub)
+    for name, value in keys.items():
+        if value is not None:
+            writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    values: Values = {}
+    for tensor in reader.tensors:
+        shape = [int(side) for side in reversed(tensor.shape)]
+        plain = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        values[tensor.name] = plain.astype(np.float32).reshape(shape)
+    for name, array in change(values).items():
+        its = gguf.GGMLQuantizationType[kind if "_exps.weight" in name else "F32"]
+        if array.shape[-1] % gguf.GGML_QUANT_SIZES[its][0]:
+            its = gguf.GGMLQuantizationType.F16
+        writer.add_tensor(name, _raw(np.ascontiguousarray(array), its), raw_dtype=its)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return to

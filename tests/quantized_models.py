@@ -32,12 +32,12 @@ class Made:
     truth: Tensors
 
 
-def plain_model(family: str, folder: Path) -> Path:
+def plain_model(family: str, folder: Path, hidden: int = 64, inner: int = 32) -> Path:
     """Wide enough for groups of 32 and tiles of 8 x 16."""
     config = tiny_config(family)
     for side, size in {
-        "hidden_size": 64,
-        "moe_intermediate_size": 32,
+        "hidden_size": hidden,
+        "moe_intermediate_size": inner,
         "intermediate_size": 64,
     }.items():
         setattr(config, side, size)

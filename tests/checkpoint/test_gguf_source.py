@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from moebound.errors import (
     CheckpointError,
     CorruptionError,
     FormatError,
-    StoreError,
     UnsupportedArchitectureError,
 )
 from moebound.evaluate.receipt import bytes_of
@@ -42,6 +40,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_0", "BF16", "F16", "F32"])
 def test_tensors_are_what_gguf_dequantizes(plain: Path, tmp_path: Path, kind: str) -> None:
     _same(gguf_models.write(plain, tmp_path / "m.gguf", kind), tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS"])
+def test_blocks_of_256(kind: str, tmp_path: Path) -> None:
+    """`gguf` does not quantize to these, so bytes are drawn."""
+    folder = plain_model("qwen3_moe", tmp_path / "plain", hidden=256, inner=256)
+    _same(gguf_models.write(folder, tmp_path / "m.gguf", kind), tmp_path / "m.gguf")
+    assert f"{kind} of" in str(open_checkpoint(tmp_path / "m.gguf").stored_as)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
@@ -93,8 +99,6 @@ def test_store_of_a_gguf_file_is_verified(plain: Path, tmp_path: Path) -> None:
     gguf_models.write(plain, tmp_path / "m.gguf", "Q8_0")
     file, store = str(tmp_path / "m.gguf"), str(tmp_path / "store")
     assert main(["compress", file, store, "--rate", "0.1"]) == 0
-    with pytest.raises(StoreError, match=r"GGUF, m\.gguf.*moebound compress"):
-        moebound.load(file)
     assert main(["verify", store, "--against", file]) == 0
     card = (tmp_path / "store" / "README.md").read_text()
     for said in ("GGUF, m.gguf", "Q8_0 of", "SHA-256"):
@@ -108,31 +112,6 @@ def test_its_store_runs_offloaded(plain: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "store", dtype=torch.float32)
     with moebound.load(tmp_path / "store", dtype="float32") as offloaded, torch.no_grad():
         assert (offloaded.model(ids).logits - model(ids).logits).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "said"),
-    [
-        ("rope.scaling.type", "yarn", "scaled as 'yarn'"),
-        ("attention.sliding_window", 64, "a sliding window of 64"),
-    ],
-)
-def test_what_a_config_would_lack(
-    key: str, value: object, said: str, plain: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    import gguf
-
-    begin = gguf.GGUFWriter.__init__
-
-    def with_key(writer: Any, file: Path, arch: str) -> None:
-        begin(writer, file, arch)
-        add = writer.add_string if isinstance(value, str) else writer.add_uint32
-        add(f"{arch}.{key}", value)
-
-    monkeypatch.setattr(gguf.GGUFWriter, "__init__", with_key)
-    gguf_models.write(plain, tmp_path / "m.gguf", "Q8_0")
-    with pytest.raises(UnsupportedArchitectureError, match=said):
-        open_checkpoint(tmp_path / "m.gguf")
 
 
 def test_all_its_bytes_are_counted(plain: Path, tmp_path: Path) -> None:

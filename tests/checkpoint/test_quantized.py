@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import moebound
 from moebound.checkpoint import open_checkpoint, read_chunks, read_into, read_tensor
 from moebound.codec.arrays import to_torch
-from moebound.errors import CheckpointError, StoreError
+from moebound.errors import CheckpointError
+from moebound.model.pretrained import load_model
 from moebound.offload.entries import open_entries
 from moebound.store import compress, decompress, verify
 from moebound.types import ErrorBound
@@ -197,6 +199,12 @@ def test_a_config_that_says_something_else(
         open_checkpoint(folder)
 
 
-def test_not_offloaded_before_it_is_compressed(made: dict[str, Made]) -> None:
-    with pytest.raises(StoreError, match=r"stored as FP8.*moebound compress"):
-        open_entries(made["fp8"].folder)
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4", "gptq"])
+def test_offloaded_as_it_is(kind: str, made: dict[str, Made]) -> None:
+    """Experts are dequantized each time they are read."""
+    folder = made[kind].folder
+    ids = torch.arange(3, 23).view(2, 10)
+    model = load_model(folder, dtype=torch.float32)
+    with moebound.load(folder, dtype="float32") as offloaded, torch.no_grad():
+        assert (offloaded.model(ids).logits - model(ids).logits).abs().max() < 1e-5
+        assert not open_entries(folder).compressed

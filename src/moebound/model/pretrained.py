@@ -72,11 +72,18 @@ def read_config(src: Source, **options: Any) -> Any:
         )
 
 
-def load_model(src: Source, *, config: Any = None, **options: Any) -> Any:
+def load_model(
+    src: Source,
+    *,
+    config: Any = None,
+    weights: Mapping[str, TensorInfo] | None = None,
+    **options: Any,
+) -> Any:
     """The language model in `src`, in evaluation mode; a multimodal one with its other parts.
 
     config: what `read_config` gave, maybe changed. options: of `from_pretrained`. The weights of a
-    quantized checkpoint are those that `compress` compresses (`checkpoint/quantized.py`). Raises
+    quantized checkpoint are those that `compress` compresses (`checkpoint/quantized.py`); `weights`
+    are some of them, where the others are not wanted. Raises
     CheckpointError for what transformers cannot load, UnsupportedArchitectureError where it has no
     class for it, and what loading a damaged store raises.
     """
@@ -86,16 +93,16 @@ def load_model(src: Source, *, config: Any = None, **options: Any) -> Any:
     auto = _auto_class(type(config))
     if auto is None:
         raise UnsupportedArchitectureError(f"{src}: {what_runs(config.to_dict()).why}")
-    weights = _dequantized(src, config)
+    found = _dequantized(src, config) if weights is None else _unread(weights)
     with _in_words(src, "a language model"), without_bars():
-        if weights is None:
+        if found is None:
             model = auto.from_pretrained(
                 src, config=config, trust_remote_code=False, **_local(src), **options
             )
         else:
             # Auto classes take no weights without a path.
             model_class = auto._model_mapping[type(config)]
-            model = model_class.from_pretrained(None, config=config, state_dict=weights, **options)
+            model = model_class.from_pretrained(None, config=config, state_dict=found, **options)
             if (local_folder(src) / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(local_folder(src))
     model.train(False)
@@ -135,7 +142,11 @@ def _dequantized(src: Source, config: Any) -> dict[str, Any] | None:
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    return {name: _Unread(tensor) for name, tensor in checkpoint.tensors.items()}
+    return _unread(checkpoint.tensors)
+
+
+def _unread(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    return {name: _Unread(tensor) for name, tensor in tensors.items()}
 
 
 class _Unread:
@@ -143,6 +154,9 @@ class _Unread:
 
     def __init__(self, tensor: TensorInfo) -> None:
         self._tensor = tensor
+
+    def get_dtype(self) -> str:
+        return self._tensor.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return to_torch(read_tensor(self._tensor))[index]

@@ -18,14 +18,14 @@ from typing import Any
 from moebound.checkpoint import Checkpoint, Role, open_checkpoint
 from moebound.checkpoint.experts import Expert, ExpertMatrix, find_experts
 from moebound.checkpoint.families import Family, Layout, find_family
-from moebound.checkpoint.shards import TensorInfo, read_into, read_json
+from moebound.checkpoint.shards import Stored, TensorInfo, read_into, read_json
 from moebound.errors import StoreError
 from moebound.methods import RouterEdit
 from moebound.store import Store, open_store
 from moebound.store.checks import check_bytes, check_tensor
 from moebound.store.format import read_settings
 from moebound.store.reader import StoredExpert, StoredMatrix, StoredPart
-from moebound.types import DType, ExpertKey
+from moebound.types import Array, DType, ExpertKey
 
 FIRST_SHARED = 1 << 30
 """Numbers of a layer's shared parts begin here, far behind those of its experts."""
@@ -88,10 +88,10 @@ class DiskEntry:
 
     @property
     def stretch(self) -> tuple[Path, int, int] | None:
-        """File, first byte and number of bytes, if all spans stand one behind the other."""
+        """File, first byte and number of bytes, if all spans stand one behind the other there."""
         first, at = self.spans[0], self.spans[0].offset
         for span in self.spans:
-            if span.file != first.file or span.offset != at:
+            if span.stored is not None or span.file != first.file or span.offset != at:
                 return None
             at += span.n_bytes
         return first.file, first.offset, at - first.offset
@@ -121,7 +121,8 @@ class DiskEntry:
 class DiskEntries:
     """The routed experts of a source, in the order of the model. tensors: their names in it.
     compressed: whether this is a store. shared: parts that several experts need, by key.
-    edits: what becomes of the routing, by layer."""
+    edits: what becomes of the routing, by layer. others: the other tensors of a quantized
+    checkpoint, which transformers would not read as they are; None for any other source."""
 
     path: Path
     compressed: bool
@@ -130,6 +131,7 @@ class DiskEntries:
     tensors: frozenset[str]
     shared: Mapping[ExpertKey, DiskEntry] = field(default_factory=dict)
     edits: Mapping[int, RouterEdit] = field(default_factory=dict)
+    others: Mapping[str, TensorInfo] | None = None
 
     def __iter__(self) -> Iterator[DiskEntry]:
         return iter(self.by_key.values())
@@ -168,10 +170,10 @@ class DiskEntries:
 
 
 def open_entries(path: str | os.PathLike[str]) -> DiskEntries:
-    """The experts of a store or of an ordinary checkpoint folder. Reads headers only.
+    """The experts of a store or of a checkpoint, which may be quantized: its experts are
+    dequantized each time they are read. Reads headers only.
 
-    Raises as `open_store` and `open_checkpoint`; StoreError if a store has no routed experts, and
-    for a quantized checkpoint.
+    Raises as `open_store` and `open_checkpoint`; StoreError if a store has no routed experts.
     """
     path = Path(path)
     is_store = (path / "config.json").is_file() and read_settings(
@@ -185,11 +187,6 @@ def open_entries(path: str | os.PathLike[str]) -> DiskEntries:
 
 def _of_checkpoint(checkpoint: Checkpoint) -> DiskEntries:
     assert checkpoint.family is not None  # a folder has a config
-    if checkpoint.stored_as is not None:
-        raise StoreError(
-            f"{checkpoint.path}: stored as {checkpoint.stored_as}: its experts cannot be loaded on "
-            "demand as they are; compress it with `moebound compress`, and load the store"
-        )
     experts = checkpoint.experts()
     return DiskEntries(
         checkpoint.path,
@@ -197,6 +194,9 @@ def _of_checkpoint(checkpoint: Checkpoint) -> DiskEntries:
         checkpoint.config,
         {expert.key: _plain(expert, checkpoint.family) for expert in experts},
         frozenset(matrix.name for expert in experts for matrix in expert.matrices),
+        others=None
+        if checkpoint.stored_as is None
+        else {tensor.name: tensor for tensor in checkpoint.passthrough()},
     )
 
 
@@ -275,8 +275,32 @@ def _plain(expert: Expert, family: Family) -> DiskEntry:
 
 def _span(matrix: ExpertMatrix) -> TensorInfo:
     source, n_bytes = matrix.source, matrix.n_bytes
+    if source.stored is not None:
+        whole = (1, *matrix.shape)
+        stored = _Whole(source.stored, source.shape[0], matrix.index)
+        return TensorInfo(
+            source.name, source.dtype, whole, source.file, source.offset, n_bytes, stored
+        )
     offset = source.offset + (matrix.index or 0) * n_bytes
     return TensorInfo(source.name, "U8", (n_bytes,), source.file, offset, n_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A matrix that is computed, as one row: `Stored` of shards.py. height: rows of the tensor.
+    index: which of them it is, None for all."""
+
+    stored: Stored
+    height: int
+    index: int | None
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return self.stored.parts
+
+    def rows(self, first: int, last: int, *, drop_cache: bool = False) -> Array:
+        at, end = (0, self.height) if self.index is None else (self.index, self.index + 1)
+        return self.stored.rows(at, end, drop_cache=drop_cache)
 
 
 def _layout(family: Family, name: str) -> Layout:

@@ -115,7 +115,7 @@ def load(
         raise CacheError(f"slots {slots!r}: expected values, codes or auto")
     chosen_policy = _policy(skip, calibration)
     named = Path(resolve(os.fspath(source)))
-    # A GGUF file is refused in the words of other quantized sources.
+    # Of a GGUF file, `local_folder` has config and tokenizer alone.
     path = local_folder(named) if gguf_file(named) is None else named
     cores = thread_count() if threads is None else threads
     entries = open_entries(path)
@@ -129,7 +129,9 @@ def load(
     sources = {"compressed" if entries.compressed else "raw": entries}
     if raw is not None:
         sources["raw"] = _same_model(entries, open_entries(local_folder(resolve(os.fspath(raw)))))
-    model = load_skeleton(path, routed=entries.tensors, dtype=computed_in, device=device)
+    model = load_skeleton(
+        path, routed=entries.tensors, weights=entries.others, dtype=computed_in, device=device
+    )
     multiply_few_rows(model)
     register_on_demand()
     model.set_experts_implementation(NAME)
@@ -168,7 +170,7 @@ def load(
             coarser.by_key, kinds, open_delivery(disk, coarser, place, cores=cores), place
         )
     layers = _layers(model, live, chosen.costs.top_k)
-    tokenizer = _load_tokenizer(path)
+    tokenizer = _load_tokenizer(entries.path)  # of a GGUF file the folder made of its metadata
     # Its threads begin here: what may fail stands before, and what ends them behind.
     loader = Loader(
         cache,

@@ -11,14 +11,14 @@ decoded as `hf.py` does.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moebound.checkpoint.shards import read_json
+from moebound.checkpoint.shards import TensorInfo, read_json
 from moebound.errors import UnsupportedArchitectureError
 from moebound.integrations.transformers.hf import (
     MoeboundQuantizer,
@@ -36,11 +36,17 @@ METHOD = "moebound-skeleton"
 
 
 def load_skeleton(
-    folder: Path, *, routed: Collection[str], dtype: torch.dtype | str, device: str
+    folder: Path,
+    *,
+    routed: Collection[str],
+    dtype: torch.dtype | str,
+    device: str,
+    weights: Mapping[str, TensorInfo] | None = None,
 ) -> Any:
     """The model in `folder`, on `device`, in evaluation mode; no routed expert in it.
 
-    routed: names of the routed experts' tensors, which are left unread.
+    routed: names of the routed experts' tensors, which are left unread. weights: all others, of a
+    quantized checkpoint.
     Raises CheckpointError for what transformers cannot load, UnsupportedArchitectureError for what
     `what_runs` says cannot be run so.
     """
@@ -50,7 +56,7 @@ def load_skeleton(
         raise UnsupportedArchitectureError(f"{folder}: {runs.why}")
     config.quantization_config = {"quant_method": METHOD, "routed": sorted(routed)}
     options: dict[str, Any] = {} if device == "cpu" else {"device_map": device}
-    return load_model(folder, config=config, dtype=dtype, **options)
+    return load_model(folder, config=config, weights=weights, dtype=dtype, **options)
 
 
 class SkeletonConfig(QuantizationConfigMixin):
