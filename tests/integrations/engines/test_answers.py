@@ -96,7 +96,7 @@ def ask(folder: Path, asked: list[dict[str, Any]], *, processes: bool = False) -
 
 
 def ours(store: Path, answers: list[Any]) -> list[list[float]]:
-    """The logprobs of moebound.load for the tokens of prompts and answers, the first but."""
+    """The logprobs of moebound.load for the tokens of prompts, but their first, and answers."""
     found = []
     with moebound.load(store) as loaded, torch.no_grad():
         for prompt, of in zip(PROMPTS, answers, strict=True):
