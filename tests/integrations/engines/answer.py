@@ -1,10 +1,10 @@
-"""Answers of a real vLLM, for test_answers.py and bench/; imports nothing of ours.
+"""Answers of a real vLLM, for test_answers.py; imports nothing of ours.
 
     ENGINE/bin/python tests/integrations/engines/answer.py JOBS.json ANSWERS.json
 
-JOBS: a list of {"options": of vllm.LLM, "prompts": lists of token ids, "tokens": how many}. ANSWERS:
-for each job one list, for each prompt {"tokens": ids, "text": text, "logprobs": [[[id, logprob], ...]]
-of the likeliest tokens at each step, "prompt": logprob of each prompt token but the first}.
+JOBS: a list of {"options": of vllm.LLM, "prompts": lists of token ids, "tokens": how many}.
+ANSWERS: for each job a list; for each prompt {"tokens": ids, "logprobs": at each step [id, logprob]
+of the likeliest, "prompt": logprob of each token of the prompt but the first}. Greedy.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ def answer(options: dict[str, Any], prompts: list[list[int]], tokens: int) -> li
     made = engine.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
     answers = []
     for ids, of in zip(prompts, made, strict=True):
-        best = of.outputs[0]
-        answers.append({
-            "tokens": list(best.token_ids),
-            "text": best.text,
-            "logprobs": [sorted([i, at.logprob] for i, at in step.items()) for step in best.logprobs],
-            "prompt": [step[i].logprob for i, step in zip(ids[1:], of.prompt_logprobs[1:], strict=True)],
-        })  # fmt: skip
+        best, before = of.outputs[0], of.prompt_logprobs[1:]
+        answers.append(
+            {
+                "tokens": list(best.token_ids),
+                "logprobs": [
+                    sorted([i, found.logprob] for i, found in step.items())
+                    for step in best.logprobs
+                ],
+                "prompt": [step[i].logprob for i, step in zip(ids[1:], before, strict=True)],
+            }
+        )
     del engine
     gc.collect()
     cleanup_dist_env_and_memory()

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +25,7 @@ from moebound.wordmath.builtin import resolve
 from tiny_models import Tiny, make_tiny
 
 PYTHON = os.environ.get("MOEBOUND_VLLM")
+"""Not resolved: an environment's Python is a link, which tells Python where the packages are."""
 PROGRAM = Path(__file__).with_name("answer.py")
 RATE = ErrorBound(0.3, "rate", "expert")
 PROMPTS = [list(range(5, 25)), [7, 8, 9, 30]]
@@ -81,18 +78,22 @@ def environment(**more: str) -> dict[str, str]:
     } | more  # fmt: skip
 
 
-def ask(folder: Path, asked: list[dict[str, Any]], *, processes: bool = False) -> list[Any]:
-    """What answer.py answers. processes: the engine has some of its own, as a server has."""
-    jobs = [{"options": of, "prompts": PROMPTS, "tokens": TOKENS} for of in asked]
-    (folder / "jobs.json").write_text(json.dumps(jobs), "utf-8")
-    ran = subprocess.run(
-        [str(PYTHON), str(PROGRAM), "jobs.json", "answers.json"],
-        cwd=folder, env=environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(processes))),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def ask(folder: Path, asked: list[dict[str, Any]], **more: str) -> list[Any]:
+    """What answer.py answers. more: of the environment."""
+    ran = run(folder, asked, **more)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-6000:]
     answers: list[Any] = json.loads((folder / "answers.json").read_text("utf-8"))
     return answers
+
+
+def run(folder: Path, asked: list[dict[str, Any]], **more: str) -> subprocess.CompletedProcess[str]:
+    jobs = [{"options": of, "prompts": PROMPTS, "tokens": TOKENS} for of in asked]
+    (folder / "jobs.json").write_text(json.dumps(jobs), "utf-8")
+    return subprocess.run(
+        [os.path.abspath(str(PYTHON)), str(PROGRAM), "jobs.json", "answers.json"],
+        cwd=folder, env=environment(**{"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | more),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def ours(store: Path, answers: list[Any]) -> list[list[float]]:
@@ -146,3 +147,28 @@ def test_answers_are_near_ours(name: str, answers: dict[str, tuple[Path, Any, An
     place, store, _ = answers[name]
     for theirs, loaded in zip(store, ours(place, store), strict=True):
         assert chosen(theirs) == pytest.approx(loaded, abs=0.05)
+
+
+def test_two_processes_answer_with_the_built_in_model(tmp_path: Path) -> None:
+    """Tensor parallelism, as a server has it; a trained model, whose likeliest tokens are ours."""
+    store, plain = tmp_path / "store", tmp_path / "plain"
+    compress(resolve("builtin:wordmath-mixtral"), store, bound=RATE, others="lossless")
+    decompress(store, plain)
+    both = [
+        options(model, load_format, tensor_parallel_size=2, distributed_executor_backend="mp")
+        for model, load_format in ((store, "moebound"), (plain, "auto"))
+    ]
+    # Two processes on however few cores there are.
+    with_store, with_plain = ask(
+        tmp_path, both, VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="nobind"
+    )
+    assert with_store == with_plain
+    for theirs, loaded in zip(with_store, ours(store, with_store), strict=True):
+        assert chosen(theirs) == pytest.approx(loaded, abs=0.2)
+
+
+def test_a_store_without_its_load_format_is_refused(tmp_path: Path) -> None:
+    compress(make_tiny("mixtral", tmp_path / "src"), tmp_path / "store", bound=RATE)
+    ran = run(tmp_path, [options(tmp_path / "store", "auto")])
+    assert ran.returncode != 0
+    assert "which vLLM loads with --load-format moebound" in ran.stdout + ran.stderr
