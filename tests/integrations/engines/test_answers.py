@@ -110,7 +110,7 @@ def ours(store: Path, answers: list[Any]) -> list[list[float]]:
 
 def chosen(of: dict[str, Any]) -> list[float]:
     steps = zip(of["tokens"], of["logprobs"], strict=True)
-    return of["prompt"] + [dict(step)[token] for token, step in steps]
+    return [*of["prompt"], *(dict(step)[token] for token, step in steps)]
 
 
 @pytest.fixture(scope="module")
