@@ -30,6 +30,7 @@ WANTED = {
             "DefaultModelLoader.download_model", "DefaultModelLoader.get_all_weights",
             "DefaultModelLoader.load_weights", "DefaultModelLoader.counter_before_loading_weights",
         ],
+        "vllm/config/vllm.py": ["get_current_vllm_config_or_none"],
         "vllm/config/load.py": ["LoadConfig.load_format", "LoadConfig.download_dir"],
         "vllm/model_executor/layers/linear.py": ["LinearBase", "UnquantizedLinearMethod"],
         "vllm/model_executor/layers/quantization/__init__.py": ["register_quantization_config"],

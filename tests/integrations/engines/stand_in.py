@@ -44,6 +44,8 @@ def put_in_place(engine: str, monkeypatch: pytest.MonkeyPatch) -> bool:
             "register_quantization_config",
             entered,
         )
+        config: Any = sys.modules["vllm.config.vllm"]
+        config.get_current_vllm_config_or_none = lambda: None
         sys.modules["vllm"].entered = entered  # type: ignore[attr-defined]
     else:
         hooks = sys.modules["sglang.srt.plugins.hook_registry"]

@@ -171,6 +171,20 @@ def test_layers_are_the_plain_ones(engine: ModuleType) -> None:
     assert quantization.get_quant_method(torch.nn.Linear(1, 1), "model.embed_tokens") is None
 
 
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)  # SGLang needs no --load-format
+def test_another_load_format_is_refused(
+    engine: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = SimpleNamespace(load_format="auto")
+    config = SimpleNamespace(load_config=asked, model_config=SimpleNamespace(model="a/store"))
+    monkeypatch.setattr(engine, "get_current_vllm_config_or_none", lambda: config)
+    quantization, layer = engine.MoeboundQuantization(), torch.nn.Linear(1, 1)
+    with pytest.raises(StoreError, match="auto: a/store is a store of moebound, which vLLM loads"):
+        quantization.get_quant_method(layer, "lm_head")
+    for asked.load_format in ("moebound", "dummy"):
+        assert quantization.get_quant_method(layer, "lm_head") is None
+
+
 def written_here(cls: type, method: str) -> bool:
     """By the class, or by one of moebound's own that it is made of."""
     of = [base for base in cls.__mro__ if base.__module__.startswith("moebound.")]

@@ -8,7 +8,8 @@ where they have tensors of their own.
 config.json of a store names the quantization method `moebound`, which vLLM looks up. What it finds
 is `MoeboundQuantization`: every layer is the plain one.
 
-Written against vLLM 0.33.0; what is used of it is recorded in tests/integrations/engines.
+Written against vLLM 0.33.0, and run with 0.32.0; what is used of it is recorded in
+tests/integrations/engines.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from vllm.config.vllm import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from moebound.errors import StoreError
 from moebound.integrations.engine import (
     QUANT_METHOD,
     PlainLayers,
@@ -34,6 +37,9 @@ from moebound.integrations.engine import (
 
 LOAD_FORMAT = "moebound"
 """Of `--load-format`."""
+
+_FORMATS = (LOAD_FORMAT, "dummy")
+"""What `--load-format` may say of a store: "dummy" reads none."""
 
 
 class MoeboundModelLoader(DefaultModelLoader):  # type: ignore[misc]  # vLLM is not installed
@@ -58,6 +64,14 @@ class MoeboundQuantization(PlainLayers, QuantizationConfig):  # type: ignore[mis
     """What vLLM finds for `quant_method: moebound`: nothing is quantized once it is loaded."""
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Called for every layer while the model is built: before another loader takes a store's
+        bytes for weights. Raises StoreError for its `--load-format`."""
+        config = get_current_vllm_config_or_none()
+        if config is not None and config.load_config.load_format not in _FORMATS:
+            raise StoreError(
+                f"--load-format {config.load_config.load_format}: {config.model_config.model} is a "
+                f"store of moebound, which vLLM loads with --load-format {LOAD_FORMAT}"
+            )
         # None means plain for every other kind of layer.
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
