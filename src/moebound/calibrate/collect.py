@@ -24,6 +24,7 @@ import torch
 
 from moebound.calibrate.edited import edit_routing
 from moebound.calibrate.search import TOKENS, Search
+from moebound.calibrate.self_sampling import KEPT
 from moebound.calibrate.text import Text
 from moebound.checkpoint import top_k_of
 from moebound.checkpoint.families import router_groups_of
@@ -230,7 +231,7 @@ def _begin(out: Path, of: Of, memory: int) -> set[str]:
     said = of.to_json() | {"after": of.after}
     wanted = {FILE: said, UNFINISHED: said | {"memory": memory}}
     marks = [name for name in wanted if (out / name).is_file()]
-    if not marks and any(out.iterdir()):
+    if not marks and any(path.name != KEPT for path in out.iterdir()):
         raise MoeboundError(
             f"{out}: not empty, and not of `moebound calibrate`; give a folder of its own"
         )

@@ -11,7 +11,7 @@ import click
 
 from moebound.cli import exits, wording
 from moebound.cli.hands import everywhere, hire, works_in_parts
-from moebound.cli.options import check_text, reads_a_text
+from moebound.cli.options import BoundValue, check_text, reads_a_text
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
@@ -26,6 +26,17 @@ HELD_OUT = 500
 @click.command()
 @click.argument("src")
 @reads_a_text(least_window=1)
+@click.option("--self-sample", "sampled", is_flag=True,
+              help="Let SRC make the text itself: beam search from random tokens, by probability "
+              "and by how evenly experts are used (MoEQuant's EBSS). --limit sequences [128] of "
+              "--window tokens [512] at most, kept in STATS/text.json.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), metavar="N",
+              help="Of the tokens that --self-sample begins with.  [default: 0]")  # fmt: skip
+@click.option("--beams", type=click.IntRange(1, 64), metavar="N",
+              help="Texts that --self-sample keeps of each sequence.  [default: 4]")  # fmt: skip
+@click.option("--tau", type=BoundValue(), metavar="T",
+              help="How little evenness counts beside probability, with --self-sample.  "
+              "[default: 1.2]")  # fmt: skip
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True,
               metavar="STATS", help="The folder to write.")  # fmt: skip
 @click.option("--skip", type=click.IntRange(min=0), metavar="N",
@@ -62,6 +73,10 @@ def calibrate(
     limit: int | None,
     skip: int | None,
     window: int | None,
+    sampled: bool,
+    seed: int | None,
+    beams: int | None,
+    tau: float | None,
     diagonal: bool,
     all_tokens: bool,
     search: bool,
@@ -73,7 +88,8 @@ def calibrate(
     dtype: str,
     device: str,
 ) -> int:
-    """Sum up what the experts of SRC, a checkpoint or a store, get as inputs on a text.
+    """Sum up what the experts of SRC, a checkpoint or a store, get as inputs on a text: a task's, a
+    file's, or one that it makes itself.
 
     For every routed expert: how many tokens it gets, and the second moments of what its
     projections get (H, which methods that round by activations need). The text is read several
@@ -81,14 +97,19 @@ def calibrate(
 
     Killed and started again, it goes on from where it was.
     """
-    check_text(task, text, skip=skip, window=window)
+    check_text(task, text, skip=skip, window=window, sampled=sampled)
+    given = {"beams": beams, "tau": tau}
+    if not sampled and (seed is not None or any(given.values())):
+        raise click.UsageError("--seed, --beams and --tau go with --self-sample")
     if (after is None) != (calibration is None):
         raise click.UsageError("--after and --calibration go together")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from moebound.calibrate import Settings, collect, edit_routing, of_file, of_task
+    from moebound.calibrate.beams import Search
     from moebound.calibrate.collect import UNFINISHED, reader
+    from moebound.calibrate.self_sampling import SEQUENCES, Sampling, length_of, self_sample
     from moebound.evaluate.loading import load
     from moebound.files.formats.statistics import read_statistics
     from moebound.jobs.workers import Opening
@@ -100,7 +121,13 @@ def calibrate(
     room = parse_size(memory, what="--memory")
     asked = None if task is None else get_task(task)
     loaded = load(src, dtype=dtype, device=device)
-    if text is not None:
+    if sampled:
+        asked_for = {name: value for name, value in given.items() if value is not None}
+        search_for = Search(length_of(loaded, window), **asked_for)
+        sampling = Sampling(limit or SEQUENCES, seed or 0, search_for)
+        with step_bar(output) as say:
+            read = self_sample(loaded, sampling, out, say)
+    elif text is not None:
         read = of_file(loaded, text, limit, window=window)
     else:
         assert asked is not None
