@@ -96,7 +96,8 @@ class MoeQuant(Grid):
 
 
 def steps(weights: Array, bits: int) -> Array:
-    """[O, 1] float16, the step of each row of a group [O, g] float32."""
+    """[O, 1] float16, the step of each row of a group [O, g] float32. Raises MethodError for one
+    that float16 does not hold."""
     import torch
 
     top = 2 ** (bits - 1) - 1
@@ -114,4 +115,6 @@ def steps(weights: Array, bits: int) -> Array:
             least = torch.minimum(error, least)
         with np.errstate(over="ignore"):
             found[first : first + rows] = best.numpy().astype(np.float16)
+    if not np.isfinite(found).all():
+        raise MethodError("a scale is beyond float16")
     return found
