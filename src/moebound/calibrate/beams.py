@@ -70,8 +70,10 @@ class _Beams:
         self._ends = torch.tensor(sorted(ends), dtype=torch.long)
         self._layers = _by_layer(live_experts(model).stacks)
         self._taken = arguments(model)
-        # Without the ordinary cache everything is read again for every token: slow, right.
+        # Without a cache whose rows can change places everything is read again for every token:
+        # slow, right. Some caches know their layers from the first pass on.
         self._growing = GrowingCache(model.config) if supports_cache(model) else None
+        self._drop_cache()
         self.found: list[tuple[int, ...]] = [()] * len(begins)
         self._texts = list(range(len(begins)))
         self._ids = torch.tensor([list(ids) for ids in begins])  # [R, T]
@@ -142,11 +144,14 @@ class _Beams:
             self._model, ids, None, places.expand(len(ids), -1), self._growing, self._taken
         )
         self._n_read = self._ids.shape[1]
-        if self._growing is not None and not self._growing.can_drop():
-            self._growing = None  # rows of other state cannot change places
+        self._drop_cache()
         if not torch.isfinite(found.amax(-1)).all():
             raise MoeboundError("the model's output is no number any more, so it gives no text")
         return found
+
+    def _drop_cache(self) -> None:
+        if self._growing is not None and not self._growing.can_drop():
+            self._growing = None
 
     def _scores(self, sums: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """sums, lengths: [R, ...]. The same shape."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from moebound.errors import UnsupportedArchitectureError
 from moebound.text.growing_cache import GrowingCache, arguments, supports_cache
 
 KEEP_SHARE = 0.75
@@ -125,7 +126,8 @@ def last_logits(
     taken: frozenset[str],
 ) -> torch.Tensor:
     """[rows, vocabulary]: what follows the last column. growing: what was read before; None for
-    nothing, and nothing is kept. taken: what the model can be given."""
+    nothing, and nothing is kept. taken: what the model can be given. Raises
+    UnsupportedArchitectureError for a model without a head."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     inputs["use_cache"] = growing is not None
     if growing is not None:
@@ -134,7 +136,12 @@ def last_logits(
         inputs["position_ids"] = places
     if "logits_to_keep" in taken:
         inputs["logits_to_keep"] = 1
-    logits: torch.Tensor = model(**inputs).logits
+    logits: torch.Tensor | None = getattr(model(**inputs), "logits", None)
+    if logits is None:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__}: gives no scores of the tokens that may follow, so it makes no "
+            "text; expected a causal language model"
+        )
     return logits[:, -1]
 
 
