@@ -1,8 +1,8 @@
 """Calibration statistics: what every expert gets as inputs on a text, for methods that round with
 regard to it.
 
-text, self_sampling (a task, a file or the model itself -> token ids) -> collect (token ids -> sums, some experts at a time) -> a
-folder (`files/formats/statistics.py`), which methods and plans read.
+text, self_sampling (a task, a file or the model itself -> token ids) -> collect (token ids -> sums,
+some experts at a time) -> a folder (`files/formats/statistics.py`), which methods and plans read.
 """
 
 from moebound.calibrate.collect import Settings, collect

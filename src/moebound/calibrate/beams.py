@@ -4,9 +4,9 @@ Of the continuations of a text those are kept that have the least
 
     -(1/n) Σ log P(token) + σ/τ
 
-n the text's tokens behind what it began with. σ is the standard deviation over a layer's experts of
-how often the text's tokens were sent to each, over the mean of that, averaged over layers (MoEQuant,
-2505.03804, expert-balanced self-sampling).
+n the text's tokens behind what it began with. σ is the standard deviation over a layer's experts
+of how often the text's tokens were sent to each, over the mean of that, averaged over layers
+(MoEQuant, 2505.03804, expert-balanced self-sampling).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def beam_search(
 
 
 class _Beams:
-    """N texts with B beams each; R = N B rows of one batch, those of a text one behind the other."""
+    """N texts with B beams each: R = N B rows of one batch, a text's one behind the other."""
 
     def __init__(
         self, model: Any, begins: Sequence[Sequence[int]], search: Search, ends: frozenset[int]

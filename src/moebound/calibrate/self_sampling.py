@@ -6,13 +6,13 @@ twice before all have been drawn. `beams.py` goes on from there: beam search by 
 probability and by how evenly experts are used. What comes of it is kept as token ids beside the
 statistics (`text.py`), and read like any other text.
 
-Deviations and choices. The paper's figure writes E/(E-1) under σ's root and takes the largest at the
-end, which contradicts what it minimizes: here σ is the standard deviation, and the smallest is
-taken. Usage counts relative to its mean, so that σ means the same with 8 experts and with 128. σ is
-that of the tokens that the model has read, all but the candidate's own, whose experts only another
-pass would tell. How many candidates a beam has is not stated: 50 here. 4 beams are those of the
-released script, which searches by probability alone, from 3 to 6 tokens of greedy text. A text that
-reaches an end mark ends; others end with `length` tokens.
+Deviations and choices. The paper's figure writes E/(E-1) under σ's root and takes the largest at
+the end, which contradicts what it minimizes: here σ is the standard deviation, and the smallest is
+taken. Usage counts relative to its mean, so that σ means the same with 8 experts and with 128. σ
+is that of the tokens that the model has read, all but the candidate's own, whose experts only
+another pass would tell. How many candidates a beam has is not stated: 50 here. 4 beams are those
+of the released script, which searches by probability alone, from 3 to 6 tokens of greedy text. A
+text that reaches an end mark ends; others end with `length` tokens.
 
 Sequences are made some at a time, so that keys and values are of 8192 tokens at most, or of one
 sequence's beams. What is finished is on disk; a run that was interrupted goes on behind it, and as

@@ -199,8 +199,8 @@ def reads_a_text(least_window: int) -> Callable[[F], F]:
                      help="Read its problems with their solutions: wordmath, wordmath-hard, gsm8k, "
                      "math, or a file of problems."),
         click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                     metavar="FILE", help="Read this file, UTF-8, window by window; or a text.json of "
-                     "`calibrate --self-sample`."),
+                     metavar="FILE", help="Read this file, UTF-8, window by window; or a text.json "
+                     "of `calibrate --self-sample`."),
         click.option("--limit", type=click.IntRange(min=1), metavar="N",
                      help="N problems of the task, or N windows of the file."),
         click.option("--window", type=click.IntRange(min=least_window), metavar="TOKENS",

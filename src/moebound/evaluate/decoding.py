@@ -139,8 +139,8 @@ def last_logits(
     logits: torch.Tensor | None = getattr(model(**inputs), "logits", None)
     if logits is None:
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__}: gives no scores of the tokens that may follow, so it makes no "
-            "text; expected a causal language model"
+            f"{type(model).__name__}: gives no scores of the tokens that may follow, so it makes "
+            "no text; expected a causal language model"
         )
     return logits[:, -1]
 

@@ -77,7 +77,8 @@ class GrowingCache:
         ]
 
     def can_drop(self) -> bool:
-        """Whether rows can be dropped, and change places: in caches with other state than keys and values, not."""
+        """Whether rows can be dropped, and change places: in caches with other state than keys and
+        values, not."""
         known = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer)
         return all(type(layer) in known for layer in self.cache.layers)
 

@@ -1,10 +1,11 @@
-"""Ternary weights in code words: the figures of the paper, bytes by formula, and hostile streams."""
+"""Ternary weights in code words: figures, bytes by formula, and hostile streams."""
 
 from __future__ import annotations
 
 import hashlib
 import heapq
 import json
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def test_the_dictionary_is_what_it_was() -> None:
     digest = hashlib.sha256(known.symbols.tobytes() + known.lengths.tobytes())
     assert digest.hexdigest() == "7bd6747a2eb1458e2fe300017078882921f226958ca600374a12138e1801c6fc"
     n_pairs = np.bincount(known.lengths // 2)
-    assert n_pairs.tolist() == [0, 9, 65, 233, 577, 1161, 2049, 3305, 4993, 7177, 9921, 13289, 17345,
-                                3843, 1569]  # fmt: skip
+    assert n_pairs[:7].tolist() == [0, 9, 65, 233, 577, 1161, 2049]
+    assert n_pairs[7:].tolist() == [3305, 4993, 7177, 9921, 13289, 17345, 3843, 1569]
 
 
 def test_the_dictionary_is_that_of_algorithm_1() -> None:
@@ -269,10 +270,8 @@ def test_coded_symbols_that_it_did_not_write() -> None:
 
 @given(data=st.binary(max_size=60), shape=st.tuples(st.integers(0, 5), st.integers(0, 5)))
 def test_any_bytes_decode_or_are_refused(data: bytes, shape: tuple[int, int]) -> None:
-    try:
+    with suppress(MoeboundError):
         assert decoded(memoryview(data), shape).shape == shape
-    except MoeboundError:
-        pass
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -6,9 +6,9 @@ pairs where a weight is zero with probability 0.885, and each of the others with
 (algorithm 1): no matter what a matrix holds, so it is stored nowhere. Likelier runs come first, of
 equally likely ones those whose pairs are first in the order of words in a dictionary.
 
-Every beginning of a run is likelier than the run, so it is there, too; and so are all single pairs.
-A row is cut up greedily, into the longest run that is there, which takes the fewest code words. Each
-row begins with a code word of its own; the last pair of an odd row ends with a zero.
+Every beginning of a run is likelier than the run, so it is there, too; and so are all single
+pairs. A row is cut up greedily, into the longest run that is there, which takes the fewest code
+words. Each row begins with a code word of its own; the last pair of an odd row ends with a zero.
 """
 
 from __future__ import annotations

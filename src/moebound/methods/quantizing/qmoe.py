@@ -18,17 +18,17 @@ words of 16 bits. With C code words that is
 at 0.885 zeros 0.74 + 64 / N bits a weight. `qmoe_re:coded` has the same weights; its symbols are
 entropy-coded instead, as an array of codec `bound`.
 
-Deviations. The dictionary is computed when it is needed, and no store has its 512 KiB. Among equally
-likely runs the released one is ordered by the rounding of products of floats; here, by rule, so it
-is another one with the same lengths. Decoding is NumPy's, to a whole matrix, where theirs is a
-kernel that multiplies at once. H = Σ g² x xᵀ, with the router's weight in it, as statistics have it;
-the paper's g is 1. H is shrunk toward the layer's (`shrinkage.py`), so an expert that saw no token
-is rounded by what its layer saw, where the paper has the identity; one that is not positive definite
-is damped more, where the paper has the identity too. Where the layer saw none, or only the diagonal
-of H is known, this is rounding to the nearest. Of the text, padding alone is left out: special
-tokens, which the paper masks, count, and experts with many tokens are not cut to four times the
-mean, which saves memory that sums do not take. H of the down projection is that of the unquantized
-gate and up. No bound.
+Deviations. The dictionary is computed when it is needed, and no store has its 512 KiB. Among
+equally likely runs the released one is ordered by the rounding of products of floats; here, by
+rule, so it is another one with the same lengths. Decoding is NumPy's, to a whole matrix, where
+theirs is a kernel that multiplies at once. H = Σ g² x xᵀ, with the router's weight in it, as
+statistics have it; the paper's g is 1. H is shrunk toward the layer's (`shrinkage.py`), so an
+expert that saw no token is rounded by what its layer saw, where the paper has the identity; one
+that is not positive definite is damped more, where the paper has the identity too. Where the layer
+saw none, or only the diagonal of H is known, this is rounding to the nearest. Of the text, padding
+alone is left out: special tokens, which the paper masks, count, and experts with many tokens are
+not cut to four times the mean, which saves memory that sums do not take. H of the down projection
+is that of the unquantized gate and up. No bound.
 """
 
 from __future__ import annotations
