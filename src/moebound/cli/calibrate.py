@@ -51,6 +51,9 @@ HELD_OUT = 500
 @click.option("--search", is_flag=True,
               help="Search, for every number of experts, which of a layer's change its output "
               "least when the others are left out; method lu_re needs it. Slow.")  # fmt: skip
+@click.option("--affinity", is_flag=True,
+              help="Sum up g x xᵀ as well, with the router's weight and not its square, which "
+              "method moequant_re:...:affinity rounds by: twice the size.")  # fmt: skip
 @click.option("--after", metavar="METHOD",
               help="Leave out meanwhile the experts that METHOD would (reap_re:keep6, ...), so "
               "that the others get their tokens. Needs --calibration.")  # fmt: skip
@@ -80,6 +83,7 @@ def calibrate(
     diagonal: bool,
     all_tokens: bool,
     search: bool,
+    affinity: bool,
     after: str | None,
     calibration: Path | None,
     memory: str,
@@ -135,7 +139,7 @@ def calibrate(
     if after is not None and calibration is not None:
         after = edit_routing(loaded.model, after, read_statistics(calibration))
     moments: Moments = "diagonal" if diagonal else "full"
-    settings = Settings(not all_tokens, moments, room, search, after)
+    settings = Settings(not all_tokens, moments, room, search, after, affinity)
     hands_of = hire(workers, ray_address, device=device)
     with step_bar(output) as say, ExitStack() as stack:
         hands = None
@@ -195,7 +199,8 @@ def _table(found: Statistics, said: dict[str, Any]) -> Any:
                                  f"{tokens['median']}"),
             ("without any token", str(said["experts_without_tokens"])),
             (f"with fewer than {FEW_TOKENS}", str(said["experts_with_few_tokens"])),
-            ("second moments", "whole" if of.moments == "full" else "diagonals"),
+            ("second moments", ("whole" if of.moments == "full" else "diagonals")
+                               + (", by g as well as by g²" if of.affinity else "")),
             *([("routing edited by", of.after)] if of.after else []),
             ("written", f"{found.folder}, {wording.n_bytes(found.n_bytes)}"),
         ]

@@ -184,6 +184,12 @@ def test_a_matrix_that_lies_the_other_way_has_the_same_weights(setting: str) -> 
     assert np.array_equal(turned.T, upright)
 
 
+@pytest.mark.parametrize("setting", [*SETTINGS, "moequant_re:int4", "moequant_re:int2:coded",
+                                     "moequant_re:int3:g8:affinity:coded"])  # fmt: skip
+def test_settings_are_what_was_asked(setting: str) -> None:
+    assert get_method(setting).setting == setting
+
+
 @pytest.mark.parametrize("setting", ["moqe_re", "moqe_re:int9", "moqe_re:int4:g64", "gptq_re",
                                      "awq_re:int1:g64", "gptq_re:int4:g1", "moequant_re",
                                      "moequant_re:int4:g1", "moequant_re:g64"])  # fmt: skip

@@ -149,10 +149,10 @@ def decode(
         some = slice(first, min(first + step, rows))
         own = slice(begins[some.start], begins[some.stop])
         runs = known.symbols[words[own]][place < lengths[own, None]]
-        found = runs.reshape(-1, wide)
-        if wide > cols and found[:, cols:].any():
+        own_rows = runs.reshape(-1, wide)
+        if wide > cols and own_rows[:, cols:].any():
             raise CorruptionError("a row of an odd number of weights goes on behind its end")
-        yield some, found[:, :cols]
+        yield some, own_rows[:, :cols]
 
 
 def entropy(shares: Array) -> float:

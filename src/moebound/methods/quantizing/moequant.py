@@ -1,8 +1,8 @@
-"""MoEQuant's AGQ (Hu et al., 2505.03804): `moequant_re:int4`, `moequant_re:int4:g128`.
+"""MoEQuant's AGQ (Hu et al., 2505.03804): `moequant_re:int4`, `moequant_re:int4:g128:affinity`.
 
 Section 3.3, affinity-guided quantization: GPTQ (2210.17323) with H = Σ g x xᵀ over the tokens sent
-to an expert, g the router's weight, so that tokens count by their affinity; H + 0.01 mean(diag H) I.
-As in the released code:
+to an expert, g the router's weight, so that tokens count by their affinity, and 0.01 mean(diag H)
+added to H's diagonal. As in the released code:
 
     grid      symmetric, -2^(b-1) .. 2^(b-1) - 1 steps, one step for each output channel, or for
               each of its groups when its turn comes; of 100% to 21% of max|w| / (2^(b-1) - 1), by
@@ -14,14 +14,16 @@ The paper's other half, EBSS, makes the text: `moebound calibrate --self-sample`
 
 Stored: float16 steps, integers (`grid.py`): b + 16/N bits a weight, or b + 16/g in groups.
 
-Deviations. H = Σ g² x xᵀ, as statistics have it: the squared error of what the layer adds to the
-residual stream has g², since g multiplies the output and then is squared; the paper's g is between
-that and GPTQ's 1. H is shrunk toward the layer's (`shrinkage.py`), so an expert that saw no token is
-rounded by what its layer saw; released code sets all of its weights to zero. Where the layer saw
-none either, or only the diagonal of H is known, this is rounding to the nearest. Left out: Hadamard
-rotation (MoEQuant++), since it would change what stands around the experts; quantizing the router,
-and its weights again after that; shared experts' sigmoid gates, for statistics are of routed ones. H
-of the down projection is that of the unquantized gate and up. No bound.
+Deviations. Statistics have H = Σ g² x xᵀ, which is what is used here unless `:affinity` asks for
+the paper's, which `moebound calibrate --affinity` gathers beside it: the squared error of what the
+layer adds to the residual stream has g², since g multiplies the output that is squared, so the
+paper's is between that and GPTQ's own. H is shrunk toward the layer's (`shrinkage.py`), so an
+expert that saw no token is rounded by what its layer saw; released code sets all of its weights to
+zero. Where the layer saw none either, or only the diagonal of H is known, this is rounding to the
+nearest. Left out: Hadamard rotation (MoEQuant++), since it would change what stands around the
+experts; quantizing the router, and its weights again after that; shared experts' sigmoid gates,
+for statistics are of routed ones. H of the down projection is that of the unquantized gate and up.
+No bound.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from moebound.methods.quantizing.gptq import DAMPING
 from moebound.methods.quantizing.grid import Grid, Quantized
 from moebound.types import Array
 
-_OPTIONS = re.compile(r"int([2-8])(?::g([0-9]{1,13}))?(:coded)?")
+_OPTIONS = re.compile(r"int([2-8])(?::g([0-9]{1,13}))?(:affinity)?(:coded)?")
 _SHRINKS, _STEPS, _NORM = 80, 100, 2.4
 _LEAST = 1e-5
 """Of max|w|."""
@@ -62,14 +64,18 @@ class MoeQuant(Grid):
             raise MethodError(
                 f"method '{cls.id}:{options}': expected integers of int2 to int8, as in "
                 f"{cls.id}:int4, and :g128 for groups of 128 weights (2 or more) in the place of "
-                "whole output channels; then :coded, if the integers are to be entropy-coded"
+                "whole output channels; then :affinity for the paper's second moments, and :coded, "
+                "if the integers are to be entropy-coded"
             )
-        return cls(int(found[1]), group, bool(found[3]))
+        kind = _ByAffinity if found[3] else MoeQuant
+        return kind(int(found[1]), group, bool(found[4]))  # type: ignore[return-value]
 
     @property
     def setting(self) -> str:
         group = "" if self.group == MAX_SIZE else f":g{self.group}"
-        return f"{self.id}:int{self.bits}{group}" + (":coded" if self.coded else "")
+        return f"{self.id}:int{self.bits}{group}{self.of.replace('_', ':')}" + (
+            ":coded" if self.coded else ""
+        )
 
     def fitted(self, matrix: Array, moments: Array | None) -> Quantized:
         import torch
@@ -93,6 +99,14 @@ class MoeQuant(Grid):
             torch.from_numpy(matrix), upper, group, 2**self.bits - 1, grid
         )
         return Quantized(codes.numpy().astype(np.uint8), np.hstack(scales))
+
+
+@dataclass(frozen=True)
+class _ByAffinity(MoeQuant):
+    """With the paper's H."""
+
+    statistics: ClassVar[frozenset[str]] = frozenset({"inputs_affinity", "hidden_affinity"})
+    of: ClassVar[str] = "_affinity"
 
 
 def steps(weights: Array, bits: int) -> Array:

@@ -4,6 +4,7 @@ inputs."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,7 +18,10 @@ from moebound.types import Array, ExpertKey
 
 
 class Upright(Method):
-    """What they have in common: `encode`."""
+    """What they have in common: `encode`. of: what stands behind "inputs" and "hidden" in the names
+    of the second moments that are asked for."""
+
+    of: ClassVar[str] = ""
 
     def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
         found: dict[ExpertKey, dict[Role, Payload]] = {}
@@ -43,7 +47,8 @@ class Upright(Method):
         return Encoding(found)
 
     def _moments(self, group: GroupView, key: ExpertKey, side: Side) -> Array | None:
-        return group.statistics[side][key] if side in self.statistics else None
+        name = side + self.of
+        return group.statistics[name][key] if name in self.statistics else None
 
     @abstractmethod
     def payload(self, matrix: Array, moments: Array | None, flip: bool) -> bytes:
