@@ -86,9 +86,8 @@ def test_a_search_that_keeps_everything_finds_the_best_text(qwen: Path) -> None:
     model.config.use_cache = True
     search = Search(3, beams=len(small) ** 2, candidates=len(small), tau=0.7)
     (found,) = beam_search(model, [[5]], search, ends)
-    texts = [(5, a) for a in ends] + [
-        (5, a, b) for a, b in product(small, repeat=2) if a not in ends
-    ]
+    texts: list[tuple[int, ...]] = [(5, a) for a in ends]
+    texts += [(5, a, b) for a, b in product(small, repeat=2) if a not in ends]
     scores = {text: scored(model, text, 0.7, ends) for text in texts}
     best = min(scores, key=scores.__getitem__)
     assert scores[found] == pytest.approx(scores[best], abs=1e-6)

@@ -24,6 +24,8 @@ from moebound.model.calls import Pairs, listen
 from moebound.model.live import ExpertsModule, live_experts
 from moebound.text.growing_cache import GrowingCache, arguments, supports_cache
 
+BEAMS, TAU = 4, 1.2
+
 
 @dataclass(frozen=True)
 class Search:
@@ -32,9 +34,9 @@ class Search:
     count; infinite for not at all."""
 
     length: int
-    beams: int = 4
+    beams: int = BEAMS
     candidates: int = 50
-    tau: float = 1.2
+    tau: float = TAU
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ the same sequences are made together again, the text is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def beginnings(loaded: Loaded, sampling: Sampling) -> list[list[int]]:
     return [[*front, token] for token in found[: sampling.n_sequences]]
 
 
-def _kept(path: Path, about: dict[str, Any]) -> list[Sequence[int]]:
+def _kept(path: Path, about: dict[str, Any]) -> list[tuple[int, ...]]:
     if not path.is_file():
         return []
     text, content = read_text(path)

@@ -102,8 +102,7 @@ def calibrate(
     Killed and started again, it goes on from where it was.
     """
     check_text(task, text, skip=skip, window=window, sampled=sampled)
-    given = {"beams": beams, "tau": tau}
-    if not sampled and (seed is not None or any(given.values())):
+    if not sampled and any(value is not None for value in (seed, beams, tau)):
         raise click.UsageError("--seed, --beams and --tau go with --self-sample")
     if (after is None) != (calibration is None):
         raise click.UsageError("--after and --calibration go together")
@@ -111,7 +110,7 @@ def calibrate(
     import torch
 
     from moebound.calibrate import Settings, collect, edit_routing, of_file, of_task
-    from moebound.calibrate.beams import Search
+    from moebound.calibrate.beams import BEAMS, TAU, Search
     from moebound.calibrate.collect import UNFINISHED, reader
     from moebound.calibrate.self_sampling import SEQUENCES, Sampling, length_of, self_sample
     from moebound.evaluate.loading import load
@@ -126,8 +125,8 @@ def calibrate(
     asked = None if task is None else get_task(task)
     loaded = load(src, dtype=dtype, device=device)
     if sampled:
-        asked_for = {name: value for name, value in given.items() if value is not None}
-        search_for = Search(length_of(loaded, window), **asked_for)
+        length = length_of(loaded, window)
+        search_for = Search(length, beams=beams or BEAMS, tau=tau or TAU)
         sampling = Sampling(limit or SEQUENCES, seed or 0, search_for)
         with step_bar(output) as say:
             read = self_sample(loaded, sampling, out, say)
