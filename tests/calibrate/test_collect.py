@@ -106,6 +106,70 @@ def test_sums_are_those_of_a_loop(qwen: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(found.moments(key, "hidden"), hidden, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("moments", ["full", "diagonal"])
+def test_moments_by_affinity_are_those_of_a_loop(moments: Any, qwen: Path, tmp_path: Path) -> None:
+    """g x xᵀ beside g² x xᵀ, which stays what it is; in half the room, so in more passes."""
+    model = loaded(qwen)
+    live = live_experts(model.model)
+    entry = live.stacks[0]
+    heard: list[tuple[torch.Tensor, ...]] = []
+    hook = entry.module.register_forward_pre_hook(lambda _, args: heard.append(args))
+    for row in TEXT.rows:
+        model.model(input_ids=torch.tensor([row]), use_cache=False)
+    hook.remove()
+    key = next(key for key in live if key.layer == entry.layer)
+    wanted, hidden = np.zeros((32, 32)), np.zeros((24, 24))
+    gate, up = live[key].matrices["gate"].double(), live[key].matrices["up"].double()
+    for states, index, weights in heard:
+        for x, chosen, gates in zip(
+            states.detach().double(), index, weights.detach().double(), strict=True
+        ):
+            g = float(gates[chosen == key.expert].sum())
+            inner = torch.nn.functional.silu(gate @ x) * (up @ x)
+            wanted += g * torch.outer(x, x).numpy()
+            hidden += g * torch.outer(inner, inner).numpy()
+    if moments == "diagonal":
+        wanted, hidden = wanted.diagonal(), hidden.diagonal()
+    memory = 3 * 4 * (32**2 + 24**2)
+    plain = collect(model, TEXT, tmp_path / "plain", Settings(moments=moments, memory=memory))
+    settings = Settings(moments=moments, memory=memory, affinity=True)
+    found = collect(model, TEXT, tmp_path / "s", settings)
+    assert len(found.parts) > len(plain.parts) or moments == "diagonal"
+    np.testing.assert_allclose(found.array(key, "inputs_affinity"), wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.array(key, "hidden_affinity"), hidden, rtol=1e-4, atol=1e-9)
+    for name, array in arrays(plain).items():
+        np.testing.assert_allclose(arrays(found)[name], array, rtol=1e-5, atol=1e-9)
+    for folder, asked in (("plain", settings), ("s", Settings(moments=moments))):
+        with pytest.raises(MoeboundError, match="affinity is"):
+            collect(model, TEXT, tmp_path / folder, asked)
+
+
+def test_rounding_by_affinity(qwen: Path, tmp_path: Path) -> None:
+    """Other weights than by g², the same by statistics of all tokens, where g is 1; and statistics
+    without it are named."""
+    from moebound.store import compress, open_store
+
+    model = loaded(qwen)
+    setting = "moequant_re:int3:g16"
+
+    def stored(name: str, method: str, settings: Settings) -> list[bytes]:
+        if not (tmp_path / name).exists():
+            collect(model, TEXT, tmp_path / name, settings)
+        at = tmp_path / f"{name}-{len(method)}"
+        compress(qwen, at, method=method, calibration=tmp_path / name)
+        store = open_store(at)
+        every = (store.decode_expert(expert.key) for expert in store.experts())
+        return [matrix.tobytes() for found in every for matrix in found.values()]
+
+    both = Settings(affinity=True)
+    assert stored("s", setting, both) != stored("s", f"{setting}:affinity", both)
+    every = Settings(affinity=True, routed=False)
+    assert stored("all", setting, every) == stored("all", f"{setting}:affinity", every)
+    with pytest.raises(MoeboundError, match=r"has no 'hidden_affinity'.*calibrate --affinity|"
+                       r"has no 'inputs_affinity'.*calibrate --affinity"):  # fmt: skip
+        stored("without", f"{setting}:affinity", Settings())
+
+
 @pytest.mark.parametrize("routed", [True, False])
 def test_what_the_router_sends_is_that_of_a_loop(routed: bool, qwen: Path, tmp_path: Path) -> None:
     """Tokens, gates and norms of those that were sent; outputs without g; products of logits."""

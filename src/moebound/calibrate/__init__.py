@@ -1,16 +1,18 @@
 """Calibration statistics: what every expert gets as inputs on a text, for methods that round with
 regard to it.
 
-text (a task or a file -> token ids) -> collect (token ids -> sums, some experts at a time) -> a
-folder (`files/formats/statistics.py`), which methods and plans read.
+text, self_sampling (a task, a file or the model itself -> token ids) -> collect (token ids -> sums,
+some experts at a time) -> a folder (`files/formats/statistics.py`), which methods and plans read.
 """
 
 from moebound.calibrate.collect import Settings, collect
 from moebound.calibrate.edited import edit_routing
+from moebound.calibrate.self_sampling import Sampling, self_sample
 from moebound.calibrate.text import Text, of_file, of_task
 from moebound.files.formats.statistics import Statistics, read_statistics
 
 __all__ = [
+    "Sampling",
     "Settings",
     "Statistics",
     "Text",
@@ -19,4 +21,5 @@ __all__ = [
     "of_file",
     "of_task",
     "read_statistics",
+    "self_sample",
 ]

@@ -24,6 +24,7 @@ import torch
 
 from moebound.calibrate.edited import edit_routing
 from moebound.calibrate.search import TOKENS, Search
+from moebound.calibrate.self_sampling import KEPT
 from moebound.calibrate.text import Text
 from moebound.checkpoint import top_k_of
 from moebound.checkpoint.families import router_groups_of
@@ -66,13 +67,14 @@ class Settings:
     """routed: experts see the tokens sent to them, else all. moments: all of H, or its diagonal.
     memory: bytes of H that are held at once; one expert's at least. search: also for the sets of
     experts that can be left out (`search.py`). after: the setting of the method whose router edits
-    the model has meanwhile (`edited.py`)."""
+    the model has meanwhile (`edited.py`). affinity: sum up g x xᵀ, too."""
 
     routed: bool = True
     moments: Moments = "full"
     memory: int = MEMORY
     search: bool = False
     after: str | None = None
+    affinity: bool = False
 
 
 def collect(
@@ -136,6 +138,7 @@ def _of(loaded: Loaded, text: Text, settings: Settings) -> Of:
         inner=hidden,
         searched=settings.search,
         after=settings.after,
+        affinity=settings.affinity,
     )
 
 
@@ -200,7 +203,7 @@ def _spans(stacks: Sequence[ExpertsModule], of: Of, memory: int) -> Iterator[tup
     """What each pass sums up: as many experts as fit, in the order of the model."""
     # While it is summed up, H is a whole matrix.
     power = 2 if of.moments == "full" else 1
-    room = max(1, memory // (4 * (of.width**power + of.inner**power)))
+    room = max(1, memory // ((8 if of.affinity else 4) * (of.width**power + of.inner**power)))
     taken: list[Span] = []
     left = room
     for entry in stacks:
@@ -227,10 +230,10 @@ def _begin(out: Path, of: Of, memory: int) -> set[str]:
         raise MoeboundError(f"{out}: exists and is no folder; statistics are a folder")
     out.mkdir(parents=True, exist_ok=True)
     # Which experts a file has depends on the memory: what is unfinished goes on with the same.
-    said = of.to_json() | {"after": of.after}
+    said = of.to_json() | {"after": of.after, "affinity": of.affinity or None}
     wanted = {FILE: said, UNFINISHED: said | {"memory": memory}}
     marks = [name for name in wanted if (out / name).is_file()]
-    if not marks and any(out.iterdir()):
+    if not marks and any(path.name != KEPT for path in out.iterdir()):
         raise MoeboundError(
             f"{out}: not empty, and not of `moebound calibrate`; give a folder of its own"
         )
@@ -346,8 +349,14 @@ class _Sums:
         self.tokens = zeros(span.n, dtype=torch.int64)
         self.gates = zeros(span.n, dtype=torch.float64)
         # One by one, so that each can go when it is packed. Of a whole H, only the upper half.
-        self.inputs = [zeros(of.width, *([of.width] if full else [])) for _ in range(span.n)]
-        self.hidden = [zeros(of.inner, *([of.inner] if full else [])) for _ in range(span.n)]
+        # By what g, or its square root, multiplies: H of g², and that of g if it is asked for.
+        self.moments = [
+            tuple(
+                [zeros(n, *([n] if full else [])) for _ in range(span.n)]
+                for n in (of.width, of.inner)
+            )
+            for _ in range(1 + of.affinity)
+        ]
         self.outputs = zeros(span.n, 2, of.width)
         self.sent = zeros(span.n, dtype=torch.int64)
         self.sent_gates = zeros(span.n, dtype=torch.float64)
@@ -395,11 +404,10 @@ class _Sums:
             self.plain[at, 1] += y.double().square().sum(0)
             self.tokens[at] += len(g)
             self.gates[at] += g.double().sum()
-            for into, values in ((self.inputs, g[:, None] * x), (self.hidden, g[:, None] * h)):
-                if self.of.moments == "full":
-                    _add_moments(into[at], values)
-                else:
-                    into[at] += values.square().sum(0)
+            root = g.clamp_min(0).sqrt()
+            for weights, (inputs, hidden) in zip((g, root), self.moments, strict=False):
+                for into, values in ((inputs[at], x), (hidden[at], h)):
+                    _add_moments(into, weights[:, None] * values)
             share = g[:, None] * y
             self.outputs[at, 0] += share.sum(0)
             self.outputs[at, 1] += share.square().sum(0)
@@ -426,12 +434,13 @@ class _Sums:
         self.logits = added if self.logits is None else self.logits + added
 
     def chunk(self) -> Chunk:
+        inputs, hidden, *affinity = (_packed(sums) for pair in self.moments for sums in pair)
         return Chunk(
             self.span.part,
             tokens=self.tokens.cpu().numpy(),
             gates=self.gates.cpu().numpy(),
-            inputs=_packed(self.inputs),
-            hidden=_packed(self.hidden),
+            inputs=inputs,
+            hidden=hidden,
             outputs=self.outputs.cpu().numpy(),
             sent=self.sent.cpu().numpy(),
             sent_gates=self.sent_gates.cpu().numpy(),
@@ -439,11 +448,16 @@ class _Sums:
             plain=self.plain.cpu().numpy(),
             ratios=self.ratios.cpu().numpy(),
             logits=None if self.logits is None else self.logits.cpu().numpy(),
+            **dict(zip(("inputs_affinity", "hidden_affinity"), affinity, strict=False)),
         )
 
 
 def _add_moments(into: torch.Tensor, values: torch.Tensor) -> None:
-    """Xᵀ X of values X [T, N] onto the upper half of `into` [N, N], and some of the lower."""
+    """Xᵀ X of values X [T, N] onto the upper half of `into` [N, N], and some of the lower; or its
+    diagonal onto `into` [N]."""
+    if into.dim() == 1:
+        into += values.square().sum(0)
+        return
     n = len(into)
     for start in range(0, n, _BLOCK):
         some = slice(start, min(start + _BLOCK, n))

@@ -11,7 +11,7 @@ import click
 
 from moebound.cli import exits, wording
 from moebound.cli.hands import everywhere, hire, works_in_parts
-from moebound.cli.options import check_text, reads_a_text
+from moebound.cli.options import BoundValue, check_text, reads_a_text
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
@@ -26,6 +26,17 @@ HELD_OUT = 500
 @click.command()
 @click.argument("src")
 @reads_a_text(least_window=1)
+@click.option("--self-sample", "sampled", is_flag=True,
+              help="Let SRC make the text itself: beam search from random tokens, by probability "
+              "and by how evenly experts are used (MoEQuant's EBSS). --limit sequences [128] of "
+              "--window tokens [512] at most, kept in STATS/text.json.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), metavar="N",
+              help="Of the tokens that --self-sample begins with.  [default: 0]")  # fmt: skip
+@click.option("--beams", type=click.IntRange(1, 64), metavar="N",
+              help="Texts that --self-sample keeps of each sequence.  [default: 4]")  # fmt: skip
+@click.option("--tau", type=BoundValue(), metavar="T",
+              help="How little evenness counts beside probability, with --self-sample.  "
+              "[default: 1.2]")  # fmt: skip
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True,
               metavar="STATS", help="The folder to write.")  # fmt: skip
 @click.option("--skip", type=click.IntRange(min=0), metavar="N",
@@ -40,6 +51,9 @@ HELD_OUT = 500
 @click.option("--search", is_flag=True,
               help="Search, for every number of experts, which of a layer's change its output "
               "least when the others are left out; method lu_re needs it. Slow.")  # fmt: skip
+@click.option("--affinity", is_flag=True,
+              help="Sum up g x xᵀ as well, with the router's weight and not its square, which "
+              "method moequant_re:...:affinity rounds by: twice the size.")  # fmt: skip
 @click.option("--after", metavar="METHOD",
               help="Leave out meanwhile the experts that METHOD would (reap_re:keep6, ...), so "
               "that the others get their tokens. Needs --calibration.")  # fmt: skip
@@ -62,9 +76,14 @@ def calibrate(
     limit: int | None,
     skip: int | None,
     window: int | None,
+    sampled: bool,
+    seed: int | None,
+    beams: int | None,
+    tau: float | None,
     diagonal: bool,
     all_tokens: bool,
     search: bool,
+    affinity: bool,
     after: str | None,
     calibration: Path | None,
     memory: str,
@@ -73,7 +92,8 @@ def calibrate(
     dtype: str,
     device: str,
 ) -> int:
-    """Sum up what the experts of SRC, a checkpoint or a store, get as inputs on a text.
+    """Sum up what the experts of SRC, a checkpoint or a store, get as inputs on a text: a task's, a
+    file's, or one that it makes itself.
 
     For every routed expert: how many tokens it gets, and the second moments of what its
     projections get (H, which methods that round by activations need). The text is read several
@@ -81,14 +101,18 @@ def calibrate(
 
     Killed and started again, it goes on from where it was.
     """
-    check_text(task, text, skip=skip, window=window)
+    check_text(task, text, skip=skip, window=window, sampled=sampled)
+    if not sampled and any(value is not None for value in (seed, beams, tau)):
+        raise click.UsageError("--seed, --beams and --tau go with --self-sample")
     if (after is None) != (calibration is None):
         raise click.UsageError("--after and --calibration go together")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from moebound.calibrate import Settings, collect, edit_routing, of_file, of_task
+    from moebound.calibrate.beams import BEAMS, TAU, Search
     from moebound.calibrate.collect import UNFINISHED, reader
+    from moebound.calibrate.self_sampling import SEQUENCES, Sampling, length_of, self_sample
     from moebound.evaluate.loading import load
     from moebound.files.formats.statistics import read_statistics
     from moebound.jobs.workers import Opening
@@ -100,7 +124,13 @@ def calibrate(
     room = parse_size(memory, what="--memory")
     asked = None if task is None else get_task(task)
     loaded = load(src, dtype=dtype, device=device)
-    if text is not None:
+    if sampled:
+        length = length_of(loaded, window)
+        search_for = Search(length, beams=beams or BEAMS, tau=tau or TAU)
+        sampling = Sampling(limit or SEQUENCES, seed or 0, search_for)
+        with step_bar(output) as say:
+            read = self_sample(loaded, sampling, out, say)
+    elif text is not None:
         read = of_file(loaded, text, limit, window=window)
     else:
         assert asked is not None
@@ -108,7 +138,7 @@ def calibrate(
     if after is not None and calibration is not None:
         after = edit_routing(loaded.model, after, read_statistics(calibration))
     moments: Moments = "diagonal" if diagonal else "full"
-    settings = Settings(not all_tokens, moments, room, search, after)
+    settings = Settings(not all_tokens, moments, room, search, after, affinity)
     hands_of = hire(workers, ray_address, device=device)
     with step_bar(output) as say, ExitStack() as stack:
         hands = None
@@ -168,7 +198,8 @@ def _table(found: Statistics, said: dict[str, Any]) -> Any:
                                  f"{tokens['median']}"),
             ("without any token", str(said["experts_without_tokens"])),
             (f"with fewer than {FEW_TOKENS}", str(said["experts_with_few_tokens"])),
-            ("second moments", "whole" if of.moments == "full" else "diagonals"),
+            ("second moments", ("whole" if of.moments == "full" else "diagonals")
+                               + (", by g as well as by g²" if of.affinity else "")),
             *([("routing edited by", of.after)] if of.after else []),
             ("written", f"{found.folder}, {wording.n_bytes(found.n_bytes)}"),
         ]

@@ -199,7 +199,8 @@ def reads_a_text(least_window: int) -> Callable[[F], F]:
                      help="Read its problems with their solutions: wordmath, wordmath-hard, gsm8k, "
                      "math, or a file of problems."),
         click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                     metavar="FILE", help="Read this file, UTF-8, window by window."),
+                     metavar="FILE", help="Read this file, UTF-8, window by window; or a text.json "
+                     "of `calibrate --self-sample`."),
         click.option("--limit", type=click.IntRange(min=1), metavar="N",
                      help="N problems of the task, or N windows of the file."),
         click.option("--window", type=click.IntRange(min=least_window), metavar="TOKENS",
@@ -215,12 +216,20 @@ def reads_a_text(least_window: int) -> Callable[[F], F]:
 
 
 def check_text(
-    task: str | None, text: Path | None, *, skip: int | None, window: int | None
+    task: str | None,
+    text: Path | None,
+    *,
+    skip: int | None,
+    window: int | None,
+    sampled: bool | None = None,
 ) -> None:
-    """Raises UsageError unless one of task and text was given, each with what goes with it."""
-    if (task is None) == (text is None):
-        raise click.UsageError("give one of --task and --text")
+    """Raises UsageError unless one of task and text was given, each with what goes with it.
+    sampled: whether --self-sample was; None where there is no such option."""
+    if (task is not None) + (text is not None) + bool(sampled) != 1:
+        more = "" if sampled is None else ", --self-sample"
+        raise click.UsageError(f"give one of --task{more} and --text")
     if task is None and skip is not None:
         raise click.UsageError("--skip goes with --task")
-    if text is None and window is not None:
-        raise click.UsageError("--window goes with --text")
+    if text is None and window is not None and not sampled:
+        more = "" if sampled is None else " and --self-sample"
+        raise click.UsageError(f"--window goes with --text{more}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from moebound.errors import UnsupportedArchitectureError
 from moebound.text.growing_cache import GrowingCache, arguments, supports_cache
 
 KEEP_SHARE = 0.75
@@ -72,7 +73,7 @@ def decode(
     if not any(at_work):
         return [Decoded((), False) for _ in prompts]
     while True:
-        logits = _last_logits(model, ids, mask if padded else None, places, growing, taken)
+        logits = last_logits(model, ids, mask if padded else None, places, growing, taken)
         best, chosen = logits.max(dim=-1)
         tokens, sound = chosen.tolist(), torch.isfinite(best).tolist()
         for row, (token, is_sound) in enumerate(zip(tokens, sound, strict=True)):
@@ -116,21 +117,31 @@ def rooms(
     return [max(0, limit) for limit in limits]
 
 
-def _last_logits(
+def last_logits(
     model: Any,
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     places: torch.Tensor,
-    growing: GrowingCache,
+    growing: GrowingCache | None,
     taken: frozenset[str],
 ) -> torch.Tensor:
-    """[rows, vocabulary]: what follows the last column. taken: what the model can be given."""
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+    """[rows, vocabulary]: what follows the last column. growing: what was read before; None for
+    nothing, and nothing is kept. taken: what the model can be given. Raises
+    UnsupportedArchitectureError for a model without a head."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    inputs["use_cache"] = growing is not None
+    if growing is not None:
+        inputs["past_key_values"] = growing.cache
     if "position_ids" in taken:
         inputs["position_ids"] = places
     if "logits_to_keep" in taken:
         inputs["logits_to_keep"] = 1
-    logits: torch.Tensor = model(**inputs, past_key_values=growing.cache).logits
+    logits: torch.Tensor | None = getattr(model(**inputs), "logits", None)
+    if logits is None:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__}: gives no scores of the tokens that may follow, so it makes "
+            "no text; expected a causal language model"
+        )
     return logits[:, -1]
 
 

@@ -111,6 +111,17 @@ def quantize_with_feedback(
     return codes.T.contiguous()
 
 
+@torch.no_grad()
+def round_by_turns(
+    weights: torch.Tensor, upper: torch.Tensor, nearest: Callable[[int, torch.Tensor], torch.Tensor]
+) -> None:
+    """Columns of weights [O, N] in turn, with feedback. nearest: rounds column k to what is wanted
+    of it, [O], keeps what it likes of that, and returns what it stands for. No bound."""
+    w = weights.float().T.contiguous()
+    share = (upper / upper.diagonal()).float()
+    _feed(w, share, torch.empty_like(w), 0, len(w), nearest)
+
+
 def _feed(
     w: torch.Tensor,
     share: torch.Tensor,

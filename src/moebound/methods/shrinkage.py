@@ -26,7 +26,7 @@ from typing import Any, Self, cast, get_args
 import numpy as np
 
 from moebound.files.documents import number
-from moebound.files.formats.statistics import Side, Statistics
+from moebound.files.formats.statistics import SecondMoments, Statistics
 from moebound.types import Array, ExpertKey
 
 
@@ -58,10 +58,10 @@ class Shrinkage:
 
     def __init__(self, statistics: Statistics, rule: Rule = RULE) -> None:
         self.statistics, self.rule = statistics, rule
-        self._means: OrderedDict[tuple[int, Side], Array] = OrderedDict()
+        self._means: OrderedDict[tuple[int, SecondMoments], Array] = OrderedDict()
         self._lock = Lock()
 
-    def moments(self, key: ExpertKey, side: Side) -> Array:
+    def moments(self, key: ExpertKey, side: SecondMoments) -> Array:
         """H'' of one expert, float64, as `Statistics.moments`. Raises as that."""
         found = self.statistics.packed(key, side)
         if self.rule.pseudo_tokens:
@@ -77,7 +77,7 @@ class Shrinkage:
             diagonal += share * diagonal.mean()
         return whole
 
-    def _mean(self, layer: int, side: Side) -> Array:
+    def _mean(self, layer: int, side: SecondMoments) -> Array:
         """H of the layer a token, packed; zeros where the layer saw none."""
         with self._lock:
             found = self._means.pop((layer, side), None)
@@ -88,7 +88,7 @@ class Shrinkage:
                 self._means.popitem(last=False)
             return found
 
-    def _read(self, layer: int, side: Side) -> Array:
+    def _read(self, layer: int, side: SecondMoments) -> Array:
         keys = [key for key in self.statistics.keys if key.layer == layer]
         total, tokens = self.statistics.packed(keys[0], side), self.statistics.tokens_of(keys[0])
         for key in keys[1:]:  # one at a time: those of a layer may not fit
@@ -120,8 +120,8 @@ class _Read(Mapping[ExpertKey, Array]):
     keys_: Sequence[ExpertKey]
 
     def __getitem__(self, key: ExpertKey) -> Array:
-        if self.name in get_args(Side):
-            return shrunk(self.statistics).moments(key, cast(Side, self.name))
+        if self.name in get_args(SecondMoments):
+            return shrunk(self.statistics).moments(key, cast(SecondMoments, self.name))
         return self.statistics.array(key, self.name)
 
     def __iter__(self) -> Iterator[ExpertKey]:

@@ -20,7 +20,7 @@ GROWTH = 1.5
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Plain attention. keys, values: views [batch, heads, length, width] of larger tensors.
 
-    Equal to DynamicLayer in all that it returns. Cropping and beams are not needed here.
+    Equal to DynamicLayer in all that it returns. Cropping is not needed here.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self._show()
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Only these rows of the batch."""
+        """These rows of the batch, in this order; one may be there twice."""
         if self._room is not None:
             self._room = (self._room[0].index_select(0, rows), self._room[1].index_select(0, rows))
             self._show()
@@ -77,12 +77,13 @@ class GrowingCache:
         ]
 
     def can_drop(self) -> bool:
-        """Whether rows can be dropped: in caches with other state than keys and values, not."""
+        """Whether rows can be dropped, and change places: in caches with other state than keys and
+        values, not."""
         known = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer)
         return all(type(layer) in known for layer in self.cache.layers)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Only these rows of the batch. Asks for `can_drop()`."""
+        """These rows of the batch, in this order; one may be there twice. Asks for `can_drop()`."""
         for layer in self.cache.layers:
             if isinstance(layer, GrowingLayer):
                 layer.keep(rows)

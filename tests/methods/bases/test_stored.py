@@ -25,7 +25,8 @@ NO_TEXT = [
     "rfid_re:b9:flat", "moqe_re:int4",
 ]  # fmt: skip
 WITH_TEXT = ["rfid_re:b9", "d2_moe_fixed:b9", "moe_i2_re:b7", "moe_i2_re:b7:p0.5", "soco_lite:b7",
-             "modegpt_re:b9", "gptq_re:int4:g16", "awq_re:int4:g16"]  # fmt: skip
+             "modegpt_re:b9", "gptq_re:int4:g16", "awq_re:int4:g16", "moequant_re:int4",
+             "qmoe_re", "qmoe_re:coded"]  # fmt: skip
 BOUNDED = [
     "residual:svd:b4:f8",
     "residual:d2_moe_fixed:r2:plain",

@@ -24,6 +24,7 @@ from moebound.methods import (
 )
 from moebound.methods.blob import parse_matrix
 from moebound.methods.feedback import damped, upper_factor
+from moebound.methods.quantizing.moequant import steps
 from moebound.methods.rtn import asymmetric
 from moebound.types import NUMPY_DTYPES, Array, ExpertKey
 
@@ -31,6 +32,7 @@ KEY = ExpertKey(0, 0)
 FIXTURE = Path(__file__).parent / "fixtures" / "payloads-1.json"
 SETTINGS = ["gptq_re:int3:g7", "gptq_re:int4:g128:coded", "awq_re:int2:g5", "awq_re:int4:g8:coded",
             "moqe_re:int2", "moqe_re:int8:coded"]  # fmt: skip
+"""Those of the fixture; test_qmoe.py has another."""
 
 
 def moments(n: int, seed: int = 0) -> Array:
@@ -80,6 +82,8 @@ def test_bytes_by_formula_are_bytes_on_disk(
     assert made(f"gptq_re:int{bits}:g{size}", w, h)[1] == integers + own + head
     assert made(f"awq_re:int{bits}:g{size}", w, h)[1] == integers + own + 2 * cols + head
     assert made(f"moqe_re:int{bits}", w, h)[1] == integers + 2 * rows + head
+    assert made(f"moequant_re:int{bits}", w, h)[1] == integers + 2 * rows + head
+    assert made(f"moequant_re:int{bits}:g{size}", w, h)[1] == integers + 2 * groups + head
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -94,6 +98,7 @@ def test_feedback_leaves_a_fifth_of_what_rounding_does(bits: int) -> None:
     w, h = weights_of(128, 256), x.T @ x
     plain = cost(w, made(f"rtn:int{bits}:g128", w, h)[0], h)
     assert 0.17 < cost(w, made(f"gptq_re:int{bits}:g128", w, h)[0], h) / plain < 0.27
+    assert 0.17 < cost(w, made(f"moequant_re:int{bits}:g128", w, h)[0], h) / plain < 0.27
     assert 0.27 < cost(w, made(f"awq_re:int{bits}:g128", w, h)[0], h) / plain < 0.7
 
 
@@ -113,6 +118,35 @@ def test_gptq_is_algorithm_1(size: int) -> None:
     found, _ = made(f"gptq_re:int4:g{size}", w, h)
     assert (np.abs(found - wanted) < 1e-6).mean() > 0.98  # float32 against float64: ties
     assert cost(w, found, h) == pytest.approx(cost(w, wanted, h), rel=0.02)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_moequant_clips_by_the_power_of_2_4(bits: int) -> None:
+    """The steps of each row against every one of the 80, one by one; and feedback on them."""
+    w, top = weights_of(5, 60), 2 ** (bits - 1) - 1
+    w[0, 3] *= 5
+    w[4] = 0
+    found = steps(w, bits)
+    for row, step in zip(w.astype(np.float64), found[:, 0].astype(np.float64), strict=True):
+        tried = max(np.abs(row).max(), 1e-5) / top * (1 - np.arange(80) / 100)
+        q = np.clip(np.rint(row / tried[:, None]), -top - 1, top) * tried[:, None]
+        best = tried[(np.abs(q - row) ** 2.4).sum(axis=1).argmin()]
+        assert step == pytest.approx(best, rel=2**-10, abs=2**-24)
+    assert (bits > 3) or found[0, 0] < np.abs(w[0]).max() / top  # the outlier is clipped
+    h = moments(60)
+    codes = get_method(f"moequant_re:int{bits}").fitted(w, h)  # type: ignore[attr-defined]
+    assert np.array_equal(codes.scale, found)  # of the weights as they were
+    assert cost(w, made(f"moequant_re:int{bits}", w, h)[0], h) < cost(
+        w, np.clip(np.rint(w / found), -top - 1, top) * found.astype("f4"), h
+    )
+
+
+@pytest.mark.parametrize("h", [np.zeros((24, 24)), np.ones(24)])
+def test_moequant_without_moments_rounds_to_the_nearest(h: Array) -> None:
+    w = weights_of(8, 24)
+    step = steps(w, 4).astype(np.float32)
+    wanted = np.clip(np.rint(w / step), -8, 7) * step
+    assert np.array_equal(made("moequant_re:int4", w, h)[0], wanted)
 
 
 @pytest.mark.parametrize("h", [np.zeros((24, 24)), np.ones(24)])
@@ -150,8 +184,15 @@ def test_a_matrix_that_lies_the_other_way_has_the_same_weights(setting: str) -> 
     assert np.array_equal(turned.T, upright)
 
 
+@pytest.mark.parametrize("setting", [*SETTINGS, "moequant_re:int4", "moequant_re:int2:coded",
+                                     "moequant_re:int3:g8:affinity:coded"])  # fmt: skip
+def test_settings_are_what_was_asked(setting: str) -> None:
+    assert get_method(setting).setting == setting
+
+
 @pytest.mark.parametrize("setting", ["moqe_re", "moqe_re:int9", "moqe_re:int4:g64", "gptq_re",
-                                     "awq_re:int1:g64", "gptq_re:int4:g1"])  # fmt: skip
+                                     "awq_re:int1:g64", "gptq_re:int4:g1", "moequant_re",
+                                     "moequant_re:int4:g1", "moequant_re:g64"])  # fmt: skip
 def test_options_that_are_none(setting: str) -> None:
     with pytest.raises(MethodError, match="int2 to int8"):
         get_method(setting)
@@ -163,7 +204,7 @@ def test_what_they_cannot_take() -> None:
         made("gptq_re:int4:g4", weights_of(4, 9), h)
     for value in (np.inf, np.nan, 3e38):
         w[1, 2] = value
-        for setting in ("gptq_re:int4:g4", "awq_re:int4:g4", "moqe_re:int4"):
+        for setting in ("gptq_re:int4:g4", "awq_re:int4:g4", "moqe_re:int4", "moequant_re:int4"):
             with pytest.raises(MethodError, match=r"not finite|beyond float16"):
                 made(setting, w, h)
 
@@ -193,7 +234,7 @@ SCALES = np.ones(4, "<f2").tobytes()
         (payload(4), (1 << 20, 1 << 20)),  # before memory is taken
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("method", ["gptq_re", "awq_re", "moqe_re"])
+@pytest.mark.parametrize("method", ["gptq_re", "awq_re", "moqe_re", "moequant_re"])
 def test_bytes_that_none_of_them_wrote(
     method: str, data: memoryview, shape: tuple[int, ...]
 ) -> None:

@@ -58,6 +58,7 @@ def _claims() -> tuple[Claim, ...]:
     add("GPTQ, 2210.17323", "better than rounding to nearest", "gptq_re", "rtn")
     add("AWQ, 2306.00978", "better than rounding to nearest, and than GPTQ", "awq_re", "rtn",
         "gptq_re")  # fmt: skip
+    add("MoEQuant, 2505.03804", "affinity-guided, better than GPTQ", "moequant_re", "gptq_re")
     add("HQQ", "better than rounding to nearest", "hqq", "rtn")
     coded = (("", ""), ("+rtn", ", kept experts in integers"), ("+bound", ", kept experts bounded"))
     for end, how in coded:

@@ -34,7 +34,7 @@ _LOW_RANK = ("svd", "d2_moe_fixed", "mobe_fixed", "rfid_re")
 """Whom the RFID-MoE paper compares, at shares of the parameters removed."""
 
 _QUANTIZERS = (
-    *("rtn", "rtn:coded", "hqq", "milo_fixed", "gptq_re", "awq_re"),
+    *("rtn", "rtn:coded", "hqq", "milo_fixed", "gptq_re", "awq_re", "moequant_re", "qmoe_re"),
     *(f"moqe_re:int{bits}" for bits in range(2, 9)),
 )
 _BOUNDED = ("bound", "calibrated")

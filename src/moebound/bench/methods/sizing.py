@@ -6,8 +6,8 @@ What is asked for is a setting of a method without what says its size:
                                                   of experts, then on the whole
     svd, mobe_fixed:f8, rfid_re, milo_fixed, ...  take a size (`bN`): the ranks, or what is kept,
                                                   follow from it
-    rtn, rtn:coded, hqq, gptq_re, awq_re          integers of 2 to 8 bits, groups of any number of
-                                                  weights: of the pairs that come to the size, the
+    rtn, rtn:coded, hqq, gptq_re, awq_re,         integers of 2 to 8 bits, groups of any number of
+    moequant_re                                   weights: of the pairs that come to the size, the
                                                   one with the least error on a sample
     reap_re, hc_smoe_fixed:kmeans, ...            keep whole experts: so many as the bytes allow,
                                                   in some layers one more than in others

@@ -1,8 +1,8 @@
 """The text that statistics are of, for those who look at it themselves.
 
 Statistics keep its hash and not its tokens. They are found again where they came from: a task's
-problems behind those that were skipped, or a file's windows; and taken only if the hash is the
-same.
+problems behind those that were skipped, a file's windows, or what the model made and their folder
+keeps; and taken only if the hash is the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moebound.calibrate.text import Text, of_file
+from moebound.calibrate.self_sampling import KEPT
+from moebound.calibrate.text import Text, is_kept, of_file
 from moebound.checkpoint import Checkpoint
 from moebound.errors import MoeboundError, TaskError
 from moebound.evaluate.loading import Loaded
@@ -58,8 +59,11 @@ def text_of(
 
 def _candidates(loaded: Loaded, statistics: Statistics, file: Path | None) -> Iterator[Text]:
     of = statistics.of
+    if file is None and is_kept(statistics.folder / KEPT):
+        file = statistics.folder / KEPT
     if file is not None:
-        yield of_file(loaded, file, of.n_sequences, window=of.n_tokens // of.n_sequences)
+        window = None if is_kept(file) else of.n_tokens // of.n_sequences
+        yield of_file(loaded, file, of.n_sequences, window=window)
         return
     try:
         task = get_task(of.text)

@@ -24,6 +24,8 @@ and, of version 2 on, of a layer of L experts,
                 second one of so many 256ths of it
     logits      [E, L] float64, sum over all tokens of the router's logits of this expert, times
                 those of each; not there where a router gives none
+    inputs_affinity, hidden_affinity    as `inputs` and `hidden`, with g in the place of g²; not
+                there unless asked for (`calibrate --affinity`)
     kept        [E, L] uint8, 1 for the experts in the set of (row + 1) that changes the layer's
                 output least (`calibrate --search`); not there unless asked for
 
@@ -51,6 +53,8 @@ FILE = "statistics.json"
 Moments = Literal["full", "diagonal"]
 Side = Literal["inputs", "hidden"]
 """Whose second moments: of what gate and up get, or of what down gets."""
+SecondMoments = Literal["inputs", "hidden", "inputs_affinity", "hidden_affinity"]
+"""By the names of their arrays."""
 
 FEW_TOKENS = 128
 """Experts that saw fewer are counted: their H alone says little."""
@@ -93,6 +97,8 @@ class Chunk:
     ratios: Array
     logits: Array | None = None
     kept: Array | None = None
+    inputs_affinity: Array | None = None
+    hidden_affinity: Array | None = None
 
     def save(self, folder: Path) -> None:
         """Raises StoreError if the disk refuses."""
@@ -106,7 +112,8 @@ class Of:
     """What statistics are of. fingerprint: of its experts (`checkpoint.corners`).
     text: a task's or file's name. text_sha256: of the token ids. routed: whether experts saw the
     tokens that were sent to them, or all of them. width: N; inner: M. searched: whether there is
-    `kept`. after: the method whose router edits the model had meanwhile."""
+    `kept`. after: the method whose router edits the model had meanwhile. affinity: whether there
+    are `inputs_affinity` and `hidden_affinity`."""
 
     model: str
     fingerprint: str
@@ -120,10 +127,11 @@ class Of:
     inner: int
     searched: bool = False
     after: str | None = None
+    affinity: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Without what version 1 had not, where it says nothing."""
-        later = {"searched", "after"}
+        later = {"searched", "after", "affinity"}
         return {name: value for name, value in vars(self).items() if value or name not in later}
 
     @classmethod
@@ -145,6 +153,7 @@ class Of:
             inner=count(data["inner"], "inner", most=_MOST),
             searched=data.get("searched", False) is True,
             after=None if data.get("after") is None else str(data["after"]),
+            affinity=data.get("affinity", False) is True,
         )
 
 
@@ -181,20 +190,20 @@ class Statistics:
         part = self._part(key)
         return int(self._read(part, "tokens")[key.expert - part.first])
 
-    def moments(self, key: ExpertKey, side: Side) -> Array:
+    def moments(self, key: ExpertKey, side: SecondMoments) -> Array:
         """H of one expert, float64: [N, N], or [N] where only the diagonal was kept."""
         return self.whole(self.packed(key, side), side)
 
-    def packed(self, key: ExpertKey, side: Side) -> Array:
+    def packed(self, key: ExpertKey, side: SecondMoments) -> Array:
         """The same as it is on disk, float64: the upper triangle row by row, or the diagonal."""
         part = self._part(key)
         return self._read(part, side, key.expert - part.first).astype(np.float64)
 
-    def whole(self, packed: Array, side: Side) -> Array:
+    def whole(self, packed: Array, side: SecondMoments) -> Array:
         """[N, N] of what `packed` gives; a diagonal as it is."""
         if self.of.moments == "diagonal":
             return packed
-        n = self.of.width if side == "inputs" else self.of.inner
+        n = self.of.width if side.startswith("inputs") else self.of.inner
         found, at = np.empty((n, n)), 0
         for row in range(n):
             found[row, row:] = packed[at : at + n - row]
@@ -211,15 +220,15 @@ class Statistics:
         return self.array(key, "outputs")
 
     def array(self, key: ExpertKey, name: str) -> Array:
-        """One expert's row of an array, float64; of `inputs` and `hidden` the `moments`, or of
+        """One expert's row of an array, float64; of second moments the `moments`, or of
         `inputs_diagonal` and `hidden_diagonal` what stands on these.
 
         Raises MoeboundError, naming the array, for statistics that lack it.
         """
-        side, _, diagonal = name.partition("_")
-        if side in get_args(Side):
-            found = self.moments(key, cast(Side, side))
-            return found.diagonal().copy() if diagonal and found.ndim == 2 else found
+        side = name.removesuffix("_diagonal")
+        if side in get_args(SecondMoments):
+            found = self.moments(key, cast(SecondMoments, side))
+            return found.diagonal().copy() if side != name and found.ndim == 2 else found
         part = self._part(key)
         return np.asarray(self._read(part, name, key.expert - part.first), np.float64)
 
@@ -286,8 +295,8 @@ class Statistics:
         return {
             "tokens": (e,),
             "gates": (e,),
-            "inputs": (e, packed_size(n) if full else n),
-            "hidden": (e, packed_size(m) if full else m),
+            **dict.fromkeys(("inputs", "inputs_affinity"), (e, packed_size(n) if full else n)),
+            **dict.fromkeys(("hidden", "hidden_affinity"), (e, packed_size(m) if full else m)),
             "outputs": (e, 2, n),
             "sent": (e,),
             "sent_gates": (e,),
@@ -306,12 +315,15 @@ _SPELLED = {
     "tokens": "I64", "gates": "F64", "inputs": "F32", "hidden": "F32", "outputs": "F32",
     "sent": "I64", "sent_gates": "F64", "norms": "F64", "plain": "F64",
     "ratios": "I64", "logits": "F64", "kept": "U8",
+    "inputs_affinity": "F32", "hidden_affinity": "F32",
 }  # fmt: skip
 
 _ANEW = "these statistics are of an earlier moebound; make them anew with `moebound calibrate`"
 _LATER = dict.fromkeys(("sent", "sent_gates", "norms", "plain", "ratios"), _ANEW) | {
     "logits": f"its router gives no logits, or {_ANEW}",
     "kept": "make them with `moebound calibrate --search`",
+    "inputs_affinity": "make them with `moebound calibrate --affinity`",
+    "hidden_affinity": "make them with `moebound calibrate --affinity`",
 }
 """What a folder may lack, and what is said then."""
 

@@ -1,4 +1,5 @@
-"""Integers in groups along a matrix's inputs: what `gptq_re`, `awq_re` and `moqe_re` store.
+"""Integers in groups along a matrix's inputs: what `gptq_re`, `moequant_re`, `awq_re` and
+`moqe_re` store.
 
     W_ij ≈ (q_ij - z_ig) s_ig c_j       g = j // group
 
@@ -18,16 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from moebound.checkpoint import Role
 from moebound.codec.fields import FieldReader, put_varint
 from moebound.errors import CorruptionError, MethodError
-from moebound.files.formats.statistics import Side
-from moebound.methods.base import Encoding, GroupView, MatrixSpec, Payload
-from moebound.methods.one_thread import one_thread
-from moebound.methods.outputs import side_of, turned
+from moebound.methods.base import MatrixSpec
 from moebound.methods.packing import Codes, code, pack, packed_bytes, uncode, unpack
+from moebound.methods.quantizing.upright import Upright
 from moebound.methods.rtn import Grouped
-from moebound.types import Array, ExpertKey
+from moebound.types import Array
 
 _CODED, _TURNED, _SYMMETRIC, _SCALED = 1, 2, 4, 8
 _HALF = 0.25
@@ -45,35 +43,11 @@ class Quantized:
 
 
 @dataclass(frozen=True)
-class Grid(Grouped):
+class Grid(Upright, Grouped):
     """What quantizers of groups along the inputs have in common."""
 
-    def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
-        found: dict[ExpertKey, dict[Role, Payload]] = {}
-        with one_thread():
-            for expert in group.experts:
-                found[expert.key] = {}
-                for role, matrix in expert.matrices.items():
-                    moments = self._moments(group, expert.key, side_of(role))
-                    flip = role in expert.transposed
-                    if moments is not None:
-                        flip = turned(matrix, len(moments), flip)
-                    upright = np.ascontiguousarray(matrix.T if flip else matrix, np.float32)
-                    if moments is not None and len(moments) != upright.shape[1]:
-                        raise MethodError(
-                            f"{expert.key}: {role}: inputs of {upright.shape[1]} channels, and "
-                            f"statistics of {len(moments)}; expected statistics of this model"
-                        )
-                    if not upright.size or not np.isfinite(upright).all():
-                        raise MethodError(
-                            f"{expert.key}: {role}: no weights, or one that is not finite"
-                        )
-                    parts = self.fitted(upright, moments)
-                    found[expert.key][role] = Payload(self._written(parts, flip))
-        return Encoding(found)
-
-    def _moments(self, group: GroupView, key: ExpertKey, side: Side) -> Array | None:
-        return group.statistics[side][key] if side in self.statistics else None
+    def payload(self, matrix: Array, moments: Array | None, flip: bool) -> bytes:
+        return self._written(self.fitted(matrix, moments), flip)
 
     @abstractmethod
     def fitted(self, matrix: Array, moments: Array | None) -> Quantized:
