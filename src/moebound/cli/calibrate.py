@@ -37,6 +37,10 @@ HELD_OUT = 500
 @click.option("--all-tokens", is_flag=True,
               help="Show every token to every expert, not only to those that it is sent to: slow, "
               "and no expert is left without.")  # fmt: skip
+@click.option("--fisher", is_flag=True,
+              help="Weigh tokens and rows by what the model's predictions feel of them: read the "
+              "text backward too, three times the work. Nearer to the model over all tokens, "
+              "with plans by it.")  # fmt: skip
 @click.option("--search", is_flag=True,
               help="Search, for every number of experts, which of a layer's change its output "
               "least when the others are left out; method lu_re needs it. Slow.")  # fmt: skip
@@ -64,6 +68,7 @@ def calibrate(
     window: int | None,
     diagonal: bool,
     all_tokens: bool,
+    fisher: bool,
     search: bool,
     after: str | None,
     calibration: Path | None,
@@ -82,6 +87,9 @@ def calibrate(
     Killed and started again, it goes on from where it was.
     """
     check_text(task, text, skip=skip, window=window)
+    if fisher and all_tokens:
+        raise click.UsageError("--fisher and --all-tokens do not go together: the loss feels "
+                               "nothing of tokens that are not sent to an expert")
     if (after is None) != (calibration is None):
         raise click.UsageError("--after and --calibration go together")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -108,7 +116,7 @@ def calibrate(
     if after is not None and calibration is not None:
         after = edit_routing(loaded.model, after, read_statistics(calibration))
     moments: Moments = "diagonal" if diagonal else "full"
-    settings = Settings(not all_tokens, moments, room, search, after)
+    settings = Settings(not all_tokens, moments, room, search, after, fisher)
     hands_of = hire(workers, ray_address, device=device)
     with step_bar(output) as say, ExitStack() as stack:
         hands = None
@@ -169,6 +177,7 @@ def _table(found: Statistics, said: dict[str, Any]) -> Any:
             ("without any token", str(said["experts_without_tokens"])),
             (f"with fewer than {FEW_TOKENS}", str(said["experts_with_few_tokens"])),
             ("second moments", "whole" if of.moments == "full" else "diagonals"),
+            ("tokens weighted by", "what the loss feels (Fisher)" if of.fisher else "gates"),
             *([("routing edited by", of.after)] if of.after else []),
             ("written", f"{found.folder}, {wording.n_bytes(found.n_bytes)}"),
         ]

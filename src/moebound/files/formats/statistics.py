@@ -27,6 +27,15 @@ and, of version 2 on, of a layer of L experts,
     kept        [E, L] uint8, 1 for the experts in the set of (row + 1) that changes the layer's
                 output least (`calibrate --search`); not there unless asked for
 
+and, of version 3, where `fisher` is true (`calibrate/felt.py`): `inputs` and `hidden` are sums of
+s x xᵀ in the place of g² x xᵀ, s being the squares of the loss's gradients at what gate and up give
+(what down gives), summed over their channels; and
+
+    gate_rows   [E, M] float64, of these squares the sum by channel of gate; missing in families
+                without a gate
+    up_rows     [E, M] float64, of up
+    down_rows   [E, N] float64, of down
+
 Sums, not means: those of two texts can be added.
 """
 
@@ -46,7 +55,9 @@ from moebound.files.documents import Format, count, fields_of, items, save_json
 from moebound.files.durable import save_bytes
 from moebound.types import Array, ExpertKey
 
-FORMAT = Format("moebound.statistics", 2)
+FORMAT = Format("moebound.statistics", 3)
+_WITHOUT_FISHER = 2
+"""The version that is written where nothing of version 3 is."""
 FILE = "statistics.json"
 Moments = Literal["full", "diagonal"]
 Side = Literal["inputs", "hidden"]
@@ -93,6 +104,9 @@ class Chunk:
     ratios: Array
     logits: Array | None = None
     kept: Array | None = None
+    gate_rows: Array | None = None
+    up_rows: Array | None = None
+    down_rows: Array | None = None
 
     def save(self, folder: Path) -> None:
         """Raises StoreError if the disk refuses."""
@@ -106,7 +120,8 @@ class Of:
     """What statistics are of. fingerprint: of its experts (`checkpoint.corners`).
     text: a task's or file's name. text_sha256: of the token ids. routed: whether experts saw the
     tokens that were sent to them, or all of them. width: N; inner: M. searched: whether there is
-    `kept`. after: the method whose router edits the model had meanwhile."""
+    `kept`. after: the method whose router edits the model had meanwhile. fisher: whether tokens are
+    weighted by what the loss feels of them."""
 
     model: str
     fingerprint: str
@@ -120,10 +135,11 @@ class Of:
     inner: int
     searched: bool = False
     after: str | None = None
+    fisher: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Without what version 1 had not, where it says nothing."""
-        later = {"searched", "after"}
+        later = {"searched", "after", "fisher"}
         return {name: value for name, value in vars(self).items() if value or name not in later}
 
     @classmethod
@@ -145,6 +161,7 @@ class Of:
             inner=count(data["inner"], "inner", most=_MOST),
             searched=data.get("searched", False) is True,
             after=None if data.get("after") is None else str(data["after"]),
+            fisher=data.get("fisher", False) is True,
         )
 
 
@@ -296,6 +313,9 @@ class Statistics:
             "ratios": (e, RATIOS),
             "logits": (e, self._n_experts(part.layer)),
             "kept": (e, self._n_experts(part.layer)),
+            "gate_rows": (e, m),
+            "up_rows": (e, m),
+            "down_rows": (e, n),
         }[name]
 
     def _n_experts(self, layer: int) -> int:
@@ -306,13 +326,16 @@ _SPELLED = {
     "tokens": "I64", "gates": "F64", "inputs": "F32", "hidden": "F32", "outputs": "F32",
     "sent": "I64", "sent_gates": "F64", "norms": "F64", "plain": "F64",
     "ratios": "I64", "logits": "F64", "kept": "U8",
+    "gate_rows": "F64", "up_rows": "F64", "down_rows": "F64",
 }  # fmt: skip
 
 _ANEW = "these statistics are of an earlier moebound; make them anew with `moebound calibrate`"
 _LATER = dict.fromkeys(("sent", "sent_gates", "norms", "plain", "ratios"), _ANEW) | {
     "logits": f"its router gives no logits, or {_ANEW}",
     "kept": "make them with `moebound calibrate --search`",
-}
+} | dict.fromkeys(
+    ("gate_rows", "up_rows", "down_rows"), "make them with `moebound calibrate --fisher`"
+)
 """What a folder may lack, and what is said then."""
 
 
@@ -323,7 +346,8 @@ def packed_size(n: int) -> int:
 
 def save_statistics(folder: Path, of: Of, parts: Sequence[Part]) -> None:
     """Write what makes a folder of finished parts whole."""
-    document = FORMAT.header | of.to_json() | {"parts": [dict(vars(part)) for part in parts]}
+    version = {} if of.fisher else {"version": _WITHOUT_FISHER}
+    document = FORMAT.header | version | of.to_json() | {"parts": [dict(vars(part)) for part in parts]}
     save_json(folder / FILE, document)
 
 
