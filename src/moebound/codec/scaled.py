@@ -89,6 +89,11 @@ class Steps:
             raise CodecError(f"bound {abs_bound:g}: {error}") from None
 
     @property
+    def factors(self) -> npt.NDArray[np.float32]:
+        """Of the other side; empty for none."""
+        return self._native(1.0)[1]
+
+    @property
     def factors_or_none(self) -> Levels:
         """Their levels; empty for none."""
         return np.empty(0, np.uint8) if self.factor_levels is None else self.factor_levels

@@ -143,11 +143,13 @@ class Encoding:
 class ColumnBounds:
     """Of a matrix that has one for each input channel. epsilon: [N] float64, what no weight of
     channel j is off by more than. steps: [N], between the points that it is rounded to. transposed:
-    whether the matrix is [in, out]."""
+    whether the matrix is [in, out]. factors: [O], at most 1, by which both are narrower in each
+    row of [out, in]; None for none."""
 
     epsilon: Array
     steps: Array
     transposed: bool
+    factors: Array | None = None
 
 
 @dataclass(frozen=True)
