@@ -8,8 +8,9 @@ on behind it, and a run with another model, text or setting begins anew.
 H = Σ g² x xᵀ over the tokens sent to an expert: then tr((W - Ŵ) H (W - Ŵ)ᵀ) is the squared error of
 what the layer adds to the residual stream, summed over the text (GPTQ, 2210.17323, section 3, with
 the routing weight g in it). With fisher, tokens are weighted by what the loss feels of them in the
-place of g² (`felt.py`); the text is then read forward and backward. With routed=False every expert gets every token with g = 1: experts
-that a text seldom uses are seen as well, at E/K times the time.
+place of g² (`felt.py`); the text is then read forward and backward. With routed=False every expert
+gets every token with g = 1: experts that a text seldom uses are seen as well, at E/K times the
+time.
 """
 
 from __future__ import annotations

@@ -75,9 +75,7 @@ def with_gradients(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def told_of_gradients(
-    module: Any, told: Callable[[torch.Tensor], None]
-) -> Iterator[None]:
+def told_of_gradients(module: Any, told: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """`told` is called with the gradient [T, H] of the loss by each output of the module."""
 
     def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:

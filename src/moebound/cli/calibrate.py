@@ -88,8 +88,10 @@ def calibrate(
     """
     check_text(task, text, skip=skip, window=window)
     if fisher and all_tokens:
-        raise click.UsageError("--fisher and --all-tokens do not go together: the loss feels "
-                               "nothing of tokens that are not sent to an expert")
+        raise click.UsageError(
+            "--fisher and --all-tokens do not go together: the loss feels "
+            "nothing of tokens that are not sent to an expert"
+        )
     if (after is None) != (calibration is None):
         raise click.UsageError("--after and --calibration go together")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -134,9 +134,7 @@ class Calibrated(Method):
             epsilon = bound.absolute(own)
             columns = geometry[side_of(role)]
             transposed = turned(array, len(columns.levels), role in expert.transposed)
-            found[role] = self._matrix(
-                array, transposed, columns, bound, epsilon, felt.get(role)
-            )
+            found[role] = self._matrix(array, transposed, columns, bound, epsilon, felt.get(role))
         return found
 
     def _matrix(
@@ -218,7 +216,8 @@ def felt_rows(group: GroupView, expert: ExpertView) -> dict[Role, Array]:
         parts = HALVES.get(role, (role,))
         if role != "down":
             rows = [group.statistics[f"{part}_rows"][expert.key] for part in parts]
-            found[role] = np.stack(rows, -1).reshape(-1) if expert.interleaved else np.concatenate(rows)
+            whole = np.stack(rows, -1).reshape(-1) if expert.interleaved else np.concatenate(rows)
+            found[role] = whole[expert.outputs.get(role, slice(None))]
     return found
 
 

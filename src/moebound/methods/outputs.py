@@ -82,8 +82,8 @@ def columns_kept(original: Array, decoded: Array, bounds: ColumnBounds) -> Colum
     """The largest error over its channel's bound, in float64, and the bounds' range. Weights that
     are not finite are stored as they are."""
     factors = np.ones(1) if bounds.factors is None else bounds.factors
-    channels, own = bounds.epsilon[None], factors[:, None]
-    epsilon = np.broadcast_to(own * channels if not bounds.transposed else (own * channels).T, original.shape)
+    own = factors[:, None] * bounds.epsilon
+    epsilon = np.broadcast_to(own.T if bounds.transposed else own, original.shape)
     worst = 0.0
     for rows in range(0, len(original), _BLOCK):
         with np.errstate(invalid="ignore"):
@@ -92,9 +92,8 @@ def columns_kept(original: Array, decoded: Array, bounds: ColumnBounds) -> Colum
         np.abs(error, out=error)
         error /= epsilon[rows : rows + _BLOCK]
         worst = max(worst, float(np.nanmax(error, initial=0.0)))
-    least, most = (float(f * e) for f, e in zip(
-        (factors.min(), factors.max()), (bounds.epsilon.min(), bounds.epsilon.max()), strict=True
-    ))
+    least = float(factors.min() * bounds.epsilon.min())
+    most = float(factors.max() * bounds.epsilon.max())
     return Columns(least, most, worst)
 
 

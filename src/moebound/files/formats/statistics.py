@@ -330,11 +330,15 @@ _SPELLED = {
 }  # fmt: skip
 
 _ANEW = "these statistics are of an earlier moebound; make them anew with `moebound calibrate`"
-_LATER = dict.fromkeys(("sent", "sent_gates", "norms", "plain", "ratios"), _ANEW) | {
-    "logits": f"its router gives no logits, or {_ANEW}",
-    "kept": "make them with `moebound calibrate --search`",
-} | dict.fromkeys(
-    ("gate_rows", "up_rows", "down_rows"), "make them with `moebound calibrate --fisher`"
+_LATER = (
+    dict.fromkeys(("sent", "sent_gates", "norms", "plain", "ratios"), _ANEW)
+    | {
+        "logits": f"its router gives no logits, or {_ANEW}",
+        "kept": "make them with `moebound calibrate --search`",
+    }
+    | dict.fromkeys(
+        ("gate_rows", "up_rows", "down_rows"), "make them with `moebound calibrate --fisher`"
+    )
 )
 """What a folder may lack, and what is said then."""
 
@@ -347,7 +351,9 @@ def packed_size(n: int) -> int:
 def save_statistics(folder: Path, of: Of, parts: Sequence[Part]) -> None:
     """Write what makes a folder of finished parts whole."""
     version = {} if of.fisher else {"version": _WITHOUT_FISHER}
-    document = FORMAT.header | version | of.to_json() | {"parts": [dict(vars(part)) for part in parts]}
+    document = (
+        FORMAT.header | version | of.to_json() | {"parts": [dict(vars(part)) for part in parts]}
+    )
     save_json(folder / FILE, document)
 
 
