@@ -10,7 +10,8 @@ read, over all tokens and over those of answers. Beside its KL stand the plan's 
 predicted from the map, and measured as `moebound plan` does, on --measure problems behind the
 held-out ones. "Bound planned" is by the first map. --search adds plans that are searched for on the
 model, and --calibration rows of method calibrated, with one rate and searched for; searches read
---search-problems others, and keep what they measured in --work. Rows go to stdout as JSON, a table
+--search-problems others, and keep what they measured in --work. --fisher adds method calibrated by
+other statistics, of `calibrate --fisher`, and the plan by them. Rows go to stdout as JSON, a table
 and progress to stderr.
 """
 
@@ -39,11 +40,12 @@ from moebound.files.documents import Document
 from moebound.files.formats.sensitivity_map import FORMAT, SensitivityMap
 from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.plan import Budget, Evidence, ExpertSizes, Plan, Scheme, Search, make_plan
+from moebound.plan.felt import Widest
 from moebound.score import Score, Tokens
 from moebound.score.statistics import ratio_stderr
 from moebound.sensitivity.trial import N_PROBLEMS, Trial, unread_by
 from moebound.sensitivity.tries import Tries
-from moebound.store import Encoded, Memo, measure_calibrated, measure_sizes
+from moebound.store import Encoded, Memo, felt_bounds, measure_calibrated, measure_sizes
 from moebound.tasks import Task, get_task
 from moebound.tasks.base import Problem
 from moebound.types import ExpertKey
@@ -69,6 +71,7 @@ class Bench:
     problems: Sequence[Problem]
     others: Sequence[Problem]
     work: Path
+    fisher: Statistics | None = None
 
     @cached_property
     def memo(self) -> Memo:
@@ -93,6 +96,10 @@ class Bench:
         n = self.args.measure + self.args.search_problems
         found = unread_by(self.loaded, self.calibration, self.task, n, skip=far)
         return self._trial(found[-self.args.search_problems :])
+
+    @cached_property
+    def widest(self) -> Widest | None:
+        return None if self.fisher is None else felt_bounds(self.checkpoint, self.fisher)
 
     def _trial(self, problems: Sequence[Problem]) -> Trial:
         return Trial.of(
@@ -126,6 +133,11 @@ class Bench:
                 yield CALIBRATED, "sensitivity", known
             if self.args.search:
                 yield CALIBRATED, "search", known
+        if self.fisher is not None:
+            yield CALIBRATED, "fisher", None
+
+    def calibration_of(self, scheme: Scheme) -> Statistics | None:
+        return self.fisher if scheme == "fisher" else self.calibration
 
     def plan(
         self,
@@ -138,8 +150,10 @@ class Bench:
         evidence = Evidence(sensitivity=document)
         encoded: Callable[[Plan], dict[ExpertKey, int]] | None = None
         if method == CALIBRATED:
-            evidence = Evidence(sensitivity=document, calibration=self.calibration)
-            encoded = Encoded(self.checkpoint, self.calibration, memo=self.memo)
+            calibration = self.calibration_of(scheme)
+            evidence = Evidence(sensitivity=document, calibration=calibration)
+            memo = self.memo if calibration is self.calibration else Memo()
+            encoded = Encoded(self.checkpoint, calibration, memo=memo)
         search = None
         if scheme == "search":
             tries = Tries(
@@ -154,7 +168,8 @@ class Bench:
             search = Search(tries, self.args.search, _say)
         found = make_plan(
             sizes, evidence, Budget(bpw=bpw), source=self.args.src, method=method, scheme=scheme,
-            measure=self.trial.measure, encoded=encoded, search=search,
+            measure=None if scheme == "fisher" else self.trial.measure, encoded=encoded,
+            search=search, widest=self.widest if scheme == "fisher" else None,
         )  # fmt: skip
         if search is not None:
             tries.close()
@@ -213,6 +228,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--measure", type=int, default=N_PROBLEMS)
     parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--fisher", type=Path)
     parser.add_argument("--only-calibrated", action="store_true")
     parser.add_argument("--search", type=int, default=0, help="measurements of each search")
     parser.add_argument("--search-problems", type=int, default=128)
@@ -235,7 +251,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        bench = Bench(args, checkpoint, loaded, maps, calibration, task, problems, others, work)
+        fisher = None if args.fisher is None else read_statistics(args.fisher)
+        bench = Bench(
+            args, checkpoint, loaded, maps, calibration, task, problems, others, work, fisher
+        )
         rows = measured(bench)
     about_run = {
         "source": args.src,
@@ -247,6 +266,7 @@ def main() -> None:
         "search_problems": args.search_problems,
         "tokens": args.tokens,
         "calibration": None if calibration is None else calibration.of.to_json(),
+        "fisher": None if fisher is None else fisher.of.to_json(),
     }
     print(table(rows), file=sys.stderr)
     print(json.dumps({**about_run, "rows": rows, "environment": describe()}, indent=1))
@@ -269,11 +289,12 @@ def measured(bench: Bench) -> list[dict[str, Any]]:
             by = "" if document is None else tokens_of(document)
             print(f"{bpw:g} bits, {method}, {scheme} {by}", file=sys.stderr)
             sizes = calibrated if method == CALIBRATED else bench.bound_sizes
+            if scheme == "fisher" and bench.fisher is not None:
+                sizes = measure_calibrated(bench.checkpoint, bench.fisher, bits_per_weight=bpw)
             plan = bench.plan(method, scheme, document, bpw, sizes)
-            assert plan.measured is not None
             options: dict[str, Any] = {}
             if method == CALIBRATED:
-                options["calibration"] = bench.calibration
+                options["calibration"] = bench.calibration_of(scheme)
             with in_a_store(bench.checkpoint, plan, **options) as (folder, about):
                 found = score(in_folder(folder), bench.original).score
             scores[method, scheme] = found
@@ -288,8 +309,8 @@ def measured(bench: Bench) -> list[dict[str, Any]]:
                     "map_tokens": by or None,
                     "bits_per_weight": 8 * about["n_bytes"] / about["n_weights"],
                     "predicted_kl": plan.kl,
-                    "plan_measured_kl": plan.measured.kl,
-                    "plan_measured_stderr": plan.measured.stderr,
+                    "plan_measured_kl": plan.measured and plan.measured.kl,
+                    "plan_measured_stderr": plan.measured and plan.measured.stderr,
                     "largest_rate": about["largest_rate"],
                     "to_uniform": None if uniform is None else ratio(found, uniform),
                     "to_planned_bound": None if planned is None else ratio(found, planned),

@@ -134,7 +134,7 @@ def row(
         raise ValueError(f"{name}: expected version 2, found version {parsed.codec_version}")
     decoded = np.empty(w.size, w.dtype)
     BoundCodec().decompress(parsed.payload, parsed.spec, decoded)
-    sizes, kappa, _ = found
+    sizes, kappa = found.sizes.astype(np.float64), found.kappa
     codes = np.rint(decoded.reshape(shape).astype(np.float64) / sizes)
     tables = np.stack([layout.tables_of_row(i) for i in range(shape[0])])
     before_v2, matrix = memoryview(blob(codes, sizes, kappa)), MatrixSpec(shape, "BF16")

@@ -9,10 +9,9 @@ from moebound.codec import Envelope, steps_in
 
 
 def bounds_by_step(parsed: Envelope) -> npt.NDArray[np.float64] | None:
-    """How far from the original a weight may be, [1, cols] or [rows, 1]; None without steps."""
+    """How far from the original a weight may be, [1, cols], [rows, 1] or [rows, cols]; None
+    without steps."""
     found = steps_in(parsed)
     if found is None:
         return None
-    sizes, kappa, by_row = found
-    own = sizes * (kappa / 2)
-    return own[:, None] if by_row else own[None, :]
+    return found.of_weights().astype(np.float64) * (found.kappa / 2)

@@ -99,6 +99,7 @@ void bind_device(nb::module_& m) {
     found["segments"] = to_array(std::move(parsed.segments));
     found["values"] = to_array(std::move(parsed.values));
     found["steps"] = to_array(std::move(parsed.steps));
+    found["factors"] = to_array(std::move(parsed.factors));
     return found;
   }, "payload"_a, "n"_a, "source"_a, "output"_a, "bound"_a);
 }

@@ -16,8 +16,9 @@ namespace {
 using Levels = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Codes = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-moebound::Steps to_steps(const Levels& levels, uint16_t kappa, bool by_row) {
-  return {by_row, kappa, {levels.data(), levels.data() + levels.size()}};
+moebound::Steps to_steps(const Levels& levels, const Levels& factors, uint16_t kappa, bool by_row) {
+  return {by_row, kappa, {levels.data(), levels.data() + levels.size()},
+          {factors.data(), factors.data() + factors.size()}};
 }
 
 }  // namespace
@@ -80,17 +81,18 @@ NB_MODULE(_native, m) {
                           to_array(std::move(encoded.misses)));
   }, "array"_a, "output"_a, "bound"_a, "columns"_a, "segment_weights"_a, "threads"_a);
 
-  m.def("bound_encode_scaled", [](AnyArray array, Codes codes, Levels levels, uint16_t kappa, bool by_row,
-                                  unsigned output, double bound, uint32_t columns, size_t segment_weights, unsigned threads) {
+  m.def("bound_encode_scaled", [](AnyArray array, Codes codes, Levels levels, Levels factor_levels, uint16_t kappa,
+                                  bool by_row, unsigned output, double bound, uint32_t columns, size_t segment_weights, unsigned threads) {
     const auto info = array_info(dtype_of(array), dtype_from(output), bound, array.shape(0), columns);
-    const size_t n_levels = by_row ? (info.n + columns - 1) / columns : columns;
+    const size_t n_rows = (info.n + columns - 1) / columns, n_levels = by_row ? n_rows : columns;
     if (bound == 0) throw nb::value_error("bound");
     if (codes.size() != info.n) throw nb::value_error("codes");
     if (levels.size() != n_levels) throw nb::value_error("levels");
+    if (factor_levels.size() && factor_levels.size() != (by_row ? columns : n_rows)) throw nb::value_error("factor_levels");
     if (segment_weights == 0 || segment_weights > moebound::kMaxSegmentWeights) {
       throw nb::value_error("segment_weights");
     }
-    const auto steps = to_steps(levels, kappa, by_row);
+    const auto steps = to_steps(levels, factor_levels, kappa, by_row);
     moebound::EncodedBound encoded;
     {
       const Away away;
@@ -98,15 +100,14 @@ NB_MODULE(_native, m) {
     }
     return nb::make_tuple(nb::bytes(encoded.payload.data(), encoded.payload.size()),
                           to_array(std::move(encoded.misses)));
-  }, "array"_a, "codes"_a, "levels"_a, "kappa"_a, "by_row"_a, "output"_a, "bound"_a, "columns"_a,
+  }, "array"_a, "codes"_a, "levels"_a, "factor_levels"_a, "kappa"_a, "by_row"_a, "output"_a, "bound"_a, "columns"_a,
      "segment_weights"_a, "threads"_a);
 
-  m.def("bound_steps", [](Levels levels, uint16_t kappa,
-                          double bound) {
-    const auto steps = to_steps(levels, kappa, false);
+  m.def("bound_steps", [](Levels levels, Levels factor_levels, uint16_t kappa, double bound) {
+    const auto steps = to_steps(levels, factor_levels, kappa, false);
     const moebound::DefaultFloatEnvironment environment;
-    return to_array(moebound::step_sizes(steps, bound));
-  }, "levels"_a, "kappa"_a, "bound"_a);
+    return nb::make_tuple(to_array(moebound::step_sizes(steps, bound)), to_array(moebound::step_factors(steps)));
+  }, "levels"_a, "factor_levels"_a, "kappa"_a, "bound"_a);
 
   m.def("bound_decode", [](nb::handle payload, WritableArray out, unsigned source, double bound, unsigned threads) {
     const Buffer buffer(payload);

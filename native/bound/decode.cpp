@@ -81,11 +81,15 @@ void fill_values(const ArrayInfo& info, const Layout& layout, DecodeSetup& setup
   if (layout.scaled) {
     setup.steps = steps_of(layout, info.bound);
     const std::vector<uint8_t>& levels = layout.steps.levels;
-    if (std::all_of(levels.begin(), levels.end(), [&](uint8_t level) { return level == levels[0]; })) {
+    setup.row_factors = step_factors(layout.steps);
+    if (setup.row_factors.empty() &&
+        std::all_of(levels.begin(), levels.end(), [&](uint8_t level) { return level == levels[0]; })) {
       setup.values32 = multiples(layout, setup.steps[0], info.output);  // a table, as of any grid
     } else {
       setup.scaled = true;
-      setup.by_row = layout.steps.by_row;
+      // A product of two is the same the other way round.
+      if (layout.steps.by_row && !setup.row_factors.empty()) std::swap(setup.steps, setup.row_factors);
+      else setup.by_row = layout.steps.by_row;
       setup.first_bin = first_bin(layout);
       if (!setup.by_row) setup.steps.resize(layout.groups_per_row() * kGroup);
       return;
@@ -167,6 +171,7 @@ CodeValues decode_codes(const ArrayInfo& info, const uint8_t* payload, size_t n_
   CodeValues found;
   found.n_codes = layout.n_symbols << layout.low_bits;
   if (info.bound == 0 || found.n_codes > kMostCodes) throw Corrupt("more codes than a byte has");
+  if (!layout.steps.factor_levels.empty()) throw Corrupt("steps with factors have no codes");
   DecodeSetup setup = setup_of(info, layout);
   fill_values(info, layout, setup);
   setup.codes = true;

@@ -146,7 +146,7 @@ std::vector<uint32_t> count_codes(const ArrayInfo& info, const int32_t* codes, u
 
 // The symbols of codes; those beyond the alphabet, or that do not keep their weight's bound, are misses.
 Symbols scaled_symbols(const ArrayInfo& info, const void* source, const int32_t* codes, const Steps& steps,
-                       const std::vector<float>& sizes, const Alphabet& alphabet) {
+                       const std::vector<float>& sizes, const std::vector<float>& factors, const Alphabet& alphabet) {
   const double half_kappa = double(half_to_float(steps.kappa)) / 2;
   Symbols symbols = room_for_symbols(info.n, alphabet.low_bits > 0);
   with_dtype(info.source, [&](auto s) {
@@ -156,7 +156,8 @@ Symbols scaled_symbols(const ArrayInfo& info, const void* source, const int32_t*
       const auto* patterns = static_cast<const typename S::Bits*>(source);
       for (size_t i = 0, row = 0; i < info.n; ++row) {
         for (size_t j = 0; j < info.columns && i < info.n; ++i, ++j) {
-          const float step = sizes[steps.by_row ? row : j];
+          const float own = sizes[steps.by_row ? row : j];
+          const float step = factors.empty() ? own : own * factors[steps.by_row ? j : row];
           const double decoded = double(T::value(pattern_of<T>(float(codes[i]) * step)));
           // Written so that what is not a number is a miss.
           const bool kept = std::fabs(double(S::value(patterns[i])) - decoded) <= half_kappa * double(step);
@@ -212,7 +213,7 @@ EncodedBound encode_bound(const ArrayInfo& info, const void* source, const Encod
 
 EncodedBound encode_scaled(const ArrayInfo& info, const void* source, const int32_t* codes, const Steps& steps,
                            const EncodeOptions& options) {
-  const std::vector<float> sizes = step_sizes(steps, info.bound);
+  const std::vector<float> sizes = step_sizes(steps, info.bound), factors = step_factors(steps);
   const uint32_t miss_bits = uint32_t(8 * item_size(info.output)) + 2;
   uint64_t n_counted = 0;
   const auto counts = count_codes(info, codes, n_counted);
@@ -226,7 +227,7 @@ EncodedBound encode_scaled(const ArrayInfo& info, const void* source, const int3
     const Alphabet alphabet = choose_alphabet(counts, n_counted, info.n, miss_bits, stretched);
     if (stretched && alphabet == of_symbols) break;
     of_symbols = alphabet;
-    symbols = scaled_symbols(info, source, codes, steps, sizes, alphabet);
+    symbols = scaled_symbols(info, source, codes, steps, sizes, factors, alphabet);
     Layout layout = start_layout(info, alphabet, options.segment_weights);
     layout.scaled = true;
     layout.steps = steps;
@@ -237,7 +238,7 @@ EncodedBound encode_scaled(const ArrayInfo& info, const void* source, const int3
     chosen = alphabet;
     best = std::move(layout);
   }
-  if (!(of_symbols == chosen)) symbols = scaled_symbols(info, source, codes, steps, sizes, chosen);
+  if (!(of_symbols == chosen)) symbols = scaled_symbols(info, source, codes, steps, sizes, factors, chosen);
   return payload_of(best, symbols, info.n, options.threads);
 }
 

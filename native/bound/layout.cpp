@@ -162,8 +162,11 @@ void set_classes_by_level(Layout& layout, size_t n) {
   layout.classes_by_level = true;
   layout.row_classes.assign(layout.rows(n), 0);
   layout.column_classes.assign(layout.columns, 0);
-  auto& own = layout.steps.by_row ? layout.row_classes : layout.column_classes;
-  for (size_t i = 0; i < own.size(); ++i) own[i] = uint8_t(std::min<uint32_t>(layout.steps.levels[i], kMaxLevels - 1));
+  const auto set = [](std::vector<uint8_t>& classes, const std::vector<uint8_t>& levels) {
+    for (size_t i = 0; i < levels.size(); ++i) classes[i] = uint8_t(std::min<uint32_t>(levels[i], kMaxLevels - 1));
+  };
+  set(layout.steps.by_row ? layout.row_classes : layout.column_classes, layout.steps.levels);
+  set(layout.steps.by_row ? layout.column_classes : layout.row_classes, layout.steps.factor_levels);
 }
 
 void set_stretched_tables(Layout& layout) {
@@ -208,7 +211,7 @@ void write_layout(const Layout& layout, std::vector<uint8_t>& out) {
   const Steps& steps = layout.steps;
   if (layout.scaled) {
     out.push_back(uint8_t(kScaled | (steps.by_row ? kByRow : 0) | (layout.classes_by_level ? kClassesByLevel : 0) |
-                          (layout.stretched ? kStretched : 0)));
+                          (layout.stretched ? kStretched : 0) | (steps.factor_levels.empty() ? 0 : kFactors)));
     out.push_back(uint8_t(steps.kappa));
     out.push_back(uint8_t(steps.kappa >> 8));
     out.push_back(uint8_t(layout.table_log | layout.lanes_log << 4));
@@ -225,6 +228,7 @@ void write_layout(const Layout& layout, std::vector<uint8_t>& out) {
   put_varint(out, zigzag(layout.symbol_low));
   put_varint(out, layout.n_symbols);
   if (layout.scaled) write_levels(steps.levels, out);
+  if (!steps.factor_levels.empty()) write_levels(steps.factor_levels, out);
   if (layout.n_tables > 1) {
     out.push_back(uint8_t(layout.class_base));
     if (!layout.classes_by_level) {
@@ -244,10 +248,12 @@ void write_layout(const Layout& layout, std::vector<uint8_t>& out) {
 Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<SegmentBytes>& segments) {
   ByteReader read(data, n_bytes);
   Layout layout;
+  bool factors = false;
   layout.table_log = read.byte();
   if (layout.table_log & kScaled) {
     const uint32_t flags = layout.table_log;
     if (flags & ~(kScaled | kAllFlags)) throw Corrupt("flags are not known");
+    factors = flags & kFactors;
     layout.scaled = true;
     layout.steps.by_row = flags & kByRow;
     layout.classes_by_level = flags & kClassesByLevel;
@@ -284,6 +290,7 @@ Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<S
   if (n_segments > n_bytes / 4) throw Corrupt("payload is too short for its segments");
   if (layout.scaled) {
     layout.steps.levels = read_levels(read, layout.steps.by_row ? layout.rows(n) : layout.columns);
+    if (factors) layout.steps.factor_levels = read_levels(read, layout.steps.by_row ? layout.columns : layout.rows(n));
   }
   if (layout.n_tables > 1) {
     layout.class_base = read.byte();

@@ -19,13 +19,13 @@ constexpr uint32_t kMaxColumns = 1u << 16;
 constexpr uint32_t kMaxSegmentWeights = 1u << 18;
 constexpr uint32_t kGroup = 32;  // weights that share one word of each low-bit plane
 
-// The first byte of a payload of version 2, below the flags; that of version 1 is at most kMaxTableLog.
+// The first byte of a payload of version 2 or 3, below the flags; that of version 1 is at most kMaxTableLog.
 constexpr uint32_t kScaled = 0x80;
-constexpr uint32_t kByRow = 1, kClassesByLevel = 2, kStretched = 4, kAllFlags = 7;
+constexpr uint32_t kByRow = 1, kClassesByLevel = 2, kStretched = 4, kFactors = 8, kAllFlags = 15;  // 8: version 3
 
 // Everything in front of the segments.
 struct Layout {
-  bool scaled = false;            // version 2: bins are multiples of steps, not cells of a grid
+  bool scaled = false;            // versions 2 and 3: bins are multiples of steps, not cells of a grid
   Steps steps;                    // none if not scaled
   bool classes_by_level = false;  // the classes of what has steps are their levels, not stored
   bool stretched = false;         // tables follow from `stretch`
@@ -81,7 +81,7 @@ void write_layout(const Layout& layout, std::vector<uint8_t>& out);
 // Parses the layout of n weights and finds every segment. Throws Corrupt.
 Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<SegmentBytes>& segments);
 
-// Sets row and column classes: those of what has steps are its levels, the others 0.
+// Sets row and column classes: those of what has levels are its levels, the others 0.
 void set_classes_by_level(Layout& layout, size_t n);
 
 // Sets the frequencies of tables that follow from layout's stretch.

@@ -256,11 +256,14 @@ Cost fit_tables(std::vector<uint32_t>& counts, Cost tolerance, Layout& layout) {
 // ends have at least `enough` weights. Returns whether there are several.
 bool apply_levels(size_t n, uint64_t enough, Layout& layout) {
   set_classes_by_level(layout, n);
-  const auto& own = layout.steps.by_row ? layout.row_classes : layout.column_classes;
-  const uint64_t each = n / own.size();
-  std::array<uint64_t, kMaxLevels> weights{};
-  for (const uint8_t level : own) weights[level] += each;
-  const auto [low, high] = narrowed(weights.data(), int(kMaxLevels), enough);
+  std::array<uint64_t, kMaxLevels> rows{}, columns{};
+  for (const uint8_t level : layout.row_classes) ++rows[level];
+  for (const uint8_t level : layout.column_classes) ++columns[level];
+  std::array<uint64_t, 2 * kMaxLevels> weights{};
+  for (size_t a = 0; a < kMaxLevels; ++a) {
+    for (size_t b = 0; b < kMaxLevels; ++b) weights[a + b] += rows[a] * columns[b];
+  }
+  const auto [low, high] = narrowed(weights.data(), int(weights.size()), enough);
   layout.n_tables = uint32_t(high - low + 1);
   layout.class_base = uint32_t(low);
   return low < high;

@@ -79,6 +79,7 @@ ParsedPayload parse_payload(const ArrayInfo& info, const uint8_t* payload, size_
     check_exact(parsed.layout);
   } else if (parsed.layout.scaled) {
     parsed.steps = steps_of(parsed.layout, info.bound);
+    parsed.factors = step_factors(parsed.layout.steps);
   } else {
     const uint32_t sign = info.output == DType::kF32 ? F32::kSign : BF16::kSign;
     parsed.values = bin_values(parsed.layout, grid_of(info, parsed.layout), sign);

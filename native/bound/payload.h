@@ -36,7 +36,8 @@ struct ParsedPayload {
   Layout layout;
   std::vector<uint64_t> segments;  // where each begins, in bytes from the payload's first
   std::vector<uint32_t> values;    // bin_values; none of an exact copy, whose bins are patterns, ...
-  std::vector<float> steps;        // ... and none where there are these instead
+  std::vector<float> steps;        // ... and none where there are these instead,
+  std::vector<float> factors;      // of version 3, of the other side, to multiply them by
 };
 
 // Every offset and length of a payload is checked here: states, words and planes of each segment lie

@@ -1,5 +1,6 @@
 #include "bound/steps.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
@@ -17,6 +18,11 @@ float widest_step(double kappa, double bound) {
   return widest;
 }
 
+double quarters_down(int level) {
+  const int down = -level;
+  return std::ldexp(kQuarter[down & 3], (down - (down & 3)) / 4);
+}
+
 }  // namespace
 
 std::vector<float> step_sizes(const Steps& steps, double bound) {
@@ -25,14 +31,21 @@ std::vector<float> step_sizes(const Steps& steps, double bound) {
   const double widest = double(widest_step(kappa, bound));
   float sizes[kMostLevel + 1];
   for (int level = 0; level <= int(kMostLevel); ++level) {
-    const int down = -level;
-    sizes[level] = float(widest * std::ldexp(kQuarter[down & 3], (down - (down & 3)) / 4));
+    sizes[level] = float(widest * quarters_down(level));
   }
+  float least = 1;
+  for (const float factor : step_factors(steps)) least = std::min(least, factor);
   std::vector<float> found(steps.levels.size());
   for (size_t i = 0; i < found.size(); ++i) {
     found[i] = sizes[steps.levels[i]];
-    if (!(found[i] >= 0x1p-126f)) throw std::invalid_argument("a step is below the normal float32");
+    if (!(found[i] * least >= 0x1p-126f)) throw std::invalid_argument("a step is below the normal float32");
   }
+  return found;
+}
+
+std::vector<float> step_factors(const Steps& steps) {
+  std::vector<float> found(steps.factor_levels.size());
+  for (size_t i = 0; i < found.size(); ++i) found[i] = float(quarters_down(steps.factor_levels[i]));
   return found;
 }
 

@@ -1,5 +1,6 @@
 // Steps of a payload of version 2: a weight is q · step, rounded to the output dtype, and its step is
-// that of its column, or of its row. docs/format.md, section 4.7, has the same in words.
+// that of its column, or of its row. In version 3 the other side has factors, which it is multiplied by.
+// docs/format.md, sections 4.7 and 4.8, has the same in words.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,11 +18,15 @@ struct Steps {
   bool by_row = false;
   uint16_t kappa = 0;  // float16, 1 to 16
   std::vector<uint8_t> levels;
+  std::vector<uint8_t> factor_levels;  // of the other side, version 3; else none
 };
 
-// The steps of these levels. Throws std::invalid_argument where one is no normal float32, or kappa is
-// not within 1 .. 16.
+// The steps of these levels. Throws std::invalid_argument where one is no normal float32, alone or
+// times the least factor, or kappa is not within 1 .. 16.
 std::vector<float> step_sizes(const Steps& steps, double bound);
+
+// 2^(-level / 4), rounded once, of the factor levels.
+std::vector<float> step_factors(const Steps& steps);
 
 // q · step, rounded to the dtype, ties to even: its pattern. Integers, where hardware may differ.
 inline uint16_t bf16_pattern(float value) {

@@ -121,18 +121,17 @@ def _arrays() -> list[Array]:
 
 
 def _stepped(arrays: list[Array]) -> list[bytes]:
-    """Version 2 of codec `bound`, with steps of columns and of rows."""
+    """Versions 2 and 3 of codec `bound`, with steps of columns and of rows, and factors."""
     found = list[bytes]()
     for i, array in enumerate(array for array in arrays if array.ndim == 2 and array.size):
         by_row = i % 2 == 1
         n = array.shape[0 if by_row else 1]
-        steps = Steps((np.arange(n) * 7 % 11).astype(np.uint8), 2.0, by_row)
-        sizes = steps.sizes(0.02)[:, None] if by_row else steps.sizes(0.02)[None]
-        codes = np.nan_to_num(array.astype(np.float32) / sizes, posinf=0, neginf=0)
-        encoded = encode_codes(
-            array, np.rint(codes).astype(np.int32), steps, ErrorBound(0.02), 0.02
-        )
-        found.append(encoded.data)
+        others = (np.arange(array.size // n) * 5 % 9).astype(np.uint8)
+        for factors in (None, others):
+            steps = Steps((np.arange(n) * 7 % 11).astype(np.uint8), 2.0, by_row, factors)
+            codes = array.astype(np.float32) / steps.of_weights(0.02)
+            whole = np.rint(np.nan_to_num(codes, posinf=0, neginf=0)).astype(np.int32)
+            found.append(encode_codes(array, whole, steps, ErrorBound(0.02), 0.02).data)
     return found
 
 

@@ -88,7 +88,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class SteppedCase(Case):
-    """Codec `bound`, version 2: to the nearest whole number of steps."""
+    """Codec `bound`, version 2, or 3 with factors: to the nearest whole number of steps."""
 
     codec: str = "bound"
     version: int = 2
@@ -96,10 +96,15 @@ class SteppedCase(Case):
     by_row: bool = False
     kappa: float = 2.0
     segment_weights: int = 1 << 18
+    factors: int | None = None
 
     def encode(self, original: Array) -> bytes:
-        levels = drawn_levels(original.shape[0 if self.by_row else 1], self.spread)
-        made = Stepped.of(original, levels, self.bound, kappa=self.kappa, by_row=self.by_row)
+        own, others = original.shape[:: 1 if self.by_row else -1]
+        made = Stepped.of(
+            original, drawn_levels(own, self.spread), self.bound, kappa=self.kappa,
+            by_row=self.by_row,
+            factors=None if self.factors is None else drawn_levels(others, self.factors, 1),
+        )  # fmt: skip
         return made.envelope(segment_weights=self.segment_weights)
 
 
@@ -192,6 +197,38 @@ CASES = [
         array=lambda: odd(weights.gaussian((20, 50), "F32")),
         bound=1e-3,
         spread=30,
+    ),
+    SteppedCase(
+        name="factors_bf16",
+        array=lambda: weights.gaussian((40, 64)),
+        bound=0.02,
+        factors=8,
+        version=3,
+    ),
+    SteppedCase(
+        name="factors_bf16_rows",
+        array=lambda: odd(_weights((127, 260), "BF16")),
+        bound=0.03,
+        spread=20,
+        factors=12,
+        by_row=True,
+        segment_weights=9000,
+        version=3,
+    ),
+    SteppedCase(
+        name="factors_f16",
+        array=lambda: weights.gaussian((33, 40), "F16"),
+        bound=0.01,
+        factors=30,
+        version=3,
+    ),
+    SteppedCase(
+        name="factors_f32",
+        array=lambda: odd(weights.gaussian((20, 50), "F32")),
+        bound=1e-2,
+        factors=16,
+        kappa=1.0,
+        version=3,
     ),
     SteppedCase(
         name="steps_wide", array=lambda: weights.gaussian((60, 90), "F32"), bound=0.02, spread=48

@@ -1,4 +1,4 @@
-"""Matrices as whole numbers of steps: version 2 of codec `bound`, made for tests."""
+"""Matrices as whole numbers of steps: versions 2 and 3 of codec `bound`, made for tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .kernel import SEGMENT_WEIGHTS, flat
 @dataclass(frozen=True, eq=False)
 class Stepped:
     """weights: [rows, cols]. codes: nearest whole numbers of steps. sizes: of the steps, [1, cols]
-    or [rows, 1]. bound: ε."""
+    or [rows, 1], or [rows, cols] if they have factors. bound: ε."""
 
     weights: Array
     codes: npt.NDArray[np.int32]
@@ -30,9 +30,10 @@ class Stepped:
 
     @classmethod
     def of(cls, weights: Array, levels: npt.ArrayLike, bound: float, *, kappa: float = 2.0,
-           by_row: bool = False) -> Stepped:  # fmt: skip
-        steps = Steps(np.array(levels, np.uint8), kappa, by_row)
-        sizes = steps.sizes(bound)[:, None] if by_row else steps.sizes(bound)[None]
+           by_row: bool = False, factors: npt.ArrayLike | None = None) -> Stepped:  # fmt: skip
+        others = None if factors is None else np.array(factors, np.uint8)
+        steps = Steps(np.array(levels, np.uint8), kappa, by_row, others)
+        sizes = steps.of_weights(bound)
         with np.errstate(invalid="ignore", over="ignore"):
             exact = np.rint(weights.astype(np.float64) / sizes.astype(np.float64))
         codes = np.nan_to_num(exact, posinf=0, neginf=0).clip(-(2**30), 2**30).astype(np.int32)
@@ -60,7 +61,8 @@ class Stepped:
     ) -> tuple[bytes, npt.NDArray[np.uint64]]:
         """And the misses: the kernel's own, below the envelope and the fallback."""
         return _native.bound_encode_scaled(  # type: ignore[no-any-return]
-            flat(self.weights), self.codes.reshape(-1), self.steps.levels, half(self.steps.kappa),
+            flat(self.weights), self.codes.reshape(-1), self.steps.levels,
+            self.steps.factors_or_none, half(self.steps.kappa),
             self.steps.by_row, DTYPE_CODES[dtype_name(self.weights.dtype)], self.bound,
             self.weights.shape[1], segment_weights, threads,
         )  # fmt: skip

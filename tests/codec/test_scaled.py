@@ -30,10 +30,14 @@ from .weights import DTYPES, bits
 def made(
     rows: int, cols: int, dtype: DType = "BF16", *, bound: float = 0.01, spread: int = 9,
     kappa: float = 2.0, by_row: bool = False, seed: int = 0, oddities: bool = False,
+    factors: int | None = None,
 ) -> Stepped:  # fmt: skip
+    """factors: how far those of the other side are spread; None for none."""
     array = weights.gaussian((rows, cols), dtype, seed=seed)
     levels = drawn_levels(rows if by_row else cols, spread, seed)
-    return Stepped.of(odd(array) if oddities else array, levels, bound, kappa=kappa, by_row=by_row)
+    others = None if factors is None else drawn_levels(cols if by_row else rows, factors, seed + 1)
+    return Stepped.of(odd(array) if oddities else array, levels, bound, kappa=kappa, by_row=by_row,
+                      factors=others)  # fmt: skip
 
 
 # --- the same values, within the bounds -----------------------------------------------------------
@@ -45,13 +49,14 @@ def made(
     log_bound=st.floats(-22, 3), spread=st.integers(0, 40), by_row=st.booleans(),
     kappa=st.sampled_from([1.0, 1.5, 2.0, 16.0]), seed=st.integers(0, 1 << 20),
     oddities=st.booleans(), segment_weights=st.sampled_from([64, 1000, 1 << 18]),
+    factors=st.none() | st.integers(0, 40),
 )  # fmt: skip
 def test_every_path_gives_the_products(
     rows: int, cols: int, dtype: DType, log_bound: float, spread: int, by_row: bool, kappa: float,
-    seed: int, oddities: bool, segment_weights: int,
+    seed: int, oddities: bool, segment_weights: int, factors: int | None,
 ) -> None:  # fmt: skip
     of = made(rows, cols, dtype, bound=2.0**log_bound, spread=spread, kappa=kappa, by_row=by_row,
-              seed=seed, oddities=oddities)  # fmt: skip
+              seed=seed, oddities=oddities, factors=factors)  # fmt: skip
     payload, misses = of.payload(segment_weights=segment_weights)
     found = []
     for isa in ISAS:
@@ -73,13 +78,14 @@ def test_every_path_gives_the_products(
 @given(
     rows=st.integers(1, 40), cols=st.integers(1, 70), dtype=st.sampled_from(DTYPES),
     log_bound=st.floats(-14, 2), spread=st.integers(0, 40), by_row=st.booleans(),
-    seed=st.integers(0, 1 << 20),
+    seed=st.integers(0, 1 << 20), factors=st.none() | st.integers(0, 40),
 )  # fmt: skip
 def test_the_reference_gives_the_same(
-    rows: int, cols: int, dtype: DType, log_bound: float, spread: int, by_row: bool, seed: int
-) -> None:
+    rows: int, cols: int, dtype: DType, log_bound: float, spread: int, by_row: bool, seed: int,
+    factors: int | None,
+) -> None:  # fmt: skip
     of = made(rows, cols, dtype, bound=2.0**log_bound, spread=spread, by_row=by_row, seed=seed,
-              oddities=True)  # fmt: skip
+              oddities=True, factors=factors)  # fmt: skip
     payload, _ = of.payload(segment_weights=500)
     ours = reference_decode(payload, rows * cols, source=dtype, output=dtype, bound=of.bound)
     np.testing.assert_array_equal(kernel_decode(payload, rows * cols, of.bound, dtype=dtype), ours)
@@ -94,7 +100,8 @@ def test_cases_reach_every_part() -> None:
     cases = [
         made(40, 64), made(60, 40, by_row=True), made(12, 20, spread=0), made(260, 128, spread=0),
         made(300, 200), made(400, 700, spread=20), made(50, 33, "F16", bound=4e-5),
-        made(600, 450, by_row=True), made(6, 90, spread=0, bound=0.3),
+        made(600, 450, by_row=True), made(6, 90, spread=0, bound=0.3), made(60, 90, factors=9),
+        made(500, 300, factors=20), made(300, 500, by_row=True, factors=9),
         Stepped.of(large.astype(np.float32), np.zeros(450), 0.02),
     ]  # fmt: skip
     seen: dict[str, set[object]] = {}
@@ -107,6 +114,7 @@ def test_cases_reach_every_part() -> None:
             "by level": layout.scaling.classes_by_level, "by row": layout.scaling.by_row,
             "several segments": len(layout.segment_words) > 1,
             "alike": len(set(layout.scaling.levels)) == 1,
+            "factors": layout.scaling.factors is not None,
             "stored, by level": layout.scaling.classes_by_level and layout.scaling.stretch is None,
         }  # fmt: skip
         for what, value in found.items():
@@ -220,6 +228,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def _payload(
     levels: list[int], kappa: int = half(2.0), *, symbol_low: int = -1, low_bits: int = 0,
     by_row: bool = False, table_log: int = 4, n_symbols: int = 3, stretch: int | None = 30,
+    factors: list[int] | None = None,
 ) -> bytes:  # fmt: skip
     """Zeros, one in each column or row of a vector."""
     columns = 1 if by_row else len(levels)
@@ -227,7 +236,8 @@ def _payload(
         table_log=table_log, lanes_log=0, low_bits=low_bits, columns=columns, rows_per_segment=1,
         symbol_low=symbol_low, n_symbols=n_symbols, rests=[0],
         tables=[stretched_table(30, symbol_low, n_symbols, low_bits, table_log)],
-        scaling=Scaling(by_row=by_row, kappa=kappa, levels=levels, stretch=stretch),
+        scaling=Scaling(by_row=by_row, kappa=kappa, levels=levels, stretch=stretch,
+                        factors=factors),
     )  # fmt: skip
     rows = range(len(levels) if by_row else 1)
     segments = b""
@@ -253,9 +263,11 @@ def test_what_no_encoder_writes() -> None:
         _refused(_payload([0, 5, 9], kappa), 3, 0.1, "expected 1 to 16")
     for bound in (1e-38, 5e-324):
         _refused(_payload([0, 5, 255]), 3, bound, "below the normal float32")
+        _refused(_payload([0, 5, 9], factors=[250]), 3, bound, "below the normal float32")
+    assert (kernel_decode(_payload([0, 5, 9], factors=[250]), 3, 0.1, dtype="F16") == 0).all()
     _refused(_payload([0, 5, 9], symbol_low=1 << 16), 3, 0.1, "beyond the largest grid")
     whole = bytearray(_payload([0, 5, 9]))
-    for flags in (8, 16, 64, 127):
+    for flags in (16, 64, 127):
         _refused(bytes([SCALED + flags]) + bytes(whole[1:]), 3, 0.1, "flags are not known")
     assert whole[3:5] == bytes([4, 0])
     at = 9  # behind columns, rows of a segment, symbol_low and symbols

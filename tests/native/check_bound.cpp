@@ -4,7 +4,7 @@
 //
 // For each of CASES random arrays: the encoders agree byte for byte, the decoders bit for bit, and
 // every value keeps its bound; where there are codes of a byte, they are the same, stand for those values, and so are
-// products of them; half of the arrays are whole numbers of steps, version 2. Then MUTATIONS damaged copies of the payload (truncated, flipped,
+// products of them; half of the arrays are whole numbers of steps, versions 2 and 3. Then MUTATIONS damaged copies of the payload (truncated, flipped,
 // overwritten, spliced): each decoder refuses it or gives what the scalar one gives. Buffers are
 // exactly as large as they say, so that a sanitizer sees the first byte out of bounds. Exit code 1
 // and a line on stderr at the first disagreement.
@@ -102,10 +102,16 @@ void add_codes(Array& a) {
   a.steps.levels.resize(a.steps.by_row ? (a.info.n + a.info.columns - 1) / a.info.columns : a.info.columns);
   const uint64_t spread = 1 + below(below(3) ? 12 : 60);
   for (auto& level : a.steps.levels) level = uint8_t(below(spread));
-  const std::vector<float> sizes = step_sizes(a.steps, a.info.bound);
+  if (below(2)) {
+    a.steps.factor_levels.resize(a.steps.by_row ? a.info.columns : (a.info.n + a.info.columns - 1) / a.info.columns);
+    for (auto& level : a.steps.factor_levels) level = uint8_t(below(spread));
+  }
+  const std::vector<float> sizes = step_sizes(a.steps, a.info.bound), factors = step_factors(a.steps);
   a.codes.resize(a.info.n);
   for (size_t i = 0; i < a.info.n; ++i) {
-    const double step = double(sizes[a.steps.by_row ? i / a.info.columns : i % a.info.columns]);
+    const size_t row = i / a.info.columns, column = i % a.info.columns;
+    const double factor = factors.empty() ? 1.0 : double(factors[a.steps.by_row ? column : row]);
+    const double step = double(sizes[a.steps.by_row ? row : column]) * factor;
     const double exact = value_at(a.info.source, a.bytes, i) / step;
     a.codes[i] = std::fabs(exact) < 1e9 ? int32_t(std::lround(exact)) + (below(500) ? 0 : 1) : 0;
   }

@@ -53,10 +53,11 @@ struct DecodeSetup {
   std::vector<uint16_t> values16;
   std::vector<uint32_t> values32;
   // A scaled payload has steps instead: of all columns, padded to whole groups, or of all rows. A weight
-  // is (first_bin + its place among the bins) · step, rounded to the output.
+  // is (first_bin + its place among the bins) · step, rounded to the output. Steps of columns are
+  // multiplied by the factors of rows first, if there are any.
   bool scaled = false, by_row = false;
   int32_t first_bin = 0;
-  std::vector<float> steps;
+  std::vector<float> steps, row_factors;
   // values16 cut into bytes by blocks of 16, twice each, for byte shuffles: [block][32].
   std::vector<uint8_t> shuffle_low, shuffle_high;
 

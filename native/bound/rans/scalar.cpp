@@ -35,7 +35,8 @@ struct Scaled {
       for (size_t i = 0; i < n; ++i) out[i] = pattern_of<T>(float(bins[i]) * step);
     } else {
       const float* const steps = setup.steps.data() + start;
-      for (size_t i = 0; i < n; ++i) out[i] = pattern_of<T>(float(bins[i]) * steps[i]);
+      const float factor = setup.row_factors.empty() ? 1.0f : setup.row_factors[row];
+      for (size_t i = 0; i < n; ++i) out[i] = pattern_of<T>(float(bins[i]) * (steps[i] * factor));
     }
   }
 };

@@ -79,6 +79,7 @@ __attribute__((always_inline)) inline bool walk(const DecodeSetup& setup, Stream
                                                 size_t columns, Emit emit, const StartRow& start_row,
                                                 const Group& group) {
   const size_t plane_bytes = 4 * size_t(setup.layout->low_bits), value_bytes = setup.value_bytes();
+  alignas(64) float scaled[kChunkGroups * kLanes];
   for (size_t i = 0; i < n_rows; ++i) {
     for (size_t k = 0; k < K; ++k) start_row(k);
     for (size_t j = 0; j < columns;) {
@@ -91,7 +92,12 @@ __attribute__((always_inline)) inline bool walk(const DecodeSetup& setup, Stream
         group(j + g * kLanes, g < n_full ? ~0u : (1u << n % kLanes) - 1, g);
       }
       for (size_t k = 0; k < K; ++k) {
-        const float* const steps = setup.scaled ? setup.steps.data() + (setup.by_row ? streams[k].row : j) : nullptr;
+        const float* steps = setup.scaled ? setup.steps.data() + (setup.by_row ? streams[k].row : j) : nullptr;
+        if (!setup.row_factors.empty()) {
+          const float factor = setup.row_factors[streams[k].row];
+          for (size_t i = 0; i < n_groups * kLanes; ++i) scaled[i] = steps[i] * factor;
+          steps = scaled;
+        }
         emit(setup, streams[k].symbols, streams[k].plane, steps, n, streams[k].out);
         streams[k].plane += n_groups * plane_bytes;
         streams[k].out += n * value_bytes;

@@ -7,8 +7,10 @@ on behind it, and a run with another model, text or setting begins anew.
 
 H = Σ g² x xᵀ over the tokens sent to an expert: then tr((W - Ŵ) H (W - Ŵ)ᵀ) is the squared error of
 what the layer adds to the residual stream, summed over the text (GPTQ, 2210.17323, section 3, with
-the routing weight g in it). With routed=False every expert gets every token with g = 1: experts
-that a text seldom uses are seen as well, at E/K times the time.
+the routing weight g in it). With fisher, tokens are weighted by what the loss feels of them in the
+place of g² (`felt.py`); the text is then read forward and backward. With routed=False every expert
+gets every token with g = 1: experts that a text seldom uses are seen as well, at E/K times the
+time.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ import numpy as np
 import torch
 
 from moebound.calibrate.edited import edit_routing
+from moebound.calibrate.felt import READ_TOKENS as FELT_TOKENS
+from moebound.calibrate.felt import Labels, told_of_gradients, with_gradients
 from moebound.calibrate.search import TOKENS, Search
 from moebound.calibrate.self_sampling import KEPT
 from moebound.calibrate.text import Text
-from moebound.checkpoint import top_k_of
+from moebound.checkpoint import Role, top_k_of
 from moebound.checkpoint.families import router_groups_of
 from moebound.errors import MoeboundError
 from moebound.evaluate.loading import Loaded, load
@@ -46,6 +50,7 @@ from moebound.files.formats.statistics import (
 )
 from moebound.jobs.workers import Workers
 from moebound.model.calls import Pairs, listen_early
+from moebound.model.felt import check_felt, felt
 from moebound.model.fingerprint import of_corners
 from moebound.model.inner import inner
 from moebound.model.live import ExpertsModule, live_experts
@@ -67,7 +72,8 @@ class Settings:
     """routed: experts see the tokens sent to them, else all. moments: all of H, or its diagonal.
     memory: bytes of H that are held at once; one expert's at least. search: also for the sets of
     experts that can be left out (`search.py`). after: the setting of the method whose router edits
-    the model has meanwhile (`edited.py`). affinity: sum up g x xᵀ, too."""
+    the model has meanwhile (`edited.py`). affinity: sum up g x xᵀ, too. fisher: weighted by what
+    the loss feels (`felt.py`), in the place of g²."""
 
     routed: bool = True
     moments: Moments = "full"
@@ -75,6 +81,7 @@ class Settings:
     search: bool = False
     after: str | None = None
     affinity: bool = False
+    fisher: bool = False
 
 
 def collect(
@@ -125,6 +132,14 @@ def _of(loaded: Loaded, text: Text, settings: Settings) -> Of:
             "statistics are of one size"
         )
     width, hidden = shapes.pop()
+    if settings.fisher:
+        if not settings.routed:
+            raise MoeboundError(
+                "the loss feels nothing of tokens that are not sent to an expert: --fisher and "
+                "--all-tokens do not go together"
+            )
+        for entry in live.stacks:
+            check_felt(entry.stack)
     return Of(
         model=loaded.source.name,
         fingerprint=of_corners(live),
@@ -139,6 +154,7 @@ def _of(loaded: Loaded, text: Text, settings: Settings) -> Of:
         searched=settings.search,
         after=settings.after,
         affinity=settings.affinity,
+        fisher=settings.fisher,
     )
 
 
@@ -230,7 +246,11 @@ def _begin(out: Path, of: Of, memory: int) -> set[str]:
         raise MoeboundError(f"{out}: exists and is no folder; statistics are a folder")
     out.mkdir(parents=True, exist_ok=True)
     # Which experts a file has depends on the memory: what is unfinished goes on with the same.
-    said = of.to_json() | {"after": of.after, "affinity": of.affinity or None}
+    said = of.to_json() | {
+        "after": of.after,
+        "affinity": of.affinity or None,
+        "fisher": of.fisher or None,
+    }
     wanted = {FILE: said, UNFINISHED: said | {"memory": memory}}
     marks = [name for name in wanted if (out / name).is_file()]
     if not marks and any(path.name != KEPT for path in out.iterdir()):
@@ -268,7 +288,6 @@ class _Run:
     def has(self, spans: Sequence[Span]) -> bool:
         return all(span.part.file in self.finished for span in spans)
 
-    @torch.no_grad()
     def read(self, spans: Sequence[Span], done: Callable[[int], None]) -> None:
         """Read the text once for these experts, and write their files."""
         if self.has(spans):
@@ -277,7 +296,7 @@ class _Run:
         sums = [_Sums(span, self.of, self.loaded.device) for span in spans]
         model = self.loaded.model
         mask = torch.zeros(0, dtype=torch.bool)
-        with ExitStack() as hooks:
+        with torch.no_grad(), ExitStack() as hooks:
             for at, some in enumerate(sums):
                 last = at == len(sums) - 1
                 if (router := router_of(model, some.span.entry.stack.name)) is not None:
@@ -286,24 +305,34 @@ class _Run:
                 def heard(pairs: Pairs, output: torch.Tensor | None, some: _Sums = some,
                           last: bool = last) -> None:  # fmt: skip
                     some.add(pairs, output, mask)
-                    if last:
+                    if last and not self.of.fisher:
                         raise _Stop
 
                 def early(some: _Sums = some, last: bool = last) -> bool:
-                    return last and some.checked  # nobody needs what it gives
+                    # Nobody needs what it gives, unless the loss does.
+                    return last and some.checked and not self.of.fisher
 
                 handle = listen_early(some.span.entry.stack, lambda: mask.numel(), heard, early)
                 hooks.callback(handle.remove)
+                if self.of.fisher:
+                    hooks.enter_context(
+                        told_of_gradients(some.span.entry.module, some.add_gradient)
+                    )
+            labels = Labels(self.text) if self.of.fisher else None
+            if labels is not None:
+                hooks.enter_context(with_gradients(model))
             n, rows = 0, [(row, ()) for row in self.text.rows]
-            for indices in batches(rows, READ_TOKENS):
+            for indices in batches(rows, READ_TOKENS if labels is None else FELT_TOKENS):
                 batch = pad([rows[index] for index in indices], 0)
                 mask = batch.attention_mask.bool()
                 with suppress(_Stop):
-                    model(
+                    logits = model(
                         input_ids=batch.input_ids.to(self.loaded.device),
                         attention_mask=batch.attention_mask.to(self.loaded.device),
                         use_cache=False,
-                    )
+                    ).logits
+                    if labels is not None:
+                        torch.autograd.backward(labels.loss(logits, batch, indices))
                 n += len(indices)
                 done(n)
         for some in sums:
@@ -313,6 +342,7 @@ class _Run:
                 chunk = replace(chunk, kept=table[span.first : span.first + span.n])
             chunk.save(self.out)
 
+    @torch.no_grad()
     def _searched(self, entry: ExpertsModule) -> Any:
         """The best sets of a layer. The text is read as far as it is searched on, to that layer."""
         if entry.layer not in self.tables:
@@ -363,6 +393,14 @@ class _Sums:
         self.norms = zeros(span.n, dtype=torch.float64)
         self.plain = zeros(span.n, 2, of.width, dtype=torch.float64)
         self.ratios = zeros(span.n, RATIOS, dtype=torch.int64)
+        # Of --fisher: a call whose gradient has not come yet, and what rows felt.
+        self.open: Pairs | None = None
+        self.rows: dict[Role, torch.Tensor] = {}
+        if of.fisher:
+            self.rows = {
+                role: zeros(span.n, of.width if role == "down" else of.inner, dtype=torch.float64)
+                for role in span.entry.stack.places
+            }
         self.logits: torch.Tensor | None = None
         self.heard: torch.Tensor | None = None
 
@@ -374,6 +412,35 @@ class _Sums:
                 self.heard = part.detach().reshape(-1, part.shape[-1]).double()
                 return
 
+    @torch.no_grad()
+    def add_gradient(self, gradient: torch.Tensor) -> None:
+        """gradient: [T, H], of the loss by the output of the call that `add` heard last."""
+        pairs, self.open = self.open, None
+        if pairs is None:
+            return  # a call outside of the text
+        found = felt(pairs, gradient)
+        loads = [found.routed.loads[expert] for expert in found.routed.used]
+        into = tuple(role for role in found.gradients if role != "down")
+        squares = {role: g.float().square() for role, g in found.gradients.items()}
+        sides = (
+            (self.moments[0][0], found.inputs, sum(squares[role].sum(1) for role in into)),
+            (self.moments[0][1], found.hidden, squares["down"].sum(1)),
+        )
+        for sums, values, weights in sides:
+            parts = zip(torch.split(values, loads), torch.split(weights, loads), strict=True)  # type: ignore[arg-type]
+            for expert, (x, s) in zip(found.routed.used, parts, strict=True):
+                self._add_moments(sums[expert - self.span.first], s.sqrt()[:, None] * x.float())
+        for role, of_role in squares.items():
+            for expert, some in zip(found.routed.used, torch.split(of_role, loads), strict=True):
+                self.rows[role][expert - self.span.first] += some.double().sum(0)
+
+    def _add_moments(self, into: torch.Tensor, values: torch.Tensor) -> None:
+        if self.of.moments == "full":
+            _add_moments(into, values)
+        else:
+            into += values.square().sum(0)
+
+    @torch.no_grad()
     def add(self, pairs: Pairs, output: torch.Tensor | None, mask: torch.Tensor) -> None:
         """pairs: all of a call. output: of the call, None once it was compared. mask: [B, T] bool,
         tokens that are no padding."""
@@ -386,6 +453,8 @@ class _Sums:
         some = sent if self.of.routed else _everywhere(pairs, real)
         mine = (some.expert >= first) & (some.expert < first + n)
         found = inner(some.where(mine))
+        if self.of.fisher:
+            self.open = some.where(mine)
         gates = torch.zeros(len(real), pairs.stack.n_experts, device=real.device)
         gates[sent.token, sent.expert] = 1 if sent.weights is None else sent.weights.float()
         loads = [found.routed.loads[expert] for expert in found.routed.used]
@@ -405,9 +474,11 @@ class _Sums:
             self.tokens[at] += len(g)
             self.gates[at] += g.double().sum()
             root = g.clamp_min(0).sqrt()
-            for weights, (inputs, hidden) in zip((g, root), self.moments, strict=False):
-                for into, values in ((inputs[at], x), (hidden[at], h)):
-                    _add_moments(into, weights[:, None] * values)
+            for which, (weights, sums) in enumerate(zip((g, root), self.moments, strict=False)):
+                if which == 0 and self.of.fisher:
+                    continue  # weighted when the gradient has come
+                for into, values in ((sums[0][at], x), (sums[1][at], h)):
+                    self._add_moments(into, weights[:, None] * values)
             share = g[:, None] * y
             self.outputs[at, 0] += share.sum(0)
             self.outputs[at, 1] += share.square().sum(0)
@@ -449,6 +520,7 @@ class _Sums:
             ratios=self.ratios.cpu().numpy(),
             logits=None if self.logits is None else self.logits.cpu().numpy(),
             **dict(zip(("inputs_affinity", "hidden_affinity"), affinity, strict=False)),
+            **{f"{role}_rows": sums.cpu().numpy() for role, sums in self.rows.items()},
         )
 
 

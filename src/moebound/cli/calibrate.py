@@ -48,6 +48,10 @@ HELD_OUT = 500
 @click.option("--all-tokens", is_flag=True,
               help="Show every token to every expert, not only to those that it is sent to: slow, "
               "and no expert is left without.")  # fmt: skip
+@click.option("--fisher", is_flag=True,
+              help="Weigh tokens and rows by what the model's predictions feel of them: read the "
+              "text backward too, three times the work. Nearer to the model over all tokens, "
+              "with plans by it.")  # fmt: skip
 @click.option("--search", is_flag=True,
               help="Search, for every number of experts, which of a layer's change its output "
               "least when the others are left out; method lu_re needs it. Slow.")  # fmt: skip
@@ -82,6 +86,7 @@ def calibrate(
     tau: float | None,
     diagonal: bool,
     all_tokens: bool,
+    fisher: bool,
     search: bool,
     affinity: bool,
     after: str | None,
@@ -104,6 +109,11 @@ def calibrate(
     check_text(task, text, skip=skip, window=window, sampled=sampled)
     if not sampled and any(value is not None for value in (seed, beams, tau)):
         raise click.UsageError("--seed, --beams and --tau go with --self-sample")
+    if fisher and all_tokens:
+        raise click.UsageError(
+            "--fisher and --all-tokens do not go together: the loss feels "
+            "nothing of tokens that are not sent to an expert"
+        )
     if (after is None) != (calibration is None):
         raise click.UsageError("--after and --calibration go together")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -138,7 +148,7 @@ def calibrate(
     if after is not None and calibration is not None:
         after = edit_routing(loaded.model, after, read_statistics(calibration))
     moments: Moments = "diagonal" if diagonal else "full"
-    settings = Settings(not all_tokens, moments, room, search, after, affinity)
+    settings = Settings(not all_tokens, moments, room, search, after, affinity, fisher)
     hands_of = hire(workers, ray_address, device=device)
     with step_bar(output) as say, ExitStack() as stack:
         hands = None
@@ -200,6 +210,7 @@ def _table(found: Statistics, said: dict[str, Any]) -> Any:
             (f"with fewer than {FEW_TOKENS}", str(said["experts_with_few_tokens"])),
             ("second moments", ("whole" if of.moments == "full" else "diagonals")
                                + (", by g as well as by g²" if of.affinity else "")),
+            ("tokens weighted by", "what the loss feels (Fisher)" if of.fisher else "gates"),
             *([("routing edited by", of.after)] if of.after else []),
             ("written", f"{found.folder}, {wording.n_bytes(found.n_bytes)}"),
         ]

@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from moebound.score import Tokens
 
-SCHEMES = ["search", "sensitivity", "layer", "frequency", "rfid", "uniform", *WIDTH_SCHEMES]
+SCHEMES = [
+    "fisher",
+    "search",
+    "sensitivity",
+    "layer",
+    "frequency",
+    "rfid",
+    "uniform",
+    *WIDTH_SCHEMES,
+]
 N_SEARCHED = 96
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -116,8 +125,9 @@ def plan(
 
     With --calibration experts are rounded by what they see. With a map beside it the plan goes by
     the map; without one, layers' rates are searched for by measuring whole plans, as with --scheme
-    search. Killed and started again, a search goes on from where it was. `compress --plan` needs
-    the same --calibration.
+    search; with statistics of `calibrate --fisher` nothing is searched for, since they say what the
+    loss feels of each matrix. Killed and started again, a search goes on from where it was.
+    `compress --plan` needs the same --calibration.
 
     The schemes whose names end in _re are other papers' planners. They choose widths for the
     integers of --method rtn or hqq, or for bounds that cost as many bits, and go by --calibration.
@@ -157,7 +167,8 @@ def plan(
     if by_widths or family is not None:
         evidence = without(evidence, setting)
     asks = n_searched is not None or search_problems is not None
-    by_search = calibration is not None and (asks or sensitivity is None)
+    felt = statistics is not None and statistics.of.fisher
+    by_search = calibration is not None and (asks or (sensitivity is None and not felt))
     searches = not no_measure and (scheme == "search" or (scheme is None and by_search))
     for name, value in (("--search", n_searched), ("--search-problems", search_problems)):
         if value is not None and not searches and max_kl is None:

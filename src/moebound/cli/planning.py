@@ -123,7 +123,7 @@ class Asked:
 
     def make(self, output: Output, trying: Trying | None, searches: bool, n_searched: int) -> Plan:
         from moebound.plan import Search, make_plan
-        from moebound.store import Encoded
+        from moebound.store import Encoded, felt_bounds
 
         calibration = self.evidence.calibration
         if trying is not None:
@@ -131,6 +131,13 @@ class Asked:
         if self.family is not None:
             return self.of_widths(output, trying)
         deciding = self.deciding(output) if self.by_widths else None
+        widest = None
+        scheme = self.scheme or ("search" if searches else self.evidence.scheme)
+        if scheme == "fisher" and calibration is not None:
+            with progress_bar(output, "reading statistics") as progress:
+                widest = felt_bounds(
+                    self.checkpoint, calibration, jobs=self.jobs, progress=progress
+                )
         sizes = self.sizes(output)
         encoded: Callable[[Plan], dict[ExpertKey, int]] | None = None
         if calibration is not None:
@@ -154,6 +161,7 @@ class Asked:
                 encoded=encoded,
                 search=search,
                 deciding=deciding,
+                widest=widest,
             )
 
 

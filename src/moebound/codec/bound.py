@@ -40,8 +40,10 @@ SCALED."""
 
 
 SCALED = 128
-"""First byte of a payload of version 2, or more: its flags."""
-SCALED_VERSION = 2
+"""First byte of a payload of version 2 or 3, or more: its flags."""
+SCALED_VERSION, FACTORS_VERSION = 2, 3
+FACTORS = SCALED | 8
+"""Flags of a payload whose steps have factors: both bits."""
 
 
 class BoundCodec(Codec):
@@ -74,8 +76,8 @@ class BoundCodec(Codec):
 
     @classmethod
     def newest(cls) -> int:
-        """Version 2 has steps: `codec.scaled` writes it."""
-        return SCALED_VERSION
+        """Version 2 has steps, version 3 factors, too: `codec.scaled` writes both."""
+        return FACTORS_VERSION
 
     @classmethod
     def most_weights(cls, n_bytes: int) -> int:

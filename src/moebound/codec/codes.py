@@ -19,7 +19,7 @@ import numpy as np
 from moebound import _native
 from moebound.codec import envelope
 from moebound.codec.base import Positions
-from moebound.codec.bound import DTYPE_CODES, EXACT, SCALED, BoundCodec
+from moebound.codec.bound import DTYPE_CODES, EXACT, FACTORS, SCALED, BoundCodec
 from moebound.codec.envelope import Envelope
 from moebound.codec.fields import FieldReader
 from moebound.errors import CodecError, CorruptionError, FormatError
@@ -184,6 +184,8 @@ def has_codes(read: Read) -> str | None:
         if not layout or layout[0] == EXACT:
             return "an exact copy has no codes"
         scaled = layout[0] >= SCALED
+        if layout[0] & FACTORS == FACTORS:
+            return "its steps have factors, and codes have none"
         low_bits = layout[4] & 15 if scaled else layout[2]
         stretched = scaled and layout[0] & 4
         fields = FieldReader(memoryview(layout), 5 if stretched or not scaled else 6)

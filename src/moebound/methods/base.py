@@ -38,13 +38,15 @@ class ExpertView:
     checkpoint has them ("gate_up" where it keeps both in one). bounds: of each, None where none
     was given; one of scope "expert" is relative to all of them together. transposed: roles that the
     checkpoint has as [in, out]; the others are [out, in]. interleaved: whether gate and up, where
-    they are in one matrix, take turns; else all of gate comes first."""
+    they are in one matrix, take turns; else all of gate comes first. outputs: which of the outputs
+    of the checkpoint's matrix are seen, by role; all where nothing is said."""
 
     key: ExpertKey
     matrices: Mapping[Role, Array]
     bounds: Mapping[Role, ErrorBound] | None = None
     transposed: frozenset[Role] = frozenset()
     interleaved: bool = False
+    outputs: Mapping[Role, slice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,13 @@ class Encoding:
 class ColumnBounds:
     """Of a matrix that has one for each input channel. epsilon: [N] float64, what no weight of
     channel j is off by more than. steps: [N], between the points that it is rounded to. transposed:
-    whether the matrix is [in, out]."""
+    whether the matrix is [in, out]. factors: [O], at most 1, by which both are narrower in each
+    row of [out, in]; None for none."""
 
     epsilon: Array
     steps: Array
     transposed: bool
+    factors: Array | None = None
 
 
 @dataclass(frozen=True)

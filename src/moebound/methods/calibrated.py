@@ -11,6 +11,10 @@ Of each matrix W [out, in], with H the second moments of its inputs on a calibra
             written are envelopes of that codec. Blobs with a payload of this method's own, which
             were written before, decode for ever.
 
+By statistics of `calibrate --fisher` the steps of a row are narrower, too, the more the loss feels
+of it: Δ_ij = Δ_j r_i^(-1/2), r_i of `shrinkage.py`. That is of gate and up; what down gives is felt
+alike everywhere (docs/log.md). The payload is then codec `bound`'s version 3.
+
 H is that of an expert shrunk toward its layer's (`shrinkage.py`), which an expert that no token
 reached has whole. Weights whose cast to the model's dtype leaves ε_j, and those that are not
 finite, are stored verbatim. Where only the diagonal of H is known, steps follow it (Δ_j in
@@ -31,8 +35,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from moebound.checkpoint import Role
+from moebound.checkpoint.families import HALVES
 from moebound.codec import Encoded, Envelope, Steps, encode_codes, stats, steps_in
-from moebound.codec.bound import SCALED_VERSION
+from moebound.codec.bound import FACTORS_VERSION, SCALED_VERSION
 from moebound.codec.fields import FieldReader
 from moebound.codec.patch import positions_n_bytes, unpack_positions
 from moebound.errors import CodecError, CorruptionError, MethodError
@@ -47,10 +52,11 @@ from moebound.methods.base import (
 )
 from moebound.methods.blob import MatrixBlob
 from moebound.methods.bounded import reference
-from moebound.methods.geometry import OCTAVE, Geometry
+from moebound.methods.geometry import OCTAVE, Geometry, row_levels
 from moebound.methods.one_thread import one_thread
 from moebound.methods.outputs import side_of, turned
 from moebound.methods.packing import packed_bytes, uncode, unpack
+from moebound.methods.shrinkage import FISHER_RULE, RULE
 from moebound.types import NUMPY_DTYPES, Array, ErrorBound
 
 KAPPA = 2.0
@@ -94,21 +100,28 @@ class Calibrated(Method):
 
     @property
     def versions(self) -> tuple[int, ...]:
-        return (self.version, SCALED_VERSION)
+        return (self.version, SCALED_VERSION, FACTORS_VERSION)
 
     def encode(self, group: GroupView, *, threads: int = 1) -> Encoding:
+        fisher = "down_rows" in group.statistics
+        damping = (FISHER_RULE if fisher else RULE).least_damping
         with one_thread():
             geometry = {
                 expert.key: {
-                    side: Geometry.of(group.statistics[side][expert.key])
+                    side: Geometry.of(group.statistics[side][expert.key], damping)
                     for side in sorted({side_of(role) for role in expert.matrices})
                 }
                 for expert in group.experts
             }
-            found = {e.key: self._expert(e, geometry[e.key]) for e in group.experts}
+            found = {
+                e.key: self._expert(e, geometry[e.key], felt_rows(group, e) if fisher else {})
+                for e in group.experts
+            }
         return Encoding(found, geometry=geometry)
 
-    def _expert(self, expert: ExpertView, geometry: Mapping[Side, Geometry]) -> dict[Role, Encoded]:
+    def _expert(
+        self, expert: ExpertView, geometry: Mapping[Side, Geometry], felt: Mapping[Role, Array]
+    ) -> dict[Role, Encoded]:
         if expert.bounds is None:
             raise MethodError(f"{expert.key}: no bound was given")
         whole = reference(expert.matrices, expert.bounds)
@@ -121,12 +134,13 @@ class Calibrated(Method):
             epsilon = bound.absolute(own)
             columns = geometry[side_of(role)]
             transposed = turned(array, len(columns.levels), role in expert.transposed)
-            found[role] = self._matrix(array, transposed, columns, bound, epsilon)
+            found[role] = self._matrix(array, transposed, columns, bound, epsilon, felt.get(role))
         return found
 
     def _matrix(
-        self, array: Array, transposed: bool, geometry: Geometry, bound: ErrorBound, epsilon: float
-    ) -> Encoded:
+        self, array: Array, transposed: bool, geometry: Geometry, bound: ErrorBound, epsilon: float,
+        felt: Array | None,
+    ) -> Encoded:  # fmt: skip
         import torch
 
         from moebound.methods.feedback import round_with_feedback
@@ -140,12 +154,14 @@ class Calibrated(Method):
             )
         levels = (geometry.levels.max() - geometry.levels).astype(np.uint8)
         kappa = float(np.float16(self.kappa))
-        steps = Steps(levels, kappa, transposed)
+        steps = Steps(levels, kappa, transposed, None if felt is None else row_levels(felt)[0])
         try:
             sizes = steps.sizes(epsilon)
         except CodecError as error:
             raise MethodError(f"{error}; it is too small for steps in float32") from None
         plain = np.where(np.isfinite(weights), weights, 0.0)
+        if felt is not None:  # rows in units of their factors
+            plain = plain / steps.factors[:, None].astype(np.float64)
         if np.abs(plain / sizes).max(initial=0.0) > _LARGEST:
             raise MethodError(
                 f"bound {epsilon:g} is {np.abs(plain).max() / epsilon:.0f} times below the largest "
@@ -180,8 +196,9 @@ class Calibrated(Method):
             scaled = steps_in(found)  # None of an exact copy
             if scaled is None:
                 return None
-            sizes, kappa, by_row = scaled
-            return ColumnBounds(sizes * (kappa / 2), sizes, by_row)
+            sizes = scaled.sizes.astype(np.float64)
+            factors = scaled.factors.astype(np.float64) if len(scaled.factors) else None
+            return ColumnBounds(sizes * (scaled.kappa / 2), sizes, scaled.by_row, factors)
         parts = _Parts.of(found.payload, MatrixSpec(found.shape, found.dtype))
         steps = _steps(parts.base, parts.levels).astype(np.float64)
         return ColumnBounds(steps * (parts.kappa / 2), steps, parts.transposed)
@@ -189,6 +206,19 @@ class Calibrated(Method):
     @classmethod
     def verbatim(cls, payload: memoryview, spec: MatrixSpec) -> int:
         return len(_Parts.of(payload, spec).verbatim)
+
+
+def felt_rows(group: GroupView, expert: ExpertView) -> dict[Role, Array]:
+    """What the rows of gate and up felt, of matrices of an expert that are one of them, or gate
+    and up one behind the other."""
+    found: dict[Role, Array] = {}
+    for role in expert.matrices:
+        parts = HALVES.get(role, (role,))
+        if role != "down":
+            rows = [group.statistics[f"{part}_rows"][expert.key] for part in parts]
+            whole = np.stack(rows, -1).reshape(-1) if expert.interleaved else np.concatenate(rows)
+            found[role] = whole[expert.outputs.get(role, slice(None))]
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,6 +37,14 @@ WIDEST = 8 * OCTAVE
 """Steps of a matrix differ by at most eight octaves; columns beyond get less than they could."""
 
 
+def row_levels(felt: Array) -> tuple[Array, float]:
+    """Levels [rows], counted down from a factor of 1, of factors in proportion to felt^(-1/2), and
+    log2 of what level 0 stands for. felt: [rows], what the loss feels of each, above 0."""
+    logs = -0.5 * np.log2(felt)
+    levels = np.rint((logs.max() - logs) * OCTAVE).clip(0, WIDEST)
+    return levels.astype(np.uint8), float((logs + levels / OCTAVE).mean())
+
+
 @dataclass(frozen=True, eq=False)
 class Geometry:
     """What H says of the columns. order: [N], in which they are rounded. upper: M of `feedback`, in
@@ -67,12 +75,20 @@ class Geometry:
         return cls(order.numpy(), upper, np.minimum(levels, WIDEST), mean)
 
     @property
+    def widest(self) -> float:
+        """log2 of the step of level 0, counted down from the widest, where the product of each step
+        and M_jj is 1 on average over the logarithms, in units of H' itself."""
+        own = np.empty(len(self.levels))
+        own[self.order] = -np.log2(self.upper.diagonal().numpy())
+        return float((own - (self.levels - self.levels.max()) / OCTAVE).mean())
+
+    @property
     def bits(self) -> int:
         """Of each level."""
         return int(self.levels.max()).bit_length()
 
-    def lattice(self, steps: Array, rows: int) -> float:
+    def lattice(self, steps: Array, rows: float) -> float:
         """What the outputs' error is at most if every column goes to its nearest point, over `rows`
-        rows. steps: [N]."""
+        rows; where rows have factors, the sum of their squares. steps: [N]."""
         ends = steps[self.order] * self.upper.diagonal().numpy() / 2
         return self.mean * rows * float(np.square(ends).sum())

@@ -74,22 +74,27 @@ def promises(
     """
     h, epsilon = np.abs(moments), bounds.epsilon
     box = h @ np.square(epsilon) if h.ndim == 1 else epsilon @ h @ epsilon
-    return geometry.lattice(bounds.steps, rows), rows * float(box) * _ROOM
+    n_rows = float(rows if bounds.factors is None else np.square(bounds.factors).sum())
+    return geometry.lattice(bounds.steps, n_rows), n_rows * float(box) * _ROOM
 
 
 def columns_kept(original: Array, decoded: Array, bounds: ColumnBounds) -> Columns:
     """The largest error over its channel's bound, in float64, and the bounds' range. Weights that
     are not finite are stored as they are."""
-    epsilon = bounds.epsilon[:, None] if bounds.transposed else bounds.epsilon
+    factors = np.ones(1) if bounds.factors is None else bounds.factors
+    own = factors[:, None] * bounds.epsilon
+    epsilon = np.broadcast_to(own.T if bounds.transposed else own, original.shape)
     worst = 0.0
     for rows in range(0, len(original), _BLOCK):
         with np.errstate(invalid="ignore"):
             error = original[rows : rows + _BLOCK].astype(np.float64)
             error -= decoded[rows : rows + _BLOCK]
         np.abs(error, out=error)
-        error /= epsilon[rows : rows + _BLOCK] if bounds.transposed else epsilon
+        error /= epsilon[rows : rows + _BLOCK]
         worst = max(worst, float(np.nanmax(error, initial=0.0)))
-    return Columns(float(bounds.epsilon.min()), float(bounds.epsilon.max()), worst)
+    least = float(factors.min() * bounds.epsilon.min())
+    most = float(factors.max() * bounds.epsilon.max())
+    return Columns(least, most, worst)
 
 
 def outputs_kept(

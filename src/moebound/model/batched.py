@@ -148,7 +148,7 @@ def _first(self: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     return getattr(self, name), getattr(self, f"{name}_bias") if self.has_bias else None
 
 
-def _activate(self: Any, inner: torch.Tensor) -> torch.Tensor:
+def activate(self: Any, inner: torch.Tensor) -> torch.Tensor:
     activated: torch.Tensor = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     return activated
 
@@ -168,22 +168,36 @@ def _together(self: Any, rows: torch.Tensor, routed: Routed) -> torch.Tensor:
         out = torch.bmm(x.view(len(routed.used), routed.longest, -1).to(weight.dtype), weight)
         return (out if bias is None else out + bias.unsqueeze(1)).flatten(0, 1)
 
-    inner = _activate(self, project(rows, *_first(self)))
+    inner = activate(self, project(rows, *_first(self)))
     return project(inner, self.down_proj, self.down_proj_bias if self.has_bias else None)
 
 
 def one_by_one(self: Any, rows: torch.Tensor, routed: Routed) -> tuple[torch.Tensor, torch.Tensor]:
     """rows: [pairs, H], sorted by expert. Returns what the down projections get, [pairs, I], and
     what they give, [pairs, H]."""
+    inner = activate(self, into(self, rows, routed))
+    return inner, out_of(self, inner, routed)
+
+
+def into(self: Any, rows: torch.Tensor, routed: Routed) -> torch.Tensor:
+    """What the projections into the experts give, gate and up or up alone: [pairs, 2I] or [pairs,
+    I], in the order of the module's rows."""
+    return _project(self, rows, routed, *_first(self))
+
+
+def out_of(self: Any, inner: torch.Tensor, routed: Routed) -> torch.Tensor:
+    """What the down projections give, [pairs, H]."""
+    bias = self.down_proj_bias if self.has_bias else None
+    return _project(self, inner, routed, self.down_proj, bias)
+
+
+def _project(
+    self: Any, x: torch.Tensor, routed: Routed, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     loads = [routed.loads[expert] for expert in routed.used]
-
-    def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        parts = []
-        for expert, part in zip(routed.used, torch.split(x.to(weight.dtype), loads), strict=True):
-            matrix = weight[expert] if self.is_transposed else weight[expert].t()
-            out = torch.mm(part, matrix)
-            parts.append(out if bias is None else out + bias[expert])
-        return torch.cat(parts)
-
-    inner = _activate(self, project(rows, *_first(self)))
-    return inner, project(inner, self.down_proj, self.down_proj_bias if self.has_bias else None)
+    parts = []
+    for expert, part in zip(routed.used, torch.split(x.to(weight.dtype), loads), strict=True):
+        matrix = weight[expert] if self.is_transposed else weight[expert].t()
+        out = torch.mm(part, matrix)
+        parts.append(out if bias is None else out + bias[expert])
+    return torch.cat(parts)

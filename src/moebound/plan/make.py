@@ -15,7 +15,7 @@ from moebound.files.documents import Document, fields_of
 from moebound.files.formats.sensitivity_map import SensitivityMap
 from moebound.files.formats.statistics import Statistics
 from moebound.files.formats.study import Row
-from moebound.plan import schemes
+from moebound.plan import felt, schemes
 from moebound.plan.budget import Budget
 from moebound.plan.fit import Fit
 from moebound.plan.items import ExpertSizes, Floats, Items
@@ -48,6 +48,8 @@ class Evidence:
         """The one that makes most of it."""
         if self.sensitivity is not None or self.study is not None:
             return "sensitivity"
+        if self.calibration is not None and self.calibration.of.fisher:
+            return "fisher"
         return "frequency" if self.profile is not None else "uniform"
 
     @property
@@ -85,6 +87,7 @@ def make_plan(
     encoded: Callable[[Plan], Mapping[ExpertKey, int]] | None = None,
     search: Search | None = None,
     deciding: Deciding | None = None,
+    widest: felt.Widest | None = None,
 ) -> Plan:
     """A bound for each expert, or each of its matrices.
 
@@ -94,7 +97,8 @@ def make_plan(
     measure: says what a plan loses, see `sensitivity/trial.py`; None to go by predictions.
     encoded: says what a plan's experts really take; None to believe `experts`. search: how, for the
     scheme of that name, and for `max_kl` where no losses are known. deciding: what widths cost, for
-    the schemes of `planners.py`: an expert's rate is λ · 2^-width.
+    the schemes of `planners.py`: an expert's rate is λ · 2^-width. widest: of `store.felt_bounds`,
+    for scheme fisher.
 
     Guarantee: predicted bytes are within the budget, and with `encoded` they are the store's to the
     byte; measured KL is, where there is a `measure`, and the plan has it. Raises PlanError if the
@@ -110,6 +114,17 @@ def make_plan(
             f"scheme {chosen!r} goes by losses, and there are none of method {setting!r}: give "
             "--sensitivity, or take scheme 'search', which measures them"
         )
+    if chosen == "fisher":
+        if widest is None:
+            raise PlanError(
+                "scheme 'fisher' goes by what the loss feels of each matrix: give --calibration a "
+                "folder of `moebound calibrate --fisher`"
+            )
+        if budget.max_kl is not None:
+            raise PlanError(
+                "--max-kl: scheme 'fisher' knows sizes and no losses; give --bpw or --ratio"
+            )
+        per_role = per_role is None or per_role
     if chosen in WIDTH_SCHEMES:
         if budget.max_kl is not None:
             raise PlanError(no_limit(chosen))
@@ -184,6 +199,11 @@ def make_plan(
             made.update(deciding.describe(chosen) | {"widths_of": str(deciding.offers.family)})
             return fit(most)(
                 lambda n: plan_of(schemes.scaled(items, shape, budget_bytes=n, max_kl=None))
+            )
+        if widest is not None and chosen == "fisher":
+            octaves = felt.shape(items, experts, widest)
+            return fit(most)(
+                lambda n: plan_of(schemes.scaled(items, octaves, budget_bytes=n, max_kl=None))
             )
         return fit(most)(lambda n: plan_of(_rates(chosen, items, experts, share, n, None)))
 

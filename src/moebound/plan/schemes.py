@@ -26,7 +26,7 @@ from moebound.plan.items import ExpertSizes, Floats, Items
 from moebound.types import ExpertKey
 
 Scheme = Literal[
-    "uniform", "layer", "frequency", "rfid", "sensitivity", "search",
+    "uniform", "layer", "frequency", "rfid", "sensitivity", "fisher", "search",
     "pmq_re", "mxmoe_re", "edgemoe_re", "mptqs_re", "milo_re",
 ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from moebound.errors import MethodError, PlanError
 from moebound.files.formats.statistics import Of, Side, Statistics
 from moebound.methods import ExpertView, GroupView, Method, Routing, get_method
 from moebound.methods.base import Seen
-from moebound.methods.shrinkage import RULE, Rule, wanted
+from moebound.methods.shrinkage import Rule, rule_of, wanted
 from moebound.plan import Plan
 from moebound.types import ErrorBound, ExpertKey
 
@@ -141,7 +141,7 @@ class Recipe:
                 if self.calibration is None
                 else {
                     "calibration": self.calibration.of.to_json(),
-                    "shrinkage": RULE.to_json(),
+                    "shrinkage": rule_of(self.calibration).to_json(),
                 }
             ),
         }
@@ -151,7 +151,9 @@ class Recipe:
         """What the statistics are of that anything here is made by, and how they are shrunk."""
         methods = [self.method] if self.plan is None else self.plan.methods
         asked = any(_sides(get_method(setting)) for setting in methods)
-        return (self.calibration.of, RULE) if self.calibration is not None and asked else None
+        if self.calibration is None or not asked:
+            return None
+        return (self.calibration.of, rule_of(self.calibration))
 
     @property
     def with_shared(self) -> bool:

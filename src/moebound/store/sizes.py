@@ -28,8 +28,9 @@ Found = TypeVar("Found")
 NARROWEST, WIDEST = -5, 9
 """Octaves: rates of 1/32 to 512 are tried of methods that give each input channel a bound of its
 own. Their rate is that of the widest channel, and most channels are far narrower."""
-_AROUND = 2
-"""Octaves to either side of the rate at which all experts together have the size that is asked."""
+_AROUND, _AROUND_FELT = 2, 5
+"""Octaves to either side of the rate at which all experts together have the size that is asked:
+as far as plans go, and plans by what the loss feels."""
 _SAMPLE = 8
 _PLAIN = "bounded:bound"
 """Whose errors sensitivity maps are of."""
@@ -144,10 +145,17 @@ def _rounded(
     [view] = seen.experts
     whole = sum((stats(array) for array in view.matrices.values()), TensorStats())
     full = view.matrices
-    some = {role: _some_rows(array, role in view.transposed) for role, array in full.items()}
+    outputs = {role: _some_outputs(array, role in view.transposed) for role, array in full.items()}
+    some = {
+        role: np.ascontiguousarray(
+            array[:, outputs[role]] if role in view.transposed else array[outputs[role]]
+        )
+        for role, array in full.items()
+    }
     if any(some[role].size < array.size for role, array in full.items()):
         absolute = ErrorBound(bound.absolute(whole))
-        view = replace(view, matrices=some, bounds=dict.fromkeys(some, absolute))
+        bounds = dict.fromkeys(some, absolute)
+        view = replace(view, matrices=some, bounds=bounds, outputs=outputs)
         seen = replace(seen, experts=(view,))
     artifact = compress(made, seen)
     decoded = artifact.weights(expert.key)
@@ -181,17 +189,16 @@ def _around(
     while low < high:  # the narrowest that is small enough
         middle = (low + high) // 2
         low, high = (low, middle) if bits(middle) <= bits_per_weight else (middle + 1, high)
-    return list(range(max(NARROWEST, low - 1 - _AROUND), min(WIDEST, low + _AROUND) + 1))
+    around = _AROUND_FELT if calibration.of.fisher else _AROUND
+    return list(range(max(NARROWEST, low - 1 - around), min(WIDEST, low + around) + 1))
 
 
-def _some_rows(array: Array, transposed: bool) -> Array:
-    """Outputs at equal distances, of a matrix of more than a million weights."""
+def _some_outputs(array: Array, transposed: bool) -> slice:
+    """Outputs at equal distances, of a matrix of more than a million weights; else all."""
     if array.size <= 2 * SAMPLE_WEIGHTS:
-        return array
+        return slice(None)
     step = array.size // SAMPLE_WEIGHTS
-    return np.ascontiguousarray(
-        array[:, step // 2 :: step] if transposed else array[step // 2 :: step]
-    )
+    return slice(step // 2, array.shape[1 if transposed else 0], step)
 
 
 def each_expert(

@@ -21,7 +21,7 @@ from moebound import _native
 from moebound.codec import envelope
 from moebound.codec.api import check_claimed, decode_array, named_memory
 from moebound.codec.base import ArraySpec
-from moebound.codec.bound import DTYPE_CODES, EXACT, BoundCodec
+from moebound.codec.bound import DTYPE_CODES, EXACT, FACTORS, BoundCodec
 from moebound.codec.envelope import Envelope
 from moebound.codec.lossless import LosslessCodec
 from moebound.errors import CodecError, CorruptionError, FormatError
@@ -106,7 +106,9 @@ def read_stream(data: bytes | bytearray | memoryview, *, max_bytes: int | None =
     parsed = envelope.parse(data)
     coder = next((c for c in (BoundCodec, LosslessCodec) if c.id == parsed.codec), None)
     n_bytes = memoryview(data).nbytes
-    if coder is None or parsed.spec.size == 0:
+    # The kernels know steps of one side.
+    both_sides = len(parsed.payload) > 0 and parsed.payload[0] & FACTORS == FACTORS
+    if coder is None or parsed.spec.size == 0 or both_sides:
         decoded = decode_array(parsed, max_bytes=max_bytes)
         return _stream(parsed, n_bytes, None, decoded.reshape(-1))
     if parsed.codec_version > coder.newest():

@@ -10,7 +10,7 @@ from moebound.codec.reference.formats import FORMATS, Patterns
 from moebound.codec.reference.grid import MAX_CELLS, make_grid
 from moebound.codec.reference.layout import Layout, read_layout
 from moebound.codec.reference.rans import read_segment
-from moebound.codec.reference.steps import scaled_values, step_sizes
+from moebound.codec.reference.steps import scaled_values, step_factors, step_sizes
 from moebound.errors import CorruptionError
 from moebound.types import DType
 
@@ -36,9 +36,11 @@ def decode(payload: bytes, n: int, *, source: DType, output: DType, bound: float
         raise CorruptionError(f"bin {furthest}: beyond the largest grid")
     if (scaling := layout.scaling) is not None:
         kappa = float(np.uint16(scaling.kappa).view(np.float16))
-        steps = step_sizes(scaling.levels, kappa, bound)
-        rows, columns = np.divmod(np.arange(n), layout.columns)
-        return scaled_values(bins, steps[rows if scaling.by_row else columns], output)
+        factors = step_factors(scaling.factors)
+        steps = step_sizes(scaling.levels, kappa, bound, least=float(factors.min()))
+        own, other = np.divmod(np.arange(n), layout.columns)[:: 1 if scaling.by_row else -1]
+        each = steps[own] if scaling.factors is None else steps[own] * factors[other]
+        return scaled_values(bins, each, output)
     grid = make_grid(source, output, bound, furthest + 1)
     values = np.array(grid.values, np.int64)
     cell = np.minimum(np.abs(bins), len(values) - 1)

@@ -1,4 +1,4 @@
-"""4.2, 4.4, 4.5, 4.7: everything in front of the segments, read and written."""
+"""4.2, 4.4, 4.5, 4.7, 4.8: everything in front of the segments, read and written."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ MAX_SYMBOL_LOW = 1 << 18
 """Of its zigzag."""
 MAX_SYMBOLS = 256
 GROUP = 32
-SCALED, BY_ROW, CLASSES_BY_LEVEL, STRETCHED = 128, 1, 2, 4
-"""First byte of a payload of version 2, and what is added to it."""
+SCALED, BY_ROW, CLASSES_BY_LEVEL, STRETCHED, FACTORS = 128, 1, 2, 4, 8
+"""First byte of a payload of version 2 or 3, and what is added to it."""
 ALL_ALIKE, MOST_RICE = 255, 7
 
 
@@ -44,7 +44,8 @@ class Scaling:
     """What version 2 says beyond version 1. Names are those of docs/format.md, section 4.7.
 
     kappa: float16's bits. levels: of each column, or row. classes_by_level: they are the classes.
-    stretch: None where tables are stored.
+    stretch: None where tables are stored. factors: levels of the other side, of version 3; None of
+    version 2.
     """
 
     by_row: bool
@@ -52,6 +53,7 @@ class Scaling:
     levels: list[int] = field(default_factory=list)
     classes_by_level: bool = False
     stretch: int | None = None
+    factors: list[int] | None = None
 
 
 @dataclass(kw_only=True)
@@ -142,7 +144,10 @@ def read_layout(read: ByteReader, n: int) -> Layout:
         scaling=scaling,
     )
     if scaling is not None:
-        scaling.levels = _read_levels(read, layout.n_rows(n) if scaling.by_row else columns)
+        sides = layout.n_rows(n), columns
+        scaling.levels = _read_levels(read, sides[not scaling.by_row])
+        if scaling.factors is not None:
+            scaling.factors = _read_levels(read, sides[scaling.by_row])
     if n_tables > 1:
         layout.class_base = read.byte("the classes' base", 0, 255)
         if scaling is not None and scaling.classes_by_level:
@@ -179,7 +184,8 @@ def write_layout(layout: Layout) -> bytes:
         out = bytearray((layout.table_log, layout.lanes_log, layout.low_bits, layout.n_tables))
     else:
         flags = BY_ROW * scaling.by_row + CLASSES_BY_LEVEL * scaling.classes_by_level
-        out = bytearray([SCALED + flags + STRETCHED * stretched])
+        flags += STRETCHED * stretched + FACTORS * (scaling.factors is not None)
+        out = bytearray([SCALED + flags])
         out += scaling.kappa.to_bytes(2, "little")
         out.append(layout.table_log + 16 * layout.lanes_log)
         out.append(layout.low_bits + 16 * (layout.n_tables - 1))
@@ -191,6 +197,8 @@ def write_layout(layout: Layout) -> bytes:
     put_varint(out, layout.n_symbols)
     if scaling is not None:
         _write_levels(out, scaling.levels)
+        if scaling.factors is not None:
+            _write_levels(out, scaling.factors)
     if layout.n_tables > 1:
         out.append(layout.class_base)
         if scaling is None or not scaling.classes_by_level:
@@ -208,19 +216,23 @@ def write_layout(layout: Layout) -> bytes:
 
 
 def _read_scaling(read: ByteReader) -> Scaling:
-    flags = read.byte("flags", SCALED, SCALED + BY_ROW + CLASSES_BY_LEVEL + STRETCHED)
+    flags = read.byte("flags", SCALED, SCALED + BY_ROW + CLASSES_BY_LEVEL + STRETCHED + FACTORS)
     return Scaling(
         by_row=bool(flags & BY_ROW),
         classes_by_level=bool(flags & CLASSES_BY_LEVEL),
         stretch=0 if flags & STRETCHED else None,  # until its byte comes
+        factors=[] if flags & FACTORS else None,
         kappa=int.from_bytes(read.take(2), "little"),
     )
 
 
 def _by_level(layout: Layout, scaling: Scaling, n: int) -> tuple[list[int], list[int]]:
     """Row and column classes where levels are the classes."""
-    classes = [min(level, (1 << MAX_CLASS_BITS) - 1) for level in scaling.levels]
-    others = [0] * (layout.columns if scaling.by_row else layout.n_rows(n))
+    n_others = layout.columns if scaling.by_row else layout.n_rows(n)
+    classes, others = (
+        [min(level, (1 << MAX_CLASS_BITS) - 1) for level in levels]
+        for levels in (scaling.levels, scaling.factors or [0] * n_others)
+    )
     return (classes, others) if scaling.by_row else (others, classes)
 
 

@@ -1,4 +1,4 @@
-"""4.7: the steps of version 2, and tables that follow from a scale."""
+"""4.7, 4.8: the steps of versions 2 and 3, and tables that follow from a scale."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _EIGHTHS = (
     1.0, 1.0905077326652577, 1.189207115002721, 1.2968395546510096,
     1.4142135623730951, 1.5422108254079407, 1.681792830507429, 1.8340080864093424,
 )  # fmt: skip
+_DOWN = np.array([ldexp(_QUARTERS[-level % 4], -level // 4) for level in range(MOST_LEVEL + 1)])
+"""2^(-level / 4)."""
 _SMALLEST = float(np.finfo(np.float32).tiny)
 _LARGEST = float(np.finfo(np.float32).max)
 WITHIN = (
@@ -32,21 +34,25 @@ WITHIN = (
 """round(2^24 · erf(i / (8 √2))): how much of a Gaussian is within i/8 standard deviations."""
 
 
-def step_sizes(levels: list[int], kappa: float, bound: float) -> npt.NDArray[np.float32]:
-    """The step of each level. Raises CorruptionError for κ out of range, and for steps that are no
-    normal float32."""
+def step_sizes(
+    levels: list[int], kappa: float, bound: float, *, least: float = 1.0
+) -> npt.NDArray[np.float32]:
+    """The step of each level. least: of the factors that they are multiplied by. Raises
+    CorruptionError for κ out of range, and for steps that are no normal float32."""
     if not 1 <= kappa <= 16:
         raise CorruptionError(f"{kappa} half steps: expected 1 to 16")
     widest = np.float32(min(2 * bound / kappa, _LARGEST))
     while widest > 0 and float(widest) * kappa / 2 > bound:
         widest = np.nextafter(widest, np.float32(0))
-    sizes = [
-        float(widest) * ldexp(_QUARTERS[-level % 4], -level // 4) for level in range(MOST_LEVEL + 1)
-    ]
-    found = np.array(sizes)[levels].astype(np.float32)
-    if not found.min() >= _SMALLEST:
+    found = (float(widest) * _DOWN[levels]).astype(np.float32)
+    if not found.min() * np.float32(least) >= _SMALLEST:
         raise CorruptionError(f"a step of {found.min():g} is below the normal float32")
     return found
+
+
+def step_factors(levels: list[int] | None) -> npt.NDArray[np.float32]:
+    """What steps of the other side are multiplied by; of version 2, a single 1."""
+    return _DOWN[levels or [0]].astype(np.float32)
 
 
 def scaled_values(

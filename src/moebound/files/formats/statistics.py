@@ -29,6 +29,15 @@ and, of version 2 on, of a layer of L experts,
     kept        [E, L] uint8, 1 for the experts in the set of (row + 1) that changes the layer's
                 output least (`calibrate --search`); not there unless asked for
 
+and, of version 3, where `fisher` is true (`calibrate/felt.py`): `inputs` and `hidden` are sums of
+s x xᵀ in the place of g² x xᵀ, s being the squares of the loss's gradients at what gate and up give
+(what down gives), summed over their channels; and
+
+    gate_rows   [E, M] float64, of these squares the sum by channel of gate; missing in families
+                without a gate
+    up_rows     [E, M] float64, of up
+    down_rows   [E, N] float64, of down
+
 Sums, not means: those of two texts can be added.
 """
 
@@ -48,7 +57,9 @@ from moebound.files.documents import Format, count, fields_of, items, save_json
 from moebound.files.durable import save_bytes
 from moebound.types import Array, ExpertKey
 
-FORMAT = Format("moebound.statistics", 2)
+FORMAT = Format("moebound.statistics", 3)
+_WITHOUT_FISHER = 2
+"""The version that is written where nothing of version 3 is."""
 FILE = "statistics.json"
 Moments = Literal["full", "diagonal"]
 Side = Literal["inputs", "hidden"]
@@ -99,6 +110,9 @@ class Chunk:
     kept: Array | None = None
     inputs_affinity: Array | None = None
     hidden_affinity: Array | None = None
+    gate_rows: Array | None = None
+    up_rows: Array | None = None
+    down_rows: Array | None = None
 
     def save(self, folder: Path) -> None:
         """Raises StoreError if the disk refuses."""
@@ -113,7 +127,8 @@ class Of:
     text: a task's or file's name. text_sha256: of the token ids. routed: whether experts saw the
     tokens that were sent to them, or all of them. width: N; inner: M. searched: whether there is
     `kept`. after: the method whose router edits the model had meanwhile. affinity: whether there
-    are `inputs_affinity` and `hidden_affinity`."""
+    are `inputs_affinity` and `hidden_affinity`. fisher: whether tokens are weighted by what the
+    loss feels of them."""
 
     model: str
     fingerprint: str
@@ -128,10 +143,11 @@ class Of:
     searched: bool = False
     after: str | None = None
     affinity: bool = False
+    fisher: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Without what version 1 had not, where it says nothing."""
-        later = {"searched", "after", "affinity"}
+        later = {"searched", "after", "affinity", "fisher"}
         return {name: value for name, value in vars(self).items() if value or name not in later}
 
     @classmethod
@@ -154,6 +170,7 @@ class Of:
             searched=data.get("searched", False) is True,
             after=None if data.get("after") is None else str(data["after"]),
             affinity=data.get("affinity", False) is True,
+            fisher=data.get("fisher", False) is True,
         )
 
 
@@ -305,6 +322,9 @@ class Statistics:
             "ratios": (e, RATIOS),
             "logits": (e, self._n_experts(part.layer)),
             "kept": (e, self._n_experts(part.layer)),
+            "gate_rows": (e, m),
+            "up_rows": (e, m),
+            "down_rows": (e, n),
         }[name]
 
     def _n_experts(self, layer: int) -> int:
@@ -316,14 +336,17 @@ _SPELLED = {
     "sent": "I64", "sent_gates": "F64", "norms": "F64", "plain": "F64",
     "ratios": "I64", "logits": "F64", "kept": "U8",
     "inputs_affinity": "F32", "hidden_affinity": "F32",
+    "gate_rows": "F64", "up_rows": "F64", "down_rows": "F64",
 }  # fmt: skip
 
 _ANEW = "these statistics are of an earlier moebound; make them anew with `moebound calibrate`"
-_LATER = dict.fromkeys(("sent", "sent_gates", "norms", "plain", "ratios"), _ANEW) | {
+_MAKE = "make them with `moebound calibrate --"
+_LATER = {
+    **dict.fromkeys(("sent", "sent_gates", "norms", "plain", "ratios"), _ANEW),
     "logits": f"its router gives no logits, or {_ANEW}",
-    "kept": "make them with `moebound calibrate --search`",
-    "inputs_affinity": "make them with `moebound calibrate --affinity`",
-    "hidden_affinity": "make them with `moebound calibrate --affinity`",
+    "kept": f"{_MAKE}search`",
+    **dict.fromkeys(("inputs_affinity", "hidden_affinity"), f"{_MAKE}affinity`"),
+    **dict.fromkeys(("gate_rows", "up_rows", "down_rows"), f"{_MAKE}fisher`"),
 }
 """What a folder may lack, and what is said then."""
 
@@ -335,7 +358,10 @@ def packed_size(n: int) -> int:
 
 def save_statistics(folder: Path, of: Of, parts: Sequence[Part]) -> None:
     """Write what makes a folder of finished parts whole."""
-    document = FORMAT.header | of.to_json() | {"parts": [dict(vars(part)) for part in parts]}
+    version = {} if of.fisher else {"version": _WITHOUT_FISHER}
+    document = (
+        FORMAT.header | version | of.to_json() | {"parts": [dict(vars(part)) for part in parts]}
+    )
     save_json(folder / FILE, document)
 
 

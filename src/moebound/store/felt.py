@@ -1,0 +1,78 @@
+"""What the loss feels of every matrix of a checkpoint, by Fisher statistics: scheme `fisher`."""
+
+from __future__ import annotations
+
+import math
+
+from moebound.checkpoint import Checkpoint, Expert, experts_name
+from moebound.checkpoint.families import HALVES
+from moebound.errors import MoeboundError
+from moebound.files.formats.statistics import Statistics
+from moebound.methods import get_method
+from moebound.methods.calibrated import felt_rows
+from moebound.methods.geometry import Geometry, row_levels
+from moebound.methods.one_thread import one_thread
+from moebound.methods.outputs import side_of
+from moebound.methods.shrinkage import shrunk
+from moebound.plan.felt import Widest
+from moebound.store.recipe import Recipe
+from moebound.store.sizes import each_expert
+from moebound.store.summary import ProgressCallback
+from moebound.types import ErrorBound, ExpertKey
+
+
+def felt_bounds(
+    checkpoint: Checkpoint,
+    calibration: Statistics,
+    *,
+    jobs: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Widest:
+    """Of every matrix of every routed expert, as method `calibrated` rounds it: log2 of the widest
+    bound, in weight units, where a step's product with the root of what the loss feels is 1.
+
+    Raises MoeboundError for statistics of another model, and for those without `fisher`.
+    """
+    calibration.check_model(experts_name(checkpoint), checkpoint.name)
+    if not calibration.of.fisher:
+        raise MoeboundError(
+            f"{calibration.folder}: not weighted by what the loss feels; make statistics with "
+            "`moebound calibrate --fisher`"
+        )
+    method = get_method("calibrated")
+    damping = shrunk(calibration).rule.least_damping
+
+    def of(expert: Expert) -> dict[tuple[ExpertKey, str], float]:
+        # The bound does not matter: the view is what knows how rows lie.
+        recipe = Recipe.of(ErrorBound(1.0, "rate", "expert"), method.setting, calibration)
+        seen = recipe.seen(checkpoint, [expert], method)
+        [view] = seen.experts
+        rows = felt_rows(seen, view)
+        found: dict[tuple[ExpertKey, str], float] = {}
+        sums = {
+            part: float(calibration.array(expert.key, f"{part}_rows").sum())
+            for role in view.matrices for part in HALVES.get(role, (role,))
+        }  # fmt: skip
+        with one_thread():
+            for role in view.matrices:
+                side = side_of(role)
+                geometry = Geometry.of(seen.statistics[side][expert.key], damping)
+                parts = HALVES.get(role, (role,))
+                n_rows = (
+                    len(rows[role])
+                    if role in rows
+                    else len(seen.statistics["down_rows"][expert.key])
+                )
+                # Of a mean row, of all rows whose inputs the moments are of.
+                beside = [part for part in sums if side_of(part) == side]
+                own, whole = (sum(sums[p] for p in ps) for ps in (parts, beside))
+                share = own / whole / n_rows if whole > 0 else 1 / n_rows
+                felt = max(geometry.mean * share, math.ulp(0.0))
+                factor = row_levels(rows[role])[1] if role in rows else 0.0
+                found[expert.key, role] = geometry.widest + factor - 0.5 * math.log2(felt)
+        return found
+
+    merged: dict[tuple[ExpertKey, str], float] = {}
+    for one in each_expert(checkpoint, of, jobs, progress):
+        merged |= one
+    return merged
