@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     help="What the disk reads in a second, for --ram and --plot.  [default: 1GB]",
 )
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-              help="Draw the time a token by memory, of one MODEL: .png, .svg or .pdf.")  # fmt: skip
+              help="Draw the time a token by memory of one MODEL: .png, .svg, .pdf.")  # fmt: skip
 @click.option("--steps", is_flag=True,
               help="Also what each command would take at the first rate, by measured rates of "
               "machines with two cores.")  # fmt: skip

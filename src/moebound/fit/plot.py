@@ -21,6 +21,7 @@ def plot_running(shape: Shape, estimates: list[Estimate], machine: Machine, file
     StoreError if the disk refuses."""
     need("matplotlib", "fit --plot")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     most = 1.1 * (2 * shape.n_weights + 1.5e9)
     least = min(way.floor_bytes for way in all_running(shape, estimates, machine, 0))
@@ -48,6 +49,10 @@ def plot_running(shape: Shape, estimates: list[Estimate], machine: Machine, file
         f"{machine.threads} threads, disk {machine.disk / 1e9:g} GB/s",
         fontsize=8, loc="left",
     )  # fmt: skip
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        side.set_major_formatter("{x:g}")
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()
