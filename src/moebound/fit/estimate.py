@@ -127,7 +127,7 @@ def estimate(
 
 
 def _least_s(
-    encoded: list[bytes], outputs: list[Array], as_codes: list[Array], threads: int
+    encoded: list[bytes], outputs: list[Any], as_codes: list[Array], threads: int
 ) -> tuple[float, float]:
     """Seconds to decode to weights, and to codes: the least of some, since what else runs now is
     not what will run."""

@@ -116,8 +116,8 @@ def run(settings: OffloadSettings, work: Path, *, say: Say | None = None) -> Off
     plain = asdict(settings) | {"trace": prepared.routed_by}
     if settings.model is not None:
         del plain["shapes"]
-    n_bytes = {source: size for source, (size, _) in sizes.items()}
-    return OffloadReport(plain, describe(*_PACKAGES), n_bytes, policies, rows)
+    found = {source: size for source, (size, _) in sizes.items()}
+    return OffloadReport(plain, describe(*_PACKAGES), found, policies, rows)
 
 
 def _row(case: Case, settings: OffloadSettings, prepared: Prepared, work: Path) -> dict[str, Any]:
