@@ -107,7 +107,8 @@ def run(settings: OffloadSettings, work: Path, *, say: Say | None = None) -> Off
             if say is not None:
                 say(f"{case.name} {case.budget or ''}", i, len(todo))
             n_bytes, n_weights = sizes[case.source]
-            bits = {"expert_bits": 8 * n_bytes / n_weights} if n_weights else {}
+            known = n_weights and case.quantized is None  # others' sizes come with their file
+            bits = {"expert_bits": 8 * n_bytes / n_weights} if known else {}
             rows.append({**asdict(case), **bits, **_row(case, settings, prepared, work)})
     finally:
         if passing:
