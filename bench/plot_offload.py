@@ -47,10 +47,13 @@ def plot_time(report: OffloadReport) -> Any:
                 model = [1e3 * modelled_s(row) for row in rows]
                 axis.plot(budgets, model, ls=":", lw=1, color=color, marker=_MARKERS[tier],
                           markersize=2)  # fmt: skip
+        peers = Counter[str]()
         for row in report.rows:
             if row["budget"] is None and _routing(row) == routing and "error" not in row:
-                axis.axhline(1e3 * row["tpot_p50_s"], color=COLORS[row["how"]], lw=1, ls="-.",
-                             label=row["how"])  # fmt: skip
+                steps = peers[row["how"]]
+                peers[row["how"]] += 1
+                axis.axhline(1e3 * row["tpot_p50_s"], color=_paler(COLORS[row["how"]], steps),
+                             lw=1, ls="-.", label=_peer(row))  # fmt: skip
         if any("prompt_stats" in row for row in report.rows):
             axis.plot([], [], ls=":", lw=1, color="black", label="cost model, overlapped")
         _budget_axis(axis, report)
@@ -115,6 +118,15 @@ def _curves(report: OffloadReport, routing: str) -> list[Curve]:
         alike[source, tier] += 1
         found.append((label, color, tier, sorted(rows, key=lambda row: float(row["budget"]))))
     return found
+
+
+def _peer(row: dict[str, Any]) -> str:
+    """A peer, and how many bits its experts' weights take where they are quantized."""
+    return (
+        str(row["how"])
+        + (f" {row['quantized']}, {row['expert_bits']:.1f} bits" if row.get("quantized") else "")
+        + (", mapped" if row.get("mapped") else "")
+    )
 
 
 def _paler(color: str, steps: int) -> str:

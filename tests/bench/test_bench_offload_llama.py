@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from moebound.bench.offload import OffloadSettings, run
 from moebound.bench.offload.gguf_file import write_gguf
+from moebound.bench.offload.gguf_quantized import gguf_sizes, quantize_gguf
 from moebound.bench.offload.launch import launch
 from moebound.bench.offload.model import Shapes, make_checkpoint
+from moebound.bench.offload.settings import LlamaFile
 from moebound.bench.offload.subjects import LlamaCpp
-from moebound.errors import UnsupportedArchitectureError
+from moebound.bench.offload.table import render_offload
+from moebound.errors import MethodError, MoeboundError, UnsupportedArchitectureError
 
 SHAPES = Shapes(layers=1, experts=4, hidden=64, intermediate=32, top_k=2, vocab=96)
 PROMPT, TEXT = 12, 32
@@ -39,7 +44,8 @@ def logits_of_both(source: Path, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """[tokens, vocab] from the last one of the prompt on: llama.cpp's, and transformers' in float32
     of the same weights."""
     ids = np.random.default_rng(1).integers(0, SHAPES.vocab, TEXT).tolist()
-    subject = LlamaCpp({"source": str(file), "prompt": PROMPT, "warm": 0, "tokens": 20}, None)
+    subject = LlamaCpp({"source": str(file), "prompt": PROMPT, "warm": 0, "tokens": 20,
+                        "options": {}}, None)  # fmt: skip
     found = []
     for tokens in (ids[:PROMPT], *([token] for token in ids[PROMPT:])):
         total = subject.step(tokens)
@@ -155,3 +161,90 @@ def test_a_run_of_llama_cpp(tmp_path: Path) -> None:
     assert len(llama["tpot_s"]) == 4
     assert llama["threads"] == stock["threads"]
     assert llama["logits_sum"] == pytest.approx(stock["logits_sum"], abs=0.2)
+
+
+BLOCKS = Shapes(layers=1, experts=4, hidden=256, intermediate=384, top_k=2, vocab=96)
+"""Rows of `gate` and `up` are one block of 256 weights; those of `down` are none."""
+
+
+@pytest.mark.parametrize(
+    ("peer", "file"),
+    [
+        ("llama.cpp", LlamaFile()),
+        ("llama.cpp:q4_k_m", LlamaFile("q4_k_m")),
+        ("llama.cpp:mapped", LlamaFile(mapped=True)),
+        ("llama.cpp:iq4_xs:mapped", LlamaFile("iq4_xs", mapped=True)),
+    ],
+)
+def test_files_of_llama_cpp_by_name(peer: str, file: LlamaFile) -> None:
+    assert OffloadSettings(peers=("stock", peer)).llama_files == (file,)
+    assert file.name == peer.replace(":", " ")
+
+
+@pytest.mark.parametrize(
+    "peer", ["llama.cpp:", "llama.cpp:int4", "llama.cpp:mapped:q2_k", "stock:q4_k_m", "ollama:q2_k"]
+)
+def test_files_that_llama_cpp_has_not(peer: str) -> None:
+    with pytest.raises(MoeboundError, match=r"peers: expected some of stock, .*found \['"):
+        OffloadSettings(peers=(peer,))
+
+
+@pytest.mark.slow
+def test_runs_of_files_of_fewer_bits(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    settings = OffloadSettings(
+        shapes=BLOCKS, budgets=(1.0,), tiers=("disk",), routing=("own",), prompt=8,
+        warm=2, tokens=4, peers=("llama.cpp:q4_k_m", "llama.cpp:q4_k_m:mapped", "llama.cpp:iq1_s"),
+    )  # fmt: skip
+    report = run(settings, tmp_path)
+    raw, ours, four, mapped, one = report.rows
+    assert (raw["expert_bits"], one["name"]) == (16, "llama.cpp iq1_s, own routing")
+    assert "llama.cpp's quantizer to iq1_s ended with" in one["error"]  # without importance matrix
+    n_weights = BLOCKS.experts * BLOCKS.expert_weights
+    for row in (four, mapped):
+        assert "error" not in row
+        assert row["logits_sum"] == pytest.approx(raw["logits_sum"], abs=1)
+        assert len(row["expert_types"]) == 2  # what `down` falls back to
+        assert 8 * sum(row["expert_types"].values()) / n_weights == row["expert_bits"]
+        assert 4.5 < row["expert_bits"] < 8
+    assert ours["expert_bits"] == 8 * report.expert_bytes["compressed"] / n_weights
+    made = sorted(file.name for file in tmp_path.glob("*.gguf*"))
+    assert made == ["raw-q4_k_m.gguf"]  # what it was made from is gone
+    assert four["file_bytes"] == (tmp_path / made[0]).stat().st_size
+    console = Console(width=200, file=io.StringIO())
+    console.print(render_offload(report))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{four['expert_bits']:.2f}" in shown
+    assert f"{ours['expert_bits']:.2f}" in shown
+
+
+@pytest.mark.slow
+def test_a_file_of_fewer_bits_is_made_once(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    raw = make_checkpoint(tmp_path / "raw", BLOCKS)
+    plain = write_gguf(raw, tmp_path / "raw.gguf")
+    assert gguf_sizes(plain).expert_bits == 16
+    file = quantize_gguf(plain, tmp_path / "raw-q8_0.gguf", "q8_0")
+    made, sizes = file.stat().st_mtime_ns, gguf_sizes(file)
+    assert (sizes.expert_bits, set(sizes.expert_types)) == (8.5, {"Q8_0"})
+    assert quantize_gguf(plain, file, "q8_0").stat().st_mtime_ns == made
+    with pytest.raises(MethodError, match="has no file type 'q9_0'"):
+        quantize_gguf(plain, tmp_path / "raw-q9_0.gguf", "q9_0")
+    assert len(list(tmp_path.glob("*.gguf*"))) == 2
+
+
+def test_a_mapped_file_is_not_copied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """llama.cpp is asked not to copy tensors into another order."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", defaults)
+    plain = write_gguf(make_checkpoint(tmp_path / "raw", SHAPES), tmp_path / "raw.gguf")
+    for mapped in (False, True):
+        spec = {"source": str(plain), "prompt": 4, "warm": 0, "tokens": 4,
+                "options": {"mapped": mapped}}  # fmt: skip
+        subject = LlamaCpp(spec, None)
+        assert subject._model.model_params.use_extra_bufts is not mapped
+        subject.close()

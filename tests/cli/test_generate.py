@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from moebound.cli.offload import time_spent, where_time_went
+
 from .conftest import Run
 
 QUESTION = (
@@ -95,3 +97,44 @@ def test_memory_for_keys_and_values_is_a_size(run: Run, monkeypatch: pytest.Monk
         assert "--kv-budget 'much'" in ran.stderr
         ran = run(*command, "builtin:wordmath", "--max-sequences", "0")
         assert ran.code == 2
+
+
+STATS: dict[str, Any] = {
+    "choice": {"tier": "disk", "source": "compressed"},
+    "tiers": {"decoded": 41, "disk": 59},
+    "stall_s": {"room": 0.001, "read": 0.4, "decode": 0.7},
+    "compute_s": 0.9, "experts_s": 2.101, "step_s": 3.0,
+}  # fmt: skip
+
+
+def test_where_the_time_went_in_words() -> None:
+    assert where_time_went(STATS, 3.2) == (
+        "Of 3.20 s, 1.10 s were waiting for experts (0.40 s reading from disk, 0.70 s decoding), "
+        "0.90 s computing experts, 0.10 s handing them over, 0.90 s attention and the other "
+        "layers, and 0.20 s everything else, such as choosing tokens. 41.0 % of the experts asked "
+        "for were in memory, ready to compute with."
+    )
+    raw = {**STATS, "choice": {"tier": "ram", "source": "raw"}, "tiers": {"decoded": 0, "ram": 0}}
+    said = where_time_went(raw, 12.34)
+    assert "Of 12.3 s" in said
+    assert "0.40 s reading from RAM, 0.70 s putting them in place" in said
+    assert said.endswith("No expert was asked for.")
+    never = {**STATS, "stall_s": {"room": 0.0, "read": 0.0, "decode": 0.0}}
+    assert "0.00 s were waiting for experts, 0.90 s" in where_time_went(never, 3.2)
+
+
+def test_the_parts_of_a_real_run_add_up(run: Run) -> None:
+    words = ["generate", "builtin:wordmath", "--prompt", QUESTION, "--chat", "--ram-budget", "20%",
+             "--tier", "disk", "--stats", "--max-new-tokens", "8"]  # fmt: skip
+    ran = run(*words, "--json")
+    assert ran.code == 0, ran.stderr
+    spent, stats = ran.document["time"], ran.document["stats"]
+    assert spent == time_spent(stats, spent["total_s"])
+    parts = [spent[name] for name in ("experts_s", "handling_s", "other_layers_s", "outside_s")]
+    assert sum(parts) + sum(spent["waiting_s"].values()) == pytest.approx(spent["total_s"])
+    assert min(parts) > 0
+    assert sum(spent["waiting_s"].values()) > 0
+    ran = run(*words)
+    flat = " ".join(ran.stdout.split())
+    assert " were waiting for experts (" in flat
+    assert "of the experts asked for were in memory" in flat

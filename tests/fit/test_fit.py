@@ -13,7 +13,8 @@ import pytest
 from moebound.checkpoint import open_checkpoint
 from moebound.cli.main import main
 from moebound.errors import CheckpointError, UnsupportedArchitectureError
-from moebound.fit import KNOWN, Estimate, estimate, shape_of
+from moebound.fit import KNOWN, Estimate, Machine, all_running, estimate, shape_of
+from moebound.fit.running import LAYER_S, measure_machine
 from moebound.store import compress
 from moebound.types import ErrorBound
 from tiny_models import MakeTiny
@@ -152,3 +153,83 @@ def test_more_machines_take_less_time(capsys: pytest.CaptureFixture[str]) -> Non
         one = 2 * (out * (out + 1) + inner * (inner + 1))
         assert steps["calibrate"]["disk"] == n * one
     assert seconds[0] == pytest.approx(8 * seconds[1])
+
+
+MACHINE = Machine("a processor", 2, {"values": 1e-3, "codes": 8e-4}, 20e9, 1e9)
+
+
+def test_codes_hold_twice_the_experts_and_need_less() -> None:
+    shape = shape_of("OLMoE-1B-7B")
+    sizes = estimate(shape, [0.3])
+    whole, values, codes = all_running(shape, sizes, MACHINE, 8_000_000_000)
+    assert [way.slots for way in (whole, values, codes)] == ["values", "values", "codes"]
+    assert (whole.rate, values.rate) == (None, 0.3)
+    assert whole.where == "disk"
+    assert codes.held > 1.5 * values.held
+    # One token's experts and one more, and one in each of the other layers.
+    working = (shape.top_k + shape.layers) * shape.expert_size
+    assert values.floor_bytes - codes.floor_bytes == working
+    assert None not in (whole.seconds, values.seconds, codes.seconds)
+    for way in (values, codes):
+        [at] = [w for w in all_running(shape, sizes, MACHINE, way.floor_bytes)
+                if (w.rate, w.slots) == (0.3, way.slots)]  # fmt: skip
+        assert at.where == "disk"
+        [below] = [w for w in all_running(shape, sizes, MACHINE, way.floor_bytes - 1)
+                   if (w.rate, w.slots) == (0.3, way.slots)]  # fmt: skip
+        assert (below.where, below.seconds) == ("no", None)
+
+
+def test_more_memory_takes_less_time_until_all_is_there() -> None:
+    shape = shape_of("OLMoE-1B-7B")
+    sizes = estimate(shape, [0.3])
+    seconds = []
+    for memory in (4e9, 8e9, 12e9, 20e9, 40e9):
+        way = all_running(shape, sizes, MACHINE, int(memory))[1]
+        assert way.seconds is not None
+        seconds.append(way.seconds)
+    assert seconds == sorted(seconds, reverse=True)
+    assert way.where == "decoded"
+    other = 2 * shape.n_other_weights / MACHINE.memory + LAYER_S * shape.layers
+    assert way.seconds == pytest.approx(other + shape.layers * shape.top_k * 1e-3)
+
+
+def test_a_layout_that_has_no_codes() -> None:
+    shape = shape_of("GPT-OSS-20B")
+    assert not shape.codes
+    ways = all_running(shape, estimate(shape, [0.3]), MACHINE, 16_000_000_000)
+    assert {way.slots for way in ways} == {"values"}
+
+
+def test_seconds_of_a_layer_are_those_that_were_measured() -> None:
+    document = json.loads((RESULTS / "offload-codes.json").read_bytes())
+    [row] = [r for r in document["rows"] if (r["name"], r["budget"]) == ("raw, disk", 1.0)]
+    stats, layers, top_k = row["stats"], 4, 6
+    expert = 2 * 3 * 2048 * 1408
+    n = stats["steps"]
+    speed = layers * top_k * expert * n / stats["compute_s"]
+    outside = (stats["step_s"] - stats["experts_s"]) / n - 186e6 / speed
+    handling = (stats["experts_s"] - stats["compute_s"] - sum(stats["stall_s"].values())) / n
+    assert pytest.approx(outside / 5 + handling / 4, rel=0.35) == LAYER_S
+
+
+def test_memory_and_plot_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "fit.png"
+    command = ["fit", "OLMoE-1B-7B", "--rate", "0.3", "--ram", "8GB", "--disk", "2GB"]
+    assert main([*command, "--plot", str(plot), "--json"]) == 0
+    [model] = json.loads(capsys.readouterr().out)["models"]
+    assert model["machine"]["disk"] == 2e9
+    assert [way["slots"] for way in model["running"]] == ["values", "values", "codes"]
+    assert model["rates"][0]["two_cores_s"] > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Computed, not tried, from what was measured now on this machine" in shown
+    assert "disk of 2.0 GB/s" in shown
+    assert main(["fit", "OLMoE-1B-7B", "--plot", str(tmp_path / "fit.txt")]) == 2
+
+
+def test_products_are_measured_with_weights_and_codes() -> None:
+    found = measure_machine(shape_of("OLMoE-1B-7B"))
+    assert found.compute_s.keys() == {"values", "codes"}
+    assert min(*found.compute_s.values(), found.memory) > 0

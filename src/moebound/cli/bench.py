@@ -286,7 +286,9 @@ def bench_gpu(
               help="Tokens timed behind it.")  # fmt: skip
 @click.option("--peers", default="stock,accelerate", show_default=True,
               help="What to run beside it: stock, accelerate, llama.cpp (own routing; "
-                   "pip install '.[peers]'); an empty list for nothing.")  # fmt: skip
+                   "pip install '.[peers]'), also in fewer bits, as llama.cpp:q4_k_m, or all of "
+                   "the file mapped, as llama.cpp:q4_k_m:mapped; an empty list for "
+                   "nothing.")  # fmt: skip
 @click.option("--clients", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
               help="Each of our runs once more with so many clients at a time, beside "
                    "one.")  # fmt: skip

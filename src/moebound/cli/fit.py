@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +13,7 @@ from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
 if TYPE_CHECKING:
-    from moebound.fit import Estimate, Fits, Shape, Step
+    from moebound.fit import Estimate, Machine, Running, Shape, Step
     from moebound.store.format import Others
 
 
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
 @click.option("--others", type=OthersValue(), default="lossless", show_default=True,
               metavar="keep|lossless|RATE", help="All other weights, as for compress.")  # fmt: skip
 @click.option("--ram", metavar="SIZE",
-              help="Memory there is, as 16GB: says what would lie where.")  # fmt: skip
+              help="Memory there is, as 16GB: says what would lie where, and what a token would "
+              "take.")  # fmt: skip
+@click.option(
+    "--disk",
+    metavar="SIZE",
+    help="What the disk reads in a second, for --ram and --plot.  [default: 1GB]",
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Draw the time a token by memory of one MODEL: .png, .svg, .pdf.")  # fmt: skip
 @click.option("--steps", is_flag=True,
               help="Also what each command would take at the first rate, by measured rates of "
               "machines with two cores.")  # fmt: skip
@@ -39,6 +48,8 @@ def fit(
     rates: tuple[float, ...],
     others: Others,
     ram: str | None,
+    disk: str | None,
+    plot: Path | None,
     steps: bool,
     machines: int,
 ) -> int:
@@ -48,12 +59,24 @@ def fit(
     config.json, or a model id on the hub. Only its config is read. Sizes and times are those of
     random experts of the same shapes, which are compressed on this machine, times their number.
     """
-    from moebound.fit import KNOWN, estimate, road, shape_of
+    from moebound.fit import (
+        DISK,
+        KNOWN,
+        all_running,
+        estimate,
+        measure_machine,
+        plot_running,
+        road,
+        shape_of,
+    )
     from moebound.fit.estimate import RATES
     from moebound.offload.budget import parse_size
 
     if known == bool(models):
         raise click.UsageError(f"give models or --known. Known are {', '.join(KNOWN)}")
+    if plot is not None and (len(models) != 1 or plot.suffix not in (".png", ".svg", ".pdf")):
+        raise click.UsageError(f"--plot {plot}: expected one MODEL, and a .png, .svg or .pdf")
+    speed = DISK if disk is None else parse_size(disk, what="--disk")
     memory = None if ram is None else parse_size(ram, what="--ram")
     found: list[tuple[Shape, list[Estimate]]] = []
     asked = KNOWN if known else models
@@ -64,11 +87,25 @@ def fit(
             found.append((shape, estimate(shape, rates or RATES, memory=memory, others=others)))
     document: dict[str, Any] = {
         "models": [
-            {"model": shape.name, **shape.to_json(), "rates": [e.to_json() for e in estimates]}
+            {
+                "model": shape.name,
+                **shape.to_json(),
+                "rates": [_rate(shape, estimate) for estimate in estimates],
+            }
             for shape, estimates in found
         ]
     }
     tables = [_table(found), _WORDS]
+    if memory is not None or plot is not None:
+        for entry, (shape, estimates) in zip(document["models"], found, strict=True):
+            machine = measure_machine(shape, disk=speed)
+            entry["machine"] = machine.to_json()
+            if memory is not None:
+                ways = all_running(shape, estimates, machine, memory)
+                entry["running"] = [way.to_json() for way in ways]
+                tables += [_running(shape, ways), _running_words(machine)]
+            if plot is not None:
+                tables.append(f"Drawn: {plot_running(shape, estimates, machine, plot)}")
     if steps:
         for entry, (shape, estimates) in zip(document["models"], found, strict=True):
             taken = road(shape, estimates[0], machines=machines)
@@ -80,29 +117,39 @@ def fit(
 
 _WORDS = (
     "Computed, not tried: random experts of these shapes were compressed here, and everything else "
-    "as --others says.\nA rate bounds every weight's error, in mean |weight| of its expert."
+    "as --others says.\nTime to compress is of this machine as it is now; "
+    "that on two idle cores, and the memory, are by what\ncompressing 4.4 billion weights at rate "
+    "0.3 took on an AMD EPYC (bench/results/compress_checkpoint.json). A rate\nbounds every "
+    "weight's error, in mean |weight| of its expert."
 )
 
 
+def _rate(shape: Shape, estimate: Estimate) -> dict[str, Any]:
+    from moebound.fit import road
+
+    step = road(shape, estimate)[0]
+    return {**estimate.to_json(), "two_cores_s": step.seconds, "compress_memory": step.memory}
+
+
 def _table(found: list[tuple[Shape, list[Estimate]]]) -> Any:
-    fits = any(e.fits for _, estimates in found for e in estimates)
+    from moebound.fit import road
+
     columns = ["model", "weights", "in experts", "in bfloat16", "rate",
                "bits a\nweight", "whole\nmodel", "bits a\nweight", "experts",
-               "time to\ncompress", "decode\nan expert"]  # fmt: skip
+               "time to\ncompress", "two idle\ncores", "memory", "decode\nan expert"]  # fmt: skip
     rows = []
     for shape, estimates in found:
         first = [shape.name, f"{shape.n_weights / 1e9:.1f} B",
                  wording.percent(shape.n_expert_weights, shape.n_weights),
                  wording.n_bytes(2 * shape.n_weights)]  # fmt: skip
         for e in estimates:
+            step = road(shape, e)[0]
             row = [*first, f"{e.rate:g}", f"{e.model_bits:.2f}", wording.n_bytes(e.model_bytes),
                    f"{e.bits:.2f}", wording.n_bytes(e.expert_bytes), _time(e.compress_s),
+                   _time(step.seconds or 0), wording.n_bytes(step.memory),
                    f"{1e3 * e.decode_s:.1f} ms"]  # fmt: skip
-            rows.append(row + ([_where(e.fits)] if e.fits else []))
+            rows.append(row)
             first = [""] * len(first)
-    if fits:
-        memory = next(e.fits.memory for _, es in found for e in es if e.fits)
-        columns.append(f"in {wording.n_bytes(memory)}")
     return wording.grid(columns, rows)
 
 
@@ -131,10 +178,37 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _where(fits: Fits) -> str:
-    return {
-        "decoded": "all decoded",
-        "memory": f"compressed in memory, {100 * fits.held:.0f} % decoded",
-        "disk": f"compressed on disk, {100 * fits.held:.0f} % decoded",
-        "no": "does not fit",
-    }[fits.where]
+def _running(shape: Shape, ways: list[Running]) -> Any:
+    columns = [f"{shape.name} in {wording.n_bytes(ways[0].memory)}", "slots", "experts", "ready",
+               "a token", "tokens\na second", "least\nmemory"]  # fmt: skip
+    rows = []
+    for way in ways:
+        name = "as it is, bfloat16" if way.rate is None else f"rate {way.rate:g}"
+        said = [name, way.slots, _WHERE[way.where]]
+        if way.seconds is None:
+            said += ["-", "-", "-"]
+        else:
+            each = way.seconds
+            said += [f"{100 * way.held:.0f} %", f"{1e3 * each:.0f} ms", f"{1 / each:.1f}"]
+        rows.append([*said, wording.n_bytes(way.floor_bytes)])
+    return wording.grid(columns, rows, text_columns=3)
+
+
+def _running_words(machine: Machine) -> str:
+    products = ", ".join(f"{1e3 * s:.2f} ms ({kind})" for kind, s in machine.compute_s.items())
+    return (
+        f"Computed, not tried, from what was measured now on this machine ({machine.cpu}, "
+        f"{machine.threads} threads):\nan expert's products {products}, decoding as above, memory "
+        f"{wording.n_bytes(machine.memory)}/s. Assumed: a disk of\n{wording.n_bytes(machine.disk)}"
+        "/s (--disk), 2 ms a layer for all that is no product, and as many hits as experts are "
+        "ready.\nSlots of codes (--slots codes) take half of the memory of values, so twice the "
+        "experts are ready."
+    )
+
+
+_WHERE = {
+    "decoded": "all in memory",
+    "memory": "in memory",
+    "disk": "on disk",
+    "no": "does not fit",
+}

@@ -16,7 +16,9 @@ from moebound.cli.offload import (
     load_offloaded,
     offload_options,
     stats_facts,
+    time_spent,
     together_options,
+    where_time_went,
 )
 from moebound.cli.output import Output, output_options
 from moebound.errors import MoeboundError
@@ -76,7 +78,9 @@ def _schema(path: Path) -> str:
               metavar="FILE", help="The text is JSON of this JSON Schema.")  # fmt: skip
 @click.option("--seed", type=int, help="Of the draws.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the text; may be repeated.")
-@click.option("--stats", is_flag=True, help="What was read, waited for and computed.")
+@click.option(
+    "--stats", is_flag=True, help="Where the time went, and what was read, waited for and computed."
+)
 @together_options
 @offload_options
 @output_options
@@ -149,8 +153,11 @@ def generate(
         document |= {"total_s": total_s, "tokens_per_second": _n_new(texts) / total_s}
     if stats:
         document["stats"] = told
+        document["time"] = time_spent(told, total_s)
     times = _times(texts[0]) if len(texts) == 1 else _times_of_all(texts, total_s)
-    human = [wording.facts("", [*times, *stats_facts(told)])] if stats else []
+    human: list[Any] = []
+    if stats:
+        human = [wording.facts("", [*times, *stats_facts(told)]), where_time_went(told, total_s)]
     output.result(document, *human)
     return exits.OK
 

@@ -201,11 +201,64 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
     ]
 
 
+def time_spent(stats: dict[str, Any], total_s: float) -> dict[str, Any]:
+    """Where so many seconds of generating went, JSON-ready: parts that add up to total_s.
+
+    stats: of `Offloaded.stats`, of that time alone. waiting_s: for experts, by what was waited
+    for. experts_s: computing them. handling_s: of the experts, what is neither. other_layers_s: the
+    rest of the forward passes. outside_s: what is no forward pass.
+    """
+    waiting = dict(stats["stall_s"])
+    handling = stats["experts_s"] - stats["compute_s"] - sum(waiting.values())
+    # Clocks are read one after the other: a part may come out below 0 by that.
+    return {
+        "total_s": total_s,
+        "waiting_s": waiting,
+        "experts_s": stats["compute_s"],
+        "handling_s": max(0.0, handling),
+        "other_layers_s": max(0.0, stats["step_s"] - stats["experts_s"]),
+        "outside_s": max(0.0, total_s - stats["step_s"]),
+    }
+
+
+def where_time_went(stats: dict[str, Any], total_s: float) -> str:
+    """The same in plain words, with what was in memory."""
+    spent, choice = time_spent(stats, total_s), stats["choice"]
+    names = {
+        "read": f"reading from {_TIERS[choice['tier']]}",
+        "decode": "decoding" if choice["source"] == "compressed" else "putting them in place",
+        "room": "a loading thread and a free place",
+    }
+    waited = sum(spent["waiting_s"].values())
+    told = {cause: seconds(waiting) for cause, waiting in spent["waiting_s"].items()}
+    causes = [f"{told[cause]} {name}" for cause, name in names.items() if told[cause] != seconds(0)]
+    why = f" ({', '.join(causes)})" if causes else ""
+    said = (
+        f"Of {seconds(total_s)}, {seconds(waited)} were waiting for experts{why}, "
+        f"{seconds(spent['experts_s'])} computing experts, {seconds(spent['handling_s'])} handing "
+        f"them over, {seconds(spent['other_layers_s'])} attention and the other layers, and "
+        f"{seconds(spent['outside_s'])} everything else, such as choosing tokens."
+    )
+    accesses = sum(stats["tiers"].values())
+    if not accesses:
+        return f"{said} No expert was asked for."
+    held = wording.percent(stats["tiers"]["decoded"], accesses)
+    return f"{said} {held} of the experts asked for were in memory, ready to compute with."
+
+
+_TIERS = {"disk": "disk", "ram": "RAM"}
+
+
+def seconds(value: float) -> str:
+    """To a hundredth, as parts of a few seconds are told; to a tenth from ten on."""
+    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s"
+
+
 def stats_facts(stats: dict[str, Any]) -> list[tuple[str, str]]:
     """What a run did, a name and a value each."""
     tiers, stall, prefetch = stats["tiers"], stats["stall_s"], stats["prefetch"]
     accesses = sum(tiers.values())
-    seconds = stats["seconds_per_step"]
+    each = stats["seconds_per_step"]
     rows = [
         ("experts asked for", f"{accesses}, " + ", ".join(
             f"{wording.percent(n, accesses)} {tier}" for tier, n in tiers.items())),
@@ -214,8 +267,8 @@ def stats_facts(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("waited for", ", ".join(f"{cause} {s:.3f} s" for cause, s in stall.items())),
         ("computed", f"experts {stats['compute_s']:.3f} s, everything {stats['step_s']:.3f} s"),
     ]  # fmt: skip
-    if seconds is not None:
-        rows.append(("forward pass", f"{1e3 * seconds:.2f} ms on average, {stats['steps']} passes"))
+    if each is not None:
+        rows.append(("forward pass", f"{1e3 * each:.2f} ms on average, {stats['steps']} passes"))
     if any(stats["fallback"].values()):
         coarse, skipped = stats["fallback"]["coarse"], stats["fallback"]["skipped"]
         rows.append(("fallback", f"{coarse} coarse copies, {skipped} experts left out"))

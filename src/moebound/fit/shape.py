@@ -34,7 +34,8 @@ class Shape:
 
     n_weights: all of the language model, prediction heads not counted. n_expert_weights: of routed
     experts. layers: with routed experts. n_experts, top_k: in each of these. expert: the shapes of
-    an expert's matrices, [out, in].
+    an expert's matrices, [out, in]. codes: whether the model computes with them as they are stored,
+    as slots of codes need it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Shape:
     top_k: int
     expert: tuple[tuple[int, int], ...]
     runs: Runs
+    codes: bool = True
 
     @property
     def expert_size(self) -> int:
@@ -67,6 +69,7 @@ class Shape:
             "expert_shapes": [list(shape) for shape in self.expert],
             "runs": self.runs.how,
             "why_not": self.runs.why or None,
+            "codes": self.codes,
         }
 
 
@@ -124,4 +127,13 @@ def _shape(name: str, config: Any) -> Shape:
         top_k=top_k_of(document),
         expert=tuple(first.shape(role) for role in first.places),
         runs=what_runs(document),
+        codes=_has_codes(first.module),
+    )
+
+
+def _has_codes(module: Any) -> bool:
+    """An experts module whose gate and up stand one behind the other, rows first."""
+    return (
+        getattr(module, "is_transposed", None) is False
+        and getattr(module, "is_concatenated", True) is True
     )

@@ -6,6 +6,7 @@ prepare.py       what runs need, made once:
   text.py          the tokens that all runs read
   routing.py       a recorded or drawn trace in place of what random routers would choose
   gguf_file.py     the checkpoint for llama.cpp
+  gguf_quantized.py  the same in fewer bits, by its own quantizer
 cases.py         which runs, one after the other
   launch.py        each in a process of its own
   memory_limit.py  within a limit that counts the page cache, if one is asked for

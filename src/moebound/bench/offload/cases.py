@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moebound.bench.environment import describe
+from moebound.bench.offload.gguf_quantized import gguf_sizes
 from moebound.bench.offload.launch import launch
 from moebound.bench.offload.memory_limit import memory_group
 from moebound.bench.offload.prepare import Prepared, prepare
 from moebound.bench.offload.report import OffloadReport
-from moebound.bench.offload.settings import OffloadSettings
+from moebound.bench.offload.settings import LLAMA, OffloadSettings
 from moebound.cache import load_trace, simulate, uniform
 from moebound.errors import MoeboundError
 
@@ -25,7 +26,8 @@ _PACKAGES = ("transformers", "accelerate", "llama_cpp_python", "gguf")
 @dataclass(frozen=True)
 class Case:
     """One run. source: "raw" or "compressed"; how: as `measure` has it; routing: "forced" by the
-    trace, or the model's "own"."""
+    trace, or the model's "own". quantized, mapped: the file that llama.cpp runs
+    (`LlamaFile`)."""
 
     name: str
     how: str
@@ -36,9 +38,13 @@ class Case:
     policy: str | None = None
     predictor: str | None = None
     slots: str = "values"
+    quantized: str | None = None
+    mapped: bool = False
 
     def options(self, settings: OffloadSettings) -> dict[str, Any]:
         """What `moebound.load`, or the peer, is called with."""
+        if self.how == LLAMA:
+            return {"mapped": self.mapped}
         if self.how not in ("offloaded", "clients"):
             return {} if settings.device == "cpu" else {"device_map": settings.device}
         return {
@@ -74,10 +80,11 @@ def cases(settings: OffloadSettings) -> Iterator[Case]:
                                     name = f"{source}, {tier}, {settings.clients} clients{end}"
                                     yield Case(name, "clients", *place)
         for peer in settings.peers:
-            if peer != "llama.cpp":
+            if peer in ("stock", "accelerate"):
                 yield Case(peer + suffix, peer, "raw", routing)
-    if "llama.cpp" in settings.peers:
-        yield Case("llama.cpp, own routing", "llama.cpp", "raw", "own")
+    for file in settings.llama_files:
+        name = f"{file.name}, own routing"
+        yield Case(name, LLAMA, "raw", "own", quantized=file.kind, mapped=file.mapped)
 
 
 def run(settings: OffloadSettings, work: Path, *, say: Say | None = None) -> OffloadReport:
@@ -91,22 +98,34 @@ def run(settings: OffloadSettings, work: Path, *, say: Say | None = None) -> Off
             pass
     prepared = prepare(settings, work)
     todo = list(cases(settings))
-    rows = []
-    for i, case in enumerate(todo):
-        if say is not None:
-            say(f"{case.name} {case.budget or ''}", i, len(todo))
-        rows.append({**asdict(case), **_row(case, settings, prepared, work)})
     sizes = {"raw": _expert_bytes(prepared.raw), "compressed": _expert_bytes(prepared.store)}
+    # A file that others are made from is as large as the checkpoint: gone, if nobody asked for it.
+    asked = any(file.kind is None for file in settings.llama_files)
+    passing = not asked and not prepared.gguf.exists()
+    rows = []
+    try:
+        for i, case in enumerate(todo):
+            if say is not None:
+                say(f"{case.name} {case.budget or ''}", i, len(todo))
+            n_bytes, n_weights = sizes[case.source]
+            known = n_weights and case.quantized is None  # others' sizes come with their file
+            bits = {"expert_bits": 8 * n_bytes / n_weights} if known else {}
+            rows.append({**asdict(case), **bits, **_row(case, settings, prepared, work)})
+    finally:
+        if passing:
+            prepared.gguf.unlink(missing_ok=True)
     policies = [] if prepared.trace is None else _policies(prepared.trace, prepared.top_k, settings)
     plain = asdict(settings) | {"trace": prepared.routed_by}
     if settings.model is not None:
         del plain["shapes"]
-    return OffloadReport(plain, describe(*_PACKAGES), sizes, policies, rows)
+    found = {source: size for source, (size, _) in sizes.items()}
+    return OffloadReport(plain, describe(*_PACKAGES), found, policies, rows)
 
 
 def _row(case: Case, settings: OffloadSettings, prepared: Prepared, work: Path) -> dict[str, Any]:
     try:
-        source = prepared.place(case.how, case.source)
+        source = prepared.place(case.how, case.source, case.quantized)
+        sizes = gguf_sizes(source) if case.how == LLAMA else None
     except MoeboundError as error:
         return {"error": str(error)}
     spec = {
@@ -117,7 +136,8 @@ def _row(case: Case, settings: OffloadSettings, prepared: Prepared, work: Path) 
         "drop_cache": case.tier not in ("ram", "device"),
         "device": settings.device, "clients": settings.clients,
     }  # fmt: skip
-    return launch(spec, work, timeout_s=settings.timeout_s, memory_limit=settings.memory_limit)
+    row = launch(spec, work, timeout_s=settings.timeout_s, memory_limit=settings.memory_limit)
+    return row if sizes is None else asdict(sizes) | row
 
 
 def _policies(trace: Path, top_k: int, settings: OffloadSettings) -> list[dict[str, Any]]:
@@ -145,10 +165,12 @@ def _policies(trace: Path, top_k: int, settings: OffloadSettings) -> list[dict[s
     return rows
 
 
-def _expert_bytes(place: Path) -> int:
+def _expert_bytes(place: Path) -> tuple[int, int]:
+    """Of all experts as they are stored, and their weights; 0 where they cannot be read."""
     from moebound.offload.entries import open_entries
 
     try:
-        return open_entries(place).n_bytes
+        entries = open_entries(place)
     except MoeboundError:
-        return 0
+        return 0, 0
+    return entries.n_bytes, entries.n_weights

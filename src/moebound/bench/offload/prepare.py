@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moebound.bench.offload.gguf_file import write_gguf
+from moebound.bench.offload.gguf_quantized import quantize_gguf
 from moebound.bench.offload.model import make_checkpoint, make_store
 from moebound.bench.offload.routing import fit_trace
 from moebound.bench.offload.settings import OffloadSettings
@@ -33,16 +34,25 @@ class Prepared:
     top_k: int
     gguf: Path
 
-    def place(self, how: str, source: str) -> Path:
+    def place(self, how: str, source: str, quantized: str | None = None) -> Path:
         """What a run loads. Makes the GGUF file, as large as the checkpoint, when it is needed.
+        quantized: the type of llama.cpp that it is to have, if not the checkpoint's.
 
-        Raises BackendUnavailable for llama.cpp where it is not installed, and
-        UnsupportedArchitectureError for models that cannot be written for it.
+        Raises BackendUnavailable for llama.cpp where it is not installed,
+        UnsupportedArchitectureError for models that cannot be written for it, and MethodError for
+        a type that it does not make of them.
         """
         if how != "llama.cpp":
             return self.store if source == "compressed" else self.raw
         check("llama.cpp", "llama_cpp", "gguf")
-        return write_gguf(self.raw, self.gguf)
+        if quantized is None:
+            return write_gguf(self.raw, self.gguf)
+        file = self.gguf.with_name(f"{self.gguf.stem}-{quantized}.gguf")
+        return (
+            file
+            if file.exists()
+            else quantize_gguf(write_gguf(self.raw, self.gguf), file, quantized)
+        )
 
 
 def prepare(settings: OffloadSettings, work: Path) -> Prepared:

@@ -6,10 +6,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moebound.bench.offload.model import Shapes
+from moebound.bench.peers.settings import GGUF_TYPE
 from moebound.errors import MoeboundError
 
-PEERS = ("stock", "accelerate", "llama.cpp")
+LLAMA = "llama.cpp"
+PEERS = ("stock", "accelerate", LLAMA)
 ROUTINGS = ("forced", "own")
+
+
+@dataclass(frozen=True)
+class LlamaFile:
+    """What llama.cpp runs. kind: a type of its files ("q4_k_m"), to which it quantizes the same
+    weights; None for the weights as they are. mapped: all of the file stays mapped, so that the
+    system can drop and read again what does not fit (`--no-repack`). By default it copies tensors
+    of some types into another order, which is quicker, and cannot be dropped."""
+
+    kind: str | None = None
+    mapped: bool = False
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (LLAMA, self.kind, "mapped" if self.mapped else None)))
+
+
+def _llama_file(peer: str) -> LlamaFile | None:
+    """Of "llama.cpp", "llama.cpp:q4_k_m" and "llama.cpp:q4_k_m:mapped"; None for all else."""
+    name, *options = peer.split(":")
+    kind, mapped = None, False
+    if options and GGUF_TYPE.fullmatch(options[0]):
+        kind = options.pop(0)
+    if options == ["mapped"]:
+        mapped = bool(options.pop())
+    return LlamaFile(kind, mapped) if name == LLAMA and not options else None
 
 
 @dataclass(frozen=True)
@@ -19,9 +47,10 @@ class OffloadSettings:
     budgets: shares of all experts decoded. routing: "forced" by a trace, "own" for the model's own
     router, or both. trace: a recorded one, or None for Zipf's law. task: whose problems a given
     model reads; a synthetic one reads drawn tokens. peers: of `PEERS`; llama.cpp always has its own
-    routing. slots: what those of compressed experts hold. memory_limit: bytes that the process of
-    each run may have, page cache included. device: where to compute. clients: so many at a time,
-    beside one, in a run of each of ours; 1 for no such run.
+    routing, and may be followed by what `LlamaFile` has ("llama.cpp:q4_k_m:mapped"). slots: what
+    those of compressed experts hold. memory_limit: bytes that the process of each run may have,
+    page cache included. device: where to compute. clients: so many at a time, beside one, in a run
+    of each of ours; 1 for no such run.
 
     Raises MoeboundError for what does not go together.
     """
@@ -51,7 +80,7 @@ class OffloadSettings:
         if self.clients < 1:
             raise MoeboundError(f"clients {self.clients}: expected 1 or more")
         for option, given, known in (
-            ("peers", self.peers, PEERS),
+            ("peers", tuple(LLAMA if _llama_file(p) else p for p in self.peers), PEERS),
             ("routing", self.routing, ROUTINGS),
             ("slots", self.slots, ("values", "codes", "auto")),
         ):
@@ -64,5 +93,9 @@ class OffloadSettings:
             raise MoeboundError(
                 f"trace {self.trace}: followed by forced routing only, found {self.routing}"
             )
-        if "llama.cpp" in self.peers and self.device != "cpu":
+        if self.llama_files and self.device != "cpu":
             raise MoeboundError(f"peer llama.cpp: is run on the CPU, found device {self.device!r}")
+
+    @property
+    def llama_files(self) -> tuple[LlamaFile, ...]:
+        return tuple(filter(None, map(_llama_file, self.peers)))

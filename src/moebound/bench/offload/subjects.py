@@ -91,6 +91,8 @@ class LlamaCpp(Subject):
 
     def __init__(self, spec: dict[str, Any], trace: Trace | None) -> None:
         llama_cpp = need("llama_cpp", "llama.cpp")
+        if spec["options"].get("mapped"):
+            _without_repacking(llama_cpp)
         n_context = spec["prompt"] + max(spec["warm"], spec["tokens"]) + 1
         threads = torch.get_num_threads()
         self._model: Any = llama_cpp.Llama(
@@ -115,6 +117,18 @@ class LlamaCpp(Subject):
 
     def close(self) -> None:
         self._model.close()
+
+
+def _without_repacking(llama_cpp: Any) -> None:
+    """What `--no-repack` does, which llama-cpp-python has no argument for."""
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def changed() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_cpp.llama_model_default_params = changed
 
 
 def _stock(spec: dict[str, Any], trace: Trace | None) -> Subject:

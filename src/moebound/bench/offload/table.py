@@ -8,8 +8,8 @@ from rich.table import Table
 
 from moebound.bench.offload.report import OffloadReport, modelled_s, over_model
 
-_COLUMNS = ("run", "budget", "policy", "ms/token", "p99", "first", "hits", "MB/token", "raw : this",
-            "model", "this : model", "peak GB", "with files")  # fmt: skip
+_COLUMNS = ("run", "bits", "budget", "policy", "ms/token", "p99", "first", "hits", "MB/token",
+            "raw : this", "model", "this : model", "peak GB", "with files")  # fmt: skip
 
 
 def render_offload(report: OffloadReport) -> Table:
@@ -20,7 +20,8 @@ def render_offload(report: OffloadReport) -> Table:
         title=f"Experts of {raw / 1e9:.2f} GB, {small / 1e9:.2f} GB compressed"
         + (f"; each run within {limit / 1e9:g} GB, files counted" if limit else ""),
         caption=_policies(report) + "Milliseconds a token (median, 99th percentile) and to the "
-        "first one; hits: of experts asked for; MB: moved a token; model: what the cost "
+        "first one; bits: a weight of routed experts, as its files hold them; hits: of experts "
+        "asked for; MB: moved a token; model: what the cost "
         "model says of these loads, from speeds measured one expert at a time, and what they took "
         "over that; peak: of the process, and of its control group, which counts files it read. "
         "Own routing: the model's routers choose, random ones not as trained ones do; else the "
@@ -76,7 +77,8 @@ def _policies(report: OffloadReport) -> str:
 
 
 def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    head = [row["name"], "" if row["budget"] is None else f"{100 * row['budget']:g} %",
+    bits = f"{row['expert_bits']:.2f}" if row.get("expert_bits") else ""
+    head = [row["name"], bits, "" if row["budget"] is None else f"{100 * row['budget']:g} %",
             " ".join(filter(None, (row["policy"], row["predictor"])))]  # fmt: skip
     with_files = row.get("memory_peak_bytes")
     last = f"{with_files / 1e9:.2f}" if with_files else ""

@@ -12,7 +12,8 @@ from moebound.errors import MethodError
 
 PROGRAMS = Path(__file__).parent / "programs"
 _GROUPED = re.compile(r"int([2-8]):g([0-9]{1,6})((?::[a-z0-9]+)*)")
-_TYPE = re.compile(r"i?q[1-8](_[a-z0-9]+)*")
+GGUF_TYPE = re.compile(r"i?q[1-8](_[a-z0-9]+)*")
+"""A file type of llama.cpp, as `llama-quantize` calls it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def get_peer(setting: str) -> Peer:
     """The peer of a setting. Raises MethodError for one that is not known."""
     name, _, options = setting.partition(":")
     if name == _GGUF:
-        if not _TYPE.fullmatch(options):
+        if not GGUF_TYPE.fullmatch(options):
             raise MethodError(
                 f"peer {setting!r}: expected a file type of llama.cpp, as in gguf:q4_k_m or "
                 "gguf:iq3_s"

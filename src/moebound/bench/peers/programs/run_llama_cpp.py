@@ -15,15 +15,13 @@ Bytes are those of the tensors; types and shapes are in the file's header, as an
 
 from __future__ import annotations
 
-import ctypes
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp
 import numpy as np
+from llama_quantize import quantize
 from peer_exchange import Request, main, read_weights, write_checkpoint
 
 BLOCK = 256
@@ -31,13 +29,10 @@ BLOCK = 256
 
 def run(request: Request, answer: Path) -> dict[str, Any]:
     kind = str(request.setting["type"])
-    ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}", None)
-    if ftype is None:
-        raise SystemExit(f"llama.cpp has no file type {kind!r}")
     stacks = _stacks(request)
     source, made = answer / "experts.gguf", answer / f"experts-{kind}.gguf"
     _write(source, request, stacks)
-    _quantize(source, made, ftype, _importance(request, stacks))
+    quantize(source, made, kind, _importance(request, stacks))
     source.unlink()
 
     weights, parts = {}, dict[str, int]()
@@ -103,20 +98,6 @@ def _importance(request: Request, stacks: dict[str, list[str]]) -> dict[str, Any
         name: np.concatenate([known[member] for member in members]).astype(np.float32)
         for name, members in stacks.items()
     }
-
-
-def _quantize(source: Path, made: Path, ftype: int, importance: dict[str, Any]) -> None:
-    float_p = ctypes.POINTER(ctypes.c_float)
-    entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()  # the last is empty
-    for entry, (name, values) in zip(entries, importance.items(), strict=False):
-        entry.name = name.encode()
-        entry.data, entry.size = values.ctypes.data_as(float_p), values.size
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread, params.imatrix = ftype, os.cpu_count() or 1, entries
-    code = llama_cpp.llama_model_quantize(str(source).encode(), str(made).encode(),
-                                          ctypes.byref(params))  # fmt: skip
-    if code:
-        raise SystemExit(f"llama_model_quantize gave {code}")
 
 
 if __name__ == "__main__":
