@@ -7,8 +7,8 @@ One layer of 64 experts (2048 x 1408, bf16, random weights), and statistics of d
 everything that a method can ask for. `moebound compress` runs for one method after the other,
 each time in a process of its own with one thread: what is measured is the whole command. Behind an
 @ stands the rate of a method that keeps a bound. Rows are kept in WORK, with the checkpoint and the
-statistics (about 3 GB), and the same command goes on from them. JSON goes to stdout, a line for each
-row to stderr.
+statistics (about 3 GB), and the same command goes on from them. JSON goes to stdout, a line for
+each row to stderr.
 
 On a machine that does other things as well, seconds of CPU say more than seconds on the clock. Peak
 memory is what the system counts as resident: pages of the files that are read are among it.
@@ -33,7 +33,13 @@ from moebound.files.rows import KEY, Rows
 _KEEPING = ("frequency", "reap_re", "lu_re", "mone_re", "m_smoe_re", "hc_smoe_fixed", "sub_moe_re")
 METHODS = (
     *("bounded:bound@0.32", "calibrated@0.94"),
-    *("rtn:int3:g128", "rtn:int3:g128:coded", "moqe_re:int3", "gptq_re:int3:g128", "awq_re:int3:g128"),
+    *(
+        "rtn:int3:g128",
+        "rtn:int3:g128:coded",
+        "moqe_re:int3",
+        "gptq_re:int3:g128",
+        "awq_re:int3:g128",
+    ),
     "milo_fixed:b4",
     *("svd:b3:f8", "modegpt_re:b3:q4", "resmoe_fixed:b3:f8:base5", "d2_moe_fixed:b3:f8:base5"),
     *("moe_i2_re:b3:f8", "soco_lite:b3:f8", "rfid_re:b3:f8", "mobe_fixed:b3:f8"),

@@ -331,8 +331,6 @@ def test_statistics_after_experts_were_left_out(tmp_path: Path, capsys: Any) -> 
     edits = [open_store(tmp_path / name).router_edits() for name in ("one", "two")]
     assert {k: e.keep for k, e in edits[0].items()} == {k: e.keep for k, e in edits[1].items()}
     assert main([*asked, "-o", str(tmp_path / "x"), "--after", "reap_re:keep5"]) == 2
-    merging = ["--after", "m_smoe_re:keep5", "--calibration", str(first)]
-    assert main([*asked, "-o", str(tmp_path / "x"), *merging]) == 2
     for command in (["inspect"], ["verify"]):
         capsys.readouterr()
         assert main([*command, str(tmp_path / "one"), "--json"]) == 0

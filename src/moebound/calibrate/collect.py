@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebound.calibrate.edited import edit_routing
+from moebound.calibrate.edited import edit_model
 from moebound.calibrate.search import TOKENS, Search
 from moebound.calibrate.text import Text
 from moebound.checkpoint import top_k_of
@@ -65,14 +65,15 @@ Say = Callable[[str, int, int], None]
 class Settings:
     """routed: experts see the tokens sent to them, else all. moments: all of H, or its diagonal.
     memory: bytes of H that are held at once; one expert's at least. search: also for the sets of
-    experts that can be left out (`search.py`). after: the setting of the method whose router edits
-    the model has meanwhile (`edited.py`)."""
+    experts that can be left out (`search.py`). after: the setting of the method that has edited the
+    model (`edited.py`); fingerprint: of the experts before that, None where nothing was done."""
 
     routed: bool = True
     moments: Moments = "full"
     memory: int = MEMORY
     search: bool = False
     after: str | None = None
+    fingerprint: str | None = None
 
 
 def collect(
@@ -125,7 +126,7 @@ def _of(loaded: Loaded, text: Text, settings: Settings) -> Of:
     width, hidden = shapes.pop()
     return Of(
         model=loaded.source.name,
-        fingerprint=of_corners(live),
+        fingerprint=settings.fingerprint or of_corners(live),
         text=text.name,
         text_sha256=text.sha256,
         n_sequences=len(text.rows),
@@ -144,7 +145,6 @@ class Reader:
 
     def __init__(self, loaded: Loaded, text: Text, out: Path, settings: Settings) -> None:
         of = _of(loaded, text, settings)
-        self.fingerprint = of.fingerprint
         self._run = _Run(loaded, text, out, of, set())
         self._spans = list(_spans(live_experts(loaded.model).stacks, of, settings.memory))
 
@@ -172,15 +172,14 @@ def reader(
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load(src, dtype=dtype, device=device)
-    if settings.after is not None and edited_by is not None:
-        edit_routing(loaded.model, settings.after, read_statistics(edited_by))
-    found = Reader(loaded, text, out, settings)
-    if found.fingerprint != fingerprint:
+    if of_corners(live_experts(loaded.model)) != fingerprint:
         raise MoeboundError(
             f"{src}: a worker finds other weights there than the process that asked; all machines "
             "must see the same files"
         )
-    return found
+    if settings.after is not None and edited_by is not None:
+        edit_model(loaded.model, settings.after, read_statistics(edited_by))
+    return Reader(loaded, text, out, settings)
 
 
 @dataclass(frozen=True)
@@ -337,7 +336,8 @@ class _Sums:
     """Of some experts of one layer, while the text is read. On the model's device."""
 
     def __init__(self, span: Span, of: Of, device: torch.device) -> None:
-        self.span, self.of, self.checked = span, of, False
+        # Whose experts put out constants cannot be checked; the model was, before it was edited.
+        self.span, self.of, self.checked = span, of, of.after is not None
         full = of.moments == "full"
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

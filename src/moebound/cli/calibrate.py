@@ -41,8 +41,9 @@ HELD_OUT = 500
               help="Search, for every number of experts, which of a layer's change its output "
               "least when the others are left out; method lu_re needs it. Slow.")  # fmt: skip
 @click.option("--after", metavar="METHOD",
-              help="Leave out meanwhile the experts that METHOD would (reap_re:keep6, ...), so "
-              "that the others get their tokens. Needs --calibration.")  # fmt: skip
+              help="Of the model as METHOD leaves it to its coder: experts left out "
+              "(reap_re:keep6), merged (hc_smoe_fixed:keep4), cut (modegpt_re:k0.8). Needs "
+              "--calibration.")  # fmt: skip
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="STATS",
               help="What --after chooses by: statistics of the whole model.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", default="1GiB", show_default=True,
@@ -87,7 +88,7 @@ def calibrate(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from moebound.calibrate import Settings, collect, edit_routing, of_file, of_task
+    from moebound.calibrate import Settings, collect, edit_model, of_file, of_task
     from moebound.calibrate.collect import UNFINISHED, reader
     from moebound.evaluate.loading import load
     from moebound.files.formats.statistics import read_statistics
@@ -105,10 +106,11 @@ def calibrate(
     else:
         assert asked is not None
         read = of_task(loaded, asked, limit, skip=_held_out(asked, limit) if skip is None else skip)
+    fingerprint = of_corners(live_experts(loaded.model))
     if after is not None and calibration is not None:
-        after = edit_routing(loaded.model, after, read_statistics(calibration))
+        after = edit_model(loaded.model, after, read_statistics(calibration))
     moments: Moments = "diagonal" if diagonal else "full"
-    settings = Settings(not all_tokens, moments, room, search, after)
+    settings = Settings(not all_tokens, moments, room, search, after, fingerprint)
     hands_of = hire(workers, ray_address, device=device)
     with step_bar(output) as say, ExitStack() as stack:
         hands = None
@@ -118,7 +120,7 @@ def calibrate(
                 "src": everywhere(src), "dtype": dtype, "device": device, "text": read,
                 "out": out.resolve(), "settings": settings,
                 "edited_by": None if calibration is None else calibration.resolve(),
-                "fingerprint": of_corners(live_experts(loaded.model)),
+                "fingerprint": fingerprint,
             }, threads=torch.get_num_threads())  # fmt: skip
             hands = stack.enter_context(hands_of(setup))
         if (out / UNFINISHED).is_file():
@@ -169,7 +171,7 @@ def _table(found: Statistics, said: dict[str, Any]) -> Any:
             ("without any token", str(said["experts_without_tokens"])),
             (f"with fewer than {FEW_TOKENS}", str(said["experts_with_few_tokens"])),
             ("second moments", "whole" if of.moments == "full" else "diagonals"),
-            *([("routing edited by", of.after)] if of.after else []),
+            *([("after", of.after)] if of.after else []),
             ("written", f"{found.folder}, {wording.n_bytes(found.n_bytes)}"),
         ]
     )  # fmt: skip

@@ -48,6 +48,7 @@ class Keeping(Method):
 
     scope = "layer"
     edits_router: ClassVar[bool] = True
+    keeps: ClassVar[bool] = True
     known: ClassVar[str] = ""
     """A regular expression of one further option; none where it is empty."""
 
@@ -107,8 +108,7 @@ class Keeping(Method):
         )
 
     def _coded(self, kept: GroupView, threads: int) -> Mapping[ExpertKey, Any]:
-        wanted = self.coder.wanted_statistics()
-        statistics = {name: kept.statistics[name] for name in wanted}
+        statistics = kept.coded_by(self.coder.wanted_statistics())
         # Of a merged expert, whose weights are others, no outputs are certified.
         seen = {} if self.merges else kept.seen
         group = GroupView(kept.experts, statistics, seen)

@@ -13,11 +13,11 @@ in N-bit entropy-coded whole numbers (`qN`). Other channels decode to 0.
 `modegpt_re:k0.75+calibrated` has what is kept coded by any method that looks at one expert: the
 rows of G and U by the inputs' moments, the new down projection by C_JJ, which is what it gets (J's
 hidden values do not depend on what else was cut). That is the whole of the error that is left to
-choose: with D_J the new projection, tr((D z - D' z_J) ..) = the cut's own + tr((D_J - D') C_JJ (D_J
-- D')ᵀ), for the cut's error is orthogonal to z_J (up to λ). A bound holds for every kept weight of G
-and U, against the checkpoint's, and for every weight of the new down projection, against what it
-was made: ε is that of the whole expert as it was. Of weights that were cut nothing is promised, so
-each certificate says "none".
+choose: with D_J the new projection, Σ |D z - D' z_J|² is the cut's own error and
+tr((D_J - D') C_JJ (D_J - D')ᵀ), for the cut's is orthogonal to z_J (up to λ). A bound holds for
+every kept weight of G and U, against the checkpoint's, and for every weight of the new down
+projection, against what that was made; ε is that of the whole expert as it was. Of weights that
+were cut nothing is promised, so each certificate says "none".
 
 Deviations: C is shrunk
 towards the layer's, so that experts with few tokens have one; all experts keep the same share
@@ -76,6 +76,7 @@ class ModeGpt(Approximation):
         "q": Option("coded", 2, 16, "bits of a weight that is kept, 2 to 8 or 16"),
     }  # fmt: skip
     sized_by: ClassVar[tuple[str, ...]] = ("b", "k")
+    keeps: ClassVar[bool] = True
     keep: float = -1.0
     coded: int = 16
     inner: str = ""
@@ -200,10 +201,10 @@ class ModeGpt(Approximation):
             role: np.ascontiguousarray(_unfolded(rows, how).astype(expert.matrices[role].dtype))
             for role, (rows, how) in some.items()
         }
-        statistics: dict[str, Mapping[ExpertKey, Array]] = {}
-        for name in coder.wanted_statistics():
-            of = group.statistics[name]
-            statistics[name] = _Kept(of, own) if name in _HIDDEN else of
+        statistics = {
+            name: _Kept(of, own) if name in _HIDDEN else of
+            for name, of in group.coded_by(coder.wanted_statistics()).items()
+        }
         # A neuron is a row of each; of down that is an input.
         view = ExpertView(expert.key, arrays, _absolute(expert), frozenset({"down"}))
         made = compress(coder, GroupView((view,), statistics))
