@@ -32,27 +32,21 @@ from moebound.files.rows import KEY, Rows
 
 _KEEPING = ("frequency", "reap_re", "lu_re", "mone_re", "m_smoe_re", "hc_smoe_fixed", "sub_moe_re")
 METHODS = (
-    *("bounded:bound@0.32", "calibrated@0.94"),
-    *(
-        "rtn:int3:g128",
-        "rtn:int3:g128:coded",
-        "moqe_re:int3",
-        "gptq_re:int3:g128",
-        "awq_re:int3:g128",
-    ),
-    "milo_fixed:b4",
-    *("svd:b3:f8", "modegpt_re:b3:q4", "resmoe_fixed:b3:f8:base5", "d2_moe_fixed:b3:f8:base5"),
-    *("moe_i2_re:b3:f8", "soco_lite:b3:f8", "rfid_re:b3:f8", "mobe_fixed:b3:f8"),
-    *(f"{name}:keep48" for name in _KEEPING),
+    *("bounded:bound@0.32", "calibrated@0.94", "rtn:int3:g128", "rtn:int3:g128:coded"),
+    *("moqe_re:int3", "gptq_re:int3:g128", "awq_re:int3:g128"),
     *(f"{name}:keep48+rtn:int4:g128" for name in _KEEPING),
-    *("reap_re:keep48+bounded:bound@0.16", "reap_re:keep48+calibrated@0.46"),
-    *("puzzle_moe_re:seed0", "puzzle_moe_re:seed0+rtn:int2:g128"),
-    *("residual:svd:r2:f8@0.32", "residual:d2_moe_fixed:r0:base3@0.32"),
-    "residual:resmoe_fixed:k0:base4@0.32",
+    *("puzzle_moe_re:seed0", "puzzle_moe_re:seed0+rtn:int2:g128", "modegpt_re:b3:q4"),
+    *("modegpt_re:k0.7+calibrated@0.5", "reap_re:keep48+calibrated@0.46"),
+    *("resmoe_fixed:b3:f8:base5", "svd:b3:f8", "d2_moe_fixed:b3:f8:base5", "moe_i2_re:b3:f8"),
+    *("milo_fixed:b4:i1", "soco_lite:b3:f8", "rfid_re:b3:f8", "mobe_fixed:b3:f8:s5"),
+    *("residual:resmoe_fixed:k0:base4@0.32", "residual:d2_moe_fixed:r0:base3@0.32"),
+    *("residual:svd:r2:f8@0.32", "reap_re:keep48", "hc_smoe_fixed:keep48"),
+    *("milo_fixed:b4", "mobe_fixed:b3:f8"),
 )
-"""At about 3 bits a weight where a size can be chosen; three quarters of the experts, alone and in
-4 bits, where experts are left out; the least that there is of MiLo and of PuzzleMoE."""
-WINDOWS, LIMIT = 32, 900
+"""At about 3 bits a weight where a size can be chosen; three quarters of the experts in 4 bits where
+experts are left out, and two of them as they are; the least that there is of MiLo and of PuzzleMoE.
+"""
+WINDOWS, LIMIT = 32, 600
 
 
 def made(folder: Path, rows: Rows, experts: int) -> tuple[Path, Path]:
