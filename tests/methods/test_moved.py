@@ -59,9 +59,9 @@ def test_what_is_kept_is_coded_by_what_it_gets_then(
     assert moved.of.fingerprint == first.of.fingerprint
     assert sum(moved.tokens().values()) == sum(first.tokens().values())
     stores: dict[str, Any] = {}
-    for name, options in {"first": {}, "moved": {"moved": moved}}.items():
+    for name, by in {"first": None, "moved": moved}.items():
         compress(src, tmp_path / f"to-{name}", method=f"{method}+calibrated", bound=RATE,
-                 calibration=first, **options)  # fmt: skip
+                 calibration=first, moved=by)  # fmt: skip
         stores[name] = open_store(tmp_path / f"to-{name}")
     # The same choice, other weights.
     edits = [{at: e.to_bytes() for at, e in s.router_edits().items()} for s in stores.values()]
@@ -71,10 +71,10 @@ def test_what_is_kept_is_coded_by_what_it_gets_then(
          for m in e.matrices} for s in stores.values()
     ]  # fmt: skip
     assert digests[0] != digests[1]
-    by = stores["moved"].settings.calibration
-    assert by is None or by.of.after == method
+    certified = stores["moved"].settings.calibration
+    assert certified is None or certified.of.after == method
     assert verify(tmp_path / "to-moved", against=src).ok
-    if by is not None:
+    if certified is not None:
         assert verify(tmp_path / "to-moved", against=src, calibration=moved).ok
         report = verify(tmp_path / "to-moved", against=src, calibration=first)
         assert [p.kind for p in report.problems] == ["calibration"]
