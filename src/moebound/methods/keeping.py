@@ -111,8 +111,11 @@ class Keeping(Method):
         statistics = kept.coded_by(self.coder.wanted_statistics())
         # Of a merged expert, whose weights are others, no outputs are certified.
         seen = {} if self.merges else kept.seen
-        group = GroupView(kept.experts, statistics, seen)
-        return compress(self.coder, group, threads=threads).experts
+        coded: dict[ExpertKey, Any] = {}
+        for expert in kept.experts:  # what rounding needs to know of one is as large as it is
+            group = GroupView((expert,), statistics, seen)
+            coded |= compress(self.coder, group, threads=threads).experts
+        return coded
 
     @abstractmethod
     def edit(self, group: GroupView) -> RouterEdit:

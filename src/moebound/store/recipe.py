@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import get_args
@@ -107,25 +107,24 @@ class Recipe:
             for expert in experts
         )
         keys = [view.key for view in views]
-        seen = {key: self._raw(method, key) for key in keys} if certify else {}
         return GroupView(
             views,
             {}
             if self.calibration is None
             else wanted(self.calibration, method.wanted_statistics(shared=keys[0].shared), keys),
-            {key: found for key, found in seen.items() if found is not None},
+            self._raw(method, keys) if certify else {},
             _routing(checkpoint, method, keys),
             {}
             if self.moved is None or method.coder is None or keys[0].shared
             else wanted(self.moved, method.coder.wanted_statistics(), keys),
         )
 
-    def _raw(self, method: Method, key: ExpertKey) -> Seen | None:
-        """What an expert's outputs are certified by; None where the method asks for nothing."""
+    def _raw(self, method: Method, keys: Sequence[ExpertKey]) -> Mapping[ExpertKey, Seen]:
+        """What experts' outputs are certified by; of none where the method asks for nothing."""
         found, sides = self.moved or self.calibration, _sides(method)
-        if found is None or not sides or key.shared:
-            return None
-        return Seen(found.tokens_of(key), {side: found.moments(key, side) for side in sides})
+        if found is None or not sides or keys[0].shared:
+            return {}
+        return _Raw(found, sides, keys)
 
     def group_of(self, key: ExpertKey) -> tuple[object, ...]:
         """Experts with equal ones are seen together by their method."""
@@ -167,6 +166,25 @@ class Recipe:
     def with_shared(self) -> bool:
         """Whether a plan is for shared experts too."""
         return self.plan is not None and any(e.key.shared for e in self.plan.experts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Raw(Mapping[ExpertKey, Seen]):
+    """What experts saw, each read when it is asked for: a layer's second moments are large."""
+
+    statistics: Statistics
+    sides: Sequence[Side]
+    keys_: Sequence[ExpertKey]
+
+    def __getitem__(self, key: ExpertKey) -> Seen:
+        found = self.statistics
+        return Seen(found.tokens_of(key), {s: found.moments(key, s) for s in self.sides})
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self.keys_)
+
+    def __len__(self) -> int:
+        return len(self.keys_)
 
 
 def _check_moved(setting: str, moved: Statistics) -> None:
