@@ -27,28 +27,42 @@ from moebound.bench.offload.text import drawn_ids
 WINDOW = 512
 
 # A process begins with the peak of the one that forked it, so a small one starts and measures it.
+# Beyond its seconds of CPU the system ends it with a signal.
 MEASURE = """
 import json, resource, subprocess, sys, time
-begun = time.perf_counter()
-code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+limit, command, begun = int(sys.argv[1]), sys.argv[2:], time.perf_counter()
+if limit:
+    command = ["sh", "-c", f'ulimit -t {limit}; exec "$@"', "sh", *command]
+done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 seconds, used = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps({"code": code, "seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime,
-                  "peak_mib": used.ru_maxrss / 1024}))
+print(json.dumps({"code": done.returncode, "seconds": seconds, "peak_mib": used.ru_maxrss / 1024,
+                  "cpu_seconds": used.ru_utime + used.ru_stime,
+                  "out": done.stdout, "err": done.stderr}))
 """
 
 
-def run(*command: str) -> dict[str, float]:
-    """Wall and CPU seconds and peak resident MiB of one process."""
+def measured(*command: str, limit: int = 0) -> dict[str, Any]:
+    """Wall and CPU seconds and peak resident MiB of one process, its exit code, and what it wrote
+    (`out`, `err`). limit: seconds of CPU that it is given; 0 for all it wants."""
     done = subprocess.run(
-        [sys.executable, "-S", "-c", MEASURE, *command], stdout=subprocess.PIPE, check=True
-    )
-    found: dict[str, float] = json.loads(done.stdout)
-    if found.pop("code"):
-        raise SystemExit(f"{' '.join(command)} failed")
+        [sys.executable, "-S", "-c", MEASURE, str(limit), *command],
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def calibrate(source: Path, stats: Path, windows: int, memory: int, dtype: str) -> None:
+def run(*command: str) -> dict[str, float]:
+    """Of one process that has to succeed: seconds, CPU seconds, peak MiB."""
+    found = measured(*command)
+    if found["code"]:
+        raise SystemExit(f"{found['err']}{' '.join(command)} failed")
+    return {name: found[name] for name in ("seconds", "cpu_seconds", "peak_mib")}
+
+
+def calibrate(
+    source: Path, stats: Path, windows: int, memory: int, dtype: str, search: bool = False
+) -> None:
     """What the command does, on tokens that no tokenizer made: this model has none."""
     from moebound.calibrate import Settings, Text, collect
     from moebound.evaluate.loading import Loaded, Source
@@ -60,7 +74,7 @@ def calibrate(source: Path, stats: Path, windows: int, memory: int, dtype: str) 
     text = Text("drawn", tuple(tuple(row) for row in ids.tolist()))
     collect(
         Loaded(model, None, Source("one layer", "checkpoint", dtype, "its own")), text, stats,
-        Settings(memory=memory),
+        Settings(memory=memory, search=search),
     )  # fmt: skip
 
 
@@ -74,12 +88,13 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where to work; a temporary folder if left out")
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a summary")
+    parser.add_argument("--search", action="store_true", help="with --calibrate, as there")
     parser.add_argument("--calibrate", nargs=2, type=Path, metavar=("SRC", "STATS"),
                         help="only that, in this process")  # fmt: skip
     args = parser.parse_args()
     if args.calibrate:
         source, stats = args.calibrate
-        calibrate(source, stats, args.windows, args.memory, args.dtype)
+        calibrate(source, stats, args.windows, args.memory, args.dtype, args.search)
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder = Path(tempfile.mkdtemp(prefix="moebound-", dir=args.dir))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moebound.bench.methods import BITS, METHODS, run
+from moebound.bench.methods.again import Again
 from moebound.bench.methods.making import Candidate, make
 from moebound.bench.methods.page import render
 from moebound.bench.methods.plots import KINDS, kind_of
@@ -21,6 +23,7 @@ from moebound.bench.methods.sizing import (
     BySize,
     OfPairs,
     Place,
+    Recalibrated,
     sizing_of,
 )
 from moebound.bench.methods.table import render_methods
@@ -35,7 +38,7 @@ from moebound.errors import (
     SizeError,
 )
 from moebound.evaluate.loading import load
-from moebound.files.formats.statistics import Statistics
+from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.plan import Plan
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import MODELS
@@ -67,6 +70,8 @@ def test_each_kind_of_method_is_searched_by_its_own_parameter(place: Place) -> N
         "rtn": ByGrid, "rtn:coded": ByGrid,
         "reap_re": ByCount, "hc_smoe_fixed:kmeans": ByCount, "mone_re+calibrated": ByCount,
         "puzzle_moe_re+rtn": OfPairs, "puzzle_moe_re:seed3+rtn:coded": OfPairs,
+        "again:mone_re+calibrated": Recalibrated, "again:modegpt_re:k0.5+gptq_re": Recalibrated,
+        "modegpt_re:k0.7+calibrated": ByRate,
         "puzzle_moe_re": AsItIs, "svd:r4": AsItIs, "reap_re:keep6+rtn:int4:g64": AsItIs,
     }  # fmt: skip
     assert {name: type(sizing_of(name, place)) for name in kinds} == kinds
@@ -85,7 +90,11 @@ def test_all_methods_there_are_can_be_asked_for(place: Place) -> None:
     assert asked >= set(method_ids()) - {"bounded"}
 
 
-@pytest.mark.parametrize("name", ["nothing", "svd:q9", "reap_re:keep6+nothing", "bound+rtn"])
+@pytest.mark.parametrize(
+    "name",
+    ["nothing", "svd:q9", "reap_re:keep6+nothing", "bound+rtn", "again:bound", "again:reap_re",
+     "again:reap_re+rtn", "again:puzzle_moe_re:seed0+calibrated"],
+)  # fmt: skip
 def test_an_unknown_method_is_found_before_any_work(name: str) -> None:
     with pytest.raises(MoeboundError, match=name.partition("+")[0].partition(":")[0]):
         run(MODELS[1], get_task("wordmath"), methods=[name], limit=1)
@@ -116,6 +125,35 @@ def test_kept_experts_are_coded_in_3_to_4_bits(place: Place) -> None:
     with pytest.raises(SizeError, match="keep7") as raised:
         sizing_of("reap_re+rtn", place).search(5.0)
     assert raised.value.nearest == pytest.approx(3.5)
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_coded_by_statistics_gathered_again(
+    source: str, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["reap_re+calibrated", "again:reap_re+calibrated", "bound"]
+    options: dict[str, Any] = {"methods": asked, "bits": [2.5], "calibration": statistics,
+                               "limit": 2, "answers": 1, "rows": tmp_path}  # fmt: skip
+    report = run(source, get_task("wordmath"), **options)
+    first, again, plain = (row.made for row in report.rows)
+    assert first is not None
+    assert again is not None
+    assert plain is not None
+    kept = again.setting.partition("+")[0]
+    told = (first.statistics, again.statistics, plain.statistics)
+    assert told == ("the whole model", f"after {kept}", None)
+    folder = tmp_path / "moved" / kept.replace(":", "-")
+    moved = read_statistics(folder)
+    assert (moved.of.after, moved.of.text_sha256) == (kept, statistics.of.text_sha256)
+    # They are gathered once; of another text they are not taken.
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("gathered again"))
+    loaded, by = load(source), Again(source, statistics, tmp_path / "moved")
+    assert by.moved(kept, loaded) == folder
+    strange = replace(statistics, of=replace(statistics.of, text_sha256="00"))
+    with pytest.raises(MoeboundError, match="expected the text of"):
+        Again(source, strange, tmp_path / "moved").moved(kept, loaded)
+    with pytest.raises(MoeboundError, match="which are none of those behind the first 500 or 0"):
+        Again(source, strange, tmp_path / "other").moved(kept, loaded)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from moebound.errors import CorruptionError, MethodError, MoeboundError
 from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.integrations.transformers.router_edits import left_out
 from moebound.methods import GroupView, MatrixSpec, Routing, compress, get_method, method_class
+from moebound.methods.calibrated import Calibrated
 from moebound.methods.keeping import best
 from moebound.methods.pruning.reap import Reap
 from moebound.model.live import live_experts
@@ -27,6 +28,7 @@ from moebound.model.routers import router_of
 from moebound.plan import Plan, PlannedExpert
 from moebound.store import compress as compress_store
 from moebound.store import open_store, verify
+from moebound.store.recipe import Recipe
 from moebound.types import ExpertKey
 from tiny_models import MakeTiny
 
@@ -331,8 +333,6 @@ def test_statistics_after_experts_were_left_out(tmp_path: Path, capsys: Any) -> 
     edits = [open_store(tmp_path / name).router_edits() for name in ("one", "two")]
     assert {k: e.keep for k, e in edits[0].items()} == {k: e.keep for k, e in edits[1].items()}
     assert main([*asked, "-o", str(tmp_path / "x"), "--after", "reap_re:keep5"]) == 2
-    merging = ["--after", "m_smoe_re:keep5", "--calibration", str(first)]
-    assert main([*asked, "-o", str(tmp_path / "x"), *merging]) == 2
     for command in (["inspect"], ["verify"]):
         capsys.readouterr()
         assert main([*command, str(tmp_path / "one"), "--json"]) == 0
@@ -341,3 +341,33 @@ def test_statistics_after_experts_were_left_out(tmp_path: Path, capsys: Any) -> 
         assert document["without_weights"] == {"left_out": 24, "replaced": 0, "constant": 0}
     card = (tmp_path / "one" / "README.md").read_text()
     assert "24 left out; nothing is promised of their weights" in card
+
+
+# Memory
+
+
+def test_second_moments_of_a_layer_are_not_all_in_memory(
+    tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept experts are coded one at a time; what their outputs are certified by is read then."""
+    src = tiny("mixtral")
+    found = statistics(src, tmp_path / "s")
+    at_once: list[int] = []
+    encode = Calibrated.encode
+
+    def counted(self: Calibrated, group: GroupView, *, threads: int = 1) -> Any:
+        at_once.append(len(group.experts))
+        return encode(self, group, threads=threads)
+
+    monkeypatch.setattr(Calibrated, "encode", counted)
+    recipe = Recipe.of(RATE, "reap_re:keep3+calibrated", found)
+    experts = [e for e in open_checkpoint(src).experts() if e.key.layer == 0]
+    method = get_method("reap_re:keep3+calibrated")
+    with monkeypatch.context() as nothing:
+        nothing.setattr(Statistics, "moments", lambda *_: pytest.fail("read too early"))
+        view = recipe.seen(open_checkpoint(src), experts, method, certify=True)
+        assert list(view.seen) == [e.key for e in experts]
+    made = compress(method, view)
+    assert at_once == [1, 1, 1]
+    outputs = [m.certificate.outputs for m in made]
+    assert sum(o is not None for o in outputs) == 9

@@ -12,6 +12,7 @@ from moebound import decode, encode
 from moebound.checkpoint.families import Role
 from moebound.codec.sz3 import ALGORITHMS
 from moebound.errors import BackendUnavailable, BoundError, CodecError, MoeboundError
+from moebound.model.dtypes import stored_dtype
 from moebound.sensitivity.noise import (
     Changed,
     ErrorSource,
@@ -19,7 +20,6 @@ from moebound.sensitivity.noise import (
     matrix_stats,
     parse_source,
     source_ids,
-    stored_dtype,
 )
 from moebound.types import DType, ErrorBound, ExpertKey, TensorStats
 

@@ -6,7 +6,7 @@ some experts at a time) -> a folder (`files/formats/statistics.py`), which metho
 """
 
 from moebound.calibrate.collect import Settings, collect
-from moebound.calibrate.edited import edit_routing
+from moebound.calibrate.edited import edit_model
 from moebound.calibrate.self_sampling import Sampling, self_sample
 from moebound.calibrate.text import Text, of_file, of_task
 from moebound.files.formats.statistics import Statistics, read_statistics
@@ -17,7 +17,7 @@ __all__ = [
     "Statistics",
     "Text",
     "collect",
-    "edit_routing",
+    "edit_model",
     "of_file",
     "of_task",
     "read_statistics",

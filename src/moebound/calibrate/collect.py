@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moebound.calibrate.edited import edit_routing
+from moebound.calibrate.edited import edit_model
 from moebound.calibrate.felt import READ_TOKENS as FELT_TOKENS
 from moebound.calibrate.felt import Labels, told_of_gradients, with_gradients
 from moebound.calibrate.search import TOKENS, Search
@@ -71,9 +71,10 @@ Say = Callable[[str, int, int], None]
 class Settings:
     """routed: experts see the tokens sent to them, else all. moments: all of H, or its diagonal.
     memory: bytes of H that are held at once; one expert's at least. search: also for the sets of
-    experts that can be left out (`search.py`). after: the setting of the method whose router edits
-    the model has meanwhile (`edited.py`). affinity: sum up g x xᵀ, too. fisher: weighted by what
-    the loss feels (`felt.py`), in the place of g²."""
+    experts that can be left out (`search.py`). after: the setting of the method that has edited the
+    model (`edited.py`); fingerprint: of the experts before that, None where nothing was done.
+    affinity: sum up g x xᵀ, too. fisher: weighted by what the loss feels (`felt.py`), in the place
+    of g²."""
 
     routed: bool = True
     moments: Moments = "full"
@@ -82,6 +83,7 @@ class Settings:
     after: str | None = None
     affinity: bool = False
     fisher: bool = False
+    fingerprint: str | None = None
 
 
 def collect(
@@ -142,7 +144,7 @@ def _of(loaded: Loaded, text: Text, settings: Settings) -> Of:
             check_felt(entry.stack)
     return Of(
         model=loaded.source.name,
-        fingerprint=of_corners(live),
+        fingerprint=settings.fingerprint or of_corners(live),
         text=text.name,
         text_sha256=text.sha256,
         n_sequences=len(text.rows),
@@ -163,7 +165,6 @@ class Reader:
 
     def __init__(self, loaded: Loaded, text: Text, out: Path, settings: Settings) -> None:
         of = _of(loaded, text, settings)
-        self.fingerprint = of.fingerprint
         self._run = _Run(loaded, text, out, of, set())
         self._spans = list(_spans(live_experts(loaded.model).stacks, of, settings.memory))
 
@@ -191,15 +192,14 @@ def reader(
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = load(src, dtype=dtype, device=device)
-    if settings.after is not None and edited_by is not None:
-        edit_routing(loaded.model, settings.after, read_statistics(edited_by))
-    found = Reader(loaded, text, out, settings)
-    if found.fingerprint != fingerprint:
+    if of_corners(live_experts(loaded.model)) != fingerprint:
         raise MoeboundError(
             f"{src}: a worker finds other weights there than the process that asked; all machines "
             "must see the same files"
         )
-    return found
+    if settings.after is not None and edited_by is not None:
+        edit_model(loaded.model, settings.after, read_statistics(edited_by))
+    return Reader(loaded, text, out, settings)
 
 
 @dataclass(frozen=True)
@@ -370,7 +370,8 @@ class _Sums:
     """Of some experts of one layer, while the text is read. On the model's device."""
 
     def __init__(self, span: Span, of: Of, device: torch.device) -> None:
-        self.span, self.of, self.checked = span, of, False
+        # Whose experts put out constants cannot be checked; the model was, before it was edited.
+        self.span, self.of, self.checked = span, of, of.after is not None
         full = of.moments == "full"
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

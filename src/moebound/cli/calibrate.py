@@ -59,8 +59,9 @@ HELD_OUT = 500
               help="Sum up g x xᵀ as well, with the router's weight and not its square, which "
               "method moequant_re:...:affinity rounds by: twice the size.")  # fmt: skip
 @click.option("--after", metavar="METHOD",
-              help="Leave out meanwhile the experts that METHOD would (reap_re:keep6, ...), so "
-              "that the others get their tokens. Needs --calibration.")  # fmt: skip
+              help="Of the model as METHOD leaves it to its coder: experts left out "
+              "(reap_re:keep6), merged (hc_smoe_fixed:keep4), cut (modegpt_re:k0.8). Needs "
+              "--calibration.")  # fmt: skip
 @click.option("--calibration", type=click.Path(path_type=Path), metavar="STATS",
               help="What --after chooses by: statistics of the whole model.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", default="1GiB", show_default=True,
@@ -119,7 +120,7 @@ def calibrate(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from moebound.calibrate import Settings, collect, edit_routing, of_file, of_task
+    from moebound.calibrate import Settings, collect, edit_model, of_file, of_task
     from moebound.calibrate.beams import BEAMS, TAU, Search
     from moebound.calibrate.collect import UNFINISHED, reader
     from moebound.calibrate.self_sampling import SEQUENCES, Sampling, length_of, self_sample
@@ -145,10 +146,11 @@ def calibrate(
     else:
         assert asked is not None
         read = of_task(loaded, asked, limit, skip=_held_out(asked, limit) if skip is None else skip)
+    fingerprint = of_corners(live_experts(loaded.model))
     if after is not None and calibration is not None:
-        after = edit_routing(loaded.model, after, read_statistics(calibration))
+        after = edit_model(loaded.model, after, read_statistics(calibration))
     moments: Moments = "diagonal" if diagonal else "full"
-    settings = Settings(not all_tokens, moments, room, search, after, affinity, fisher)
+    settings = Settings(not all_tokens, moments, room, search, after, affinity, fisher, fingerprint)
     hands_of = hire(workers, ray_address, device=device)
     with step_bar(output) as say, ExitStack() as stack:
         hands = None
@@ -158,7 +160,7 @@ def calibrate(
                 "src": everywhere(src), "dtype": dtype, "device": device, "text": read,
                 "out": out.resolve(), "settings": settings,
                 "edited_by": None if calibration is None else calibration.resolve(),
-                "fingerprint": of_corners(live_experts(loaded.model)),
+                "fingerprint": fingerprint,
             }, threads=torch.get_num_threads())  # fmt: skip
             hands = stack.enter_context(hands_of(setup))
         if (out / UNFINISHED).is_file():
@@ -211,7 +213,7 @@ def _table(found: Statistics, said: dict[str, Any]) -> Any:
             ("second moments", ("whole" if of.moments == "full" else "diagonals")
                                + (", by g as well as by g²" if of.affinity else "")),
             ("tokens weighted by", "what the loss feels (Fisher)" if of.fisher else "gates"),
-            *([("routing edited by", of.after)] if of.after else []),
+            *([("after", of.after)] if of.after else []),
             ("written", f"{found.folder}, {wording.n_bytes(found.n_bytes)}"),
         ]
     )  # fmt: skip

@@ -88,6 +88,14 @@ if TYPE_CHECKING:
     help="What `moebound calibrate` wrote of this model; --method calibrated rounds by it.",
 )
 @click.option(
+    "--moved",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="STATS",
+    help="What `moebound calibrate --after METHOD` wrote: with METHOD+CODER, what is kept is coded "
+    "by these inputs, which it gets once METHOD has left out the rest.",
+)
+@click.option(
     "--others",
     type=OthersValue(),
     default="lossless",
@@ -123,6 +131,7 @@ def compress(
     codec: str | None,
     method: str | None,
     calibration: Path | None,
+    moved: Path | None,
     others: Others,
     layers: set[int] | None,
     experts: set[int] | None,
@@ -186,6 +195,7 @@ def compress(
                 codec=codec,
                 method=method,
                 calibration=calibration,
+                moved=moved,
                 others=others,
                 layers=layers,
                 experts=experts,

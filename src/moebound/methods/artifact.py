@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -328,17 +329,18 @@ def _certified(
     if not method.statistics:
         return dict(found)
     certified: dict[Role, MatrixArtifact] = {}
+    seen = cache(lambda: group.seen.get(expert.key))  # read where it is needed, and once
     for role, matrix in found.items():
         data = matrix.data
         bounds = method.column_bounds(parse_matrix(data) if is_blob(data) else parse(data))
         certificate = matrix.certificate
         if bounds is not None:
-            original, seen = expert.matrices[role], group.seen.get(expert.key)
+            original = expert.matrices[role]
             columns = columns_kept(original, matrix.decoded, bounds)
             outputs, side = None, side_of(role)
-            if seen is not None and expert.key in encoding.geometry:
+            if expert.key in encoding.geometry and (raw := seen()) is not None:
                 outputs = outputs_kept(
-                    original, matrix.decoded, bounds, seen.moments[side], seen.tokens,
+                    original, matrix.decoded, bounds, raw.moments[side], raw.tokens,
                     encoding.geometry[expert.key][side],
                 )  # fmt: skip
             certificate = replace(certificate, columns=columns, outputs=outputs)

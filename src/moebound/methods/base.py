@@ -13,7 +13,7 @@ done around it (`artifact.py`). docs/add-a-method.md is a complete example.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar, Literal, Self
@@ -75,13 +75,19 @@ class GroupView:
 
     statistics: by the names that the method asks for, each by expert. seen: what outputs are
     certified by; of no expert where they are not to be. routing: of the layer; None where nobody
-    said, and these are all of its experts.
+    said, and these are all of its experts. moved: statistics that its coder asks for, of the model
+    as the method leaves it; none where nobody gathered any.
     """
 
     experts: tuple[ExpertView, ...]
     statistics: Mapping[str, Mapping[ExpertKey, Array]] = field(default_factory=dict)
     seen: Mapping[ExpertKey, Seen] = field(default_factory=dict)
     routing: Routing | None = None
+    moved: Mapping[str, Mapping[ExpertKey, Array]] = field(default_factory=dict)
+
+    def coded_by(self, names: Collection[str]) -> dict[str, Mapping[ExpertKey, Array]]:
+        """The statistics that what is kept is coded by."""
+        return {name: (self.moved or self.statistics)[name] for name in names}
 
     @property
     def layer(self) -> int:
@@ -184,6 +190,8 @@ class Method(ABC):
     edits_router: whether an Encoding may have a router edit.
     merges: whether what its coder gets are other weights than the experts', so that nothing that
         the coder promises holds for them.
+    keeps: whether it leaves something of a model out, and a coder for the rest may stand behind
+        a + in its setting.
     """
 
     id: ClassVar[str]
@@ -194,6 +202,7 @@ class Method(ABC):
     statistics: ClassVar[frozenset[str]] = frozenset()
     edits_router: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
 
     @classmethod
     def from_options(cls, options: str) -> Self:

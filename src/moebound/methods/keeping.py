@@ -48,6 +48,7 @@ class Keeping(Method):
 
     scope = "layer"
     edits_router: ClassVar[bool] = True
+    keeps: ClassVar[bool] = True
     known: ClassVar[str] = ""
     """A regular expression of one further option; none where it is empty."""
 
@@ -107,12 +108,14 @@ class Keeping(Method):
         )
 
     def _coded(self, kept: GroupView, threads: int) -> Mapping[ExpertKey, Any]:
-        wanted = self.coder.wanted_statistics()
-        statistics = {name: kept.statistics[name] for name in wanted}
+        statistics = kept.coded_by(self.coder.wanted_statistics())
         # Of a merged expert, whose weights are others, no outputs are certified.
         seen = {} if self.merges else kept.seen
-        group = GroupView(kept.experts, statistics, seen)
-        return compress(self.coder, group, threads=threads).experts
+        coded: dict[ExpertKey, Any] = {}
+        for expert in kept.experts:  # what rounding needs to know of one is as large as it is
+            group = GroupView((expert,), statistics, seen)
+            coded |= compress(self.coder, group, threads=threads).experts
+        return coded
 
     @abstractmethod
     def edit(self, group: GroupView) -> RouterEdit:

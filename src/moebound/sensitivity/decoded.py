@@ -11,9 +11,9 @@ import torch
 from moebound.checkpoint.families import Role
 from moebound.codec import stats
 from moebound.methods import BOUNDED, Artifact, ExpertView, compress_expert, get_method
+from moebound.model.dtypes import arrays_of
 from moebound.model.live import LiveExpert
 from moebound.model.undo import Matrices
-from moebound.sensitivity.noise import arrays_of
 from moebound.types import Array, DType, ErrorBound, TensorStats
 
 

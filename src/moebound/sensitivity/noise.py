@@ -30,7 +30,7 @@ import torch
 
 from moebound.checkpoint.families import ROLE_ORDER, Role
 from moebound.codec import codec_ids, get_codec, stats, thread_count
-from moebound.codec.arrays import to_numpy, torch_dtype
+from moebound.codec.arrays import to_numpy
 from moebound.errors import BoundError, MoeboundError
 from moebound.extras import check
 from moebound.methods import (
@@ -41,7 +41,8 @@ from moebound.methods import (
     get_method,
     method_ids,
 )
-from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound, ExpertKey, TensorStats
+from moebound.model.dtypes import arrays_of
+from moebound.types import DType, ErrorBound, ExpertKey, TensorStats
 
 Generators = Callable[[Role], np.random.Generator]
 """Role -> the stream of draws of that matrix, from its beginning."""
@@ -262,14 +263,6 @@ def _own_bound(bound: ErrorBound, epsilon: float | None) -> ErrorBound:
     return ErrorBound(epsilon) if bound.scope == "expert" and epsilon else bound
 
 
-def arrays_of(
-    weights: Mapping[Role, torch.Tensor], dtype: DType | None = None
-) -> dict[Role, Array]:
-    """The weights as they would stand in their checkpoint. dtype: of it; found out if None."""
-    stored = torch_dtype(dtype or stored_dtype(weights))
-    return {role: to_numpy(matrix.to(stored)) for role, matrix in weights.items()}
-
-
 _SIMULATED: dict[str, ErrorSource] = {
     source.id: source
     for source in (Gaussian("sd"), Gaussian("var"), Gaussian("power"), Uniform(), Randomise())
@@ -316,22 +309,6 @@ def generators_for(seed: int, key: ExpertKey) -> Generators:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
     return stream
-
-
-def stored_dtype(weights: Mapping[Role, torch.Tensor]) -> DType:
-    """The dtype that an expert's weights come from: the narrowest that holds them all exactly.
-
-    A bfloat16 checkpoint loaded in float32 is told by its values, all of which bfloat16 has.
-    Where both 16-bit dtypes would do, it is bfloat16.
-    """
-    return next(
-        name
-        for name, dtype in ((name, torch_dtype(name)) for name in NUMPY_DTYPES)
-        if all(
-            w.dtype == dtype or bool(((w.to(dtype).to(w.dtype) == w) | w.isnan()).all())
-            for w in weights.values()
-        )
-    )
 
 
 def matrix_stats(weights: torch.Tensor) -> TensorStats:

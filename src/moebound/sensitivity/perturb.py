@@ -131,7 +131,7 @@ def perturbed(
     experts: LiveExperts, a part of them, or any of their values. source: an id or a source, see
     `noise.py`. bound: its size; None for a source that has none (randomise, exact codecs). seed:
     of the draws. dtype: of the weights in their checkpoint, for codecs; found out if None (see
-    `noise.stored_dtype`).
+    `dtypes.stored_dtype`).
 
     Guarantee: on leaving, every weight has the bits that it had on entering, whatever happened.
     Nested use is for other experts; MoeboundError for one that is perturbed already. Raises

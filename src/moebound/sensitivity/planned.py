@@ -18,11 +18,11 @@ from moebound.errors import MethodError, MoeboundError
 from moebound.files.formats.statistics import Statistics
 from moebound.methods import ExpertView, GroupView, compress, get_method
 from moebound.methods.shrinkage import wanted as read_wanted
+from moebound.model.dtypes import arrays_of
 from moebound.model.live import LiveExpert, LiveExperts
 from moebound.model.undo import exactly_undone
 from moebound.plan import Plan, PlannedExpert
 from moebound.sensitivity.decoded import as_live
-from moebound.sensitivity.noise import arrays_of
 from moebound.store.encoded import Made, Memo, name_of
 from moebound.types import Array, DType, ErrorBound, ExpertKey
 

@@ -49,8 +49,8 @@ class Text:
             return
         there, here = certified.of.to_json(), found.of.to_json()
         differing = [
-            f"{name} is {here[name]!r}, certified {there[name]!r}"
-            for name in here if here[name] != there[name]
+            f"{name} is {here.get(name)!r}, certified {there.get(name)!r}"
+            for name in here | there if here.get(name) != there.get(name)
         ]  # fmt: skip
         if differing:
             message = (

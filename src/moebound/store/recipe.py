@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import get_args
@@ -21,12 +21,14 @@ from moebound.types import ErrorBound, ExpertKey
 @dataclass(frozen=True)
 class Recipe:
     """method: a setting. bound: of every weight, None for a method that needs none; of a plan, the
-    widest."""
+    widest. moved: statistics of the model as a method leaves it (`calibrate --after`), by which its
+    coder codes what is kept."""
 
     method: str
     bound: ErrorBound | None
     plan: Plan | None = None
     calibration: Statistics | None = None
+    moved: Statistics | None = None
 
     @classmethod
     def of(
@@ -34,10 +36,11 @@ class Recipe:
         bound: ErrorBound | Plan | None,
         method: str | None,
         calibration: Statistics | None = None,
+        moved: Statistics | None = None,
     ) -> Recipe:
-        """Raises MethodError for an unknown method, for one that a bound does not go with, and for
-        one that needs statistics where there are none; PlanError for another than the plan's;
-        BackendUnavailable where a method's library is not installed."""
+        """Raises MethodError for an unknown method, for one that a bound does not go with, for one
+        that needs statistics where there are none, and for `moved` of another than it; PlanError
+        for another than the plan's; BackendUnavailable where a method's library is missing."""
         made = cls._of(bound, method)
         settings = {made.method} if made.plan is None else made.plan.methods
         for setting in sorted(settings):
@@ -46,7 +49,9 @@ class Recipe:
                     f"method {setting!r} needs statistics of the model's inputs: make them with "
                     "`moebound calibrate`, and give the folder with --calibration"
                 )
-        return replace(made, calibration=calibration)
+            if moved is not None:
+                _check_moved(setting, moved)
+        return replace(made, calibration=calibration, moved=moved)
 
     @classmethod
     def _of(cls, bound: ErrorBound | Plan | None, method: str | None) -> Recipe:
@@ -102,22 +107,24 @@ class Recipe:
             for expert in experts
         )
         keys = [view.key for view in views]
-        seen = {key: self._raw(method, key) for key in keys} if certify else {}
         return GroupView(
             views,
             {}
             if self.calibration is None
             else wanted(self.calibration, method.wanted_statistics(shared=keys[0].shared), keys),
-            {key: found for key, found in seen.items() if found is not None},
+            self._raw(method, keys) if certify else {},
             _routing(checkpoint, method, keys),
+            {}
+            if self.moved is None or method.coder is None or keys[0].shared
+            else wanted(self.moved, method.coder.wanted_statistics(), keys),
         )
 
-    def _raw(self, method: Method, key: ExpertKey) -> Seen | None:
-        """What an expert's outputs are certified by; None where the method asks for nothing."""
-        found, sides = self.calibration, _sides(method)
-        if found is None or not sides or key.shared:
-            return None
-        return Seen(found.tokens_of(key), {side: found.moments(key, side) for side in sides})
+    def _raw(self, method: Method, keys: Sequence[ExpertKey]) -> Mapping[ExpertKey, Seen]:
+        """What experts' outputs are certified by; of none where the method asks for nothing."""
+        found, sides = self.moved or self.calibration, _sides(method)
+        if found is None or not sides or keys[0].shared:
+            return {}
+        return _Raw(found, sides, keys)
 
     def group_of(self, key: ExpertKey) -> tuple[object, ...]:
         """Experts with equal ones are seen together by their method."""
@@ -144,6 +151,7 @@ class Recipe:
                     "shrinkage": rule_of(self.calibration).to_json(),
                 }
             ),
+            **({} if self.moved is None else {"moved": self.moved.of.to_json()}),
         }
 
     @property
@@ -151,14 +159,48 @@ class Recipe:
         """What the statistics are of that anything here is made by, and how they are shrunk."""
         methods = [self.method] if self.plan is None else self.plan.methods
         asked = any(_sides(get_method(setting)) for setting in methods)
-        if self.calibration is None or not asked:
-            return None
-        return (self.calibration.of, rule_of(self.calibration))
+        by = self.moved or self.calibration
+        return (by.of, rule_of(by)) if by is not None and asked else None
 
     @property
     def with_shared(self) -> bool:
         """Whether a plan is for shared experts too."""
         return self.plan is not None and any(e.key.shared for e in self.plan.experts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Raw(Mapping[ExpertKey, Seen]):
+    """What experts saw, each read when it is asked for: a layer's second moments are large."""
+
+    statistics: Statistics
+    sides: Sequence[Side]
+    keys_: Sequence[ExpertKey]
+
+    def __getitem__(self, key: ExpertKey) -> Seen:
+        found = self.statistics
+        return Seen(found.tokens_of(key), {s: found.moments(key, s) for s in self.sides})
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self.keys_)
+
+    def __len__(self) -> int:
+        return len(self.keys_)
+
+
+def _check_moved(setting: str, moved: Statistics) -> None:
+    """Raises MethodError unless they are of a model as this method leaves it to its coder."""
+    coder, own = get_method(setting).coder, setting.partition("+")[0]
+    if coder is None or not coder.wanted_statistics():
+        raise MethodError(
+            f"method {setting!r}: nothing it keeps is coded by inputs, so statistics after it "
+            "(--moved) say nothing; leave them out"
+        )
+    if moved.of.after != own:
+        there = "of the whole model" if moved.of.after is None else f"after {moved.of.after}"
+        raise MethodError(
+            f"{moved.folder}: statistics {there}; expected some after {own}: `moebound calibrate "
+            f"--after {own}`"
+        )
 
 
 def _sides(method: Method) -> list[Side]:

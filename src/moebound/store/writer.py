@@ -97,6 +97,7 @@ def compress(
     method: str | None = None,
     codec: str | None = None,
     calibration: Statistics | Path | str | None = None,
+    moved: Statistics | Path | str | None = None,
     layers: set[int] | None = None,
     experts: set[int] | None = None,
     shared_experts: bool = False,
@@ -117,7 +118,8 @@ def compress(
     method: a setting, as "rtn:int4:g64", see `methods.get_method`; None for the plan's, or the one
         that keeps bounds with our own codec. codec: the method that keeps bounds, with this codec.
     calibration: statistics of the model's inputs (`moebound calibrate`), or their folder, for
-        methods that need them.
+        methods that need them. moved: those of the model as the method leaves it (`moebound
+        calibrate --after`), for what codes the rest.
     layers, experts: which ones, None for all; experts counts routed experts only. The others stay
         as they are (bit for bit, as `raw` envelopes, where they share a 3-D tensor with chosen
         ones). shared_experts: compress those of the chosen layers too.
@@ -147,13 +149,15 @@ def compress(
         method = f"bounded:{codec}"
     if isinstance(calibration, (str, Path)):
         calibration = read_statistics(Path(calibration))
+    if isinstance(moved, (str, Path)):
+        moved = read_statistics(Path(moved))
     jobs = thread_count() if jobs is None else jobs
     if jobs < 1 or shard_bytes < 1:
         raise StoreError(f"jobs {jobs}, shard_bytes {shard_bytes}: expected at least 1")
     asked: dict[str, Any] = {
-        "bound": bound, "method": method, "calibration": calibration, "layers": layers,
-        "experts": experts, "shared_experts": shared_experts, "shard_bytes": shard_bytes,
-        "others": check_others(others),
+        "bound": bound, "method": method, "calibration": calibration, "moved": moved,
+        "layers": layers, "experts": experts, "shared_experts": shared_experts,
+        "shard_bytes": shard_bytes, "others": check_others(others),
     }  # fmt: skip
     job, run = _planned(checkpoint, **asked, jobs=jobs, source=source)
     checkpoint, layout, settings = job.checkpoint, job.layout, job.settings
@@ -168,8 +172,8 @@ def compress(
         if not work.sealed:
             spread = None
             if workers is not None:
-                if calibration is not None:
-                    asked["calibration"] = calibration.folder.resolve()
+                folders = {"calibration": calibration, "moved": moved}
+                asked |= {n: f.folder.resolve() for n, f in folders.items() if f is not None}
                 spelled = spelled or str(checkpoint.path.resolve())
                 place = {"folder": work.path.resolve(), "run": settings.run}
                 found = {"checkpoint": spelled, **place, "asked": asked}
@@ -188,6 +192,7 @@ def _planned(
     bound: ErrorBound | Plan | None,
     method: str | None,
     calibration: Statistics | Path | None,
+    moved: Statistics | Path | None,
     layers: set[int] | None,
     experts: set[int] | None,
     shared_experts: bool,
@@ -199,10 +204,12 @@ def _planned(
     """What is to be written, and what makes this run another than others. As `compress`."""
     if isinstance(calibration, Path):
         calibration = read_statistics(calibration)
-    recipe = Recipe.of(bound, method, calibration)  # an unknown method before any work
+    if isinstance(moved, Path):
+        moved = read_statistics(moved)
+    recipe = Recipe.of(bound, method, calibration, moved)  # an unknown method before any work
     checkpoint = open_checkpoint(checkpoint)
-    if calibration is not None:
-        calibration.check_model(experts_name(checkpoint), checkpoint.name)
+    for statistics in filter(None, (calibration, moved)):
+        statistics.check_model(experts_name(checkpoint), checkpoint.name)
     if recipe.plan is not None and not (layers is None and experts is None):
         raise PlanError(
             "a plan says itself which experts: expected no layers and experts beside it"

@@ -35,6 +35,7 @@ SIZED = [
 OTHERS = [
     "svd:r4", "moe_i2_re:r4", "d2_moe_fixed:r3", "mobe_fixed:r8:m3:s5", "resmoe_fixed:k0.25",
     "milo_fixed:r2:int3", "milo_fixed:r0:int4", "modegpt_re:k0.5",
+    "modegpt_re:k0.5+rtn:int6:g16", "modegpt_re:k0.5+gptq_re:int6:g16",
 ]  # fmt: skip
 
 
@@ -120,6 +121,7 @@ def turned(group: GroupView) -> GroupView:
         "mobe_fixed:r8:s5",
         "resmoe_fixed:k0.25",
         "modegpt_re:k0.5",
+        "modegpt_re:k0.5+moqe_re:int8",
     ],
 )
 def test_matrices_that_are_stored_in_out(setting: str) -> None:
@@ -142,6 +144,7 @@ def test_matrices_that_are_stored_in_out(setting: str) -> None:
         "mobe_fixed:r8:s5",
         "resmoe_fixed:k0.25",
         "modegpt_re:k0.5",
+        "modegpt_re:k0.5+moqe_re:int8",
         "milo_fixed:b5",
     ],
 )
@@ -211,6 +214,11 @@ def test_diagonals_will_do() -> None:
         ("rfid_re:b3:x2", "how much effective rank counts"),
         ("mobe_fixed:b0", "bits a weight, all counted"),
         ("d2_moe_fixed:b3:base1", "bits of a weight of the base"),
+        ("modegpt_re:b3+calibrated", "expected a share that is kept and no more"),
+        ("modegpt_re:k0.5:q4+rtn:int4:g64", "expected a share that is kept and no more"),
+        ("modegpt_re:k0.5+svd:r2", "looks at a whole layer"),
+        ("modegpt_re:k0.5+reap_re:keep4", "looks at a whole layer"),
+        ("residual:modegpt_re:k0.5+calibrated", "keeps a bound"),
     ],
 )
 def test_options_that_are_none(setting: str, message: str) -> None:
@@ -300,6 +308,7 @@ def test_shared_experts_have_no_statistics() -> None:
         "resmoe_fixed:k0.25",
         "milo_fixed:b9",
         "modegpt_re:k0.5:q4",
+        "modegpt_re:k0.5+rtn:int4:g8",
     ],
 )
 def test_damaged_payloads_are_refused_or_decode(setting: str) -> None:

@@ -25,8 +25,8 @@ NO_TEXT = [
     "rfid_re:b9:flat", "moqe_re:int4",
 ]  # fmt: skip
 WITH_TEXT = ["rfid_re:b9", "d2_moe_fixed:b9", "moe_i2_re:b7", "moe_i2_re:b7:p0.5", "soco_lite:b7",
-             "modegpt_re:b9", "gptq_re:int4:g16", "awq_re:int4:g16", "moequant_re:int4",
-             "qmoe_re", "qmoe_re:coded"]  # fmt: skip
+             "modegpt_re:b9", "modegpt_re:k0.5+rtn:int4:g16", "gptq_re:int4:g16",
+             "awq_re:int4:g16", "moequant_re:int4", "qmoe_re", "qmoe_re:coded"]  # fmt: skip
 BOUNDED = [
     "residual:svd:b4:f8",
     "residual:d2_moe_fixed:r2:plain",
@@ -101,6 +101,16 @@ def test_with_a_text(method: str, statistics: tuple[Path, Path], tmp_path: Path)
         assert all(keep is not None and len(keep) == 2 for keep in kept)
     else:
         assert not any(kept)
+
+
+def test_channels_that_were_cut_have_no_bound(
+    statistics: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, stats = statistics
+    report = whole_road(source, tmp_path / "dst", tmp_path / "plain", bound=BOUND,
+                        method="modegpt_re:k0.5+calibrated", calibration=stats)  # fmt: skip
+    assert report.guarantee == "none"
+    assert report.outputs is None
 
 
 @pytest.mark.parametrize("method", BOUNDED)

@@ -82,6 +82,11 @@ def _claims() -> tuple[Claim, ...]:
         "d2_moe_fixed:f8:base5", "resmoe_fixed:f8:base5", "milo_fixed",
         "modegpt_re:q4")  # fmt: skip
     add(ours, "rounding by inputs beats every base", "calibrated", "modegpt_re:q4")
+    for share in ("k0.9", "k0.7"):
+        add(ours, "channels cut first, then rounding by inputs, beats rounding alone",
+            f"modegpt_re:{share}+calibrated", "calibrated", "modegpt_re:q4")  # fmt: skip
+    for kept in ("reap_re+calibrated", "hc_smoe_fixed+calibrated", "modegpt_re:k0.7+calibrated"):
+        add(ours, "statistics again after routing has moved beat the first", f"again:{kept}", kept)
     add(ours, "better than leaving experts out and coding the rest", "bound", "reap_re+bound",
         "mone_re+bound", "hc_smoe_fixed+bound", "puzzle_moe_re:seed0+rtn")  # fmt: skip
     return tuple(found)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 from moebound.bench.beside import Beside, Say
 from moebound.bench.environment import describe
 from moebound.bench.kept import KeptRows
+from moebound.bench.methods.again import Again
 from moebound.bench.methods.making import Candidate, make
 from moebound.bench.methods.residuals import BaseRow, base_row
 from moebound.bench.methods.rows import MethodRow, MethodsReport
-from moebound.bench.methods.sizing import WITHIN, Place, Sizing, sizing_of
+from moebound.bench.methods.sizing import AGAIN, WITHIN, Place, Sizing, sizing_of
 from moebound.checkpoint import experts_name, open_checkpoint
 from moebound.errors import BackendUnavailable, BoundViolatedError, MoeboundError, SizeError
 from moebound.evaluate.fidelity import Baseline
@@ -52,6 +54,9 @@ _KEEPING = (
 COMPARED = (*_LOW_RANK, *_KEEPING)
 """What is measured at shares removed, which is how their papers state sizes."""
 _CODED = tuple(f"{name}+{coder}" for name in _KEEPING for coder in ("rtn", "bound"))
+_CUT = ("modegpt_re:k0.9+calibrated", "modegpt_re:k0.7+calibrated")
+_AGAIN = ("reap_re+calibrated", "hc_smoe_fixed+calibrated", _CUT[1])
+"""What is coded by inputs is measured with statistics of the whole model, and of what is kept."""
 _PAIRS = ("puzzle_moe_re:seed0", "puzzle_moe_re:seed0+rtn")
 _RESIDUALS = (
     "residual:svd:r2:f8",
@@ -64,7 +69,10 @@ BASES = (
     *("resmoe_fixed:k0:base4", "modegpt_re:k0.25:q4", "mobe_fixed:b1:f8:s100"),
 )
 """Whose residuals are compared with plain `bound`. svd:r0 is none: what frames cost."""
-METHODS = (*_BOUNDED, *_QUANTIZERS, *_BASES, *_KEEPING, *_CODED, *_PAIRS, *_RESIDUALS)
+METHODS = (
+    *(*_BOUNDED, *_QUANTIZERS, *_BASES, *_KEEPING, *_CODED, *_CUT, *_AGAIN[:2]),
+    *(*(f"{AGAIN}{name}" for name in _AGAIN), *_PAIRS, *_RESIDUALS),
+)
 """What is measured if nobody says: all there are, as they are published and in fewer bits."""
 
 _TRIES = 5
@@ -126,11 +134,11 @@ def run(
         bases = BASES if methods is None else ()
     for base in bases:
         get_method(f"residual:{base}")  # an unknown one before any work
-    run_ = _Run(src, task, limit, answers, place, say, len(cells) + len(bases))
-    with (
-        tempfile.TemporaryDirectory(prefix="moebound-methods-") as temporary,
-        KeptRows(rows or Path(temporary), run_.identity()) as kept,
-    ):
+    total = len(cells) + len(bases)
+    with tempfile.TemporaryDirectory(prefix="moebound-methods-") as temporary, ExitStack() as stack:
+        folder = rows or Path(temporary)
+        run_ = _Run(src, task, limit, answers, place, say, total, folder / "moved")
+        kept = stack.enter_context(KeptRows(folder, run_.identity()))
         return run_.all(cells, bases, kept)
 
 
@@ -146,9 +154,12 @@ class _Run(Beside):
         place: Place,
         say: Say,
         total: int,
+        moved: Path,
     ) -> None:
         super().__init__(src, task, limit, say, n_answers=answers)
         self.place, self.total = place, total
+        of = place.calibration
+        self.again = None if of is None else Again(src, of, moved)
 
     def identity(self) -> dict[str, Any]:
         """What rows are of: those of another are not mixed in."""
@@ -168,7 +179,7 @@ class _Run(Beside):
         bases: Sequence[str],
         kept: KeptRows,
     ) -> MethodsReport:
-        self.load(kept)
+        self.loaded = self.load(kept)
         found = []
         for done, (method, sizing, bits, removed) in enumerate(cells):
             self.say(f"{method} at {bits:g} bits{self.left(done)}", done, self.total)
@@ -230,7 +241,8 @@ class _Run(Beside):
                 tried.add(candidate)
                 folder = Path(temporary) / f"store{number}"
                 try:
-                    made = make(candidate, self.src, self.statistics, folder)
+                    moved = self.moved(candidate)
+                    made = make(candidate, self.src, self.statistics, folder, moved)
                 except SizeError as error:
                     if error.nearest is None or abs(error.nearest - asked) > WITHIN * bits:
                         raise
@@ -253,6 +265,15 @@ class _Run(Beside):
     @property
     def statistics(self) -> Path | None:
         return None if self.place.calibration is None else self.place.calibration.folder
+
+    def moved(self, candidate: Candidate) -> Path | None:
+        """Statistics of the model as a candidate leaves it to its coder, where it asks for them.
+        Raises MoeboundError without any of the whole model."""
+        if not candidate.again:
+            return None
+        if self.again is None:
+            raise MoeboundError(f"{candidate.setting}: needs statistics (--calibration)")
+        return self.again.moved(candidate.own, self.loaded)
 
     def measured(self, row: MethodRow, folder: Path) -> MethodRow:
         """The model in a folder, beside the original."""

@@ -16,13 +16,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moebound.checkpoint import Checkpoint, open_checkpoint
 from moebound.errors import BoundViolatedError, MoeboundError, SizeError
+from moebound.files.formats.statistics import read_statistics
+from moebound.methods import get_method
 from moebound.plan import Plan, PlannedExpert
 from moebound.types import ErrorBound, Guarantee
 
@@ -31,12 +33,19 @@ from moebound.types import ErrorBound, Guarantee
 class Candidate:
     """What is made: the setting of a method, and the bound, in mean |weight| of an expert, of one
     that keeps bounds. layers: settings of its own for each layer; none where all have one. plan: a
-    file that says it all instead."""
+    file that says it all instead. again: whether what is kept is coded by statistics that are
+    gathered again, of the model without the rest."""
 
     setting: str
     rate: float | None = None
     layers: tuple[tuple[int, str], ...] = ()
     plan: str | None = None
+    again: bool = False
+
+    @property
+    def own(self) -> str:
+        """The setting without what codes the rest."""
+        return self.setting.partition("+")[0]
 
     @property
     def said(self) -> str:
@@ -48,7 +57,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Made:
-    """What a store came to. n_bytes: of the compressed experts, everything counted."""
+    """What a store came to. n_bytes: of the compressed experts, everything counted. statistics:
+    of what model those were that it was coded by; None where it needs none."""
 
     setting: str
     rate: float | None
@@ -63,14 +73,22 @@ class Made:
     cpu_seconds: float
     peak_bytes: int
     base_bytes: int
+    statistics: str | None = None
 
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.n_bytes / self.n_weights
 
 
-def make(candidate: Candidate, src: str, calibration: Path | None, dst: Path) -> Made:
-    """A store at dst, verified, made by a process of its own.
+def make(
+    candidate: Candidate,
+    src: str,
+    calibration: Path | None,
+    dst: Path,
+    moved: Path | None = None,
+) -> Made:
+    """A store at dst, verified, made by a process of its own. moved: statistics again, of the model
+    as the method leaves it to its coder.
 
     Raises SizeError where the method cannot be so small or large, BoundViolatedError for a store
     that breaks its promise, MoeboundError for whatever else went wrong there.
@@ -82,6 +100,7 @@ def make(candidate: Candidate, src: str, calibration: Path | None, dst: Path) ->
         "plan": candidate.plan,
         "src": src,
         "calibration": None if calibration is None else str(calibration),
+        "moved": None if moved is None else str(moved),
         "dst": str(dst),
     }
     command = [sys.executable, "-m", "moebound.bench.methods.making"]
@@ -120,6 +139,7 @@ def _made(spec: dict[str, Any]) -> dict[str, Any]:
         bound=plan or bound,
         method=None if plan else spec["setting"],
         calibration=spec["calibration"],
+        moved=spec["moved"],
         others="keep",
         jobs=1,
     )
@@ -138,6 +158,7 @@ def _made(spec: dict[str, Any]) -> dict[str, Any]:
         "cpu_seconds": cpu_seconds,
         "peak_bytes": peak,
         "base_bytes": base,
+        "statistics": _read(plan.methods if plan else [spec["setting"]], spec["moved"]),
     }
 
 
@@ -154,6 +175,14 @@ def _plan(checkpoint: Checkpoint, layers: Mapping[int, str], src: str) -> Plan:
             PlannedExpert(e.key, {}, e.size, e.n_bytes, method=layers[e.key.layer]) for e in experts
         ),
     )
+
+
+def _read(settings: Collection[str], moved: str | None) -> str | None:
+    """Of what model the statistics are that it all was coded by."""
+    if moved is not None:
+        return f"after {read_statistics(Path(moved)).of.after}"
+    asked = any(get_method(setting).wanted_statistics() for setting in settings)
+    return "the whole model" if asked else None
 
 
 def _first(error: SizeError) -> SizeError:

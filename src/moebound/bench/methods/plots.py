@@ -17,7 +17,7 @@ KINDS = {
     "bases": "Low rank and shared bases, 16 bits a number, as published",
     "fewer": "The same, with numbers in fewer bits",
     "kept": "Experts left out, merged, or in pairs, and the rest as it is",
-    "coded": "Experts left out, merged, or in pairs, and the rest coded",
+    "coded": "Experts left out, merged, cut, or in pairs, and the rest coded",
 }
 """By kind, what stands under its figure."""
 REFERENCE = "bound"

@@ -18,6 +18,8 @@ What is asked for is a setting of a method without what says its size:
                                                   bits
     plan:FOLDER                                   files of `moebound plan`, of any planner and any
                                                   method: the one whose size is the nearest
+    again:reap_re+calibrated, ...                 as without again:, and what is kept is coded by
+                                                  statistics gathered again (`again.py`)
     whatever is a whole setting, as svd:r64       is made as it is
 
 A method that cannot come to a size raises SizeError, with the nearest that it can.
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from moebound.checkpoint import Checkpoint
 from moebound.checkpoint.families import router_groups_of, top_k_of
 from moebound.errors import MethodError, MoeboundError, SizeError
 from moebound.files.formats.statistics import Statistics
-from moebound.methods import get_method
+from moebound.methods import get_method, method_class, method_ids
 from moebound.plan import Plan
 from moebound.store.at_size import groups_of, measured, rate_at, sample
 from moebound.store.recipe import Recipe
@@ -46,6 +48,8 @@ WITHIN = 0.01
 """How near to the size that was asked a row has to be."""
 PLAN = "plan:"
 """What a file of `moebound plan`, or a folder of them, stands behind."""
+AGAIN = "again:"
+"""What a method stands behind whose coder is to have statistics of what it keeps."""
 _ABOUT = 0.1
 """How near a guess has to be, for the thing itself to be made."""
 CODED_BITS = (3.0, 3.5, 4.0)
@@ -343,6 +347,18 @@ class OfPlans(Sizing):
         return lambda asked: Candidate(f"plan:{file}", plan=file)
 
 
+@dataclass(frozen=True, eq=False)
+class Recalibrated(Sizing):
+    """As another, with statistics gathered again before what is kept is coded. The size is searched
+    by the first ones, and set right by the store."""
+
+    inner: Sizing
+
+    def search(self, bits: float) -> Search:
+        found = self.inner.search(bits)
+        return lambda asked: replace(found(asked), again=True)
+
+
 def _plans(path: Path) -> Mapping[str, Plan]:
     """By file. Raises MethodError for a folder without any, PlanError for a file that is none."""
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
@@ -358,6 +374,17 @@ def sizing_of(asked: str, place: Place) -> Sizing:
     """
     if asked.startswith(PLAN):
         return OfPlans(_plans(Path(asked.removeprefix(PLAN))))
+    if asked.startswith(AGAIN):
+        asked = asked.removeprefix(AGAIN)
+        own, _, inner = asked.partition("+")
+        ids = [part.partition(":")[0] for part in (own, inner)]
+        if not (set(ids) <= set(method_ids()) and method_class(ids[0]).keeps
+                and method_class(ids[1]).statistics):  # fmt: skip
+            raise MethodError(
+                f"method {AGAIN}{asked!r}: expected one that leaves something out, and one behind "
+                "a + that codes the rest by inputs, as in again:reap_re+calibrated"
+            )
+        return Recalibrated(sizing_of(asked, place))
     if not _is_known(asked):
         own, plus, inner = asked.partition("+")
         name, colon, options = own.partition(":")

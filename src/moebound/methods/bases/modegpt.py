@@ -8,7 +8,18 @@ Nyström, of the second moments C = Σ g² z zᵀ of an expert's hidden values z
     kept  G and U of J, and D C_:J (C_JJ + λ I)⁻¹ in the place of D
 
 Stored: which channels (a bit each, in each matrix), and what is kept in the checkpoint's dtype, or
-in N-bit entropy-coded whole numbers (`qN`). Other channels decode to 0. Deviations: C is shrunk
+in N-bit entropy-coded whole numbers (`qN`). Other channels decode to 0.
+
+`modegpt_re:k0.75+calibrated` has what is kept coded by any method that looks at one expert: the
+rows of G and U by the inputs' moments, the new down projection by C_JJ, which is what it gets (J's
+hidden values do not depend on what else was cut). That is the whole of the error that is left to
+choose: with D_J the new projection, Σ |D z - D' z_J|² is the cut's own error and
+tr((D_J - D') C_JJ (D_J - D')ᵀ), for the cut's is orthogonal to z_J (up to λ). A bound holds for
+every kept weight of G and U, against the checkpoint's, and for every weight of the new down
+projection, against what that was made; ε is that of the whole expert as it was. Of weights that
+were cut nothing is promised, so each certificate says "none".
+
+Deviations: C is shrunk
 towards the layer's, so that experts with few tokens have one; all experts keep the same share
 (`kN`, or what bytes allow), where the paper has a share for each layer by how much it changes its
 input. Its parts for attention are for attention.
@@ -16,18 +27,21 @@ input. Its parts for attention are for attention.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 
 from moebound.checkpoint import Role
+from moebound.codec import stats
 from moebound.codec.arrays import dtype_name
 from moebound.codec.fields import FieldReader
 from moebound.errors import CorruptionError, MethodError
-from moebound.methods.base import Encoding, ExpertView, GroupView, MatrixSpec, Payload
+from moebound.methods.artifact import compress
+from moebound.methods.base import Encoding, ExpertView, GroupView, MatrixSpec, Method, Payload
 from moebound.methods.bases.approximation import (
     BITS,
     Approximation,
@@ -38,16 +52,22 @@ from moebound.methods.bases.approximation import (
 )
 from moebound.methods.bases.exact import take_dense, write_dense
 from moebound.methods.bases.shared import from_neurons, neurons
-from moebound.types import NUMPY_DTYPES, Array, ExpertKey
+from moebound.methods.bounded import reference
+from moebound.methods.reading import Stored
+from moebound.methods.registry import get_method
+from moebound.types import NUMPY_DTYPES, Array, ErrorBound, ExpertKey
 
 _RIDGE = 0.01
 _TRIES = 6
 _HEAD = 4
+_CODED = 8
+"""Of a payload's first byte: rows by another method."""
 
 
 @dataclass(frozen=True)
 class ModeGpt(Approximation):
-    """A payload: which neurons, and their rows."""
+    """A payload: which neurons, and their rows. inner: the setting of what codes these; none where
+    it is empty."""
 
     id: ClassVar[str] = "modegpt_re"
     statistics: ClassVar[frozenset[str]] = frozenset({"hidden", "tokens"})
@@ -56,21 +76,61 @@ class ModeGpt(Approximation):
         "q": Option("coded", 2, 16, "bits of a weight that is kept, 2 to 8 or 16"),
     }  # fmt: skip
     sized_by: ClassVar[tuple[str, ...]] = ("b", "k")
+    keeps: ClassVar[bool] = True
     keep: float = -1.0
     coded: int = 16
+    inner: str = ""
+
+    @classmethod
+    def from_options(cls, options: str) -> Self:
+        own, plus, inner = options.partition("+")
+        found = super().from_options(own)
+        if not plus:
+            return found
+        coder = get_method(inner)
+        if coder.scope != "expert" or coder.edits_router:
+            raise MethodError(
+                f"method '{cls.id}:{options}': {coder.setting} looks at a whole layer; expected "
+                "one that codes each expert for itself, as calibrated or rtn:int4:g64"
+            )
+        if found.bits or found.coded != cls.coded:
+            raise MethodError(
+                f"method '{cls.id}:{options}': {coder.setting} says how many bits a weight has; "
+                f"expected a share that is kept and no more, as in {cls.id}:k0.75+{coder.setting}"
+            )
+        return replace(found, inner=coder.setting)
+
+    @property
+    def setting(self) -> str:
+        return super().setting + (f"+{self.inner}" if self.inner else "")
+
+    @cached_property
+    def _coder(self) -> Method | None:
+        return get_method(self.inner) if self.inner else None
+
+    @property
+    def coder(self) -> Method | None:
+        return self._coder
+
+    def wanted_statistics(self, *, shared: bool = False) -> frozenset[str]:
+        own = super().wanted_statistics(shared=shared)
+        return own if shared or self.coder is None else own | self.coder.wanted_statistics()
 
     def _encode(self, group: GroupView) -> Encoding:
         moments = SecondMoments(group)
-        seen = {e.key: moments.of(e.key, "down") for e in group.experts}
-        leverage = {key: _leverage(c) for key, c in seen.items() if c is not None}
-        if len(leverage) < len(group.experts):
-            raise MethodError(
-                f"{group.experts[0].key}: no statistics of its hidden values; choose routed "
-                "experts only"
-            )
+        leverage: dict[ExpertKey, Array] = {}
+        for expert in group.experts:  # one C at a time: those of a layer may not fit
+            c = moments.of(expert.key, "down")
+            if c is None:
+                raise MethodError(
+                    f"{group.experts[0].key}: no statistics of its hidden values; choose routed "
+                    "experts only"
+                )
+            leverage[expert.key] = _leverage(c)
         rows = {(e.key, role): neurons(e, role)[0].shape for e, role in places(group)}
         if not self.bits:
-            kept = [round(self.keep * len(leverage[e.key])) for e in group.experts]
+            least = 1 if self.inner else 0  # methods code no empty matrix
+            kept = [max(least, round(self.keep * len(leverage[e.key]))) for e in group.experts]
             return self._at(group, moments, leverage, kept)
         per = [
             sum(rows[e.key, role][1] for role in e.matrices)
@@ -114,21 +174,47 @@ class ModeGpt(Approximation):
             own = np.sort(order)
             mask = np.zeros(len(leverage[expert.key]), np.uint8)
             mask[own] = 1
-            for role, matrix in expert.matrices.items():
-                rows, how = neurons(expert, role)
-                some = rows[own]
-                if role == "down":
-                    c = moments.of(expert.key, role)
-                    some = rows[own] if c is None else _made_up(rows, c, own)
-                data = bytes([how]) + np.packbits(mask, bitorder="little").tobytes()
-                dense = write_dense(some.astype(np.float32), self.coded, dtype_name(matrix.dtype))
-                matrices[expert.key][role] = Payload(data + dense)
+            packed = np.packbits(mask, bitorder="little").tobytes()
+            some = {role: _some(expert, role, moments, own) for role in expert.matrices}
+            if self.coder is not None:
+                coded = self._coded(self.coder, expert, group, some, own)
+                for role, data in coded.items():
+                    head = bytes([some[role][1] | _CODED])
+                    matrices[expert.key][role] = Payload(head + packed + data)
+                continue
+            for role, (rows, how) in some.items():
+                dtype = dtype_name(expert.matrices[role].dtype)
+                dense = write_dense(rows.astype(np.float32), self.coded, dtype)
+                matrices[expert.key][role] = Payload(bytes([how]) + packed + dense)
         return Encoding(matrices)
+
+    @staticmethod
+    def _coded(
+        coder: Method,
+        expert: ExpertView,
+        group: GroupView,
+        some: Mapping[Role, tuple[Array, int]],
+        own: Array,
+    ) -> dict[Role, bytes]:
+        """What the coder makes of an expert of the kept channels alone, `own`."""
+        arrays = {
+            role: np.ascontiguousarray(_unfolded(rows, how).astype(expert.matrices[role].dtype))
+            for role, (rows, how) in some.items()
+        }
+        statistics = {
+            name: _Kept(of, own) if name in _HIDDEN else of
+            for name, of in group.coded_by(coder.wanted_statistics()).items()
+        }
+        # A neuron is a row of each; of down that is an input.
+        view = ExpertView(expert.key, arrays, _absolute(expert), frozenset({"down"}))
+        made = compress(coder, GroupView((view,), statistics))
+        return {role: matrix.data for role, matrix in made.experts[expert.key].items()}
 
     @classmethod
     def decode(cls, payload: memoryview, spec: MatrixSpec, shared: Sequence[Any]) -> Array:
         read = FieldReader(payload, 0)
         how = read.take(1)[0]
+        coded, how = how & _CODED, how & ~_CODED
         turned, fold = how & 1, how >> 1
         if len(spec.shape) != 2 or how > 5:
             raise CorruptionError(f"neurons of {how} for shape {spec.shape}")
@@ -138,8 +224,74 @@ class ModeGpt(Approximation):
         mask = np.frombuffer(read.take((n + 7) // 8), np.uint8)
         at = np.flatnonzero(np.unpackbits(mask, count=n, bitorder="little"))
         found = np.zeros((n, width), np.float32)
-        found[at] = take_dense(read, (len(at), width))
+        if coded:
+            found[at] = _take_coded(read, (len(at), width), fold, spec)
+        else:
+            found[at] = take_dense(read, (len(at), width))
         return from_neurons(found, how, spec.shape)
+
+
+_HIDDEN = frozenset({"hidden", "hidden_diagonal"})
+"""Statistics that have a number, or a row and a column, for each hidden channel."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept(Mapping[ExpertKey, Array]):
+    """Statistics of hidden values, of some of them. Each is made when it is asked for."""
+
+    of: Mapping[ExpertKey, Array]
+    own: Array
+
+    def __getitem__(self, key: ExpertKey) -> Array:
+        found = self.of[key]
+        return found[np.ix_(*[self.own] * found.ndim)]
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        return iter(self.of)
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+
+def _some(expert: ExpertView, role: Role, moments: SecondMoments, own: Array) -> tuple[Array, int]:
+    """Rows of the kept neurons, of down as they make up for the others; and h of `neurons`."""
+    rows, how = neurons(expert, role)
+    c = moments.of(expert.key, role) if role == "down" else None
+    return (rows[own] if c is None else _made_up(rows, c, own)), how
+
+
+def _unfolded(rows: Array, how: int) -> Array:
+    """Rows of neurons, of gate and up in one as all of gate, then all of up."""
+    return np.concatenate(np.split(rows, 2, axis=1)) if how >> 1 else rows
+
+
+def _take_coded(read: FieldReader, shape: tuple[int, int], fold: int, spec: MatrixSpec) -> Array:
+    """Rows of neurons, of what a coder wrote of `_unfolded` ones. Raises CorruptionError."""
+    n, width = shape
+    stored = Stored.of(read.take(read.left))
+    found = stored.spec
+    expected = (2 * n, width // 2) if fold else shape
+    if found.dtype != spec.dtype or stored.needs or found.shape != expected:
+        raise CorruptionError(f"rows of shape {found.shape} as {found.dtype}, expected {expected}")
+    rows = stored.decode(threads=1, max_bytes=found.n_bytes)
+    if fold:
+        rows = np.concatenate(np.split(rows, 2), axis=1)
+    return rows.astype(np.float32)
+
+
+def _absolute(expert: ExpertView) -> Mapping[Role, ErrorBound] | None:
+    """Its bounds in weight units, so that they are those of the whole expert; None without."""
+    bounds = expert.bounds
+    if bounds is None:
+        return None
+    whole = reference(expert.matrices, bounds)
+    found: dict[Role, ErrorBound] = {}
+    for role, array in expert.matrices.items():
+        bound = bounds[role]
+        own = whole if whole is not None and bound.scope == "expert" else stats(array)
+        epsilon = bound.absolute(own) if bound.pointwise else 0.0
+        found[role] = ErrorBound(epsilon) if epsilon > 0 else bound
+    return found
 
 
 def _payload_bytes(made: Encoding) -> int:

@@ -84,7 +84,7 @@ class Residual(Method):
                 "or residual:calibrated:svd:b1"
             )
         inner = get_method(rest)
-        if inner.takes_bound or inner.edits_router or inner.lossless:
+        if inner.bounded or inner.edits_router or inner.lossless:
             raise MethodError(
                 f"method 'residual:{options}': {inner.setting!r} keeps a bound or every bit "
                 "itself, or takes experts away; expected a method that only approximates"

@@ -51,10 +51,8 @@ class Merged(Keeping):
             members = [expert, *(by_number[a] for a, to in edit.alias.items() if to == number)]
             kept.append(self._one(members, group) if len(members) > 1 else expert)
             clusters[expert.key] = [member.key for member in members]
-        statistics = {
-            name: _Summed(group.statistics[name], clusters)
-            for name in self.coder.wanted_statistics()
-        }
+        found = group.coded_by(self.coder.wanted_statistics())
+        statistics = {name: _Summed(each, clusters) for name, each in found.items()}
         return GroupView(tuple(kept), statistics, routing=group.routing)
 
     def _one(self, members: Sequence[ExpertView], group: GroupView) -> ExpertView:
