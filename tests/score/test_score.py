@@ -23,6 +23,12 @@ def test_json_and_back() -> None:
     assert Score.from_json(FULL.to_json()) == FULL
 
 
+def test_what_was_not_measured_is_equal() -> None:
+    assert Score(answer_kl_nats=0.1) == Score(answer_kl_nats=0.1)
+    assert Score() != Score(kl_nats=1.0)
+    assert hash(FULL) == hash(Score.from_json(FULL.to_json()))
+
+
 def test_infinitely_far_is_null_and_not_measured_is_absent() -> None:
     data = Score(math.inf, math.nan).to_json()
     assert data == {"kl_nats": None, "kl_stderr": None, "exact": True}

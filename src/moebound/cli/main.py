@@ -42,19 +42,9 @@ def cli() -> None:
 
     \b
     moebound fit MODEL                       how large a model would be, by its config alone
-    moebound inspect SRC                     what is in a model or a store
     moebound compress SRC DST --rate 0.3     make the experts small, with a promise on every weight
-    moebound profile SRC --task T -o FILE    which experts a task uses, and how much
-    moebound study SRC --suite S --task T -o DIR   what errors in experts do to the model
-    moebound report DIR                      a page of what a study found
-    moebound sensitivity SRC --task T -o MAP what an error in each expert does to the model
-    moebound calibrate SRC --task T -o STATS what experts get as inputs, to round with regard to it
-    moebound plan SRC --bpw 3 -o FILE        a bound for each expert, for compress --plan FILE
     moebound verify DST --against SRC        check the promise
-    moebound compare SRC DST --task T        how far its predictions moved, with every byte counted
-    moebound decompress DST OUT              back to an ordinary checkpoint
     moebound generate DST --prompt TEXT      text, with experts decoded as they are needed
-    moebound serve DST                       answer requests, through the OpenAI API
 
     SRC is a folder with a Hugging Face checkpoint, a model id on the hub, or builtin:wordmath or
     builtin:wordmath-mixtral, small models that come with moebound.
@@ -64,28 +54,32 @@ def cli() -> None:
     """
 
 
-for command in (
-    fit,
-    inspect,
-    profile,
-    study,
-    report,
-    sensitivity,
-    calibrate,
-    thresholds,
-    plan,
-    compress,
-    verify,
-    compare,
-    decompress,
-    card,
-    cache,
-    bench,
-    demo,
-    eval_command,
-    generate,
-    serve,
-):
+# What the list in `moebound --help` says: first sentences of docstrings would be cut there.
+_IN_THE_LIST = {
+    fit: "How large a model would be, by its config alone.",
+    inspect: "What is in a checkpoint, a store, or one file of a store.",
+    profile: "Which experts a task uses, and how much.",
+    study: "What errors in experts do to the model.",
+    report: "A page of what a study found, or several side by side.",
+    sensitivity: "What compressing each expert would do to the model.",
+    calibrate: "What experts get as inputs, to round with regard to it.",
+    thresholds: "By what weight experts may be left out while text is made.",
+    plan: "A bound for each expert, for compress --plan.",
+    compress: "Make the experts small, with a promise on every weight.",
+    verify: "Check the promise: every hash and every certificate.",
+    compare: "How far a model's predictions moved, with every byte counted.",
+    decompress: "Back to an ordinary checkpoint.",
+    card: "The model card of a store.",
+    cache: "Which experts to keep in memory: policies compared.",
+    bench: "Measure codecs, methods and offloading on this machine.",
+    demo: "The whole road on a small model, as a page.",
+    eval_command: "How many problems of a task a model solves.",
+    generate: "Text, with experts decoded as they are needed.",
+    serve: "Answer requests, through the OpenAI API.",
+}
+
+for command, line in _IN_THE_LIST.items():
+    command.short_help = line
     cli.add_command(command)
 
 

@@ -108,6 +108,16 @@ class Score:
     answer_kl_p999_nats: float = math.nan
     answer_kl_p999_stderr: float = math.nan
 
+    def __eq__(self, other: object) -> bool:
+        """Figures that were not measured are equal: the same NaN, which a dataclass says is not
+        since Python 3.13."""
+        if not isinstance(other, Score):
+            return NotImplemented
+        return all(
+            mine is its or mine == its
+            for mine, its in ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        )
+
     @property
     def ica(self) -> Interval | None:
         return None if self.tally is None else self.tally.ica_share

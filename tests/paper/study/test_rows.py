@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,19 +69,24 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         Rows(tmp_path / "missing" / "rows.jsonl")
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Files of this process may not grow beyond 64 bytes: what a disk that fills looks like."""
+    """Files of this process may not grow beyond 64 bytes: what a disk that fills looks like.
+
+    No fixture, which would end after pytest has written its dot, maybe to a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_disk_that_fills_loses_nothing(path: Path, full_disk: None) -> None:
-    with Rows(path) as rows:
+def test_a_disk_that_fills_loses_nothing(path: Path) -> None:
+    with full_disk(), Rows(path) as rows:
         rows.append({"condition": "first"})
         with pytest.raises(StoreError, match=r"the 1 lines in it are kept"):
             rows.append({"condition": "second", "more": "x" * 60})
