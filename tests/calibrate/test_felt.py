@@ -36,11 +36,12 @@ def gradients(folder: Path) -> dict[Any, list[tuple[int, torch.Tensor]]]:
         model.model.zero_grad()
         batch = pad([(row, ())], 0)
         logits = model.model(input_ids=batch.input_ids, use_cache=False).logits
-        labels.loss(logits, batch, [index]).backward()
+        torch.autograd.backward(labels.loss(logits, batch, [index]))
         for entry in live_experts(model.model).stacks:
             for role, place in entry.stack.places.items():
                 grad = entry.module.get_parameter(place.parameter).grad
-                for expert in range(entry.stack.n_experts):
+                for expert in range(0 if grad is None else entry.stack.n_experts):
+                    assert grad is not None
                     one = place.part(grad, expert).double()
                     if one.any():
                         key = entry.layer, entry.first + expert, role
