@@ -220,7 +220,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("maps", type=Path, nargs="+", metavar="map.json")
+    parser.add_argument("maps", type=Path, nargs="*", metavar="map.json")
     parser.add_argument("--src", default="builtin:wordmath", help="the model that the maps are of")
     parser.add_argument("--task", default="wordmath-hard")
     parser.add_argument("--bpw", type=float, nargs="+", default=[2.0, 3.0, 4.0])
@@ -238,7 +238,9 @@ def main() -> None:
     args = parser.parse_args()
 
     maps = [FORMAT.read(path) for path in args.maps]
-    args.tokens = args.tokens or ("all" if len(maps) > 1 else tokens_of(maps[0]))
+    args.tokens = args.tokens or (tokens_of(maps[0]) if len(maps) == 1 else "all")
+    if not maps and not args.only_calibrated:
+        parser.error("without a map: only with --only-calibrated")
     checkpoint, loaded = open_checkpoint(resolve(args.src)), load(args.src)
     calibration = None if args.calibration is None else read_statistics(args.calibration)
     if calibration is not None:
