@@ -210,6 +210,8 @@ def _calibrated(text: Of, found: OutputTotals) -> Iterable[tuple[str, str]]:
     yield f"experts that saw fewer than {FEW_TOKENS}", str(found.few_tokens)
     if not text.routed:
         yield "tokens", "all were shown to every expert"
+    if text.fisher:
+        yield "tokens weighted by", "what the model's predictions feel of them (Fisher)"
     for name, value in (("median", found.median), ("largest", found.largest)):
         if value is not None:
             yield f"error of a matrix's outputs over their power, {name}", f"{100 * value:.3g} %"

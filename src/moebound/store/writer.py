@@ -38,8 +38,8 @@ from moebound.files.durable import disk_errors
 from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.jobs.ordered import in_order
 from moebound.jobs.workers import Hire, Opening, Workers
+from moebound.methods import Method, weakest
 from moebound.methods import compress as compress_group
-from moebound.methods import weakest
 from moebound.plan import Plan
 from moebound.store.beside import choose_files, write_rest
 from moebound.store.earlier import OnExisting, finished_before, take_up
@@ -375,7 +375,9 @@ class _Job:
                   if not t.exact]  # fmt: skip
         expert = chosen[len(chosen) // 2]
         bounds = self.recipe.bounds(expert)
-        if bounds is None:
+        method = self.recipe.method_of(expert.key)
+        # Where channels have bounds of their own, the widest says nothing of the others.
+        if bounds is None or type(method).column_bounds is not Method.column_bounds:
             return
         own = {m.role: stats(self.checkpoint.read(m)) for m in expert.matrices}
         whole = sum(own.values(), TensorStats())
