@@ -167,3 +167,13 @@ def test_other_statistics_know_nothing_of_it(felt: tuple[Path, Statistics]) -> N
     other = replace(statistics, of=replace(statistics.of, fisher=False))
     with pytest.raises(MoeboundError, match="calibrate --fisher"):
         store.felt_bounds(open_checkpoint(folder), other)
+
+
+def test_a_wide_bound_is_not_said_to_leave_nothing(
+    felt: tuple[Path, Statistics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is that of the widest row and column alone."""
+    folder, statistics = felt
+    asked = ["compress", str(folder), str(tmp_path / "store"), "--method", "calibrated"]
+    assert main([*asked, "--rate", "40", "--calibration", str(statistics.folder)]) == 0
+    assert "become 0" not in capsys.readouterr().out
