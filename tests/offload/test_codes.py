@@ -73,12 +73,10 @@ def test_logits_of_values_up_to_rounding(name: str, made: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_rows_in_steps_of_their_own(
-    name: str, made: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_in_steps_of_their_own(name: str, made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Version 3 of codec `bound`: the weights that are certified, and one result everywhere."""
     monkeypatch.setattr(few_rows, "WORK_PER_THREAD", 1)
-    store = made(name, felt=True)
+    store = made(name, rate=3.0, felt=True)
     states, values = [], logits(store, slots="values")
     for of in SLOTS:
         with load(store, dtype="float32", slots=of) as offloaded:

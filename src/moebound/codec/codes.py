@@ -153,8 +153,6 @@ def decode_codes(parsed: Envelope, out: Array, *, threads: int = 1) -> CodeMatri
         raise CodecError(f"bound: bins from {first} on: a byte has no code of 0")
     if len(steps) and len(steps) != spec.shape[0 if by_row else 1]:
         raise CorruptionError(f"bound: {len(steps)} steps of a matrix {spec.shape}")
-    if len(factors) and len(factors) != spec.shape[0]:
-        raise CorruptionError(f"bound: {len(factors)} factors of a matrix {spec.shape}")
     table = np.empty(0, np.float32)
     if not len(steps):
         table = np.zeros(max(n_codes, 1 - first), np.float32)
