@@ -19,8 +19,8 @@ class Codes {
  public:
   Codes(const Codes&) = delete;
   Codes(Flat<uint8_t> codes, size_t rows, size_t columns, unsigned dtype, Flat<float> table, Flat<float> steps,
-        bool by_row, int32_t first, uint8_t zero, Flat<uint64_t> patched, Flat<float> patch_weights)
-      : codes_(codes), steps_(steps), patched_(patched), patch_weights_(patch_weights) {
+        bool by_row, Flat<float> factors, int32_t first, uint8_t zero, Flat<uint64_t> patched, Flat<float> patch_weights)
+      : codes_(codes), steps_(steps), factors_(factors), patched_(patched), patch_weights_(patch_weights) {
     const bool scaled = table.size() == 0;
     std::copy_n(table.data(), std::min(table.size(), moebound::kCodeTable), table_);
     if (rows == 0 || columns == 0 || codes.size() / columns != rows || codes.size() % columns) {
@@ -28,20 +28,21 @@ class Codes {
     }
     if (table.size() > moebound::kCodeTable) throw nb::value_error("table");
     if (scaled && steps.size() != (by_row ? rows : columns)) throw nb::value_error("steps");
+    if (factors.size() && (!scaled || by_row || factors.size() != rows)) throw nb::value_error("factors");
     if (patch_weights.size() != patched.size()) throw nb::value_error("patch_weights");
     const uint64_t* const at = patched.data();
     for (size_t i = 0; i < patched.size(); ++i) {
       if (at[i] >= codes.size() || (i && at[i] <= at[i - 1])) throw nb::value_error("patched");
     }
     matrix_ = {codes.data(), rows, columns, dtype_from(dtype), scaled ? nullptr : table_, table.size(), steps.data(), by_row,
-               first, zero, at, patch_weights.data(), patched.size(), false};
+               factors.size() ? factors.data() : nullptr, first, zero, at, patch_weights.data(), patched.size(), false};
   }
   const moebound::CodeMatrix& matrix() const { return matrix_; }
 
  private:
   Flat<uint8_t> codes_;
   float table_[moebound::kCodeTable] = {};
-  Flat<float> steps_;
+  Flat<float> steps_, factors_;
   Flat<uint64_t> patched_;
   Flat<float> patch_weights_;
   moebound::CodeMatrix matrix_;
@@ -67,14 +68,14 @@ void bind_product(nb::module_& m) {
       found = moebound::decode_codes(info, buffer.data(), buffer.size(), out.data(), threads);
     }
     return nb::make_tuple(found.n_codes, found.first, to_array(std::move(found.values)), found.by_row,
-                          to_array(std::move(found.steps)));
+                          to_array(std::move(found.steps)), to_array(std::move(found.factors)));
   }, "payload"_a, "out"_a, "source"_a, "output"_a, "bound"_a, "threads"_a);
 
   nb::class_<Codes>(m, "Codes")
-      .def(nb::init<Flat<uint8_t>, size_t, size_t, unsigned, Flat<float>, Flat<float>, bool, int32_t, uint8_t,
-                    Flat<uint64_t>, Flat<float>>(),
-           "codes"_a, "rows"_a, "columns"_a, "dtype"_a, "table"_a, "steps"_a, "by_row"_a, "first"_a, "zero"_a,
-           "patched"_a, "patch_weights"_a)
+      .def(nb::init<Flat<uint8_t>, size_t, size_t, unsigned, Flat<float>, Flat<float>, bool, Flat<float>, int32_t,
+                    uint8_t, Flat<uint64_t>, Flat<float>>(),
+           "codes"_a, "rows"_a, "columns"_a, "dtype"_a, "table"_a, "steps"_a, "by_row"_a, "factors"_a, "first"_a,
+           "zero"_a, "patched"_a, "patch_weights"_a)
       .def("weights", [](const Codes& self, WritableArray out) {
         const auto& matrix = self.matrix();
         if (dtype_of(out) != matrix.dtype || out.shape(0) != matrix.rows * matrix.columns) throw nb::value_error("out");

@@ -47,13 +47,15 @@ EncodedBound encode_scaled(const ArrayInfo& info, const void* source, const int3
 void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, void* out, unsigned threads);
 
 // What the codes of a matrix stand for: value c of `values`, a pattern of the output dtype, or, where
-// there are steps, (c + first) · step, rounded to the output dtype.
+// there are steps, (c + first) · step, rounded to the output dtype. With factors, of all rows, steps are the
+// columns', and the float32 product of both is the step.
 struct CodeValues {
   uint32_t n_codes = 0;
   int32_t first = 0;
   std::vector<uint32_t> values;
   bool by_row = false;
   std::vector<float> steps;  // of all columns, or of all rows
+  std::vector<float> factors;
 };
 
 constexpr uint32_t kMostCodes = 256;

@@ -171,10 +171,10 @@ CodeValues decode_codes(const ArrayInfo& info, const uint8_t* payload, size_t n_
   CodeValues found;
   found.n_codes = layout.n_symbols << layout.low_bits;
   if (info.bound == 0 || found.n_codes > kMostCodes) throw Corrupt("more codes than a byte has");
-  if (!layout.steps.factor_levels.empty()) throw Corrupt("steps with factors have no codes");
   DecodeSetup setup = setup_of(info, layout);
   fill_values(info, layout, setup);
   setup.codes = true;
+  found.factors.swap(setup.row_factors);  // codes need none on the way
   decode_all(setup, segments, out, threads);
   found.first = first_bin(layout);
   found.by_row = setup.by_row;

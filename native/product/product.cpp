@@ -177,10 +177,13 @@ void weights_of_codes(const CodeMatrix& matrix, void* out) {
       };
       // A loop for each kind, so that the compiler makes vectors of it.
       const float first = float(matrix.first), own = matrix.by_row && !matrix.table ? matrix.steps[row] : 0.0f;
+      const float factor = matrix.factors ? matrix.factors[row] : 1.0f;
       if (matrix.table) {
         each([&](size_t j) { return matrix.table[codes[j]]; });
       } else if (matrix.by_row) {
         each([&](size_t j) { return (float(codes[j]) + first) * own; });
+      } else if (matrix.factors) {
+        each([&](size_t j) { return (float(codes[j]) + first) * (matrix.steps[j] * factor); });
       } else {
         each([&](size_t j) { return (float(codes[j]) + first) * matrix.steps[j]; });
       }

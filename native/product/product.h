@@ -1,7 +1,8 @@
 // Products of a matrix of codes with activations: what an expert computes whose weights are not decoded.
 //
 // A weight is what its code stands for: an entry of a table of 256 numbers, or (code + first) · step
-// rounded to the dtype of the weights. That is to the bit the number that decode_bound writes. Exact
+// rounded to the dtype of the weights. Where rows have factors, the step is its column's times its row's
+// factor, rounded to float32 first. That is to the bit the number that decode_bound writes. Exact
 // patches stand beside the codes; a patched place has the code of 0.
 //
 // y = W x is summed in float32, always in one order, which depends on nothing but the number of columns:
@@ -30,6 +31,7 @@ struct CodeMatrix {
   size_t n_codes;          // codes are below this
   const float* steps;      // [columns], or [rows] if by_row
   bool by_row;
+  const float* factors;  // [rows], which steps of columns are multiplied by; nullptr for none
   int32_t first;
   uint8_t zero;                // the code of 0
   const uint64_t* patched;     // [n_patches], ascending flat places ...
@@ -57,6 +59,9 @@ void multiply(const Product* products, size_t n, DType dtype, unsigned threads);
 
 // The weights themselves: patterns of matrix.dtype, [rows][columns].
 void weights_of_codes(const CodeMatrix& matrix, void* out);
+
+// What the step of a weight is made of: that of its column, that of its row, or its column's times its row's factor.
+enum class StepsOf { kColumns, kRows, kBoth };
 
 // What all rows of one product share.
 struct ProductSetup {

@@ -106,16 +106,17 @@ __attribute__((always_inline)) inline __m256 cast(__m256 value) {
   }
 }
 
-template <class T, bool kByRow>
+template <class T, StepsOf kOf>
 struct FromSteps {
-  const float* of_rows;
+  const float* of_rows;  // steps, or factors
   __m256i first;
-  __m256 step[Avx2::kRows];
+  __m256 of_row[Avx2::kRows];
 
   explicit FromSteps(const ProductSetup& setup)
-      : of_rows(setup.matrix->steps), first(_mm256_set1_epi32(setup.matrix->first)) {}
+      : of_rows(kOf == StepsOf::kBoth ? setup.matrix->factors : setup.matrix->steps),
+        first(_mm256_set1_epi32(setup.matrix->first)) {}
   void begin_row(size_t r, size_t row) {
-    if constexpr (kByRow) step[r] = _mm256_set1_ps(of_rows[row]);
+    if constexpr (kOf != StepsOf::kColumns) of_row[r] = _mm256_set1_ps(of_rows[row]);
   }
   __attribute__((always_inline)) __m256 weights(__m256i codes, __m256 steps) const {
     return cast<T>(_mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(codes, first)), steps));
@@ -124,7 +125,9 @@ struct FromSteps {
                                                  Sixteen& odd) const {
     const __m256i low = load_words(codes), high = load_words(codes + 16);
     const auto step_of = [&](size_t at) __attribute__((always_inline)) {
-      return kByRow ? step[r] : _mm256_loadu_ps(steps + at);
+      if constexpr (kOf == StepsOf::kRows) return of_row[r];
+      else if constexpr (kOf == StepsOf::kColumns) return _mm256_loadu_ps(steps + at);
+      else return _mm256_mul_ps(_mm256_loadu_ps(steps + at), of_row[r]);
     };
     even = {weights(even_words(low), step_of(0)), weights(even_words(high), step_of(8))};
     odd = {weights(_mm256_srli_epi32(low, 16), step_of(16)), weights(_mm256_srli_epi32(high, 16), step_of(24))};
@@ -151,11 +154,7 @@ void product_rows_avx2(const ProductSetup& setup, size_t begin, size_t end) {
   if (matrix.plain) {
     all_rows<Avx2>(setup, FromPlain(), begin, end);
   } else if (!matrix.table) {
-    with_dtype(matrix.dtype, [&](auto t) {
-      using T = decltype(t);
-      if (matrix.by_row) all_rows<Avx2>(setup, FromSteps<T, true>(setup), begin, end);
-      else all_rows<Avx2>(setup, FromSteps<T, false>(setup), begin, end);
-    });
+    all_rows_of_steps<Avx2, FromSteps>(setup, begin, end);
   } else if (matrix.dtype != DType::kBF16 || matrix.n_codes > 128) {
     all_rows<Avx2>(setup, FromTable(setup), begin, end);
   } else if (matrix.n_codes <= 32) {

@@ -72,24 +72,30 @@ __attribute__((always_inline)) inline __m512 cast(__m512 value) {
   }
 }
 
-template <class T, bool kByRow>
+template <class T, StepsOf kOf>
 struct FromSteps {
-  const float* of_rows;
+  const float* of_rows;  // steps, or factors
   __m512i first;
-  __m512 step[Avx512::kRows];
+  __m512 of_row[Avx512::kRows];
 
   explicit FromSteps(const ProductSetup& setup)
-      : of_rows(setup.matrix->steps), first(_mm512_set1_epi32(setup.matrix->first)) {}
+      : of_rows(kOf == StepsOf::kBoth ? setup.matrix->factors : setup.matrix->steps),
+        first(_mm512_set1_epi32(setup.matrix->first)) {}
   void begin_row(size_t r, size_t row) {
-    if constexpr (kByRow) step[r] = _mm512_set1_ps(of_rows[row]);
+    if constexpr (kOf != StepsOf::kColumns) of_row[r] = _mm512_set1_ps(of_rows[row]);
+  }
+  __attribute__((always_inline)) __m512 step_of(size_t r, const float* steps, size_t at) const {
+    if constexpr (kOf == StepsOf::kRows) return of_row[r];
+    else if constexpr (kOf == StepsOf::kColumns) return _mm512_loadu_ps(steps + at);
+    else return _mm512_mul_ps(_mm512_loadu_ps(steps + at), of_row[r]);
   }
   __attribute__((always_inline)) void operator()(size_t r, const uint8_t* codes, const float* steps, __m512& even,
                                                  __m512& odd) const {
     const __m512i words = load_words(codes);
     const __m512 q_even = _mm512_cvtepi32_ps(_mm512_add_epi32(even_words(words), first));
     const __m512 q_odd = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_srli_epi32(words, 16), first));
-    even = cast<T>(_mm512_mul_ps(q_even, kByRow ? step[r] : _mm512_loadu_ps(steps)));
-    odd = cast<T>(_mm512_mul_ps(q_odd, kByRow ? step[r] : _mm512_loadu_ps(steps + kProductLanes)));
+    even = cast<T>(_mm512_mul_ps(q_even, step_of(r, steps, 0)));
+    odd = cast<T>(_mm512_mul_ps(q_odd, step_of(r, steps, kProductLanes)));
   }
 };
 
@@ -112,11 +118,7 @@ void product_rows_avx512(const ProductSetup& setup, size_t begin, size_t end) {
   if (matrix.plain) {
     all_rows<Avx512>(setup, FromPlain(), begin, end);
   } else if (!matrix.table) {
-    with_dtype(matrix.dtype, [&](auto t) {
-      using T = decltype(t);
-      if (matrix.by_row) all_rows<Avx512>(setup, FromSteps<T, true>(setup), begin, end);
-      else all_rows<Avx512>(setup, FromSteps<T, false>(setup), begin, end);
-    });
+    all_rows_of_steps<Avx512, FromSteps>(setup, begin, end);
   } else if (matrix.dtype != DType::kBF16) {
     all_rows<Avx512>(setup, FromTable(setup), begin, end);
   } else if (matrix.n_codes <= 64) {

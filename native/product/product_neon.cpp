@@ -88,16 +88,22 @@ __attribute__((always_inline)) inline float32x4_t cast(float32x4_t value) {
   }
 }
 
-template <class T, bool kByRow>
+template <class T, StepsOf kOf>
 struct FromSteps {
-  const float* of_rows;
+  const float* of_rows;  // steps, or factors
   int32x4_t first;
-  float32x4_t step[Neon::kRows];
+  float32x4_t of_row[Neon::kRows];
 
   explicit FromSteps(const ProductSetup& setup)
-      : of_rows(setup.matrix->steps), first(vdupq_n_s32(setup.matrix->first)) {}
+      : of_rows(kOf == StepsOf::kBoth ? setup.matrix->factors : setup.matrix->steps),
+        first(vdupq_n_s32(setup.matrix->first)) {}
   void begin_row(size_t r, size_t row) {
-    if constexpr (kByRow) step[r] = vdupq_n_f32(of_rows[row]);
+    if constexpr (kOf != StepsOf::kColumns) of_row[r] = vdupq_n_f32(of_rows[row]);
+  }
+  __attribute__((always_inline)) float32x4_t step_of(size_t r, const float* steps, size_t at) const {
+    if constexpr (kOf == StepsOf::kRows) return of_row[r];
+    else if constexpr (kOf == StepsOf::kColumns) return vld1q_f32(steps + at);
+    else return vmulq_f32(vld1q_f32(steps + at), of_row[r]);
   }
   __attribute__((always_inline)) Sixteen weights(size_t r, uint8x16_t codes, const float* steps) const {
     const uint16x8_t words[2] = {vmovl_u8(vget_low_u8(codes)), vmovl_high_u8(codes)};
@@ -106,7 +112,7 @@ struct FromSteps {
     for (size_t q = 0; q < 4; ++q) {
       const uint32x4_t code = q % 2 ? vmovl_high_u16(words[q / 2]) : vmovl_u16(vget_low_u16(words[q / 2]));
       const float32x4_t whole = vcvtq_f32_s32(vaddq_s32(vreinterpretq_s32_u32(code), first));
-      found.four[q] = cast<T>(vmulq_f32(whole, kByRow ? step[r] : vld1q_f32(steps + 4 * q)));
+      found.four[q] = cast<T>(vmulq_f32(whole, step_of(r, steps, 4 * q)));
     }
     return found;
   }
@@ -114,7 +120,7 @@ struct FromSteps {
                                                  Sixteen& odd) const {
     const uint8x16x2_t some = vld2q_u8(codes);
     even = weights(r, some.val[0], steps);
-    odd = weights(r, some.val[1], kByRow ? steps : steps + kProductLanes);
+    odd = weights(r, some.val[1], kOf == StepsOf::kRows ? steps : steps + kProductLanes);
   }
 };
 
@@ -140,11 +146,7 @@ void product_rows_neon(const ProductSetup& setup, size_t begin, size_t end) {
   if (matrix.plain) {
     all_rows<Neon>(setup, FromPlain(), begin, end);
   } else if (!matrix.table) {
-    with_dtype(matrix.dtype, [&](auto t) {
-      using T = decltype(t);
-      if (matrix.by_row) all_rows<Neon>(setup, FromSteps<T, true>(setup), begin, end);
-      else all_rows<Neon>(setup, FromSteps<T, false>(setup), begin, end);
-    });
+    all_rows_of_steps<Neon, FromSteps>(setup, begin, end);
   } else if (matrix.dtype != DType::kBF16 || matrix.n_codes > 128) {
     all_rows<Neon>(setup, FromTable(setup), begin, end);
   } else if (matrix.n_codes <= 64) {

@@ -17,7 +17,8 @@ float weight_at(const ProductSetup& setup, size_t row, size_t group, size_t at) 
   }
   const uint8_t code = column < matrix.columns ? matrix.codes[row * matrix.columns + column] : matrix.zero;
   if (matrix.table) return matrix.table[code];
-  const float step = matrix.by_row ? matrix.steps[row] : column < matrix.columns ? matrix.steps[column] : 0.0f;
+  float step = matrix.by_row ? matrix.steps[row] : column < matrix.columns ? matrix.steps[column] : 0.0f;
+  if (matrix.factors) step *= matrix.factors[row];
   return T::value(pattern_of<T>(float(int32_t(code) + matrix.first) * step));
 }
 

@@ -153,5 +153,17 @@ void all_rows(const ProductSetup& setup, Decoder decoder, size_t begin, size_t e
   for (; row < end; ++row) rows_of_many<Isa, Decoder, 1>(setup, decoder, row, weights.data());
 }
 
+// As all_rows, of a matrix with steps. FromSteps: the path's decoder, by dtype and kind of steps.
+template <class Isa, template <class, StepsOf> class FromSteps>
+void all_rows_of_steps(const ProductSetup& setup, size_t begin, size_t end) {
+  const CodeMatrix& matrix = *setup.matrix;
+  with_dtype(matrix.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (matrix.factors) all_rows<Isa>(setup, FromSteps<T, StepsOf::kBoth>(setup), begin, end);
+    else if (matrix.by_row) all_rows<Isa>(setup, FromSteps<T, StepsOf::kRows>(setup), begin, end);
+    else all_rows<Isa>(setup, FromSteps<T, StepsOf::kColumns>(setup), begin, end);
+  });
+}
+
 }  // namespace
 }  // namespace moebound

@@ -23,6 +23,7 @@ from .kernel import ISAS, flat, using
 from .stepped import Stepped
 from .weights import gaussian
 
+KINDS = ["grid", "rows", "columns", "rows, factors", "columns, factors"]
 SHAPES = [(70, 96), (61, 50), (70, 33), (300, 1)]
 
 
@@ -38,9 +39,10 @@ def encoded(kind: str, shape: tuple[int, int], dtype: DType = "BF16") -> bytes:
     weights = drawn(shape, dtype)
     if kind == "grid":
         return moebound.encode(weights, 0.004)
-    by_row = kind == "rows"
-    n = shape[0] if by_row else shape[1]
-    made = Stepped.of(weights, np.arange(n) % 7, 0.01, by_row=by_row)
+    by_row = kind.startswith("rows")
+    n, others = shape if by_row else shape[::-1]
+    factors = np.arange(others) % 5 if kind.endswith("factors") else None
+    made = Stepped.of(weights, np.arange(n) % 7, 0.01, by_row=by_row, factors=factors)
     bound = ErrorBound(made.bound, "abs")
     return encode_codes(made.weights, made.codes, made.steps, bound, made.bound).data
 
@@ -79,7 +81,7 @@ def multiply(matrix: CodeMatrix, x: Array, threads: int = 1) -> Array:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-@pytest.mark.parametrize("kind", ["grid", "rows", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_stand_for_what_decoding_gives(
     shape: tuple[int, int], kind: str, dtype: DType, isa: str
@@ -111,7 +113,7 @@ def test_alphabets_with_low_bits_and_without(bound: float, low_bits: bool) -> No
 @pytest.mark.parametrize("n_tokens", [1, 2, 7])
 @pytest.mark.parametrize("x_dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-@pytest.mark.parametrize("kind", ["grid", "rows", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_are_those_of_the_reference(
     shape: tuple[int, int], kind: str, dtype: DType, x_dtype: DType, n_tokens: int
@@ -190,7 +192,7 @@ def test_what_has_no_codes_is_refused() -> None:
         codes_of(vector)
 
 
-@pytest.mark.parametrize("kind", ["grid", "rows", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_heads_say_what_can_be_codes(kind: str) -> None:
     data = encoded(kind, (70, 33))
     assert has_codes(lambda at, n: data[at : at + n]) is None
@@ -202,7 +204,7 @@ def test_heads_say_what_can_be_codes(kind: str) -> None:
         assert has_codes(lambda at, n, cut=cut: data[at : min(at + n, cut)]) is not None  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("kind", ["grid", "rows", "columns"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_damaged_streams_give_an_error_or_codes(kind: str) -> None:
     parsed = envelope.parse(encoded(kind, (70, 33)))
     payload, n = bytes(parsed.payload), parsed.spec.size
@@ -241,7 +243,8 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
 
     for change in (
         {"shape": (4, 4)}, {"shape": (0, 4)}, {"steps": none, "table": none},
-        {"table": np.zeros(257, np.float32)},
+        {"table": np.zeros(257, np.float32)}, {"factors": np.ones(3, np.float32)},
+        {"factors": np.ones(4, np.float32), "table": none, "steps": np.ones(4, np.float32)},
         {"patched": np.array([12], np.uint64), "patch_weights": np.array([1], np.float32)},
         {"patched": np.array([3, 3], np.uint64), "patch_weights": np.array([1, 1], np.float32)},
         {"patch_weights": np.array([1], np.float32)},
@@ -256,8 +259,19 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
             matrix.product(**{"x": x, "out": out, "stride": 3} | bad)
 
 
-def test_many_products_at_once_are_each_by_itself() -> None:
-    first, second = (patched(codes_of(encoded(kind, (70, 33)))) for kind in ("grid", "rows"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_is_the_same(kind: str) -> None:
+    matrix = patched(codes_of(encoded(kind, (70, 33))))
+    copied = matrix.copy(matrix.codes.copy())
+    assert copied.weights().tobytes() == matrix.weights().tobytes()
+    assert copied.aside_bytes == matrix.aside_bytes
+    assert len(matrix.factors) == (70 if "factors" in kind else 0)
+    assert matrix.aside_bytes >= matrix.factors.nbytes + matrix.steps.nbytes
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns, factors"])
+def test_many_products_at_once_are_each_by_itself(kind: str) -> None:
+    first, second = (patched(codes_of(encoded(some, (70, 33)))) for some in ("grid", kind))
     x = np.random.default_rng(0).standard_normal((5, 33)).astype(np.float32)
     alone = multiply(first, x), multiply(second, x[2:3]), multiply(first, x[4:])
     jobs = [Product(first, 0, 5, 0, 70), Product(second, 2 * 33, 1, 350, 70),

@@ -152,7 +152,8 @@ Made decode_to_codes(const ArrayInfo& info, const std::vector<uint8_t>& payload,
     return {};
   }
   const size_t columns = info.n % info.columns ? info.n : info.columns, rows = info.n / columns;
-  const bool fits = found.steps.empty() || found.steps.size() == (found.by_row ? rows : columns);
+  const bool fits = (found.steps.empty() || found.steps.size() == (found.by_row ? rows : columns)) &&
+                    (found.factors.empty() || found.factors.size() == rows);
   if (!fits || found.first > 0 || found.first <= -int32_t(kMostCodes)) return made;
   std::vector<float> table(found.steps.empty() ? kCodeTable : 0);
   for (size_t i = 0; i < found.values.size(); ++i) {
@@ -165,13 +166,15 @@ Made decode_to_codes(const ArrayInfo& info, const std::vector<uint8_t>& payload,
   const std::vector<float> patches{0.5f, -2.0f};
   const CodeMatrix matrix{made.codes.data(), rows, columns, info.output, table.empty() ? nullptr : table.data(),
                           std::max<size_t>(found.n_codes, size_t(1 - found.first)), found.steps.data(), found.by_row,
-                          found.first, uint8_t(-found.first), patched.data(), patches.data(), info.n > 1 ? 2u : 0u};
+                          found.factors.empty() ? nullptr : found.factors.data(), found.first, uint8_t(-found.first),
+                          patched.data(), patches.data(), info.n > 1 ? 2u : 0u, false};
   made.weights.resize(info.n * item_size(info.output));
   weights_of_codes(matrix, made.weights.data());
   std::vector<float> x(n_tokens * columns);
   for (size_t i = 0; i < x.size(); ++i) x[i] = float(int(i * 37 % 101) - 50) / 64;
   made.products.resize(n_tokens * rows * 4);
-  product(matrix, DType::kF32, x.data(), n_tokens, made.products.data(), rows, 2);
+  const Product product{&matrix, x.data(), n_tokens, made.products.data(), rows};
+  multiply(&product, 1, DType::kF32, 2);
 #ifdef MOEBOUND_EMULATE_AVX512
   made.products.clear();  // in plain C a fused multiply-add may not be one
 #endif

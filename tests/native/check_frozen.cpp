@@ -80,7 +80,9 @@ bool codes_stand_for(const ArrayInfo& info, const std::vector<uint8_t>& payload,
       if (stand_for.steps.empty()) {
         value = typename T::Bits(stand_for.values[codes[i]]);
       } else {
-        const float step = stand_for.steps[stand_for.by_row ? i / info.columns : i % info.columns];
+        const size_t row = i / info.columns;
+        float step = stand_for.steps[stand_for.by_row ? row : i % info.columns];
+        if (!stand_for.factors.empty()) step *= stand_for.factors[row];
         value = pattern_of<T>(float(int32_t(codes[i]) + stand_for.first) * step);
       }
       if (value != load<typename T::Bits>(decoded.data() + i * sizeof value)) return false;

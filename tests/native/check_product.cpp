@@ -3,7 +3,7 @@
 //   check_product CASES SEED
 //
 // CASES random matrices: tables and steps, of every dtype, rows of any length, patches, one token or
-// several. Then as many of plain bfloat16. Prints the hashes of all results, which are the same on every
+// several. Then as many of plain bfloat16, and as many whose steps of columns have factors. Prints the hashes of all results, which are the same on every
 // machine: what is drawn has no function of the C library in it. Exit code 1 and a line on stderr at the
 // first difference.
 #include <algorithm>
@@ -37,10 +37,10 @@ float number() { return float(int32_t(below(4096)) - 2048) * 0x1p-15f; }
 struct Drawn {
   CodeMatrix matrix{};
   std::vector<uint8_t> codes;
-  std::vector<float> table, steps, patch_weights;
+  std::vector<float> table, steps, factors, patch_weights;
   std::vector<uint64_t> patched;
 
-  void draw() {
+  void draw(bool with_factors = false) {
     matrix.rows = 1 + below(70);
     matrix.columns = 1 + below(below(3) ? 200 : 700);
     matrix.dtype = DType(below(3));
@@ -50,15 +50,17 @@ struct Drawn {
     for (uint8_t& code : codes) code = uint8_t(below(matrix.n_codes));
     with_dtype(matrix.dtype, [&](auto t) {
       using T = decltype(t);
-      if (below(2)) {
+      if (!with_factors && below(2)) {
         table.resize(kCodeTable);
         for (size_t c = 0; c < matrix.n_codes; ++c) table[c] = T::value(pattern_of<T>(number()));
         table[matrix.zero] = 0;
       } else {
-        matrix.by_row = below(2);
+        matrix.by_row = !with_factors && below(2);
         matrix.first = -int32_t(matrix.zero);
         steps.resize(matrix.by_row ? matrix.rows : matrix.columns);
         for (float& step : steps) step = float(1 + below(1000)) * 0x1p-20f;
+        if (with_factors) factors.resize(matrix.rows);
+        for (float& factor : factors) factor = float(1 + below(1 << 24)) * 0x1p-24f;
       }
       for (size_t at = below(200); at < codes.size() && below(8); at += 1 + below(300)) {
         codes[at] = matrix.zero;
@@ -69,6 +71,7 @@ struct Drawn {
     matrix.codes = codes.data();
     matrix.table = table.empty() ? nullptr : table.data();
     matrix.steps = steps.data();
+    matrix.factors = factors.empty() ? nullptr : factors.data();
     matrix.patched = patched.data();
     matrix.patch_weights = patch_weights.data();
     matrix.n_patches = patched.size();
@@ -107,7 +110,7 @@ int main(int argc, char** argv) {
     }
     return xxh64(expected.data(), expected.size(), hash);
   };
-  uint64_t of_codes = 0, of_plain = 0;
+  uint64_t of_codes = 0, of_plain = 0, of_factors = 0;
   for (size_t c = 0; c < n_cases; ++c) {
     Drawn drawn;
     drawn.draw();
@@ -119,6 +122,11 @@ int main(int argc, char** argv) {
     for (uint16_t& weight : weights) weight = pattern_of<BF16>(number());
     of_plain = check(plain_matrix(weights.data(), rows, columns), c, of_plain);
   }
-  std::printf("%zu products, %016llx, %016llx\n", n_cases, static_cast<unsigned long long>(of_codes),
-              static_cast<unsigned long long>(of_plain));
+  for (size_t c = 0; c < n_cases; ++c) {
+    Drawn drawn;
+    drawn.draw(true);
+    of_factors = check(drawn.matrix, c, of_factors);
+  }
+  std::printf("%zu products, %016llx, %016llx, %016llx\n", n_cases, static_cast<unsigned long long>(of_codes),
+              static_cast<unsigned long long>(of_plain), static_cast<unsigned long long>(of_factors));
 }

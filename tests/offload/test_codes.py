@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers.utils import logging as hf_logging
 
+from calibrate.test_collect import TEXT, loaded
 from codec.kernel import ISAS, using
 from moebound import _native
+from moebound.calibrate import Settings, collect
 from moebound.checkpoint import open_checkpoint
 from moebound.errors import CacheError, MoeboundError
 from moebound.model import few_rows
@@ -36,15 +38,19 @@ def _quiet() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """made(name, ...) -> a store. Not to be changed."""
+    """made(name, ...) -> a store. Not to be changed. felt: rows of gate and up in steps of their
+    own, by Fisher statistics."""
     stores = dict[tuple[Any, ...], Path]()
 
-    def make(name: str, *, rate: float = 0.3, **options: Any) -> Path:
-        key = (name, rate, *sorted((k, str(v)) for k, v in options.items()))
+    def make(name: str, *, rate: float = 0.3, felt: bool = False, **options: Any) -> Path:
+        key = (name, rate, felt, *sorted((k, str(v)) for k, v in options.items()))
         if key not in stores:
             folder = tmp_path_factory.mktemp(name)
             src = make_tiny(name, folder / "src")
             bound = ErrorBound(rate, "rate")
+            if felt:
+                statistics = collect(loaded(src), TEXT, folder / "stats", Settings(fisher=True))
+                options |= {"method": "calibrated", "calibration": statistics}
             compress(open_checkpoint(src), folder / "dst", bound=bound, **options)
             stores[key] = folder / "dst"
         return stores[key]
@@ -64,6 +70,34 @@ def logits(store: Path, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor
 def test_logits_of_values_up_to_rounding(name: str, made: Make) -> None:
     values = logits(made(name), slots="values")
     assert (logits(made(name)) - values).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_rows_in_steps_of_their_own(name: str, made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 3 of codec `bound`: the weights that are certified, and one result everywhere."""
+    monkeypatch.setattr(few_rows, "WORK_PER_THREAD", 1)
+    store = made(name, rate=3.0, felt=True)
+    states, values = [], logits(store, slots="values")
+    for of in SLOTS:
+        with load(store, dtype="float32", slots=of) as offloaded:
+            states.append(offloaded.model.state_dict())
+    assert all(torch.equal(weights, states[1][of]) for of, weights in states[0].items())
+    with load(store, dtype="float32", slots="codes", ram_budget="100%") as offloaded:
+        assert offloaded.choice.slots == "codes"
+        assert not offloaded.choice.not_codes
+        with torch.no_grad():
+            expected = offloaded.model(IDS).logits
+        slot = next(iter(offloaded.cache.visit(0, range(4)).hits.values()))
+        assert isinstance(slot, slots.CodeSlot)
+        assert any(len(part.factors) for part in slot.parts.values())
+        aside = sum(part.aside_bytes for part in slot.parts.values())
+        assert aside <= (slot.kind.aside_bytes or 0)
+    assert (expected - values).abs().max() <= 1e-5
+    for options in ({"ram_budget": "60%", "tier": "disk"}, {"ram_budget": "100%", "threads": 1}):
+        assert torch.equal(logits(store, **options), expected), options
+    for isa in ISAS:
+        with using(isa):
+            assert torch.equal(logits(store), expected), isa
 
 
 def test_many_tokens_are_computed_as_by_values(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """Matrices as codes: a byte a weight, what the bytes stand for, and the exact patches beside them.
 
 `decode_codes` does all that decoding does but for the last step: a weight stays the number of its
-bin. What it stands for is an entry of a table, or (code + first) · step cast to the dtype; both are
-to the bit what `decode` gives. So a product of codes (native/product/) multiplies by the weights
-that the certificate is about. docs/format.md, sections 4.3 and 4.7, has both ways.
+bin. What it stands for is an entry of a table, or (code + first) · step cast to the dtype, the step
+being that of its column or row, or its column's times its row's factor; all are to the bit what
+`decode` gives. So a product of codes (native/product/) multiplies by the weights that the
+certificate is about. docs/format.md, sections 4.3, 4.7 and 4.8, has every way.
 
 A patched place has the code of 0, and its weight stands beside, exact.
 """
@@ -11,7 +12,7 @@ A patched place has the code of 0, and its weight stands beside, exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from moebound import _native
 from moebound.codec import envelope
 from moebound.codec.base import Positions
-from moebound.codec.bound import DTYPE_CODES, EXACT, FACTORS, SCALED, BoundCodec
+from moebound.codec.bound import DTYPE_CODES, EXACT, SCALED, BoundCodec
 from moebound.codec.envelope import Envelope
 from moebound.codec.fields import FieldReader
 from moebound.errors import CodecError, CorruptionError, FormatError
@@ -35,12 +36,17 @@ Read = Callable[[int, int], bytes]
 """Bytes of an envelope from an offset on, so many or as many as there are."""
 
 
+def _none() -> Array:
+    return np.empty(0, np.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class CodeMatrix:
     """codes: [rows · cols] uint8, memory of whoever asked. shape: [rows, cols], of dtype.
 
     table: what each code stands for; empty where there are steps, [cols] or by_row [rows].
     first: the bin of code 0. patched, patch_weights: flat places and what belongs there.
+    factors: [rows], which steps of columns are multiplied by; empty for none.
     """
 
     codes: Array
@@ -52,18 +58,19 @@ class CodeMatrix:
     first: int
     patched: Positions
     patch_weights: Array
+    factors: Array = field(default_factory=_none)
 
     def __post_init__(self) -> None:
         kernel = _native.Codes(
             self.codes, *self.shape, DTYPE_CODES[self.dtype], self.table, self.steps, self.by_row,
-            self.first, -self.first, self.patched, self.patch_weights,
+            self.factors, self.first, -self.first, self.patched, self.patch_weights,
         )  # fmt: skip
         object.__setattr__(self, "_kernel", kernel)
 
     @property
     def aside_bytes(self) -> int:
         """Memory beside the codes."""
-        arrays = self.table, self.steps, self.patched, self.patch_weights
+        arrays = self.table, self.steps, self.factors, self.patched, self.patch_weights
         return sum(array.nbytes for array in arrays)
 
     def product(self, x: Array, out: Array, *, stride: int, threads: int = 1) -> None:
@@ -87,7 +94,7 @@ class CodeMatrix:
         """The same with its codes elsewhere."""
         return CodeMatrix(
             codes, self.shape, self.dtype, self.table, self.steps, self.by_row, self.first,
-            self.patched, self.patch_weights,
+            self.patched, self.patch_weights, self.factors,
         )  # fmt: skip
 
 
@@ -141,7 +148,7 @@ def decode_codes(parsed: Envelope, out: Array, *, threads: int = 1) -> CodeMatri
         found = _native.bound_codes(parsed.payload, out, *dtypes, spec.abs_bound, threads)
     except _native.Corrupt as error:
         raise CorruptionError(f"bound: {error}") from None
-    n_codes, first, patterns, by_row, steps = found
+    n_codes, first, patterns, by_row, steps, factors = found
     if not -MOST_CODES < first <= 0:
         raise CodecError(f"bound: bins from {first} on: a byte has no code of 0")
     if len(steps) and len(steps) != spec.shape[0 if by_row else 1]:
@@ -154,7 +161,7 @@ def decode_codes(parsed: Envelope, out: Array, *, threads: int = 1) -> CodeMatri
         out[parsed.misses.astype(np.int64)] = -first
     return CodeMatrix(
         out, (spec.shape[0], spec.shape[1]), spec.dtype, table, steps, by_row, first,
-        parsed.misses.astype(np.uint64), parsed.values.astype(np.float32),
+        parsed.misses.astype(np.uint64), parsed.values.astype(np.float32), factors,
     )  # fmt: skip
 
 
@@ -184,8 +191,6 @@ def has_codes(read: Read) -> str | None:
         if not layout or layout[0] == EXACT:
             return "an exact copy has no codes"
         scaled = layout[0] >= SCALED
-        if layout[0] & FACTORS == FACTORS:
-            return "its steps have factors, and codes have none"
         low_bits = layout[4] & 15 if scaled else layout[2]
         stretched = scaled and layout[0] & 4
         fields = FieldReader(memoryview(layout), 5 if stretched or not scaled else 6)

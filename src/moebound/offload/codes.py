@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from moebound.codec.arrays import torch_dtype
-from moebound.codec.bound import BoundCodec
+from moebound.codec.bound import FACTORS_VERSION, BoundCodec
 from moebound.codec.codes import has_codes
 from moebound.offload.entries import DiskEntry, DiskMatrix
 from moebound.offload.slots import CodeSlot, SlotKind
@@ -62,10 +62,13 @@ def code_kinds(
 
 
 def _most_aside(part: DiskMatrix) -> int:
-    """Bytes that a matrix takes beside its codes, at most: steps or a table, and patches."""
+    """Bytes that a matrix takes beside its codes, at most: a table, or steps, those of both sides
+    from version 3 on, and patches."""
     assert part.stored is not None
-    patched = part.stored.record.certificate.patched
-    return 4 * max(*part.shape, 256) + 12 * patched
+    certificate = part.stored.record.certificate
+    of_both = (certificate.codec_version or 0) >= FACTORS_VERSION
+    steps = sum(part.shape) if of_both else max(part.shape)
+    return 4 * max(steps, 256) + 12 * certificate.patched
 
 
 def _refused(entry: DiskEntry, kind: SlotKind) -> str | None:
