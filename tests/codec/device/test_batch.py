@@ -17,6 +17,7 @@ from moebound.codec.device.batch import check_outs
 from moebound.errors import BackendUnavailable, CodecError, CorruptionError, FormatError
 
 from .. import weights
+from ..stepped import Stepped, drawn_levels
 
 CODEC = BoundCodec(segment_weights=4096)
 
@@ -61,6 +62,27 @@ def test_streams_may_be_kept_for_another_batch() -> None:
     assert DecodeBatch.of(streams).n_bytes == DecodeBatch.of(envelopes()).n_bytes
     odd = DecodeBatch.of(streams[:1], offsets=[streams[0].alignment_offset + 1])
     assert not odd.aligned
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_row_of_a_matrix_with_factors_takes_a_byte(by_row: bool) -> None:
+    """And what the kernels multiply by is the step of each weight."""
+    levels, others = (drawn_levels(n, 9, seed) for seed, n in enumerate((120, 90)))
+    array = weights.gaussian((120, 90) if by_row else (90, 120))
+    plain = Stepped.of(array, levels, 0.01, by_row=by_row)
+    made = Stepped.of(array, levels, 0.01, by_row=by_row, factors=others)
+    known = DecodeBatch.of([plain.envelope(), made.envelope()]).metadata
+
+    def section(name: str, dtype: type) -> Any:
+        return known.block[known.sections[name] :].view(dtype)
+
+    steps_at, numbers_at = (section("arrays", np.int64)[23:46][i] for i in (20, 22))
+    assert steps_at == len(levels)
+    of_columns, different = np.split(section("steps", np.float32)[steps_at:], [array.shape[1]])
+    numbers = section("classes", np.uint8)[numbers_at:][: len(array)]
+    assert numbers.max() == 9  # of ten levels
+    assert known.sections["values16"] - known.sections["steps"] <= 4 * (120 + array.shape[1] + 13)
+    np.testing.assert_array_equal(of_columns * different[numbers][:, None], made.sizes)
 
 
 @pytest.mark.parametrize("offsets", [[0], [0, 1, -4]])

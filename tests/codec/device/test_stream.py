@@ -17,6 +17,7 @@ from moebound.codec.reference.layout import read_layout
 from moebound.errors import CorruptionError, FormatError
 
 from .. import weights
+from ..stepped import Stepped, drawn_levels
 
 
 def encoded(segment_weights: int = 4096, spread: float = 0.6) -> bytes:
@@ -88,6 +89,21 @@ def test_other_codecs_are_decoded_on_the_host(codec: str) -> None:
         stream.decoded, np.asarray(decode(encode(array, 0.01, codec=codec))).reshape(-1)
     )
     assert len(stream.positions) == 0  # the patch is in place
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_steps_come_with_the_factors_of_the_other_side(by_row: bool) -> None:
+    levels, factors = drawn_levels(48, 9), drawn_levels(80, 7, 1)
+    array = weights.gaussian((48, 80) if by_row else (80, 48))
+    made = Stepped.of(array, levels, 0.01, by_row=by_row, factors=factors)
+    stream = read_stream(made.envelope())
+    coded = stream.coded
+    assert coded is not None
+    assert stream.decoded is None
+    assert not coded.exact
+    assert coded.by_row == by_row
+    np.testing.assert_array_equal(coded.steps, made.steps.sizes(0.01))
+    np.testing.assert_array_equal(coded.factors, made.steps.factors)
 
 
 def test_a_patch_comes_with_its_positions() -> None:

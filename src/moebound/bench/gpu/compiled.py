@@ -37,13 +37,15 @@ class Variant:
 
 
 _DECODE = {
-    "ITEM": 2, "LOW_BITS": 0, "CLASSES": False, "EXACT": False, "SCALED": False, "HALVES": False,
-    "ALIGNED": True, "WIDE": True, "BALLOT": True, "SEGMENTS": 1,
+    "ITEM": 2, "LOW_BITS": 0, "CLASSES": False, "EXACT": False, "SCALED": False, "FACTORS": False,
+    "HALVES": False, "ALIGNED": True, "WIDE": True, "BALLOT": True, "SEGMENTS": 1,
 }  # fmt: skip
 _ENCODE = {"TABLE_LOG": 12, "LANES": 32, "CLASSES": True, "BALLOT": True, "SEGMENTS": 1}
 
 _CLASSES = _DECODE | {"CLASSES": True, "WIDE": False}
 _SCALED = _DECODE | {"SCALED": True}
+_FACTORS = _SCALED | {"FACTORS": True}
+_CLASSES_FACTORS = _CLASSES | {"SCALED": True, "FACTORS": True}
 _EXACT = _CLASSES | {"EXACT": True, "LOW_BITS": 8}
 
 VARIANTS = (
@@ -58,6 +60,10 @@ VARIANTS = (
     Variant("decode_segments", "steps, classes", _CLASSES | {"SCALED": True}),
     Variant("decode_segments", "steps, both dtypes", _CLASSES | {"SCALED": True, "HALVES": True}),
     Variant("decode_segments", "steps, float32", _CLASSES | {"SCALED": True, "ITEM": 4}),
+    Variant("decode_segments", "factors", _FACTORS),
+    Variant("decode_segments", "factors, classes", _CLASSES_FACTORS),
+    Variant("decode_segments", "factors, both dtypes", _CLASSES_FACTORS | {"HALVES": True}),
+    Variant("decode_segments", "factors, float32", _CLASSES_FACTORS | {"ITEM": 4}),
     Variant("decode_segments", "exact", _EXACT),
     Variant("decode_segments", "exact float32", _EXACT | {"ITEM": 4}),
     Variant("expand_tables", "", {"WIDE": False, "BLOCK": 1024, "BLOCKS": 4}, warps=4),

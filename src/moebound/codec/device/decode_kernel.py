@@ -9,7 +9,8 @@ lanes before it that do: one ballot and a population count, as in DietGPU
 segments at a time, a prefix sum.
 
 Values are patterns from a table, and nothing is computed in floating point; but in version 2 of
-codec `bound` a value is a whole number times a step, in float32, rounded to the dtype.
+codec `bound` a value is a whole number times a step, in float32, rounded to the dtype. In version 3
+the step is a product itself, of a column's number and a row's: float32, as the CPU rounds it.
 
 What keeps a hostile stream in: a slot is below 2^table_log whatever the state is; every table is
 full, so that symbols and values are those of the header; a word is read only below the segment's
@@ -29,7 +30,7 @@ J_BEGIN = tl.constexpr(2)
 J_SLOTS = tl.constexpr(3)
 JOB_FIELDS = tl.constexpr(4)
 
-# Columns of `arrays` [., 22], int64: the header, and where the array's part of each section begins.
+# Columns of `arrays` [., 23], int64: the header, and where the array's part of each section begins.
 A_WEIGHTS = tl.constexpr(0)
 A_COLUMNS = tl.constexpr(1)
 A_ROWS_PER_SEGMENT = tl.constexpr(2)
@@ -52,12 +53,14 @@ A_PATCHES = tl.constexpr(18)
 A_SCALED = tl.constexpr(19)  # 0: not; else bits, below
 A_STEPS_BEGIN = tl.constexpr(20)
 A_FIRST_BIN = tl.constexpr(21)
-ARRAY_FIELDS = tl.constexpr(22)
+A_FACTORS = tl.constexpr(22)  # where the numbers of the rows' factors begin, among the classes
+ARRAY_FIELDS = tl.constexpr(23)
 
 # Bits of A_SCALED: how products are rounded, and whose the steps are.
 TO_HALF = tl.constexpr(1)  # float16
 TO_OTHER = tl.constexpr(2)  # bfloat16, or float32 as it is
 BY_ROW = tl.constexpr(4)
+BOTH_SIDES = tl.constexpr(8)  # the columns', and rows have factors: a list behind these steps
 
 # Bits of a segment's status; launch.py has them in words.
 FIRST_STATE = tl.constexpr(1)
@@ -164,7 +167,7 @@ def decode_segments(
     jobs,  # int64 [., 4]
     slots,  # uint8 symbols; or uint32, WIDE: symbol | (frequency - 1) << 8 | bias << 20
     status,  # int32 [jobs, n_places], what is wrong with each segment; 0 is nothing
-    arrays_at,  # where the sections of the block begin: int64 [., 22]
+    arrays_at,  # where the sections of the block begin: int64 [., 23]
     begins_at,  # int64, of each segment, from the envelope's first byte
     words_at,  # int32, of each segment
     classes_at,  # uint8
@@ -178,6 +181,7 @@ def decode_segments(
     CLASSES: tl.constexpr,  # whether any array has more than one table
     EXACT: tl.constexpr,  # whether any array is an exact copy
     SCALED: tl.constexpr,  # whether any array has steps
+    FACTORS: tl.constexpr,  # whether any of these has factors, too
     HALVES: tl.constexpr,  # whether any of these is float16
     ALIGNED: tl.constexpr,  # whether all segments begin at even addresses
     WIDE: tl.constexpr,
@@ -235,6 +239,9 @@ def decode_segments(
         step_at = _section(block, steps_at, tl.float32) + tl.load(a + A_STEPS_BEGIN)
         step_at += tl.where(by_row, first_row, 0)
         first_bin = tl.load(a + A_FIRST_BIN).to(tl.int32) + lane * 0
+        if FACTORS:
+            factor_at = step_at + columns
+            number_at = classes + tl.load(a + A_FACTORS) + first_row
     if EXACT:
         exact_from = tl.load(a + A_EXACT_FROM).to(tl.int32) + lane * 0
         if ITEM == 4:
@@ -263,6 +270,10 @@ def decode_segments(
             many = row_begin < tl.where(n_tables > 1, n_here, 0)
             row_class = tl.load(row_class_at + row, mask=many, other=0).to(tl.int32) - base
             column_class = tl.load(column_class_at + lane, mask=many & (lane < columns), other=0)
+        if FACTORS:
+            both = (row_begin < n_here) & ((scaled & BOTH_SIDES) != 0)
+            number = tl.load(number_at + row, mask=both, other=0).to(tl.int32)
+            factor = tl.load(factor_at + number, mask=both, other=1.0)
         for step in range(n_steps):
             column = step * lanes + lane
             i = row_begin + column
@@ -328,6 +339,8 @@ def decode_segments(
             else:
                 held = tl.load(value_at + cell, mask=from_table, other=0)
             if SCALED:
+                if FACTORS:
+                    size *= factor
                 product = (cell + first_bin).to(tl.float32) * size
                 pattern = _rounded(product, (scaled & TO_HALF) != 0, ITEM, HALVES)
                 held = tl.where(is_scaled, pattern, held)
@@ -348,7 +361,7 @@ def expand_tables(
     block,  # uint8, the metadata
     jobs,  # int64 [., 4]
     slots,  # to be written, as decode_segments reads them
-    arrays_at,  # where the sections of the block begin: int64 [., 22]
+    arrays_at,  # where the sections of the block begin: int64 [., 23]
     symbols_at,  # uint32: (frequency - 1) | cumulative frequency << 12
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -388,7 +401,7 @@ def expand_tables(
 def lay_patches(
     block,  # uint8, the metadata
     jobs,  # int64 [., 4]
-    arrays_at,  # where the sections of the block begin: int64 [., 22]
+    arrays_at,  # where the sections of the block begin: int64 [., 23]
     positions_at,  # int64, flat
     patches_at,  # uint32 patterns
     first_job,

@@ -23,8 +23,8 @@ class Group:
     """Jobs whose values have the same number of bytes: one launch of a kernel each.
 
     item: bytes of a value. first, n: which jobs. low_bits: at least those of any. classes, exact:
-    whether any array has classes, or is an exact copy. scaled, halves: whether any has steps, or is
-    of float16 and has them. patches: the most of any.
+    whether any array has classes, or is an exact copy. scaled, halves, factors: whether any has
+    steps, or is of float16 and has them, or has factors, too. patches: the most of any.
     """
 
     item: int
@@ -35,6 +35,7 @@ class Group:
     exact: bool
     scaled: bool
     halves: bool
+    factors: bool
     patches: int
 
 
@@ -110,6 +111,7 @@ def _group(item: int, first: int, facts: Numbers) -> Group:
         bool(most[md.EXACT]),
         bool(most[md.SCALED]),
         bool((facts[:, md.SCALED] & md.TO_HALF).any()),
+        bool((facts[:, md.SCALED] & md.BOTH_SIDES).any()),
         int(most[md.PATCHES]),
     )
 

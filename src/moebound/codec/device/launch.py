@@ -223,6 +223,7 @@ class PreparedDecode:
                     "CLASSES": group.classes,
                     "EXACT": group.exact,
                     "SCALED": group.scaled,
+                    "FACTORS": group.factors,
                     "HALVES": group.halves,
                     "ALIGNED": self.jobs.aligned,
                     "WIDE": self._tables.wide,

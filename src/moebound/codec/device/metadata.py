@@ -31,12 +31,12 @@ DTYPES: dict[str, str] = {
 its number of words."""
 
 ALIGNMENT = 16
-_ARRAY_FIELDS = 22
+_ARRAY_FIELDS = 23
 
 # Columns of `Metadata.facts`.
 ITEM, SEGMENTS, TABLES, SLOTS, PATCHES, LOW_BITS, EXACT, ODD, SCALED = range(9)
 
-TO_HALF, TO_OTHER, BY_ROW = 1, 2, 4
+TO_HALF, TO_OTHER, BY_ROW, BOTH_SIDES = 1, 2, 4, 8
 """Of what is scaled: bits as in decode_kernel.py."""
 
 
@@ -74,6 +74,7 @@ def build(streams: Sequence[Stream]) -> Metadata:
         if stream.coded is None:
             continue
         coded, item = stream.coded, NUMPY_DTYPES[stream.spec.dtype].itemsize
+        steps, numbers = _steps(coded)
         put("words", coded.words)
         put("patches", stream.patches)
         arrays[i] = (
@@ -97,8 +98,9 @@ def build(streams: Sequence[Stream]) -> Metadata:
             put("positions", stream.positions),
             len(stream.positions),
             scaled := _scaled(stream.spec.dtype, coded),
-            put("steps", coded.steps),
+            put("steps", steps),
             coded.symbol_low << coded.low_bits,
+            put("classes", numbers),
         )
         facts[i] = _facts(item, coded, len(stream.positions), scaled)
     put("arrays", arrays)
@@ -110,7 +112,25 @@ def build(streams: Sequence[Stream]) -> Metadata:
 def _scaled(dtype: DType, coded: Coded) -> int:
     if not len(coded.steps):
         return 0
-    return (TO_HALF if dtype == "F16" else TO_OTHER) | (BY_ROW if coded.by_row else 0)
+    rounded = TO_HALF if dtype == "F16" else TO_OTHER
+    if len(coded.factors):
+        return rounded | BOTH_SIDES
+    return rounded | (BY_ROW if coded.by_row else 0)
+
+
+def _steps(coded: Coded) -> tuple[Numbers, Numbers]:
+    """What a matrix puts among the steps, and a uint8 for each row if it has factors.
+
+    Products do not ask which of the two is the step: with factors, columns bring their numbers and
+    rows theirs. A side has 256 levels at most, so rows name an entry of a list behind the columns'.
+    """
+    if not len(coded.factors):
+        return coded.steps, np.empty(0, np.uint8)
+    of_columns, of_rows = coded.steps, coded.factors
+    if coded.by_row:
+        of_columns, of_rows = of_rows, of_columns
+    different, numbers = np.unique(of_rows, return_inverse=True)
+    return np.concatenate((of_columns, different)), numbers.astype(np.uint8)
 
 
 def _facts(item: int, coded: Coded, n_patches: int, scaled: int) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from moebound import _native
 from moebound.codec import envelope
 from moebound.codec.api import check_claimed, decode_array, named_memory
 from moebound.codec.base import ArraySpec
-from moebound.codec.bound import DTYPE_CODES, EXACT, FACTORS, BoundCodec
+from moebound.codec.bound import DTYPE_CODES, EXACT, BoundCodec
 from moebound.codec.envelope import Envelope
 from moebound.codec.lossless import LosslessCodec
 from moebound.errors import CodecError, CorruptionError, FormatError
@@ -41,8 +41,9 @@ class Coded:
     symbols: [n_tables, n_symbols] uint32, (frequency - 1) | cumulative frequency << 12.
     values: patterns by symbol << low_bits | low, uint16 or uint32; empty for an exact copy, whose
         bins are patterns rotated left by one, and where there are steps.
-    steps: float32, of each column, or of each row if by_row; empty but in version 2, whose values
-        are bins times steps.
+    steps: float32, of each column, or of each row if by_row; empty but in versions 2 and 3, whose
+        values are bins times steps.
+    factors: float32, of the other side, which steps are multiplied by; empty but in version 3.
     segments: [S] int64, the first byte of each segment, counted from the envelope's first byte.
     words: [S] int32, 16-bit words of each.
     lower: where the low halves of an exact copy of float32 begin, uint16 each; -1 without them.
@@ -64,6 +65,7 @@ class Coded:
     words: Numbers
     lower: int
     steps: Numbers
+    factors: Numbers
     by_row: bool
 
     @property
@@ -106,9 +108,7 @@ def read_stream(data: bytes | bytearray | memoryview, *, max_bytes: int | None =
     parsed = envelope.parse(data)
     coder = next((c for c in (BoundCodec, LosslessCodec) if c.id == parsed.codec), None)
     n_bytes = memoryview(data).nbytes
-    # The kernels know steps of one side.
-    both_sides = len(parsed.payload) > 0 and parsed.payload[0] & FACTORS == FACTORS
-    if coder is None or parsed.spec.size == 0 or both_sides:
+    if coder is None or parsed.spec.size == 0:
         decoded = decode_array(parsed, max_bytes=max_bytes)
         return _stream(parsed, n_bytes, None, decoded.reshape(-1))
     if parsed.codec_version > coder.newest():
@@ -179,6 +179,7 @@ def _coded(parsed: Envelope, begin: int) -> Coded:
         words=found["segment_words"].astype(np.int32),
         lower=lower,
         steps=found["steps"],
+        factors=found["factors"],
         by_row=found["by_row"],
     )
 

@@ -38,12 +38,18 @@ def with_oddities() -> Array:
 
 def stepped(
     shape: tuple[int, int], dtype: DType = "BF16", *, bound: float = 0.02, spread: int = 9,
-    by_row: bool = False, scale: float = 0.02,
+    by_row: bool = False, scale: float = 0.02, factors: int | None = None,
 ) -> bytes:  # fmt: skip
-    """Version 2, with oddities."""
+    """Version 2, with oddities; or 3, with factors of so many levels."""
     array = odd(weights.gaussian(shape, dtype, scale=scale))
     levels = drawn_levels(shape[0 if by_row else 1], spread)
-    return Stepped.of(array, levels, bound, by_row=by_row).envelope(segment_weights=1024)
+    others = None if factors is None else drawn_levels(shape[1 if by_row else 0], factors, 1)
+    made = Stepped.of(array, levels, bound, by_row=by_row, factors=others)
+    return made.envelope(segment_weights=1024)
+
+
+WIDE = (64, 512)
+"""In 32 lanes: few steps to interpret."""
 
 
 ENCODED = {
@@ -63,13 +69,19 @@ ENCODED = {
     "one lane": encode(weights.gaussian((12, 40)), 0.005, codec=CODEC),
     "one weight": encode(weights.gaussian((1,)), 0.005, codec=CODEC),
     "all zero": encode(np.zeros((64, 512), np.float16), 0.005, codec=CODEC),
-    "steps": stepped((24, 192)),
-    "steps of rows": stepped((24, 192), by_row=True),
-    "steps, one table": stepped((24, 192), spread=0),
-    "steps, float16": stepped((10, 44), "F16", bound=2e-3),
-    "steps, float16, denormals": stepped((10, 44), "F16", bound=1e-6, scale=1e-5),
-    "steps, float32": stepped((10, 44), "F32", by_row=True),
+    "steps": stepped(WIDE),
+    "steps of rows": stepped(WIDE, by_row=True),
+    "steps, one table": stepped(WIDE, spread=0),
+    "steps, float16": stepped(WIDE, "F16", bound=2e-3),
+    "steps, float16, denormals": stepped(WIDE, "F16", bound=1e-6, scale=1e-5),
+    "steps, float32": stepped(WIDE, "F32", by_row=True),
     "steps, low bits": stepped((7, 44), bound=1e-4),
+    "factors": stepped(WIDE, factors=9),
+    "factors of columns": stepped(WIDE, factors=9, by_row=True),
+    "factors, float16": stepped(WIDE, "F16", bound=2e-3, factors=30),
+    "factors of columns, float16": stepped(WIDE, "F16", bound=2e-3, factors=30, by_row=True),
+    "factors, float32": stepped(WIDE, "F32", factors=12),
+    "factors of columns, float32": stepped(WIDE, "F32", factors=12, by_row=True),
     "exact copy": encode(weights.gaussian((4, 64)), 1e-12, codec=CODEC),
     "lossless bfloat16": encode(weights.gaussian((4, 64)), 1.0, codec="lossless"),
     "lossless float32": encode(weights.gaussian((4, 64), "F32"), 1.0, codec="lossless"),
@@ -96,7 +108,8 @@ def test_stored_bytes(case: Case) -> None:
 def test_everything_in_one_launch() -> None:
     """Dtypes, tables, low bits, patches and codecs mixed."""
     names = ("many tables", "low bits", "patches", "float16", "float32", "one weight", "steps",
-             "steps, float16", "steps, float32", "steps, low bits")  # fmt: skip
+             "steps, float16", "steps, float32", "steps, low bits",
+             "factors of columns", "factors, float16", "factors, float32")  # fmt: skip
     data = [ENCODED[name] for name in names]
     data += [encode(weights.gaussian((9, 9), "F32"), 0.01, codec="raw")]
     for envelope, found in zip(data, decoded(data), strict=True):
