@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 
 from moebound.bench.methods import BITS, METHODS, run
-from moebound.bench.methods.again import Again
+from moebound.bench.methods.again import Again, alone
+from moebound.bench.methods.claims import to_json
 from moebound.bench.methods.making import Candidate, make
 from moebound.bench.methods.page import render
+from moebound.bench.methods.parts import parts
 from moebound.bench.methods.plots import KINDS, kind_of
 from moebound.bench.methods.residuals import base_row
 from moebound.bench.methods.sizing import (
@@ -39,6 +42,7 @@ from moebound.errors import (
 )
 from moebound.evaluate.loading import load
 from moebound.files.formats.statistics import Statistics, read_statistics
+from moebound.jobs.workers import Opens, Workers
 from moebound.plan import Plan
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import MODELS
@@ -191,7 +195,7 @@ def test_a_broken_promise_is_a_row_and_an_exit_code(
     def broken(*_: Any) -> None:
         raise BoundViolatedError("bounded:bound: a store breaks its promise")
 
-    monkeypatch.setattr("moebound.bench.methods.comparison.make", broken)
+    monkeypatch.setattr("moebound.bench.methods.parts.make", broken)
     asked = ["bench", "methods", source, "--task", "wordmath", "--limit", "1", "--json"]
     assert main([*asked, "--methods", "bound", "--bits", "4"]) == 1
     (row,) = json.loads(capsys.readouterr().out)["rows"]
@@ -266,8 +270,8 @@ def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
     def again(*_: Any) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr("moebound.bench.methods.comparison.make", again)
-    monkeypatch.setattr("moebound.bench.methods.comparison.base_row", again)
+    monkeypatch.setattr("moebound.bench.methods.parts.make", again)
+    monkeypatch.setattr("moebound.bench.methods.parts.base_row", again)
     second = run(source, get_task("wordmath"), **options)
     assert second.to_json() | {"environment": 0} == document | {"environment": 0}
     assert render_methods(second).row_count == len(rows)
@@ -276,6 +280,67 @@ def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
         assert part in page
     with pytest.raises(MoeboundError, match="another limit"):
         run(source, get_task("wordmath"), **(options | {"limit": 2}))
+
+
+def what_took(document: dict[str, Any]) -> dict[str, Any]:
+    """A report without what differs from run to run."""
+    took = {"seconds", "cpu_seconds", "peak_bytes", "base_bytes"}
+    rows = [{k: v for k, v in row.items() if k not in took} for row in document["rows"]]
+    return document | {"rows": rows, "environment": None}
+
+
+@pytest.mark.slow
+def test_two_workers_make_the_rows_of_one_process(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "work"
+    asked = ["bench", "methods", source, "--task", "wordmath", "--limit", "1", "--json",
+             "--methods", "bound,reap_re,calibrated", "--bits", "3", "--residuals", "svd:r0",
+             "--work", str(work), "--workers", "2"]  # fmt: skip
+    assert main(asked) == 0
+    told = capsys.readouterr()
+    two = json.loads(told.out)
+    made, missed, without = two["rows"]
+    assert (made["method"], made["reached"]) == ("bound", True)
+    assert missed["nearest_bits_per_weight"] == 4.0
+    assert "moebound calibrate" in without["reason"]
+    assert "[4/4]" in told.err
+    # All are kept but the one that the next run tries again.
+    kept = [json.loads(line)["condition"] for line in (work / "rows.jsonl").open()]
+    assert sorted(kept) == ["bound at 3", "reap_re at 3", "residual of svd:r0"]
+    options: dict[str, Any] = {"methods": ["bound", "reap_re", "calibrated"], "bits": [3.0],
+                               "bases": ["svd:r0"], "limit": 1}  # fmt: skip
+    one = run(source, get_task("wordmath"), **options)
+    assert what_took(to_json(one)) == what_took(two)
+    kept_rows = {"rows": work, "methods": ["bound", "reap_re"], "workers": never}
+    assert run(source, get_task("wordmath"), **options | kept_rows).rows[0].made is not None
+
+
+def never(setup: Opens) -> Workers:
+    pytest.fail("workers for nothing")
+
+
+def test_a_worker_that_finds_another_model_is_told(source: str, tmp_path: Path) -> None:
+    with pytest.raises(MoeboundError, match="other weights"):
+        parts(
+            source, get_task("wordmath"), limit=1, answers=None, calibration=None, moved=tmp_path,
+            weights="00", at=Path.cwd(), threads=None,
+        )  # fmt: skip
+
+
+def test_who_gathers_statistics_again_is_alone(tmp_path: Path) -> None:
+    out, entered = tmp_path / "moved" / "reap_re-keep6", threading.Event()
+
+    def second() -> None:
+        with alone(out):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with alone(out):
+        thread.start()
+        assert not entered.wait(0.2)
+    thread.join()
+    assert entered.is_set()
 
 
 @pytest.mark.slow
