@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moebound.bench.methods import BITS, METHODS, run
+from moebound.bench.methods import BITS, METHODS, MethodsReport, run
 from moebound.bench.methods.again import Again, alone
 from moebound.bench.methods.claims import to_json
 from moebound.bench.methods.making import Candidate, make
@@ -42,7 +42,7 @@ from moebound.errors import (
 )
 from moebound.evaluate.loading import load
 from moebound.files.formats.statistics import Statistics, read_statistics
-from moebound.jobs.workers import Opens, Workers
+from moebound.jobs.workers import Opens, Processes, Workers
 from moebound.plan import Plan
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import MODELS
@@ -282,38 +282,58 @@ def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
         run(source, get_task("wordmath"), **(options | {"limit": 2}))
 
 
-def what_took(document: dict[str, Any]) -> dict[str, Any]:
-    """A report without what differs from run to run."""
-    took = {"seconds", "cpu_seconds", "peak_bytes", "base_bytes"}
-    rows = [{k: v for k, v in row.items() if k not in took} for row in document["rows"]]
-    return document | {"rows": rows, "environment": None}
-
-
 @pytest.mark.slow
-def test_two_workers_make_the_rows_of_one_process(
+def test_two_workers_make_rows_that_one_process_goes_on_from(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work = tmp_path / "work"
-    asked = ["bench", "methods", source, "--task", "wordmath", "--limit", "1", "--json",
-             "--methods", "bound,reap_re,calibrated", "--bits", "3", "--residuals", "svd:r0",
-             "--work", str(work), "--workers", "2"]  # fmt: skip
-    assert main(asked) == 0
+    work, names, base = tmp_path / "work", ["svd:f8", "reap_re", "calibrated"], "modegpt_re:k0.5"
+    asked = ["bench", "methods", source, "--task", "wordmath", "--limit", "1", "--bits", "3"]
+    asked += ["--methods", ",".join(names), "--residuals", base, "--work", str(work)]
+    assert main([*asked, "--workers", "2", "--json"]) == 0
     told = capsys.readouterr()
     two = json.loads(told.out)
     made, missed, without = two["rows"]
-    assert (made["method"], made["reached"]) == ("bound", True)
+    assert made["bits_per_weight"] == pytest.approx(3, rel=0.01)
     assert missed["nearest_bits_per_weight"] == 4.0
     assert "moebound calibrate" in without["reason"]
+    assert "moebound calibrate" in two["residuals"][0]["reason"]
+    assert "[0/4] 2 workers" in told.err
     assert "[4/4]" in told.err
-    # All are kept but the one that the next run tries again.
-    kept = [json.loads(line)["condition"] for line in (work / "rows.jsonl").open()]
-    assert sorted(kept) == ["bound at 3", "reap_re at 3", "residual of svd:r0"]
-    options: dict[str, Any] = {"methods": ["bound", "reap_re", "calibrated"], "bits": [3.0],
-                               "bases": ["svd:r0"], "limit": 1}  # fmt: skip
-    one = run(source, get_task("wordmath"), **options)
-    assert what_took(to_json(one)) == what_took(two)
-    kept_rows = {"rows": work, "methods": ["bound", "reap_re"], "workers": never}
-    assert run(source, get_task("wordmath"), **options | kept_rows).rows[0].made is not None
+    # Those are kept that the next run does not try again.
+    lines = (work / "rows.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["condition"] for line in lines) == [
+        "reap_re at 3",
+        "svd:f8 at 3",
+    ]
+    options: dict[str, Any] = {"methods": names, "bits": [3.0], "bases": [base], "limit": 1}
+    one = run(source, get_task("wordmath"), rows=work, **options)
+    assert without_costs(one) == without_costs(two)
+    options |= {"methods": names[:2], "bases": None, "workers": never}
+    assert run(source, get_task("wordmath"), rows=work, **options).rows[0].made is not None
+
+
+@pytest.mark.long
+def test_workers_make_the_rows_of_one_process(
+    source: str, statistics: Statistics, tmp_path: Path
+) -> None:
+    asked = ["bound", "rtn", "again:reap_re+calibrated", "again:reap_re+gptq_re", "mone_re+rtn"]
+    options: dict[str, Any] = {"methods": asked, "bits": [4.0, 2.5], "bases": ["svd:r0"],
+                               "calibration": statistics, "limit": 3, "answers": 2}  # fmt: skip
+    task = get_task("wordmath")
+    one = run(source, task, **options, rows=tmp_path / "one")
+    two = run(source, task, **options, rows=tmp_path / "two", workers=lambda s: Processes(s, 2))
+    assert sum(row.made is not None for row in one.rows) >= 5
+    assert without_costs(two) == without_costs(one)
+
+
+def without_costs(report: MethodsReport | dict[str, Any]) -> dict[str, Any]:
+    """As JSON, without what differs from run to run."""
+    found = report if isinstance(report, dict) else to_json(report)
+    document: dict[str, Any] = json.loads(json.dumps(found))
+    for row in document["rows"]:
+        for cost in ("seconds", "cpu_seconds", "peak_bytes", "base_bytes"):
+            row.pop(cost, None)
+    return document | {"environment": None}
 
 
 def never(setup: Opens) -> Workers:
