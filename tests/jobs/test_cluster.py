@@ -55,7 +55,7 @@ class Machines:
 
         ray = importlib.import_module("ray")
         found = Watched(setup.with_threads(1), 2, self._cluster.address)
-        known = {"ties": [], "answers": None, "drafts": None}
+        known: dict[str, Any] = {"ties": [], "answers": None, "drafts": None}
         # Both are at work when the first thing is finished, and one is lost then.
         opened = [worker.call.remote("use", (known,)) for worker in found._grow(2)]
         ray.get(opened)
