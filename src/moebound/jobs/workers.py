@@ -205,6 +205,8 @@ def _serve(connection: Connection, setup: Opens) -> None:
     """What a worker process does: answer calls until the line is cut."""
     # Ctrl-C reaches every process of a terminal; the one that has us decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Told to end, it ends as an exception does: folders and processes that it has go with it.
+    signal.signal(signal.SIGTERM, _end)
     measurer: Any = None
     while True:
         try:
@@ -218,6 +220,11 @@ def _serve(connection: Connection, setup: Opens) -> None:
             answer = (False, _sendable(error))
         with suppress(BrokenPipeError):
             connection.send(answer)
+
+
+def _end(number: int, frame: Any) -> None:
+    del frame
+    raise SystemExit(128 + number)
 
 
 def _sendable(error: Exception) -> Exception:
