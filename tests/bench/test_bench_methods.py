@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moebound.bench.methods import BITS, METHODS, run
-from moebound.bench.methods.again import Again
+from moebound.bench.methods import BITS, METHODS, MethodsReport, run
+from moebound.bench.methods.again import Again, alone
+from moebound.bench.methods.claims import to_json
 from moebound.bench.methods.making import Candidate, make
 from moebound.bench.methods.page import render
+from moebound.bench.methods.parts import parts
 from moebound.bench.methods.plots import KINDS, kind_of
 from moebound.bench.methods.residuals import base_row
 from moebound.bench.methods.sizing import (
@@ -39,6 +42,7 @@ from moebound.errors import (
 )
 from moebound.evaluate.loading import load
 from moebound.files.formats.statistics import Statistics, read_statistics
+from moebound.jobs.workers import Opens, Processes, Workers
 from moebound.plan import Plan
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import MODELS
@@ -191,7 +195,7 @@ def test_a_broken_promise_is_a_row_and_an_exit_code(
     def broken(*_: Any) -> None:
         raise BoundViolatedError("bounded:bound: a store breaks its promise")
 
-    monkeypatch.setattr("moebound.bench.methods.comparison.make", broken)
+    monkeypatch.setattr("moebound.bench.methods.parts.make", broken)
     asked = ["bench", "methods", source, "--task", "wordmath", "--limit", "1", "--json"]
     assert main([*asked, "--methods", "bound", "--bits", "4"]) == 1
     (row,) = json.loads(capsys.readouterr().out)["rows"]
@@ -266,8 +270,8 @@ def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
     def again(*_: Any) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr("moebound.bench.methods.comparison.make", again)
-    monkeypatch.setattr("moebound.bench.methods.comparison.base_row", again)
+    monkeypatch.setattr("moebound.bench.methods.parts.make", again)
+    monkeypatch.setattr("moebound.bench.methods.parts.base_row", again)
     second = run(source, get_task("wordmath"), **options)
     assert second.to_json() | {"environment": 0} == document | {"environment": 0}
     assert render_methods(second).row_count == len(rows)
@@ -276,6 +280,87 @@ def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
         assert part in page
     with pytest.raises(MoeboundError, match="another limit"):
         run(source, get_task("wordmath"), **(options | {"limit": 2}))
+
+
+@pytest.mark.slow
+def test_two_workers_make_rows_that_one_process_goes_on_from(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, names, base = tmp_path / "work", ["svd:f8", "reap_re", "calibrated"], "modegpt_re:k0.5"
+    asked = ["bench", "methods", source, "--task", "wordmath", "--limit", "1", "--bits", "3"]
+    asked += ["--methods", ",".join(names), "--residuals", base, "--work", str(work)]
+    assert main([*asked, "--workers", "2", "--json"]) == 0
+    told = capsys.readouterr()
+    two = json.loads(told.out)
+    made, missed, without = two["rows"]
+    assert made["bits_per_weight"] == pytest.approx(3, rel=0.01)
+    assert missed["nearest_bits_per_weight"] == 4.0
+    assert "moebound calibrate" in without["reason"]
+    assert "moebound calibrate" in two["residuals"][0]["reason"]
+    assert "[0/4] 2 workers" in told.err
+    assert "[4/4]" in told.err
+    # Those are kept that the next run does not try again.
+    lines = (work / "rows.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["condition"] for line in lines) == [
+        "reap_re at 3",
+        "svd:f8 at 3",
+    ]
+    options: dict[str, Any] = {"methods": names, "bits": [3.0], "bases": [base], "limit": 1}
+    one = run(source, get_task("wordmath"), rows=work, **options)
+    assert without_costs(one) == without_costs(two)
+    options |= {"methods": names[:2], "bases": None, "workers": never}
+    assert run(source, get_task("wordmath"), rows=work, **options).rows[0].made is not None
+
+
+@pytest.mark.long
+def test_workers_make_the_rows_of_one_process(
+    source: str, statistics: Statistics, tmp_path: Path
+) -> None:
+    asked = ["bound", "rtn", "again:reap_re+calibrated", "again:reap_re+gptq_re", "mone_re+rtn"]
+    options: dict[str, Any] = {"methods": asked, "bits": [4.0, 2.5], "bases": ["svd:r0"],
+                               "calibration": statistics, "limit": 3, "answers": 2}  # fmt: skip
+    task = get_task("wordmath")
+    one = run(source, task, **options, rows=tmp_path / "one")
+    two = run(source, task, **options, rows=tmp_path / "two", workers=lambda s: Processes(s, 2))
+    assert sum(row.made is not None for row in one.rows) >= 5
+    assert without_costs(two) == without_costs(one)
+
+
+def without_costs(report: MethodsReport | dict[str, Any]) -> dict[str, Any]:
+    """As JSON, without what differs from run to run."""
+    found = report if isinstance(report, dict) else to_json(report)
+    document: dict[str, Any] = json.loads(json.dumps(found))
+    for row in document["rows"]:
+        for cost in ("seconds", "cpu_seconds", "peak_bytes", "base_bytes"):
+            row.pop(cost, None)
+    return document | {"environment": None}
+
+
+def never(setup: Opens) -> Workers:
+    pytest.fail("workers for nothing")
+
+
+def test_a_worker_that_finds_another_model_is_told(source: str, tmp_path: Path) -> None:
+    with pytest.raises(MoeboundError, match="other weights"):
+        parts(
+            source, get_task("wordmath"), limit=1, answers=None, calibration=None, moved=tmp_path,
+            weights="00", at=Path.cwd(), threads=None,
+        )  # fmt: skip
+
+
+def test_who_gathers_statistics_again_is_alone(tmp_path: Path) -> None:
+    out, entered = tmp_path / "moved" / "reap_re-keep6", threading.Event()
+
+    def second() -> None:
+        with alone(out):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with alone(out):
+        thread.start()
+        assert not entered.wait(0.2)
+    thread.join()
+    assert entered.is_set()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from moebound import store
+from moebound.bench import methods
 from moebound.calibrate import Settings, collect, of_task
 from moebound.calibrate.collect import reader
 from moebound.errors import MoeboundError
@@ -54,8 +55,9 @@ class Machines:
 
         ray = importlib.import_module("ray")
         found = Watched(setup.with_threads(1), 2, self._cluster.address)
+        known: dict[str, Any] = {"ties": [], "answers": None, "drafts": None}
         # Both are at work when the first thing is finished, and one is lost then.
-        opened = [worker.call.remote("use", ({"ties": []},)) for worker in found._grow(2)]
+        opened = [worker.call.remote("use", (known,)) for worker in found._grow(2)]
         ray.get(opened)
         return found
 
@@ -142,6 +144,30 @@ def test_maps(machines: Machines, loaded: Loaded, tmp_path: Path) -> None:
             del document["checks"][time]
         found.append(document)
     assert found[0] == found[1]
+
+
+@pytest.mark.long
+def test_rows_of_methods(machines: Machines, loaded: Loaded, tmp_path: Path) -> None:
+    del loaded  # one thread
+    asked: dict[str, Any] = {"methods": ["bound", "rtn", "reap_re"], "bits": [4.0, 3.0],
+                             "bases": ["svd:r0"], "limit": 2}  # fmt: skip
+    one = methods.run(SRC, get_task(TASK), **asked).to_json()
+
+    def say(what: str, done: int, total: int) -> None:
+        del total
+        if done:
+            machines.lose()
+
+    asked |= {"rows": tmp_path, "workers": machines.hire, "say": say}
+    two = methods.run(SRC, get_task(TASK), **asked).to_json()
+    assert machines.lost
+    for document in (one, two):
+        del document["environment"]
+        for row in document["rows"]:
+            for took in ("seconds", "cpu_seconds", "peak_bytes", "base_bytes"):
+                row.pop(took, None)
+    assert sum(row["reached"] for row in one["rows"]) >= 3
+    assert two == one
 
 
 class Dies:

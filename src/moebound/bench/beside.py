@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from moebound.bench.kept import KeptRows
@@ -36,9 +36,8 @@ class Beside:
         self.made = self.total = 0
         self.began = 0.0
 
-    def load(self, kept: KeptRows) -> Loaded:
-        """The original, which reads and answers now; the answers are kept beside the rows."""
-        self.say("loading", 0, self.total)
+    def read(self) -> Loaded:
+        """The original, which reads the problems now."""
         loaded = load(self.src)
         problems = self.task.problems(self.limit)
         self.n_problems = len(problems)
@@ -46,8 +45,14 @@ class Beside:
         rows = solved_rows(loaded.tokenizer, self.task, problems)
         self.baseline = Baseline.of(loaded.model, rows)
         self.original = Original(loaded.model, self.baseline)
+        return loaded
+
+    def load(self, kept: KeptRows) -> Loaded:
+        """The original, which reads and answers now; the answers are kept beside the rows."""
+        self.say("loading", 0, self.total)
+        loaded = self.read()
         self.answers = evaluate(loaded, self.task, limit=self.asked, answers=kept.answers)
-        self.drafts = read_transcript(kept.answers).texts
+        self.drafts: Mapping[str, str] = read_transcript(kept.answers).texts
         self.began = time.monotonic()
         return loaded
 

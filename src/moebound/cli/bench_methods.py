@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from moebound.cli import exits
+from moebound.cli.hands import hire, works_in_parts
 from moebound.cli.options import Numbers
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
@@ -65,6 +66,7 @@ from moebound.cli.steps import step_bar
     metavar="N",
     help="Answer the first N of them only, which is what takes long; KL is over all.",
 )
+@works_in_parts("a model of its own")
 @output_options
 def bench_methods(
     output: Output,
@@ -79,6 +81,8 @@ def bench_methods(
     page: Path | None,
     limit: int | None,
     answers: int | None,
+    workers: int,
+    ray_address: str | None,
 ) -> int:
     """What a model loses to each way of making its experts small, at the same bytes.
 
@@ -109,7 +113,7 @@ def bench_methods(
             src, get_task(task), methods=names, bits=bits or BITS, removed=removed or (),
             bases=bases,
             calibration=None if calibration is None else read_statistics(calibration),
-            limit=limit, answers=answers, rows=work, say=say,
+            limit=limit, answers=answers, rows=work, workers=hire(workers, ray_address), say=say,
         )  # fmt: skip
     if page is not None:
         save_bytes(page, render(report).encode())

@@ -3,19 +3,24 @@
 `again:reap_re+calibrated` is asked for: the experts that are kept are coded by what they get once
 the others are gone. The text is that of the first statistics, read again by the model as the method
 leaves it (`moebound calibrate --after`, a process of its own); what comes of it stays in a folder,
-under the method's setting.
+under the method's setting. Who comes second, of several workers, waits for who gathers them.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from moebound.calibrate import of_task
 from moebound.errors import MoeboundError
 from moebound.evaluate.loading import Loaded
+from moebound.files.durable import disk_errors
 from moebound.files.formats.statistics import FILE, Statistics, read_statistics
 from moebound.tasks import get_task
 
@@ -38,8 +43,9 @@ class Again:
         Raises MoeboundError where their text cannot be found again, or they cannot be gathered.
         """
         out = self.folder / setting.replace(":", "-")
-        if not (out / FILE).is_file():
-            self._gather(setting, out, self._skip(loaded))
+        with alone(out):
+            if not (out / FILE).is_file():
+                self._gather(setting, out, self._skip(loaded))
         found = read_statistics(out).of
         if (found.text_sha256, found.after) != (self.first.of.text_sha256, setting):
             raise MoeboundError(
@@ -76,3 +82,18 @@ class Again:
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise MoeboundError(f"statistics after {setting}: {said[-1]}")
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Nobody else is in here for this folder meanwhile, as far as the file system has locks."""
+    lock = out.with_name(f"{out.name}.lock")
+    with disk_errors(lock):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)

@@ -8,26 +8,27 @@ expert's is bit for bit the original's in all of them. What a method cannot come
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moebound.bench.beside import Beside, Say
 from moebound.bench.environment import describe
 from moebound.bench.kept import KeptRows
-from moebound.bench.methods.again import Again
-from moebound.bench.methods.making import Candidate, make
-from moebound.bench.methods.residuals import BaseRow, base_row
+from moebound.bench.methods.parts import BasePart, Done, MethodPart, Part, Parts, parts
+from moebound.bench.methods.residuals import BaseRow
 from moebound.bench.methods.rows import MethodRow, MethodsReport
-from moebound.bench.methods.sizing import AGAIN, WITHIN, Place, Sizing, sizing_of
+from moebound.bench.methods.sizing import AGAIN, Place, sizing_of
 from moebound.checkpoint import experts_name, open_checkpoint
-from moebound.errors import BackendUnavailable, BoundViolatedError, MoeboundError, SizeError
+from moebound.errors import BackendUnavailable, MoeboundError
 from moebound.evaluate.fidelity import Baseline
+from moebound.evaluate.loading import Loaded
 from moebound.files.formats.statistics import Statistics
+from moebound.jobs.workers import Hire, Opening
 from moebound.methods import get_method
 from moebound.tasks import Task
 
@@ -75,8 +76,6 @@ METHODS = (
 )
 """What is measured if nobody says: all there are, as they are published and in fewer bits."""
 
-_TRIES = 5
-
 
 def run(
     src: str,
@@ -90,6 +89,7 @@ def run(
     limit: int | None = None,
     answers: int | None = None,
     rows: Path | None = None,
+    workers: Hire | None = None,
     say: Say = lambda what, done, total: None,
 ) -> MethodsReport:
     """Measure every method at every size.
@@ -100,7 +100,9 @@ def run(
     else for none. calibration: statistics of the model's inputs; what needs them has no row
     without. limit: problems of the task. answers: of these, how many are answered, all if None:
     models that are broken answer at length. rows: a folder where rows are kept, so that the same
-    call goes on after an interruption.
+    call goes on after an interruption. workers: who makes the rows, each with a model of its own;
+    None for this process. Paths must mean the same to all; the rows are the same, but for what
+    making a store took.
 
     Raises MethodError for an unknown method, before any work, and what the parts raise.
     """
@@ -108,38 +110,38 @@ def run(
     if calibration is not None:
         calibration.check_model(experts_name(checkpoint), src)
     place = Place(checkpoint, calibration)
-    asked: dict[str, Sizing] = {}
+    asked: dict[str, None] = {}
     for name in METHODS if methods is None else methods:
         try:
-            asked[name] = sizing_of(name, place)
+            sizing_of(name, place)
         except BackendUnavailable:
             if methods is not None:
                 raise
-    compared = {name: sizing_of(name, place) for name in COMPARED} if removed else {}
+        else:
+            asked[name] = None
+    compared = COMPARED if removed else ()
     wrong = [value for value in (*bits, *removed) if not value > 0]
     if wrong or any(value >= 100 for value in removed):
         raise MoeboundError(
             f"bits {list(bits)}, removed {list(removed)}: expected numbers above 0, and percents "
             "below 100"
         )
-    cells: list[tuple[str, Sizing, float, float | None]] = [
-        (name, sizing, size, None) for size in dict.fromkeys(bits) for name, sizing in asked.items()
-    ]
-    cells += [
-        (name, sizing, place.raw_bits * (1 - share / 100), share)
+    every: list[Part] = [MethodPart(name, size) for size in dict.fromkeys(bits) for name in asked]
+    every += [
+        MethodPart(name, place.raw_bits * (1 - share / 100), share)
         for share in dict.fromkeys(removed)
-        for name, sizing in compared.items()
+        for name in compared
     ]
     if bases is None:
         bases = BASES if methods is None else ()
     for base in bases:
         get_method(f"residual:{base}")  # an unknown one before any work
-    total = len(cells) + len(bases)
+    every += [BasePart(base) for base in dict.fromkeys(bases)]
     with tempfile.TemporaryDirectory(prefix="moebound-methods-") as temporary, ExitStack() as stack:
         folder = rows or Path(temporary)
-        run_ = _Run(src, task, limit, answers, place, say, total, folder / "moved")
+        run_ = _Run(src, task, limit, answers, place, say, len(every), folder / "moved")
         kept = stack.enter_context(KeptRows(folder, run_.identity()))
-        return run_.all(cells, bases, kept)
+        return run_.all(every, kept, workers)
 
 
 class _Run(Beside):
@@ -157,9 +159,7 @@ class _Run(Beside):
         moved: Path,
     ) -> None:
         super().__init__(src, task, limit, say, n_answers=answers)
-        self.place, self.total = place, total
-        of = place.calibration
-        self.again = None if of is None else Again(src, of, moved)
+        self.place, self.total, self.moved = place, total, moved
 
     def identity(self) -> dict[str, Any]:
         """What rows are of: those of another are not mixed in."""
@@ -174,111 +174,58 @@ class _Run(Beside):
         }  # fmt: skip
 
     def all(
-        self,
-        cells: Sequence[tuple[str, Sizing, float, float | None]],
-        bases: Sequence[str],
-        kept: KeptRows,
+        self, every: Sequence[Part], kept: KeptRows, workers: Hire | None = None
     ) -> MethodsReport:
-        self.loaded = self.load(kept)
-        found = []
-        for done, (method, sizing, bits, removed) in enumerate(cells):
-            self.say(f"{method} at {bits:g} bits{self.left(done)}", done, self.total)
-            found.append(self.row(kept, method, sizing, bits, removed))
-        measured = []
-        for done, base in enumerate(bases, len(cells)):
-            self.say(f"residual of {base}{self.left(done)}", done, self.total)
-            measured.append(self.base(kept, base))
+        """All rows, those that are kept already and those that are made and kept now."""
+        loaded = self.load(kept)
+        rows: dict[str, MethodRow | BaseRow] = {}
+        for part in every:
+            before = kept.get(part.key)
+            if before is not None:
+                rows[part.key] = part.of_kept(before, self.task.name)
+        left = {part.key: part for part in every if part.key not in rows}
+        with closing(self._made(loaded, list(left.values()), workers)) as finished:
+            for done in finished:
+                self.made += 1
+                if done.kept is not None:
+                    kept.add(done.part.key, done.kept)
+                rows[done.part.key] = done.row
+                if workers is not None:
+                    self._say(f"{done.part.said}: done", len(left))
+        found = [rows[part.key] for part in every]
         of = None if self.place.calibration is None else self.place.calibration.of.to_json()
         return MethodsReport(
             self.src, self.task.name, self.n_problems, self.answers, lengths(self.baseline),
-            tuple(found), describe(), of, tuple(measured),
+            tuple(row for row in found if isinstance(row, MethodRow)), describe(), of,
+            tuple(row for row in found if isinstance(row, BaseRow)),
         )  # fmt: skip
 
-    def base(self, kept: KeptRows, base: str) -> BaseRow:
-        """What a base's residual comes to, kept already, or measured and kept."""
-        key = f"residual of {base}"
-        before = kept.get(key)
-        if before is not None:
-            return BaseRow.of_kept(before)
-        row = base_row(self.place.checkpoint, base, self.place.calibration)
-        self.made += 1
-        if row.reason is None:
-            kept.add(key, asdict(row))
-        return row
+    def _made(
+        self, loaded: Loaded, left: list[Part], workers: Hire | None
+    ) -> Generator[Done, None, None]:
+        """Rows, as they are finished. This process says before each what it makes."""
+        if workers is None:
+            own = Parts(self, loaded, self.place, self.moved)
+            for part in left:
+                self._say(part.said, len(left))
+                yield own.run(part)
+        elif left:
+            of = self.place.calibration
+            # Figures depend on the number of threads, so a worker has as many as this process.
+            setup = Opening(parts, {
+                "src": self.src, "task": self.task, "limit": self.limit, "answers": self.n_answers,
+                "calibration": None if of is None else of.folder, "moved": self.moved,
+                "weights": loaded.source.weights, "at": Path.cwd(),
+            }, threads=torch.get_num_threads())  # fmt: skip
+            known = {"answers": self.answers, "drafts": self.drafts}
+            with workers(setup) as hands:
+                self._say(f"{min(hands.count, len(left))} workers", len(left))
+                yield from hands.run(left, known)
 
-    def row(
-        self, kept: KeptRows, method: str, sizing: Sizing, bits: float, removed: float | None
-    ) -> MethodRow:
-        """A row that is kept already, or made and kept."""
-        key = f"{method} at {bits:g}" + ("" if removed is None else f", {removed:g} % removed")
-        before = kept.get(key)
-        if before is not None:
-            return MethodRow.of_kept(before, self.task.name)
-        try:
-            row = self.at_size(method, sizing, bits, removed)
-        except SizeError as error:
-            row = MethodRow(method, bits, removed, reason=str(error), nearest=error.nearest)
-        except BoundViolatedError as error:
-            return MethodRow(method, bits, removed, reason=str(error), violated=True)
-        except MoeboundError as error:  # the next run tries again
-            return MethodRow(method, bits, removed, reason=str(error))
-        finally:
-            self.made += 1
-        kept.add(key, row.to_kept())
-        return row
-
-    def at_size(self, method: str, sizing: Sizing, bits: float, removed: float | None) -> MethodRow:
-        """A store that takes so many bits a weight, measured: what is asked is set right by what
-        came of it. Raises SizeError if none of a few does."""
-        search, asked = sizing.search(bits), bits
-        near: list[float] = []
-        tried: set[Candidate] = set()
-        with tempfile.TemporaryDirectory(prefix="moebound-methods-") as temporary:
-            for number in range(_TRIES):
-                candidate = search(asked)
-                if candidate in tried:
-                    break
-                tried.add(candidate)
-                folder = Path(temporary) / f"store{number}"
-                try:
-                    moved = self.moved(candidate)
-                    made = make(candidate, self.src, self.statistics, folder, moved)
-                except SizeError as error:
-                    if error.nearest is None or abs(error.nearest - asked) > WITHIN * bits:
-                        raise
-                    asked = error.nearest  # so little is lost in the percent
-                    continue
-                if abs(made.bits_per_weight - bits) <= WITHIN * bits:
-                    return self.measured(MethodRow(method, bits, removed, made), folder)
-                shutil.rmtree(folder, ignore_errors=True)
-                near.append(made.bits_per_weight)
-                asked += bits - made.bits_per_weight
-        if not near:
-            raise SizeError(f"{bits:g} bits a weight: nothing near it could be made")
-        nearest = min(near, key=lambda size: abs(size - bits))
-        raise SizeError(
-            f"{bits:g} bits a weight: expected within {WITHIN:.0%}; the nearest that was made is "
-            f"{nearest:.4g} bits",
-            nearest,
-        )
-
-    @property
-    def statistics(self) -> Path | None:
-        return None if self.place.calibration is None else self.place.calibration.folder
-
-    def moved(self, candidate: Candidate) -> Path | None:
-        """Statistics of the model as a candidate leaves it to its coder, where it asks for them.
-        Raises MoeboundError without any of the whole model."""
-        if not candidate.again:
-            return None
-        if self.again is None:
-            raise MoeboundError(f"{candidate.setting}: needs statistics (--calibration)")
-        return self.again.moved(candidate.own, self.loaded)
-
-    def measured(self, row: MethodRow, folder: Path) -> MethodRow:
-        """The model in a folder, beside the original."""
-        score, evaluation = self.compare(folder)
-        return replace(row, score=score, evaluation=evaluation, kl_sums=score.kl_sums)
+    def _say(self, what: str, n_left: int) -> None:
+        """n_left: rows that were not there when it began."""
+        done = self.total - n_left + self.made
+        self.say(f"{what}{self.left(done)}", done, self.total)
 
 
 def lengths(baseline: Baseline) -> tuple[tuple[int, int], ...]:
