@@ -1,11 +1,11 @@
 """Who measures: this process, other processes, or (see `cluster.py`) a Ray cluster.
 
 All do the same: load the model themselves, and answer calls of a measurer's methods. In a study
-that is a `Measurer`; the demo measures its stores in the same way, and `compress`, `calibrate` and
-`sensitivity` are cut into shards, passes over the text and layers. Conditions do not depend on each
-other, and every draw of noise has its own stream, so the rows are the same with any number of
-workers, but for their order, `seconds`, and the last digits of kl where another number of threads
-adds in another order.
+that is a `Measurer`; the demo and `bench methods` measure stores in the same way, and `compress`,
+`calibrate` and `sensitivity` are cut into shards, passes over the text and layers. Conditions do
+not depend on each other, and every draw of noise has its own stream, so the rows are the same with
+any number of workers, but for their order, `seconds`, and the last digits of kl where another
+number of threads adds in another order.
 """
 
 from __future__ import annotations
