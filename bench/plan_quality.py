@@ -40,12 +40,12 @@ from moebound.files.documents import Document
 from moebound.files.formats.sensitivity_map import FORMAT, SensitivityMap
 from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.plan import Budget, Evidence, ExpertSizes, Plan, Scheme, Search, make_plan
-from moebound.plan.felt import Widest
+from moebound.plan.fisher import Widest
 from moebound.score import Score, Tokens
 from moebound.score.statistics import ratio_stderr
 from moebound.sensitivity.trial import N_PROBLEMS, Trial, unread_by
 from moebound.sensitivity.tries import Tries
-from moebound.store import Encoded, Memo, felt_bounds, measure_calibrated, measure_sizes
+from moebound.store import Encoded, Memo, fisher_bounds, measure_calibrated, measure_sizes
 from moebound.tasks import Task, get_task
 from moebound.tasks.base import Problem
 from moebound.types import ExpertKey
@@ -99,7 +99,7 @@ class Bench:
 
     @cached_property
     def widest(self) -> Widest | None:
-        return None if self.fisher is None else felt_bounds(self.checkpoint, self.fisher)
+        return None if self.fisher is None else fisher_bounds(self.checkpoint, self.fisher)
 
     def _trial(self, problems: Sequence[Problem]) -> Trial:
         return Trial.of(

@@ -8,9 +8,9 @@ on behind it, and a run with another model, text or setting begins anew.
 H = Σ g² x xᵀ over the tokens sent to an expert: then tr((W - Ŵ) H (W - Ŵ)ᵀ) is the squared error of
 what the layer adds to the residual stream, summed over the text (GPTQ, 2210.17323, section 3, with
 the routing weight g in it). With fisher, tokens are weighted by what the loss feels of them in the
-place of g² (`felt.py`); the text is then read forward and backward. With routed=False every expert
-gets every token with g = 1: experts that a text seldom uses are seen as well, at E/K times the
-time.
+place of g² (`fisher.py`); the text is then read forward and backward. With routed=False every
+expert gets every token with g = 1: experts that a text seldom uses are seen as well, at E/K times
+the time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from moebound.calibrate.edited import edit_model
-from moebound.calibrate.felt import READ_TOKENS as FELT_TOKENS
-from moebound.calibrate.felt import Labels, told_of_gradients, with_gradients
+from moebound.calibrate.fisher import READ_TOKENS as FISHER_TOKENS
+from moebound.calibrate.fisher import Labels, told_of_gradients, with_gradients
 from moebound.calibrate.search import TOKENS, Search
 from moebound.calibrate.self_sampling import KEPT
 from moebound.calibrate.text import Text
@@ -50,8 +50,8 @@ from moebound.files.formats.statistics import (
 )
 from moebound.jobs.workers import Workers
 from moebound.model.calls import Pairs, listen_early
-from moebound.model.felt import check_felt, felt
 from moebound.model.fingerprint import of_corners
+from moebound.model.gradients import check_differentiable, pair_gradients
 from moebound.model.inner import inner
 from moebound.model.live import ExpertsModule, live_experts
 from moebound.model.routers import router_of
@@ -73,8 +73,8 @@ class Settings:
     memory: bytes of H that are held at once; one expert's at least. search: also for the sets of
     experts that can be left out (`search.py`). after: the setting of the method that has edited the
     model (`edited.py`); fingerprint: of the experts before that, None where nothing was done.
-    affinity: sum up g x xᵀ, too. fisher: weighted by what the loss feels (`felt.py`), in the place
-    of g²."""
+    affinity: sum up g x xᵀ, too. fisher: weighted by what the loss feels (`fisher.py`), in the
+    place of g²."""
 
     routed: bool = True
     moments: Moments = "full"
@@ -141,7 +141,7 @@ def _of(loaded: Loaded, text: Text, settings: Settings) -> Of:
                 "--all-tokens do not go together"
             )
         for entry in live.stacks:
-            check_felt(entry.stack)
+            check_differentiable(entry.stack)
     return Of(
         model=loaded.source.name,
         fingerprint=settings.fingerprint or of_corners(live),
@@ -322,7 +322,7 @@ class _Run:
             if labels is not None:
                 hooks.enter_context(with_gradients(model))
             n, rows = 0, [(row, ()) for row in self.text.rows]
-            for indices in batches(rows, READ_TOKENS if labels is None else FELT_TOKENS):
+            for indices in batches(rows, READ_TOKENS if labels is None else FISHER_TOKENS):
                 batch = pad([rows[index] for index in indices], 0)
                 mask = batch.attention_mask.bool()
                 with suppress(_Stop):
@@ -394,7 +394,7 @@ class _Sums:
         self.norms = zeros(span.n, dtype=torch.float64)
         self.plain = zeros(span.n, 2, of.width, dtype=torch.float64)
         self.ratios = zeros(span.n, RATIOS, dtype=torch.int64)
-        # Of --fisher: a call whose gradient has not come yet, and what rows felt.
+        # Of --fisher: a call whose gradient has not come yet, and sums of squares by row.
         self.open: Pairs | None = None
         self.rows: dict[Role, torch.Tensor] = {}
         if of.fisher:
@@ -419,7 +419,7 @@ class _Sums:
         pairs, self.open = self.open, None
         if pairs is None:
             return  # a call outside of the text
-        found = felt(pairs, gradient)
+        found = pair_gradients(pairs, gradient)
         loads = [found.routed.loads[expert] for expert in found.routed.used]
         into = tuple(role for role in found.gradients if role != "down")
         squares = {role: g.float().square() for role, g in found.gradients.items()}

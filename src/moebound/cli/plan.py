@@ -167,8 +167,8 @@ def plan(
     if by_widths or family is not None:
         evidence = without(evidence, setting)
     asks = n_searched is not None or search_problems is not None
-    felt = statistics is not None and statistics.of.fisher
-    by_search = calibration is not None and (asks or (sensitivity is None and not felt))
+    fisher = statistics is not None and statistics.of.fisher
+    by_search = calibration is not None and (asks or (sensitivity is None and not fisher))
     searches = not no_measure and (scheme == "search" or (scheme is None and by_search))
     for name, value in (("--search", n_searched), ("--search-problems", search_problems)):
         if value is not None and not searches and max_kl is None:

@@ -123,7 +123,7 @@ class Asked:
 
     def make(self, output: Output, trying: Trying | None, searches: bool, n_searched: int) -> Plan:
         from moebound.plan import Search, make_plan
-        from moebound.store import Encoded, felt_bounds
+        from moebound.store import Encoded, fisher_bounds
 
         calibration = self.evidence.calibration
         if trying is not None:
@@ -135,7 +135,7 @@ class Asked:
         scheme = self.scheme or ("search" if searches else self.evidence.scheme)
         if scheme == "fisher" and calibration is not None:
             with progress_bar(output, "reading statistics") as progress:
-                widest = felt_bounds(
+                widest = fisher_bounds(
                     self.checkpoint, calibration, jobs=self.jobs, progress=progress
                 )
         sizes = self.sizes(output)

@@ -12,7 +12,7 @@ Of each matrix W [out, in], with H the second moments of its inputs on a calibra
             were written before, decode for ever.
 
 By statistics of `calibrate --fisher` the steps of a row are narrower, too, the more the loss feels
-of it: Δ_ij = Δ_j r_i^(-1/2), r_i of `shrinkage.py`. That is of gate and up; what down gives is felt
+of it: Δ_ij = Δ_j r_i^(-1/2), r_i of `shrinkage.py`. That is of gate and up; what down gives weighs
 alike everywhere (docs/log.md). The payload is then codec `bound`'s version 3.
 
 H is that of an expert shrunk toward its layer's (`shrinkage.py`), which an expert that no token
@@ -114,13 +114,13 @@ class Calibrated(Method):
                 for expert in group.experts
             }
             found = {
-                e.key: self._expert(e, geometry[e.key], felt_rows(group, e) if fisher else {})
+                e.key: self._expert(e, geometry[e.key], row_weights(group, e) if fisher else {})
                 for e in group.experts
             }
         return Encoding(found, geometry=geometry)
 
     def _expert(
-        self, expert: ExpertView, geometry: Mapping[Side, Geometry], felt: Mapping[Role, Array]
+        self, expert: ExpertView, geometry: Mapping[Side, Geometry], rows: Mapping[Role, Array]
     ) -> dict[Role, Encoded]:
         if expert.bounds is None:
             raise MethodError(f"{expert.key}: no bound was given")
@@ -134,12 +134,12 @@ class Calibrated(Method):
             epsilon = bound.absolute(own)
             columns = geometry[side_of(role)]
             transposed = turned(array, len(columns.levels), role in expert.transposed)
-            found[role] = self._matrix(array, transposed, columns, bound, epsilon, felt.get(role))
+            found[role] = self._matrix(array, transposed, columns, bound, epsilon, rows.get(role))
         return found
 
     def _matrix(
         self, array: Array, transposed: bool, geometry: Geometry, bound: ErrorBound, epsilon: float,
-        felt: Array | None,
+        rows: Array | None,
     ) -> Encoded:  # fmt: skip
         import torch
 
@@ -154,13 +154,13 @@ class Calibrated(Method):
             )
         levels = (geometry.levels.max() - geometry.levels).astype(np.uint8)
         kappa = float(np.float16(self.kappa))
-        steps = Steps(levels, kappa, transposed, None if felt is None else row_levels(felt)[0])
+        steps = Steps(levels, kappa, transposed, None if rows is None else row_levels(rows)[0])
         try:
             sizes = steps.sizes(epsilon)
         except CodecError as error:
             raise MethodError(f"{error}; it is too small for steps in float32") from None
         plain = np.where(np.isfinite(weights), weights, 0.0)
-        if felt is not None:  # rows in units of their factors
+        if rows is not None:  # rows in units of their factors
             plain = plain / steps.factors[:, None].astype(np.float64)
         if np.abs(plain / sizes).max(initial=0.0) > _LARGEST:
             raise MethodError(
@@ -208,9 +208,9 @@ class Calibrated(Method):
         return len(_Parts.of(payload, spec).verbatim)
 
 
-def felt_rows(group: GroupView, expert: ExpertView) -> dict[Role, Array]:
-    """What the rows of gate and up felt, of matrices of an expert that are one of them, or gate
-    and up one behind the other."""
+def row_weights(group: GroupView, expert: ExpertView) -> dict[Role, Array]:
+    """The Fisher weights of the rows of gate and up: of matrices of an expert that are one of them,
+    or both."""
     found: dict[Role, Array] = {}
     for role in expert.matrices:
         parts = HALVES.get(role, (role,))

@@ -37,10 +37,10 @@ WIDEST = 8 * OCTAVE
 """Steps of a matrix differ by at most eight octaves; columns beyond get less than they could."""
 
 
-def row_levels(felt: Array) -> tuple[Array, float]:
-    """Levels [rows], counted down from a factor of 1, of factors in proportion to felt^(-1/2), and
-    log2 of what level 0 stands for. felt: [rows], what the loss feels of each, above 0."""
-    logs = -0.5 * np.log2(felt)
+def row_levels(weights: Array) -> tuple[Array, float]:
+    """Levels [rows], counted down from a factor of 1, of factors in proportion to weights^(-1/2),
+    and log2 of what level 0 stands for. weights: [rows], Fisher's, above 0."""
+    logs = -0.5 * np.log2(weights)
     levels = np.rint((logs.max() - logs) * OCTAVE).clip(0, WIDEST)
     return levels.astype(np.uint8), float((logs + levels / OCTAVE).mean())
 

@@ -11,8 +11,8 @@ channels:
 which is nearly H_e after many tokens, and the layer's where none came. Both numbers are those with
 the least error of outputs on text held out, from 59 tokens an expert on; less damping than 0.1
 would have less of it still after thousands, and more KL (docs/log.md). Statistics on disk stay what
-was seen. Of Fisher statistics d begins at 0.03, which has less KL there, and what rows felt is
-shrunk and damped alike.
+was seen. Of Fisher statistics d begins at 0.03, which has less KL there, and the weights of rows
+are shrunk and damped alike.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class Rule:
 RULE = Rule()
 FISHER_RULE = Rule(least_damping=0.03)
 ROW_DAMPING = 0.02
-"""Of what rows felt, in its mean."""
+"""Of the weights of rows, in their mean."""
 
 
 def rule_of(statistics: Statistics) -> Rule:
     return FISHER_RULE if statistics.of.fisher else RULE
 
 
-FELT = ("gate_rows", "up_rows", "down_rows")
+ROW_SUMS = ("gate_rows", "up_rows", "down_rows")
 _LAYERS = 2
 """Layers whose means are kept: experts are asked for in the order of the model."""
 
@@ -88,10 +88,9 @@ class Shrinkage:
             diagonal += share * diagonal.mean()
         return whole
 
-    def felt(self, key: ExpertKey, role: str) -> Array:
-        """[rows] float64 of what the rows of a matrix felt, shrunk and damped, their mean 1.
-
-        role: gate, up or down. Raises MoeboundError for statistics without."""
+    def row_weights(self, key: ExpertKey, role: str) -> Array:
+        """[rows] float64, of the rows of a matrix: Σ δ² of Fisher statistics, shrunk and damped, of
+        mean 1. role: gate, up or down. Raises MoeboundError for statistics without."""
         found = self.statistics.array(key, f"{role}_rows")
         if self.rule.pseudo_tokens:
             layer = [other for other in self.statistics.keys if other.layer == key.layer]
@@ -132,9 +131,9 @@ def wanted(
     statistics: Statistics, names: Collection[str], keys: Sequence[ExpertKey]
 ) -> dict[str, Mapping[ExpertKey, Array]]:
     """What a method asks for of these experts, by the names it asks for. Where tokens are weighted
-    by what the loss feels, what rows felt stands beside the moments."""
-    felt = FELT if statistics.of.fisher and set(names) & set(get_args(SecondMoments)) else ()
-    return {name: _Read(statistics, name, keys) for name in sorted({*names, *felt})}
+    by what the loss feels, the weights of rows stand beside the moments."""
+    rows = ROW_SUMS if statistics.of.fisher and set(names) & set(get_args(SecondMoments)) else ()
+    return {name: _Read(statistics, name, keys) for name in sorted({*names, *rows})}
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +148,8 @@ class _Read(Mapping[ExpertKey, Array]):
     def __getitem__(self, key: ExpertKey) -> Array:
         if self.name in get_args(SecondMoments):
             return shrunk(self.statistics).moments(key, cast(SecondMoments, self.name))
-        if self.name in FELT:
-            return shrunk(self.statistics).felt(key, self.name.removesuffix("_rows"))
+        if self.name in ROW_SUMS:
+            return shrunk(self.statistics).row_weights(key, self.name.removesuffix("_rows"))
         return self.statistics.array(key, self.name)
 
     def __iter__(self) -> Iterator[ExpertKey]:

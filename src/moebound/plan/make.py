@@ -15,7 +15,7 @@ from moebound.files.documents import Document, fields_of
 from moebound.files.formats.sensitivity_map import SensitivityMap
 from moebound.files.formats.statistics import Statistics
 from moebound.files.formats.study import Row
-from moebound.plan import felt, schemes
+from moebound.plan import fisher, schemes
 from moebound.plan.budget import Budget
 from moebound.plan.fit import Fit
 from moebound.plan.items import ExpertSizes, Floats, Items
@@ -87,7 +87,7 @@ def make_plan(
     encoded: Callable[[Plan], Mapping[ExpertKey, int]] | None = None,
     search: Search | None = None,
     deciding: Deciding | None = None,
-    widest: felt.Widest | None = None,
+    widest: fisher.Widest | None = None,
 ) -> Plan:
     """A bound for each expert, or each of its matrices.
 
@@ -97,8 +97,8 @@ def make_plan(
     measure: says what a plan loses, see `sensitivity/trial.py`; None to go by predictions.
     encoded: says what a plan's experts really take; None to believe `experts`. search: how, for the
     scheme of that name, and for `max_kl` where no losses are known. deciding: what widths cost, for
-    the schemes of `planners.py`: an expert's rate is λ · 2^-width. widest: of `store.felt_bounds`,
-    for scheme fisher.
+    the schemes of `planners.py`: an expert's rate is λ · 2^-width. widest: of
+    `store.fisher_bounds`, for scheme fisher.
 
     Guarantee: predicted bytes are within the budget, and with `encoded` they are the store's to the
     byte; measured KL is, where there is a `measure`, and the plan has it. Raises PlanError if the
@@ -201,7 +201,7 @@ def make_plan(
                 lambda n: plan_of(schemes.scaled(items, shape, budget_bytes=n, max_kl=None))
             )
         if widest is not None and chosen == "fisher":
-            octaves = felt.shape(items, experts, widest)
+            octaves = fisher.shape(items, experts, widest)
             return fit(most)(
                 lambda n: plan_of(schemes.scaled(items, octaves, budget_bytes=n, max_kl=None))
             )

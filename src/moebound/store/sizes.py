@@ -28,7 +28,7 @@ Found = TypeVar("Found")
 NARROWEST, WIDEST = -5, 9
 """Octaves: rates of 1/32 to 512 are tried of methods that give each input channel a bound of its
 own. Their rate is that of the widest channel, and most channels are far narrower."""
-_AROUND, _AROUND_FELT = 2, 5
+_AROUND, _AROUND_FISHER = 2, 5
 """Octaves to either side of the rate at which all experts together have the size that is asked:
 as far as plans go, and plans by what the loss feels."""
 _SAMPLE = 8
@@ -189,7 +189,7 @@ def _around(
     while low < high:  # the narrowest that is small enough
         middle = (low + high) // 2
         low, high = (low, middle) if bits(middle) <= bits_per_weight else (middle + 1, high)
-    around = _AROUND_FELT if calibration.of.fisher else _AROUND
+    around = _AROUND_FISHER if calibration.of.fisher else _AROUND
     return list(range(max(NARROWEST, low - 1 - around), min(WIDEST, low + around) + 1))
 
 

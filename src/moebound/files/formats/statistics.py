@@ -29,7 +29,7 @@ and, of version 2 on, of a layer of L experts,
     kept        [E, L] uint8, 1 for the experts in the set of (row + 1) that changes the layer's
                 output least (`calibrate --search`); not there unless asked for
 
-and, of version 3, where `fisher` is true (`calibrate/felt.py`): `inputs` and `hidden` are sums of
+and, of version 3, where `fisher` is true (`calibrate/fisher.py`): `inputs` and `hidden` are sums of
 s x xᵀ in the place of g² x xᵀ, s being the squares of the loss's gradients at what gate and up give
 (what down gives), summed over their channels; and
 

@@ -9,19 +9,19 @@ from moebound.checkpoint.families import HALVES
 from moebound.errors import MoeboundError
 from moebound.files.formats.statistics import Statistics
 from moebound.methods import get_method
-from moebound.methods.calibrated import felt_rows
+from moebound.methods.calibrated import row_weights
 from moebound.methods.geometry import Geometry, row_levels
 from moebound.methods.one_thread import one_thread
 from moebound.methods.outputs import side_of
 from moebound.methods.shrinkage import shrunk
-from moebound.plan.felt import Widest
+from moebound.plan.fisher import Widest
 from moebound.store.recipe import Recipe
 from moebound.store.sizes import each_expert
 from moebound.store.summary import ProgressCallback
 from moebound.types import ErrorBound, ExpertKey
 
 
-def felt_bounds(
+def fisher_bounds(
     checkpoint: Checkpoint,
     calibration: Statistics,
     *,
@@ -47,7 +47,7 @@ def felt_bounds(
         recipe = Recipe.of(ErrorBound(1.0, "rate", "expert"), method.setting, calibration)
         seen = recipe.seen(checkpoint, [expert], method)
         [view] = seen.experts
-        rows = felt_rows(seen, view)
+        rows = row_weights(seen, view)
         found: dict[tuple[ExpertKey, str], float] = {}
         sums = {
             part: float(calibration.array(expert.key, f"{part}_rows").sum())
@@ -67,9 +67,9 @@ def felt_bounds(
                 beside = [part for part in sums if side_of(part) == side]
                 own, whole = (sum(sums[p] for p in ps) for ps in (parts, beside))
                 share = own / whole / n_rows if whole > 0 else 1 / n_rows
-                felt = max(geometry.mean * share, math.ulp(0.0))
+                weight = max(geometry.mean * share, math.ulp(0.0))
                 factor = row_levels(rows[role])[1] if role in rows else 0.0
-                found[expert.key, role] = geometry.widest + factor - 0.5 * math.log2(felt)
+                found[expert.key, role] = geometry.widest + factor - 0.5 * math.log2(weight)
         return found
 
     merged: dict[tuple[ExpertKey, str], float] = {}

@@ -20,7 +20,7 @@ from moebound.model.stacks import Stack
 
 
 @dataclass(frozen=True, eq=False)
-class Felt:
+class PairGradients:
     """P pairs of a token and an expert, sorted by expert.
 
     routed: which are whose. inputs x: [P, H]. hidden: [P, I], what the down projection gets.
@@ -33,9 +33,9 @@ class Felt:
     gradients: Mapping[Role, torch.Tensor]
 
 
-def check_felt(stack: Stack) -> None:
+def check_differentiable(stack: Stack) -> None:
     """Raises UnsupportedArchitectureError for families whose experts are computed in a way that
-    `felt` does not know."""
+    `pair_gradients` does not know."""
     module = stack.module
     if not (hasattr(module, "has_gate") and hasattr(module, "_apply_gate")):
         raise UnsupportedArchitectureError(
@@ -44,10 +44,10 @@ def check_felt(stack: Stack) -> None:
         )
 
 
-def felt(pairs: Pairs, gradient: torch.Tensor) -> Felt:
+def pair_gradients(pairs: Pairs, gradient: torch.Tensor) -> PairGradients:
     """gradient: [T, H], of the loss by the module's output, of each token of the batch."""
     stack, module = pairs.stack, pairs.stack.module
-    check_felt(stack)
+    check_differentiable(stack)
     if pairs.weights is None:
         raise UnsupportedArchitectureError(
             f"{stack.name}: its experts get their inputs scaled by the routing, and not their "
@@ -59,7 +59,7 @@ def felt(pairs: Pairs, gradient: torch.Tensor) -> Felt:
     share = gradient[token] * weights[:, None].to(gradient.dtype)
     if not routed.used:
         empty = rows.new_zeros(0, stack.shape("down")[1])
-        return Felt(routed, rows, empty, {role: empty if role != "down" else rows
+        return PairGradients(routed, rows, empty, {role: empty if role != "down" else rows
                                           for role in stack.places})  # fmt: skip
     first = into(module, rows, routed).detach().requires_grad_()
     with torch.enable_grad():
@@ -73,7 +73,7 @@ def felt(pairs: Pairs, gradient: torch.Tensor) -> Felt:
         role: at_first[:, _rows_of(stack, role, first.shape[1])]
         for role in stack.places if role != "down"
     }  # fmt: skip
-    return Felt(routed, rows, hidden.detach(), gradients | {"down": at_given})
+    return PairGradients(routed, rows, hidden.detach(), gradients | {"down": at_given})
 
 
 def _rows_of(stack: Stack, role: Role, n: int) -> torch.Tensor:

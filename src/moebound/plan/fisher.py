@@ -1,7 +1,7 @@
 """Scheme `fisher`: every matrix gets the bound at which the loss feels its steps as it feels those
 of all others.
 
-With Fisher statistics (`calibrate/felt.py`), A = M Mᵀ, a step Δ_ij costs (r_i / Σ r) M_jj² Δ_ij²
+With Fisher statistics (`calibrate/fisher.py`), A = M Mᵀ, a step Δ_ij costs (r_i / Σ r) M_jj² Δ_ij²
 nats, and the bits that it saves depend on its logarithm alone. So the least loss in so many bits
 has Δ_ij (r_i / Σ r)^(1/2) M_jj = λ everywhere, with one λ for the whole model (reverse
 water-filling; Cover and Thomas, theorem 10.3.3): nothing has to be searched for but λ.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moebound.calibrate import Settings, Statistics, Text, collect, read_statistics
-from moebound.calibrate.felt import Labels
+from moebound.calibrate.fisher import Labels
 from moebound.cli.main import main
 from moebound.errors import MoeboundError, UnsupportedArchitectureError
 from moebound.evaluate.text import pad
@@ -68,12 +68,12 @@ def test_sums_are_those_of_autograd(name: str, tiny: MakeTiny, tmp_path: Path) -
         scale = float(hidden.abs().max())
         assert np.abs(found.moments(key, "hidden") - hidden.numpy()).max() < 1e-4 * scale
         for role in ROLES:  # δ_i² is what a row of δ xᵀ has of |δ|², which is its largest value's
-            felt = found.array(key, f"{role}_rows")
-            assert felt.shape == (own[role][0][1].shape[0],)
-            assert (felt >= 0).all()
+            fisher = found.array(key, f"{role}_rows")
+            assert fisher.shape == (own[role][0][1].shape[0],)
+            assert (fisher >= 0).all()
             if len(own[role]) == 1:
                 shares = own[role][0][1].square().sum(1).numpy()
-                np.testing.assert_allclose(felt / felt.sum(), shares / shares.sum(), rtol=1e-3,
+                np.testing.assert_allclose(fisher / fisher.sum(), shares / shares.sum(), rtol=1e-3,
                                            atol=1e-6)  # fmt: skip
     assert reached > 2
 
@@ -96,7 +96,7 @@ def test_what_is_read_together_does_not_matter(
     assert [p.requires_grad for p in model.model.parameters()] == before
     assert all(p.grad is None for p in model.model.parameters())
     same(collect(model, TEXT, tmp_path / "parts", Settings(fisher=True, memory=9000)), whole, 1e-6)
-    monkeypatch.setattr(sys.modules["moebound.calibrate.collect"], "FELT_TOKENS", 1)
+    monkeypatch.setattr(sys.modules["moebound.calibrate.collect"], "FISHER_TOKENS", 1)
     same(collect(model, TEXT, tmp_path / "alone", FISHER), whole, 1e-3)
     other = Text("rows", TEXT.rows[::-1])
     assert collect(model, other, tmp_path / "other", FISHER).of.text_sha256 != whole.of.text_sha256
@@ -126,10 +126,10 @@ def test_versions(tiny: MakeTiny, tmp_path: Path) -> None:
     """Version 3 is written where something of it is, and an array that is not there is named."""
     model = loaded(tiny("mixtral"))
     plain = collect(model, TEXT, tmp_path / "plain")
-    felt = collect(model, TEXT, tmp_path / "felt", FISHER)
+    fisher = collect(model, TEXT, tmp_path / "fisher", FISHER)
     assert json.loads((plain.folder / FILE).read_text())["version"] == 2
-    assert json.loads((felt.folder / FILE).read_text())["version"] == 3
-    assert read_statistics(felt.folder).of.fisher
+    assert json.loads((fisher.folder / FILE).read_text())["version"] == 3
+    assert read_statistics(fisher.folder).of.fisher
     assert not read_statistics(plain.folder).of.fisher
     with pytest.raises(MoeboundError, match="calibrate --fisher"):
         plain.array(plain.keys[0], "up_rows")

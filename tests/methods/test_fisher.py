@@ -29,13 +29,13 @@ from .test_calibrated import KEY, moments, weights_of
 
 
 def group(
-    matrices: Mapping[str, Array], felt: Mapping[str, Array], bound: ErrorBound, n: int,
+    matrices: Mapping[str, Array], rows_of: Mapping[str, Array], bound: ErrorBound, n: int,
     transposed: bool = False, interleaved: bool = False,
 ) -> GroupView:  # fmt: skip
     roles = frozenset(matrices) if transposed else frozenset()
     bounds = dict.fromkeys(matrices, bound)
     view = ExpertView(KEY, matrices, bounds, roles, interleaved)  # type: ignore[arg-type]
-    statistics = {f"{role}_rows": {KEY: rows} for role, rows in felt.items()}
+    statistics = {f"{role}_rows": {KEY: rows} for role, rows in rows_of.items()}
     h = {KEY: moments(n)}
     return GroupView((view,), {"inputs": h, "hidden": h, "down_rows": {KEY: np.ones(n)},
                                **statistics})  # fmt: skip
@@ -81,24 +81,24 @@ def test_every_weight_keeps_its_own_bound(
         assert outputs.error <= outputs.promised
 
 
-def test_rows_that_are_felt_more_are_kept_nearer() -> None:
-    felt = np.where(np.arange(64) < 32, 64.0, 1.0)
+def test_rows_that_weigh_more_are_kept_nearer() -> None:
+    fisher = np.where(np.arange(64) < 32, 64.0, 1.0)
     weights = weights_of(64, 48)
-    seen = group({"gate": weights}, {"gate": felt}, ErrorBound(2.0, "rate"), 48)
+    seen = group({"gate": weights}, {"gate": fisher}, ErrorBound(2.0, "rate"), 48)
     artifact = compress(Calibrated(), seen)
     error = np.square(weights.astype(float) - artifact.weights(KEY)["gate"].astype(float))
     assert error[:32].mean() < error[32:].mean() / 20
     found = steps_in(parse(artifact.experts[KEY]["gate"].data))
     assert found is not None
-    # A step goes with the root of what is felt: 64 times as much, an eighth, but for the damping.
+    # A step goes with the root of the weight: 64 times as much, an eighth, but for the damping.
     assert found.factors[0] / found.factors[-1] == pytest.approx(1 / 8, rel=0.2)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_gate_and_up_in_one_matrix(interleaved: bool) -> None:
-    gate, up, felt = weights_of(20, 48), weights_of(20, 48, seed=2), drawn(20, 1)
+    gate, up, fisher = weights_of(20, 48), weights_of(20, 48, seed=2), drawn(20, 1)
     both = np.stack([gate, up], 1).reshape(40, 48) if interleaved else np.concatenate([gate, up])
-    seen = group({"gate_up": both}, {"gate": felt, "up": 9 * felt}, ErrorBound(1.0, "rate"), 48,
+    seen = group({"gate_up": both}, {"gate": fisher, "up": 9 * fisher}, ErrorBound(1.0, "rate"), 48,
                  interleaved=interleaved)  # fmt: skip
     found = steps_in(parse(compress(Calibrated(), seen).experts[KEY]["gate_up"].data))
     assert found is not None
@@ -113,19 +113,19 @@ def test_down_has_steps_of_its_inputs_alone() -> None:
 
 
 @pytest.fixture(scope="module")
-def felt(tiny: MakeTiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Statistics]:
+def fisher(tiny: MakeTiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Statistics]:
     from calibrate.test_collect import TEXT, loaded
 
     folder = tiny("qwen3_moe")
-    out = tmp_path_factory.mktemp("felt") / "stats"
+    out = tmp_path_factory.mktemp("fisher") / "stats"
     return folder, collect(loaded(folder), TEXT, out, Settings(fisher=True))
 
 
-def test_a_plan_has_one_lambda(felt: tuple[Path, Statistics]) -> None:
+def test_a_plan_has_one_lambda(fisher: tuple[Path, Statistics]) -> None:
     """Every matrix's bound is that at λ = 1 times the same number, where the grid has room."""
-    folder, statistics = felt
+    folder, statistics = fisher
     checkpoint = open_checkpoint(folder)
-    widest = store.felt_bounds(checkpoint, statistics)
+    widest = store.fisher_bounds(checkpoint, statistics)
     sizes = store.measure_calibrated(checkpoint, statistics)
     plan = make_plan(
         sizes, Evidence(calibration=statistics), Budget(bpw=6.0), source="q", method="calibrated",
@@ -149,9 +149,9 @@ def test_a_plan_has_one_lambda(felt: tuple[Path, Statistics]) -> None:
 
 
 def test_plan_compress_and_verify(
-    felt: tuple[Path, Statistics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fisher: tuple[Path, Statistics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, statistics = felt
+    folder, statistics = fisher
     stats, plan, out = str(statistics.folder), str(tmp_path / "plan.json"), str(tmp_path / "store")
     asked = ["plan", str(folder), "--calibration", stats, "--bpw", "6", "--no-measure"]
     assert main([*asked, "-o", plan]) == 0
@@ -162,18 +162,18 @@ def test_plan_compress_and_verify(
     assert main(verify) == 0
 
 
-def test_other_statistics_know_nothing_of_it(felt: tuple[Path, Statistics]) -> None:
-    folder, statistics = felt
+def test_other_statistics_know_nothing_of_it(fisher: tuple[Path, Statistics]) -> None:
+    folder, statistics = fisher
     other = replace(statistics, of=replace(statistics.of, fisher=False))
     with pytest.raises(MoeboundError, match="calibrate --fisher"):
-        store.felt_bounds(open_checkpoint(folder), other)
+        store.fisher_bounds(open_checkpoint(folder), other)
 
 
 def test_a_wide_bound_is_not_said_to_leave_nothing(
-    felt: tuple[Path, Statistics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fisher: tuple[Path, Statistics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is that of the widest row and column alone."""
-    folder, statistics = felt
+    folder, statistics = fisher
     asked = ["compress", str(folder), str(tmp_path / "store"), "--method", "calibrated"]
     assert main([*asked, "--rate", "40", "--calibration", str(statistics.folder)]) == 0
     assert "become 0" not in capsys.readouterr().out
