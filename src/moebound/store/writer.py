@@ -162,7 +162,7 @@ def compress(
     job, run = _planned(checkpoint, **asked, jobs=jobs, source=source)
     checkpoint, layout, settings = job.checkpoint, job.layout, job.settings
     check_apart(dst, checkpoint.path)
-    remarks = [*_dequantized(checkpoint), *job.empty_promises()]
+    remarks = [*_dequantized(checkpoint), *_unplanned(job.recipe), *job.empty_promises()]
     if finished_before(dst, settings, on_existing):
         return replace(job.summary(dst, dst, begun, resumed=True), remarks=remarks)
     with WorkFolder(dst) as work:
@@ -244,6 +244,15 @@ def _dequantized(checkpoint: Checkpoint) -> Iterator[str]:
         yield (
             f"the source is stored as {checkpoint.stored_as}, in {checkpoint.stored_bytes} bytes. "
             "Sizes before and bounds are of its weights as they are dequantized"
+        )
+
+
+def _unplanned(recipe: Recipe) -> Iterator[str]:
+    fisher = recipe.calibration is not None and recipe.calibration.of.fisher
+    if fisher and recipe.plan is None and recipe.bound is not None:
+        yield (
+            "statistics of --fisher with one bound for all experts lose more than a plan by them, "
+            "and more than statistics without --fisher: make one with `moebound plan --bpw`"
         )
 
 
