@@ -131,7 +131,7 @@ def test_kept_experts_are_coded_in_3_to_4_bits(place: Place) -> None:
     assert raised.value.nearest == pytest.approx(3.5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_kept_is_coded_by_statistics_gathered_again(
     source: str, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

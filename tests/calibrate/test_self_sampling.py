@@ -93,7 +93,8 @@ def test_a_search_that_keeps_everything_finds_the_best_text(qwen: Path) -> None:
     assert scores[found] == pytest.approx(scores[best], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(TINY) - NOT_RUN - {"jetmoe"}))
+# In plain torch, kimi_linear reads a token in half a second.
+@pytest.mark.parametrize("name", sorted(set(TINY) - NOT_RUN - {"jetmoe", "kimi_linear"}))
 def test_every_family_that_statistics_are_of(
     name: str, tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
