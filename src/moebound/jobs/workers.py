@@ -212,6 +212,8 @@ def _serve(connection: Connection, setup: Opens) -> None:
         try:
             method, args = connection.recv()
         except (EOFError, OSError):
+            # It ends by itself; told so again in the middle of that, it would only complain.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             return
         try:
             measurer = measurer or setup.open()
