@@ -18,6 +18,7 @@ from moebound.cli.main import main
 from moebound.errors import FormatError, MoeboundError, TaskError, UnsupportedArchitectureError
 from moebound.evaluate.loading import Loaded, Source, load
 from moebound.model import live_experts
+from moebound.types import ExpertKey
 from tiny_models import TINY, MakeTiny, model_class
 
 TEXT = Text("rows", tuple(tuple(range(3 + i, 20 + 2 * i)) for i in range(5)))
@@ -78,9 +79,8 @@ def test_every_family_is_heard_or_refused(name: str, tiny: MakeTiny, tmp_path: P
     found.check_model(experts_name(checkpoint), name)
 
 
-def test_sums_are_those_of_a_loop(qwen: Path, tmp_path: Path) -> None:
-    """Token by token, from what the experts module is called with."""
-    model = loaded(qwen)
+def heard_of_the_first(model: Loaded) -> tuple[ExpertKey, list[tuple[torch.Tensor, ...]]]:
+    """The first expert of the first layer, and what its experts module is called with."""
     live = live_experts(model.model)
     entry = live.stacks[0]
     heard: list[tuple[torch.Tensor, ...]] = []
@@ -88,7 +88,14 @@ def test_sums_are_those_of_a_loop(qwen: Path, tmp_path: Path) -> None:
     for row in TEXT.rows:
         model.model(input_ids=torch.tensor([row]), use_cache=False)
     hook.remove()
-    key = next(key for key in live if key.layer == entry.layer)
+    return next(key for key in live if key.layer == entry.layer), heard
+
+
+def test_sums_are_those_of_a_loop(qwen: Path, tmp_path: Path) -> None:
+    """Token by token, from what the experts module is called with."""
+    model = loaded(qwen)
+    live = live_experts(model.model)
+    key, heard = heard_of_the_first(model)
     wanted, hidden, n = np.zeros((32, 32)), np.zeros((24, 24)), 0
     gate, up = live[key].matrices["gate"].double(), live[key].matrices["up"].double()
     for states, index, weights in heard:
@@ -111,13 +118,7 @@ def test_moments_by_affinity_are_those_of_a_loop(moments: Any, qwen: Path, tmp_p
     """g x xᵀ beside g² x xᵀ, which stays what it is; in half the room, so in more passes."""
     model = loaded(qwen)
     live = live_experts(model.model)
-    entry = live.stacks[0]
-    heard: list[tuple[torch.Tensor, ...]] = []
-    hook = entry.module.register_forward_pre_hook(lambda _, args: heard.append(args))
-    for row in TEXT.rows:
-        model.model(input_ids=torch.tensor([row]), use_cache=False)
-    hook.remove()
-    key = next(key for key in live if key.layer == entry.layer)
+    key, heard = heard_of_the_first(model)
     wanted, hidden = np.zeros((32, 32)), np.zeros((24, 24))
     gate, up = live[key].matrices["gate"].double(), live[key].matrices["up"].double()
     for states, index, weights in heard:

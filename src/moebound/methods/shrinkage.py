@@ -27,7 +27,7 @@ from typing import Any, Self, cast, get_args
 import numpy as np
 
 from moebound.files.documents import number
-from moebound.files.formats.statistics import SecondMoments, Statistics
+from moebound.files.formats.statistics import SecondMoments, Side, Statistics
 from moebound.types import Array, ExpertKey
 
 
@@ -69,7 +69,9 @@ class Shrinkage:
 
     def __init__(self, statistics: Statistics, rule: Rule | None = None) -> None:
         self.statistics, self.rule = statistics, rule or rule_of(statistics)
-        self._means: OrderedDict[tuple[int, SecondMoments], Array] = OrderedDict()
+        self._means: OrderedDict[tuple[int, str], Array] = OrderedDict()
+        n_names = len(get_args(Side)) + len(ROW_SUMS) * statistics.of.fisher
+        self._kept = _LAYERS * n_names
         self._lock = Lock()
 
     def moments(self, key: ExpertKey, side: SecondMoments) -> Array:
@@ -93,30 +95,33 @@ class Shrinkage:
         mean 1. role: gate, up or down. Raises MoeboundError for statistics without."""
         found = self.statistics.array(key, f"{role}_rows")
         if self.rule.pseudo_tokens:
-            layer = [other for other in self.statistics.keys if other.layer == key.layer]
-            total = np.sum([self.statistics.array(k, f"{role}_rows") for k in layer], axis=0)
-            tokens = max(sum(map(self.statistics.tokens_of, layer)), 1)
-            found = found + self.rule.pseudo_tokens * total / tokens
+            found = found + self.rule.pseudo_tokens * self._mean(key.layer, f"{role}_rows")
         mean = float(found.mean())
         whole = found / mean if mean > 0 else np.ones_like(found)
         return (whole + ROW_DAMPING) / (1 + ROW_DAMPING)
 
-    def _mean(self, layer: int, side: SecondMoments) -> Array:
-        """H of the layer a token, packed; zeros where the layer saw none."""
+    def _mean(self, layer: int, name: str) -> Array:
+        """An array of the layer a token: H packed, or what rows sum up; zeros where the layer saw
+        none."""
         with self._lock:
-            found = self._means.pop((layer, side), None)
+            found = self._means.pop((layer, name), None)
             if found is None:
-                found = self._read(layer, side)
-            self._means[layer, side] = found
-            while len(self._means) > 2 * _LAYERS:
+                found = self._read(layer, name)
+            self._means[layer, name] = found
+            while len(self._means) > self._kept:
                 self._means.popitem(last=False)
             return found
 
-    def _read(self, layer: int, side: SecondMoments) -> Array:
+    def _read(self, layer: int, name: str) -> Array:
+        def read(key: ExpertKey) -> Array:
+            if name in ROW_SUMS:
+                return self.statistics.array(key, name)
+            return self.statistics.packed(key, cast(SecondMoments, name))
+
         keys = [key for key in self.statistics.keys if key.layer == layer]
-        total, tokens = self.statistics.packed(keys[0], side), self.statistics.tokens_of(keys[0])
+        total, tokens = read(keys[0]), self.statistics.tokens_of(keys[0])
         for key in keys[1:]:  # one at a time: those of a layer may not fit
-            total += self.statistics.packed(key, side)
+            total += read(key)
             tokens += self.statistics.tokens_of(key)
         return total / max(tokens, 1)
 

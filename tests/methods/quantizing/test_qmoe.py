@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -16,13 +15,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from methods.quantizing.test_quantizing import KEY, cost, group, made, moments, weights_of
+from methods.quantizing.test_quantizing import (
+    check_frozen,
+    cost,
+    made,
+    moments,
+    weights_of,
+    write_fixture,
+)
 from moebound.errors import CorruptionError, MethodError, MoeboundError
-from moebound.methods import MatrixSpec, Stored, compress, get_method, method_class
+from moebound.methods import MatrixSpec, get_method, method_class
 from moebound.methods.feedback import damped, upper_factor
 from moebound.methods.quantizing import code_words
 from moebound.methods.quantizing.qmoe import Qmoe
-from moebound.types import NUMPY_DTYPES, Array
+from moebound.types import Array
 
 FIXTURE = Path(__file__).parent / "fixtures" / "payloads-2.json"
 SETTINGS = ["qmoe_re", "qmoe_re:coded", "moequant_re:int3", "moequant_re:int4:g8:coded"]
@@ -276,19 +282,9 @@ def test_any_bytes_decode_or_are_refused(data: bytes, shape: tuple[int, int]) ->
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_bytes_of_version_1_decode_to_the_same_bits(setting: str) -> None:
-    stored = json.loads(FIXTURE.read_text(encoding="utf-8"))[setting]
-    found = Stored.of(bytes.fromhex(stored["data"])).decode()
-    assert hashlib.sha256(found.tobytes()).hexdigest() == stored["sha256"]
+    check_frozen(FIXTURE, setting)
 
 
-def write_fixture() -> None:
+def write_frozen() -> None:
     """How it was made. It is never written again."""
-    found = {}
-    for number, setting in enumerate(SETTINGS):
-        w = weights_of(6, 31).astype(NUMPY_DTYPES["BF16"])
-        flip = number % 2 == 1
-        view = group(np.ascontiguousarray(w.T) if flip else w, moments(31), transposed=flip)
-        one = compress(get_method(setting), view).experts[KEY]["up"]
-        digest = hashlib.sha256(one.decoded.tobytes()).hexdigest()
-        found[setting] = {"data": one.data.hex(), "sha256": digest}
-    FIXTURE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_fixture(FIXTURE, SETTINGS, 31)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -258,20 +259,26 @@ def test_by_the_table_of_the_format() -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_bytes_of_version_1_decode_to_the_same_bits(setting: str) -> None:
-    stored = json.loads(FIXTURE.read_text(encoding="utf-8"))[setting]
+    check_frozen(FIXTURE, setting)
+
+
+def check_frozen(fixture: Path, setting: str) -> None:
+    stored = json.loads(fixture.read_text(encoding="utf-8"))[setting]
     found = Stored.of(bytes.fromhex(stored["data"])).decode()
     assert hashlib.sha256(found.tobytes()).hexdigest() == stored["sha256"]
 
 
-def write_fixture() -> None:
-    """How it was made. It is never written again."""
+def write_fixture(
+    fixture: Path = FIXTURE, settings: Sequence[str] = SETTINGS, columns: int = 18
+) -> None:
+    """How one was made. None is ever written again."""
     found = {}
-    for number, setting in enumerate(SETTINGS):
-        w = weights_of(6, 18).astype(NUMPY_DTYPES["BF16"])
+    for number, setting in enumerate(settings):
+        w = weights_of(6, columns).astype(NUMPY_DTYPES["BF16"])
         flip = number % 2 == 1
-        view = group(np.ascontiguousarray(w.T) if flip else w, moments(18), transposed=flip)
+        view = group(np.ascontiguousarray(w.T) if flip else w, moments(columns), transposed=flip)
         one = compress(get_method(setting), view).experts[KEY]["up"]
         digest = hashlib.sha256(one.decoded.tobytes()).hexdigest()
         found[setting] = {"data": one.data.hex(), "sha256": digest}
-    FIXTURE.parent.mkdir(exist_ok=True)
-    FIXTURE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    fixture.parent.mkdir(exist_ok=True)
+    fixture.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
