@@ -54,22 +54,20 @@ def fisher_bounds(
             for role in view.matrices for part in HALVES.get(role, (role,))
         }  # fmt: skip
         with one_thread():
-            for role in view.matrices:
-                side = side_of(role)
-                geometry = Geometry.of(seen.statistics[side][expert.key], damping)
-                parts = HALVES.get(role, (role,))
-                n_rows = (
-                    len(rows[role])
-                    if role in rows
-                    else len(seen.statistics["down_rows"][expert.key])
-                )
-                # Of a mean row, of all rows whose inputs the moments are of.
-                beside = [part for part in sums if side_of(part) == side]
-                own, whole = (sum(sums[p] for p in ps) for ps in (parts, beside))
-                share = own / whole / n_rows if whole > 0 else 1 / n_rows
-                weight = max(geometry.mean * share, math.ulp(0.0))
-                factor = row_levels(rows[role])[1] if role in rows else 0.0
-                found[expert.key, role] = geometry.widest + factor - 0.5 * math.log2(weight)
+            geometry = {
+                side: Geometry.of(seen.statistics[side][expert.key], damping)
+                for side in {side_of(role) for role in view.matrices}
+            }
+        for role, matrix in view.matrices.items():
+            columns = geometry[side_of(role)]
+            n_rows = matrix.size // len(columns.levels)
+            # Of a mean row, of all rows whose inputs the moments are of.
+            own = sum(sums[part] for part in HALVES.get(role, (role,)))
+            whole = sum(n for part, n in sums.items() if side_of(part) == side_of(role))
+            share = own / whole / n_rows if whole > 0 else 1 / n_rows
+            weight = max(columns.mean * share, math.ulp(0.0))
+            factor = row_levels(rows[role])[1] if role in rows else 0.0
+            found[expert.key, role] = columns.widest + factor - 0.5 * math.log2(weight)
         return found
 
     merged: dict[tuple[ExpertKey, str], float] = {}
