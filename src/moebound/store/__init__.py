@@ -13,7 +13,7 @@ from moebound.store.at_size import rate_within
 from moebound.store.card import Measurement, read_measurement, write_card
 from moebound.store.decompress import decompress
 from moebound.store.encoded import Encoded, Memo
-from moebound.store.fisher import fisher_bounds
+from moebound.store.fisher import fisher_bounds, fisher_plan
 from moebound.store.format import ExpertRecord, MatrixRecord, Settings
 from moebound.store.planned import plan_of
 from moebound.store.reader import (
@@ -60,6 +60,7 @@ __all__ = [
     "decoded_weights",
     "decompress",
     "fisher_bounds",
+    "fisher_plan",
     "measure_calibrated",
     "measure_sizes",
     "measure_widths",
