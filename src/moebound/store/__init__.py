@@ -9,7 +9,7 @@
 docs/store.md describes the files.
 """
 
-from moebound.store.at_size import rate_within
+from moebound.store.at_size import rate_within, within
 from moebound.store.card import Measurement, read_measurement, write_card
 from moebound.store.decompress import decompress
 from moebound.store.encoded import Encoded, Memo
@@ -69,5 +69,6 @@ __all__ = [
     "rate_within",
     "read_measurement",
     "verify",
+    "within",
     "write_card",
 ]
