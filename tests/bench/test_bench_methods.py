@@ -16,6 +16,7 @@ from moebound.bench.methods.claims import to_json
 from moebound.bench.methods.making import Candidate, make
 from moebound.bench.methods.page import render
 from moebound.bench.methods.parts import parts
+from moebound.bench.methods.place import Place
 from moebound.bench.methods.plots import KINDS, kind_of
 from moebound.bench.methods.residuals import base_row
 from moebound.bench.methods.sizing import (
@@ -25,7 +26,6 @@ from moebound.bench.methods.sizing import (
     ByRate,
     BySize,
     OfPairs,
-    Place,
     Recalibrated,
     sizing_of,
 )
@@ -343,8 +343,8 @@ def never(setup: Opens) -> Workers:
 def test_a_worker_that_finds_another_model_is_told(source: str, tmp_path: Path) -> None:
     with pytest.raises(MoeboundError, match="other weights"):
         parts(
-            source, get_task("wordmath"), limit=1, answers=None, calibration=None, moved=tmp_path,
-            weights="00", at=Path.cwd(), threads=None,
+            source, get_task("wordmath"), limit=1, answers=None, calibration=None, fisher=None,
+            moved=tmp_path, weights="00", at=Path.cwd(), threads=None,
         )  # fmt: skip
 
 

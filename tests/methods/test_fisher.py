@@ -16,11 +16,12 @@ from moebound.calibrate import Settings, Statistics, collect
 from moebound.checkpoint import open_checkpoint
 from moebound.cli.main import main
 from moebound.codec import parse, steps_in
-from moebound.errors import MoeboundError, PlanError
+from moebound.errors import BoundError, MoeboundError, PlanError
 from moebound.files.documents import load_json
 from moebound.methods import ExpertView, GroupView, compress
 from moebound.methods.calibrated import Calibrated
 from moebound.plan import Budget, Evidence, make_plan
+from moebound.store.format import CARD_FILE
 from moebound.types import Array, DType, ErrorBound
 from stepped_bounds import bounds_by_step
 from tiny_models import MakeTiny
@@ -39,6 +40,10 @@ def group(
     h = {KEY: moments(n)}
     return GroupView((view,), {"inputs": h, "hidden": h, "down_rows": {KEY: np.ones(n)},
                                **statistics})  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def drawn(rows: int, seed: int) -> Array:
@@ -163,6 +168,50 @@ def test_plan_compress_and_verify(
     assert main(verify) == 0
 
 
+def test_one_command_writes_the_bytes_of_two(
+    fisher: tuple[Path, Statistics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, statistics = fisher
+    stats, plan = str(statistics.folder), str(tmp_path / "plan.json")
+    src, one, two, three = (str(path) for path in (folder, *map(tmp_path.joinpath, "123")))
+    budget = ["--calibration", stats, "--bpw", "6"]
+    assert main(["plan", src, *budget, "--no-measure", "-o", plan]) == 0
+    assert main(["compress", src, two, "--plan", plan, "--calibration", stats]) == 0
+    capsys.readouterr()
+    assert main(["compress", src, one, *budget]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "each matrix's own, planned by scheme fisher" in said
+    assert "lose more than a plan" not in said
+    store.compress(src, three, bits_per_weight=6.0, method="calibrated", calibration=stats)
+    assert contents(Path(one)) == contents(Path(two)) == contents(Path(three))
+
+    assert main(["inspect", one]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "planned by scheme fisher, for bpw 6, a bound for each matrix" in said
+    assert (
+        "scheme fisher, for bpw 6, a bound for each matrix" in (Path(one) / CARD_FILE).read_text()
+    )
+
+
+def test_a_size_without_a_plan_has_one_rate(
+    fisher: tuple[Path, Statistics], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where some experts are chosen, a scope is, or another method."""
+    folder, statistics = fisher
+    checkpoint = open_checkpoint(folder)
+    for options in ({"layers": {0}}, {"experts": {0, 1}}, {"scope": "matrix"}, {"method": "bound"}):
+        method, found = store.within(checkpoint, 6.0, calibration=statistics, **options)  # type: ignore[arg-type]
+        assert isinstance(found, ErrorBound)
+        assert method == ("bounded:bound" if "method" in options else "calibrated")
+    other = replace(statistics, of=replace(statistics.of, fisher=False))
+    assert store.within(checkpoint, 6.0, calibration=other)[0] == "bounded:bound"
+    asked = ["compress", str(folder), str(tmp_path / "store"), "--bpw", "6", "--layers", "0"]
+    assert main([*asked, "--calibration", str(statistics.folder)]) == 0
+    assert "for all routed experts, plans by itself" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(BoundError, match="expected one of them"):
+        store.compress(checkpoint, tmp_path / "two", bits_per_weight=6.0, bound=ErrorBound(1.0))
+
+
 def test_other_statistics_know_nothing_of_it(fisher: tuple[Path, Statistics]) -> None:
     folder, statistics = fisher
     other = replace(statistics, of=replace(statistics.of, fisher=False))
@@ -179,4 +228,4 @@ def test_a_wide_bound_is_not_said_to_leave_nothing(
     assert main([*asked, "--rate", "40", "--calibration", str(statistics.folder)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "become 0" not in said
-    assert "make one with `moebound plan --bpw`" in said
+    assert "plans by itself" in said

@@ -16,19 +16,25 @@ FORMAT = Format("moebound.bench.quality.rows", 1)
 class KeptRows(Rows):
     """Rows by key. Open it in a `with`.
 
-    folder: where they are kept. identity: what they are of. answers: a file for
-    the original's answers.
+    folder: where they are kept. identity: what they are of. later: what they are of, too, which
+    rows that were kept without it may be joined by. answers: a file for the original's answers.
 
     Raises MoeboundError if the folder's rows are of something else, or another run has it open;
     FormatError for damage.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], later: Mapping[str, Any] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        about, said = folder / "rows.json", {**FORMAT.header, **identity}
+        later = later or {}
+        about, said = folder / "rows.json", {**FORMAT.header, **identity, **later}
+        before: dict[str, Any] = {}
         if about.exists():
             before = load_json(about)
             FORMAT.check(before, str(about))
+            said = {name: value for name, value in said.items()
+                    if name in before or name not in later}  # fmt: skip
             other = [name for name in said if before.get(name) != said[name]]
             if other:
                 raise MoeboundError(
@@ -41,6 +47,8 @@ class KeptRows(Rows):
             save_json(about, said)
         self.answers = folder / "original.jsonl"
         super().__init__(folder / "rows.jsonl")
+        if later.keys() - before.keys() and before:
+            save_json(about, {**before, **later})
 
     def get(self, key: str) -> dict[str, Any] | None:
         return self.found.get(key)

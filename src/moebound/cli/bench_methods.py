@@ -20,7 +20,7 @@ from moebound.cli.steps import step_bar
     "--methods",
     metavar="LIST",
     help="What to measure, without its size: bound,rtn,svd:f8,reap_re,reap_re+rtn,"
-    "residual:svd:r2:f8.  [default: all there are]",
+    "residual:svd:r2:f8,plan:fisher.  [default: all there are]",
 )
 @click.option(
     "--bits",
@@ -46,6 +46,13 @@ from moebound.cli.steps import step_bar
     type=click.Path(path_type=Path),
     metavar="STATS",
     help="What `moebound calibrate --search` wrote, of other text, for methods that need it.",
+)
+@click.option(
+    "--fisher",
+    type=click.Path(path_type=Path),
+    metavar="STATS",
+    help="What `moebound calibrate --fisher` wrote, of other text, for plan:fisher: planned for "
+    "each size by what the loss feels, and coded by these.",
 )
 @click.option(
     "--work",
@@ -77,6 +84,7 @@ def bench_methods(
     removed: list[float] | None,
     residuals: str | None,
     calibration: Path | None,
+    fisher: Path | None,
     work: Path | None,
     page: Path | None,
     limit: int | None,
@@ -113,6 +121,7 @@ def bench_methods(
             src, get_task(task), methods=names, bits=bits or BITS, removed=removed or (),
             bases=bases,
             calibration=None if calibration is None else read_statistics(calibration),
+            fisher=None if fisher is None else read_statistics(fisher),
             limit=limit, answers=answers, rows=work, workers=hire(workers, ray_address), say=say,
         )  # fmt: skip
     if page is not None:

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     "--bpw",
     type=BoundValue(),
     help="Instead of a bound: the rate at which the chosen experts take at most so many bits a "
-    "weight, found by encoding them.",
+    "weight, found by encoding them; with --calibration of `calibrate --fisher`, a plan by it.",
 )
 @click.option(
     "--scope",
@@ -85,7 +85,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     default=None,
     metavar="STATS",
-    help="What `moebound calibrate` wrote of this model; --method calibrated rounds by it.",
+    help="What `moebound calibrate` wrote of this model; --method calibrated rounds by it, and is "
+    "the default for --bpw with what `calibrate --fisher` wrote.",
 )
 @click.option(
     "--moved",
@@ -155,12 +156,12 @@ def compress(
     if codec is not None and method is not None:
         raise click.UsageError("--codec and --method exclude each other")
     bound: ErrorBound | Plan | None
-    setting = method or f"bounded:{codec or 'bound'}"
+    asked = f"bounded:{codec}" if codec is not None else method
     if bpw is not None:
         _alone("--bpw", *bounds.items(), ("plan", plan_file))
         bound = None
     elif plan_file is None:
-        bound = chosen_bound(bounds, scope, method=setting)
+        bound = chosen_bound(bounds, scope, method=asked or "bounded:bound")
     else:
         chosen = {"scope": scope, "layers": layers, "experts": experts}
         shared = {"shared-experts": shared_experts or None}
@@ -173,27 +174,25 @@ def compress(
 
     if bpw is not None:
         with progress_bar(output, "measuring") as progress:
-            rate = store.rate_within(
+            asked, bound = store.within(
                 src,
                 bpw,
-                method=setting,
+                method=asked,
                 calibration=None if calibration is None else read_statistics(calibration),
-                scope=scope or "expert",
+                scope=scope,
                 layers=layers,
                 experts=experts,
                 shared_experts=shared_experts,
                 jobs=jobs,
                 progress=progress,
             )
-        bound = ErrorBound(rate, "rate", scope or "expert")
     with progress_bar(output, "compressing") as progress:
         try:
             done = store.compress(
                 src,
                 dst,
                 bound=bound,
-                codec=codec,
-                method=method,
+                method=asked,
                 calibration=calibration,
                 moved=moved,
                 others=others,
@@ -219,8 +218,7 @@ def compress(
                  f"{wording.n_bytes(done.model_bytes_before)} -> "
                  f"{wording.n_bytes(done.model_bytes_after)}, "
                  f"{wording.ratio(done.model_bytes_before, done.model_bytes_after)}"),
-                ("bound", f"each expert's own, from {plan_file}; widest {done.bound}"
-                 if plan_file and done.bound else wording.bound(done.bound)),
+                ("bound", _bound(bound, plan_file, done.bound)),
                 *wording.promise(done.guarantee, done.worst, done.max_abs_error),
                 *wording.outputs(done.outputs),
                 *wording.without_weights(done.without_weights),
@@ -241,6 +239,14 @@ def compress(
         ),
     )  # fmt: skip
     return exits.OK
+
+
+def _bound(asked: ErrorBound | Plan | None, file: Path | None, widest: ErrorBound | None) -> str:
+    if asked is None or isinstance(asked, ErrorBound) or widest is None:
+        return wording.bound(widest)
+    each = f"each {asked.made.get('bound_per', 'expert')}'s own"
+    by = f"from {file}" if file is not None else f"planned by scheme {asked.scheme}"
+    return f"{each}, {by}; widest {widest}"
 
 
 def _alone(option: str, *beside: tuple[str, object]) -> None:

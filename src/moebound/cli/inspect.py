@@ -170,6 +170,7 @@ def describe_store(store: Store) -> Description:
     settings, edits = store.settings, store.router_edits()
     without = WithoutWeights.of(store.records())
     runs, run_line = how_it_runs(store.config)
+    planned, planned_line = _planned(store)
     document = {
         "kind": "store",
         "path": str(store.path),
@@ -183,6 +184,7 @@ def describe_store(store: Store) -> Description:
         "bound": None if settings.bound is None else settings.bound.to_json(),
         "bounds": dict(bounds),
         "plan": settings.plan,
+        "planned": planned,
         "codec": settings.codec,
         "codecs": dict(codecs),
         "layers": layers,
@@ -211,6 +213,7 @@ def describe_store(store: Store) -> Description:
         ("whole model", f"{wording.bits(model.bits_per_weight)}, {wording.n_bytes(model.n_bytes)}"),
         ("store", f"{store.config.get('model_type')}, format version {settings.version}"),
         ("bound", _spread(bounds) if len(bounds) > 1 else wording.bound(settings.bound)),
+        *planned_line,
         *wording.promise(guarantee, worst, max_abs_error, "as certified"),
         ("root mean square error", f"{found.rmse:.3g} in weight units"),
         ("method", _join(methods) if len(methods) > 1 else settings.method),
@@ -228,6 +231,26 @@ def describe_store(store: Store) -> Description:
         *(("left out", f"{name}: {why}") for name, why in settings.left_out.items()),
     ]  # fmt: skip
     return document, lines
+
+
+def _planned(store: Store) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
+    """By which scheme and for what the store was planned. A plan that is damaged is said to be:
+    `verify` is what fails."""
+    from moebound.errors import PlanError, StoreError
+    from moebound.store import plan_of
+
+    try:
+        plan = plan_of(store)
+    except (PlanError, StoreError) as error:
+        return None, [("planned", str(error))]
+    if plan is None:
+        return None, []
+    per, what = plan.made.get("bound_per", "expert"), "bound" if plan.bounds else "width"
+    asked = ", ".join(f"{name} {value:g}" for name, value in plan.budget.items())
+    return (
+        {"scheme": plan.scheme, "budget": dict(plan.budget), "bound_per": per},
+        [("planned", f"by scheme {plan.scheme}, for {asked}, a {what} for each {per}")],
+    )
 
 
 def _shapes(experts: Sequence[Expert]) -> Counter[tuple[str, tuple[int, int], str]]:

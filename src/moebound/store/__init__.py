@@ -9,11 +9,11 @@
 docs/store.md describes the files.
 """
 
-from moebound.store.at_size import rate_within
+from moebound.store.at_size import rate_within, within
 from moebound.store.card import Measurement, read_measurement, write_card
 from moebound.store.decompress import decompress
 from moebound.store.encoded import Encoded, Memo
-from moebound.store.fisher import fisher_bounds
+from moebound.store.fisher import fisher_bounds, fisher_plan
 from moebound.store.format import ExpertRecord, MatrixRecord, Settings
 from moebound.store.planned import plan_of
 from moebound.store.reader import (
@@ -60,6 +60,7 @@ __all__ = [
     "decoded_weights",
     "decompress",
     "fisher_bounds",
+    "fisher_plan",
     "measure_calibrated",
     "measure_sizes",
     "measure_widths",
@@ -68,5 +69,6 @@ __all__ = [
     "rate_within",
     "read_measurement",
     "verify",
+    "within",
     "write_card",
 ]

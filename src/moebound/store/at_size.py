@@ -1,4 +1,5 @@
-"""The rate at which a method comes to a given size: found by encoding, a sample first."""
+"""The rate at which a method comes to a given size, found by encoding, a sample first; or the plan
+that does, by statistics that make one."""
 
 from __future__ import annotations
 
@@ -16,6 +17,9 @@ from moebound.errors import MethodError, PlanError
 from moebound.files.formats.statistics import Statistics
 from moebound.jobs.ordered import in_order
 from moebound.methods import Method, compress, get_method
+from moebound.methods.calibrated import Calibrated
+from moebound.plan import Budget, Plan
+from moebound.store.fisher import fisher_plan
 from moebound.store.layout import select
 from moebound.store.recipe import Recipe
 from moebound.store.summary import Meter, ProgressCallback
@@ -195,3 +199,39 @@ def rate_within(
             f"{found:.3f}, headers and all; ask for more"
         )
     return math.exp2(high)
+
+
+def within(
+    checkpoint: Checkpoint | Path | str,
+    bits_per_weight: float,
+    *,
+    method: str | None = None,
+    calibration: Statistics | None = None,
+    scope: BoundScope | None = None,
+    layers: set[int] | None = None,
+    experts: set[int] | None = None,
+    shared_experts: bool = False,
+    jobs: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> tuple[str, ErrorBound | Plan]:
+    """A method, and what brings the chosen experts to at most so many bits a weight: by statistics
+    of `calibrate --fisher` the plan by them (`fisher_plan`), else one rate (`rate_within`).
+
+    method: None for `calibrated` by such statistics, else our own codec. One rate it is, too, for
+    other methods, where a scope is given, and for some experts or shared ones: plans are for all
+    routed ones. The rest, and what is raised, is as of these two.
+    """
+    weighted = calibration is not None and calibration.of.fisher
+    made = get_method(method or ("calibrated" if weighted else "bounded:bound"))
+    whole = layers is None and experts is None and not shared_experts and scope is None
+    if calibration is not None and weighted and whole and isinstance(made, Calibrated):
+        return made.setting, fisher_plan(
+            open_checkpoint(checkpoint), calibration, Budget(bpw=bits_per_weight),
+            method=made.setting, jobs=jobs, progress=progress,
+        )  # fmt: skip
+    rate = rate_within(
+        checkpoint, bits_per_weight, method=made.setting, calibration=calibration,
+        scope=scope or "expert", layers=layers, experts=experts, shared_experts=shared_experts,
+        jobs=jobs, progress=progress,
+    )  # fmt: skip
+    return made.setting, ErrorBound(rate, "rate", scope or "expert")

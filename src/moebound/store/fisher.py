@@ -1,4 +1,5 @@
-"""What the loss feels of every matrix of a checkpoint, by Fisher statistics: scheme `fisher`."""
+"""What the loss feels of every matrix of a checkpoint, by Fisher statistics, and the plan by that:
+scheme `fisher`."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import math
 
 from moebound.checkpoint import Checkpoint, Expert, experts_name
 from moebound.checkpoint.families import HALVES
-from moebound.errors import MoeboundError
 from moebound.files.formats.statistics import Statistics
 from moebound.methods import get_method
 from moebound.methods.calibrated import row_weights
@@ -14,9 +14,11 @@ from moebound.methods.geometry import Geometry, row_levels
 from moebound.methods.one_thread import one_thread
 from moebound.methods.outputs import side_of
 from moebound.methods.shrinkage import shrunk
+from moebound.plan import Budget, Evidence, Plan, make_plan
 from moebound.plan.fisher import Widest
+from moebound.store.encoded import Encoded, Memo
 from moebound.store.recipe import Recipe
-from moebound.store.sizes import each_expert
+from moebound.store.sizes import each_expert, measure_calibrated
 from moebound.store.summary import ProgressCallback
 from moebound.types import ErrorBound, ExpertKey
 
@@ -34,11 +36,7 @@ def fisher_bounds(
     Raises MoeboundError for statistics of another model, and for those without `fisher`.
     """
     calibration.check_model(experts_name(checkpoint), checkpoint.name)
-    if not calibration.of.fisher:
-        raise MoeboundError(
-            f"{calibration.folder}: not weighted by what the loss feels; make statistics with "
-            "`moebound calibrate --fisher`"
-        )
+    calibration.check_fisher()
     method = get_method("calibrated")
     damping = shrunk(calibration).rule.least_damping
 
@@ -74,3 +72,38 @@ def fisher_bounds(
     for one in each_expert(checkpoint, of, jobs, progress):
         merged |= one
     return merged
+
+
+def fisher_plan(
+    checkpoint: Checkpoint,
+    calibration: Statistics,
+    budget: Budget,
+    *,
+    method: str = "calibrated",
+    jobs: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> Plan:
+    """The plan of scheme `fisher` within a budget of bytes: the one of `moebound plan --no-measure`
+    by these statistics. All experts are encoded at a dozen rates, and as plans have them.
+
+    Raises PlanError for a budget that cannot be met, and as `fisher_bounds` does.
+    """
+    setting = get_method(method).setting
+    widest = fisher_bounds(checkpoint, calibration, jobs=jobs, progress=progress)
+    weights = sum(expert.size for expert in checkpoint.experts())
+    most = budget.n_bytes(n_weights=weights, source_bytes=checkpoint.expert_bytes)
+    sizes = measure_calibrated(
+        checkpoint, calibration, method=setting,
+        bits_per_weight=None if most is None else 8 * most / weights,
+        jobs=jobs, progress=progress,
+    )  # fmt: skip
+    return make_plan(
+        sizes,
+        Evidence(calibration=calibration),
+        budget,
+        source=checkpoint.name,
+        method=setting,
+        scheme="fisher",
+        encoded=Encoded(checkpoint, calibration, memo=Memo(room=0), jobs=jobs),
+        widest=widest,
+    )

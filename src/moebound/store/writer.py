@@ -33,7 +33,7 @@ from moebound.checkpoint import (
 )
 from moebound.checkpoint.shards import as_text
 from moebound.codec import stats, thread_count
-from moebound.errors import MethodError, MoeboundError, PlanError, StoreError
+from moebound.errors import BoundError, MethodError, MoeboundError, PlanError, StoreError
 from moebound.files.durable import disk_errors
 from moebound.files.formats.statistics import Statistics, read_statistics
 from moebound.jobs.ordered import in_order
@@ -41,6 +41,7 @@ from moebound.jobs.workers import Hire, Opening, Workers
 from moebound.methods import Method, weakest
 from moebound.methods import compress as compress_group
 from moebound.plan import Plan
+from moebound.store.at_size import within
 from moebound.store.beside import choose_files, write_rest
 from moebound.store.earlier import OnExisting, finished_before, take_up
 from moebound.store.folder import WorkFolder, check_apart, write_synced
@@ -94,6 +95,7 @@ def compress(
     dst: Path | str,
     *,
     bound: ErrorBound | Plan | None = None,
+    bits_per_weight: float | None = None,
     method: str | None = None,
     codec: str | None = None,
     calibration: Statistics | Path | str | None = None,
@@ -114,7 +116,8 @@ def compress(
     checkpoint: or what `open_checkpoint` opens, a path, a hub id or a built-in model.
     bound: kept by every weight of every chosen expert; scope "expert" takes its reference from all
         matrices of the expert together. Or a plan, with bounds of its own for every expert of the
-        checkpoint. None for a method that knows none.
+        checkpoint. None for a method that knows none. bits_per_weight: in its place, the most that
+        the chosen experts may take: `store.within` finds the bound or the plan.
     method: a setting, as "rtn:int4:g64", see `methods.get_method`; None for the plan's, or the one
         that keeps bounds with our own codec. codec: the method that keeps bounds, with this codec.
     calibration: statistics of the model's inputs (`moebound calibrate`), or their folder, for
@@ -154,6 +157,13 @@ def compress(
     jobs = thread_count() if jobs is None else jobs
     if jobs < 1 or shard_bytes < 1:
         raise StoreError(f"jobs {jobs}, shard_bytes {shard_bytes}: expected at least 1")
+    if bits_per_weight is not None:
+        if bound is not None:
+            raise BoundError(f"{bound} and bits_per_weight {bits_per_weight}: expected one of them")
+        method, bound = within(
+            checkpoint, bits_per_weight, method=method, calibration=calibration, layers=layers,
+            experts=experts, shared_experts=shared_experts, jobs=jobs,
+        )  # fmt: skip
     asked: dict[str, Any] = {
         "bound": bound, "method": method, "calibration": calibration, "moved": moved,
         "layers": layers, "experts": experts, "shared_experts": shared_experts,
@@ -252,7 +262,8 @@ def _unplanned(recipe: Recipe) -> Iterator[str]:
     if fisher and recipe.plan is None and recipe.bound is not None:
         yield (
             "statistics of --fisher with one bound for all experts lose more than a plan by them, "
-            "and more than statistics without --fisher: make one with `moebound plan --bpw`"
+            "and more than statistics without --fisher: --bpw, for all routed experts, plans by "
+            "itself"
         )
 
 

@@ -77,6 +77,8 @@ def _claims() -> tuple[Claim, ...]:
     ours = "ours"
     add(ours, "rounding by inputs beats rounding without, under the same kind of bound",
         "calibrated", "bound")  # fmt: skip
+    add(ours, "planned and rounded by what the loss feels, better than by inputs alone, and than "
+        "without", "plan:fisher", "calibrated", "bound", "gptq_re", "awq_re")  # fmt: skip
     add(ours, "a bound costs nothing beside round to nearest", "bound", "rtn", "rtn:coded")
     add(ours, "better than any base alone", "bound", "svd:f8", "mobe_fixed:f8", "rfid_re:f8",
         "d2_moe_fixed:f8:base5", "resmoe_fixed:f8:base5", "milo_fixed",

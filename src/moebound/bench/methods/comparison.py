@@ -20,9 +20,11 @@ from moebound.bench.beside import Beside, Say
 from moebound.bench.environment import describe
 from moebound.bench.kept import KeptRows
 from moebound.bench.methods.parts import BasePart, Done, MethodPart, Part, Parts, parts
+from moebound.bench.methods.place import Place
+from moebound.bench.methods.planned import FISHER
 from moebound.bench.methods.residuals import BaseRow
 from moebound.bench.methods.rows import MethodRow, MethodsReport
-from moebound.bench.methods.sizing import AGAIN, Place, sizing_of
+from moebound.bench.methods.sizing import AGAIN, sizing_of
 from moebound.checkpoint import experts_name, open_checkpoint
 from moebound.errors import BackendUnavailable, MoeboundError
 from moebound.evaluate.fidelity import Baseline
@@ -74,7 +76,8 @@ METHODS = (
     *(*_BOUNDED, *_QUANTIZERS, *_BASES, *_KEEPING, *_CODED, *_CUT, *_AGAIN[:2]),
     *(*(f"{AGAIN}{name}" for name in _AGAIN), *_PAIRS, *_RESIDUALS),
 )
-"""What is measured if nobody says: all there are, as they are published and in fewer bits."""
+"""What is measured if nobody says: all there are, as they are published and in fewer bits; and the
+plan by Fisher statistics where there are any."""
 
 
 def run(
@@ -86,6 +89,7 @@ def run(
     removed: Sequence[float] = (),
     bases: Sequence[str] | None = None,
     calibration: Statistics | None = None,
+    fisher: Statistics | None = None,
     limit: int | None = None,
     answers: int | None = None,
     rows: Path | None = None,
@@ -98,20 +102,25 @@ def run(
     installed. removed: percents of the experts' bytes, at which COMPARED are measured, too.
     bases: whose residuals are compared with plain `bound`; None for BASES if `methods` is None,
     else for none. calibration: statistics of the model's inputs; what needs them has no row
-    without. limit: problems of the task. answers: of these, how many are answered, all if None:
-    models that are broken answer at length. rows: a folder where rows are kept, so that the same
-    call goes on after an interruption. workers: who makes the rows, each with a model of its own;
-    None for this process. Paths must mean the same to all; the rows are the same, but for what
-    making a store took.
+    without. fisher: those of `moebound calibrate --fisher`, for `plan:fisher` alone; rows that are
+    kept without are taken over. limit: problems of the task. answers: of these, how many are
+    answered, all if None: models that are broken answer at length. rows: a folder where rows are
+    kept, so that the same call goes on after an interruption. workers: who makes the rows, each
+    with a model of its own; None for this process. Paths must mean the same to all; the rows are
+    the same, but for what making a store took.
 
     Raises MethodError for an unknown method, before any work, and what the parts raise.
     """
     checkpoint = open_checkpoint(src)
     if calibration is not None:
         calibration.check_model(experts_name(checkpoint), src)
-    place = Place(checkpoint, calibration)
+    if fisher is not None:
+        fisher.check_model(experts_name(checkpoint), src)
+        fisher.check_fisher()
+    place = Place(checkpoint, calibration, fisher)
     asked: dict[str, None] = {}
-    for name in METHODS if methods is None else methods:
+    planned = () if fisher is None else (FISHER,)
+    for name in (*planned, *METHODS) if methods is None else methods:
         try:
             sizing_of(name, place)
         except BackendUnavailable:
@@ -140,7 +149,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="moebound-methods-") as temporary, ExitStack() as stack:
         folder = rows or Path(temporary)
         run_ = _Run(src, task, limit, answers, place, say, len(every), folder / "moved")
-        kept = stack.enter_context(KeptRows(folder, run_.identity()))
+        kept = stack.enter_context(KeptRows(folder, run_.identity(), run_.later()))
         return run_.all(every, kept, workers)
 
 
@@ -163,15 +172,18 @@ class _Run(Beside):
 
     def identity(self) -> dict[str, Any]:
         """What rows are of: those of another are not mixed in."""
-        of = None if self.place.calibration is None else self.place.calibration.of
         return {
             "model": experts_name(self.place.checkpoint),
             "task": self.task.name,
             "limit": self.limit,
             "answers": self.n_answers,
-            "calibration": of and {"text_sha256": of.text_sha256, "moments": of.moments,
-                                   "routed": of.routed, "searched": of.searched},
-        }  # fmt: skip
+            "calibration": _identity(self.place.calibration),
+        }
+
+    def later(self) -> dict[str, Any]:
+        """What rows are of, too, that may come to those that are there."""
+        fisher = self.place.fisher
+        return {} if fisher is None else {"fisher": _identity(fisher)}
 
     def all(
         self, every: Sequence[Part], kept: KeptRows, workers: Hire | None = None
@@ -193,11 +205,14 @@ class _Run(Beside):
                 if workers is not None:
                     self._say(f"{done.part.said}: done", len(left))
         found = [rows[part.key] for part in every]
-        of = None if self.place.calibration is None else self.place.calibration.of.to_json()
+        of, fisher = (
+            None if statistics is None else statistics.of.to_json()
+            for statistics in (self.place.calibration, self.place.fisher)
+        )
         return MethodsReport(
             self.src, self.task.name, self.n_problems, self.answers, lengths(self.baseline),
             tuple(row for row in found if isinstance(row, MethodRow)), describe(), of,
-            tuple(row for row in found if isinstance(row, BaseRow)),
+            tuple(row for row in found if isinstance(row, BaseRow)), fisher,
         )  # fmt: skip
 
     def _made(
@@ -210,11 +225,12 @@ class _Run(Beside):
                 self._say(part.said, len(left))
                 yield own.run(part)
         elif left:
-            of = self.place.calibration
+            of, fisher = self.place.calibration, self.place.fisher
             # Figures depend on the number of threads, so a worker has as many as this process.
             setup = Opening(parts, {
                 "src": self.src, "task": self.task, "limit": self.limit, "answers": self.n_answers,
-                "calibration": None if of is None else of.folder, "moved": self.moved,
+                "calibration": None if of is None else of.folder,
+                "fisher": None if fisher is None else fisher.folder, "moved": self.moved,
                 "weights": loaded.source.weights, "at": Path.cwd(),
             }, threads=torch.get_num_threads())  # fmt: skip
             known = {"answers": self.answers, "drafts": self.drafts}
@@ -226,6 +242,14 @@ class _Run(Beside):
         """n_left: rows that were not there when it began."""
         done = self.total - n_left + self.made
         self.say(f"{what}{self.left(done)}", done, self.total)
+
+
+def _identity(statistics: Statistics | None) -> dict[str, Any] | None:
+    """What statistics are of, as far as rows depend on it."""
+    if statistics is None:
+        return None
+    names = ("text_sha256", "moments", "routed", "searched")
+    return {name: getattr(statistics.of, name) for name in names}
 
 
 def lengths(baseline: Baseline) -> tuple[tuple[int, int], ...]:

@@ -34,13 +34,15 @@ class Candidate:
     """What is made: the setting of a method, and the bound, in mean |weight| of an expert, of one
     that keeps bounds. layers: settings of its own for each layer; none where all have one. plan: a
     file that says it all instead. again: whether what is kept is coded by statistics that are
-    gathered again, of the model without the rest."""
+    gathered again, of the model without the rest. calibration: a folder of statistics of its own,
+    in the place of those of all others."""
 
     setting: str
     rate: float | None = None
     layers: tuple[tuple[int, str], ...] = ()
     plan: str | None = None
     again: bool = False
+    calibration: Path | None = None
 
     @property
     def own(self) -> str:
@@ -93,6 +95,7 @@ def make(
     Raises SizeError where the method cannot be so small or large, BoundViolatedError for a store
     that breaks its promise, MoeboundError for whatever else went wrong there.
     """
+    calibration = candidate.calibration or calibration
     spec = {
         "setting": candidate.setting,
         "rate": candidate.rate,
@@ -158,7 +161,9 @@ def _made(spec: dict[str, Any]) -> dict[str, Any]:
         "cpu_seconds": cpu_seconds,
         "peak_bytes": peak,
         "base_bytes": base,
-        "statistics": _read(plan.methods if plan else [spec["setting"]], spec["moved"]),
+        "statistics": _read(
+            plan.methods if plan else [spec["setting"]], spec["calibration"], spec["moved"]
+        ),
     }
 
 
@@ -177,12 +182,15 @@ def _plan(checkpoint: Checkpoint, layers: Mapping[int, str], src: str) -> Plan:
     )
 
 
-def _read(settings: Collection[str], moved: str | None) -> str | None:
-    """Of what model the statistics are that it all was coded by."""
+def _read(settings: Collection[str], calibration: str | None, moved: str | None) -> str | None:
+    """Of what model the statistics are that it all was coded by, and how they are weighted."""
     if moved is not None:
         return f"after {read_statistics(Path(moved)).of.after}"
     asked = any(get_method(setting).wanted_statistics() for setting in settings)
-    return "the whole model" if asked else None
+    if not asked or calibration is None:
+        return None
+    fisher = read_statistics(Path(calibration)).of.fisher
+    return f"the whole model{', weighted by what the loss feels (--fisher)' if fisher else ''}"
 
 
 def _first(error: SizeError) -> SizeError:

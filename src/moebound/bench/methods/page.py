@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby, pairwise
+from typing import Any
 
 from moebound.bench.methods.claims import RFID_ORDER, Found, Judged, Verdict, judge
+from moebound.bench.methods.place import WITHIN
+from moebound.bench.methods.planned import FISHER
 from moebound.bench.methods.plots import KINDS, bits_against_kl, kind_of
 from moebound.bench.methods.residuals import BaseRow
 from moebound.bench.methods.rows import MethodRow, MethodsReport
-from moebound.bench.methods.sizing import CODED_BITS, WITHIN
+from moebound.bench.methods.sizing import CODED_BITS
 from moebound.page import document
 from moebound.page.parts import code, facts, figure, machine, plain_table, section
 from moebound.score import TABLE
@@ -298,15 +301,18 @@ def _missed(report: MethodsReport) -> str:
     )
 
 
+def _text(of: Mapping[str, Any]) -> str:
+    return f"{of['n_sequences']} sequences, {of['n_tokens']} tokens of {of['text']}, other problems"
+
+
 def _how(report: MethodsReport) -> str:
     least, aim, most = CODED_BITS
-    of = report.calibration or {}
+    of, fisher = report.calibration, report.fisher
     text = (
-        f"Statistics: {of.get('n_sequences')} sequences, {of.get('n_tokens')} tokens of "
-        f"{of.get('text')}, of other problems."
-        if of
-        else "No statistics: methods that need them have no rows."
+        f"Statistics: {_text(of)}." if of else "No statistics: methods that need them have no rows."
     )
+    if fisher:
+        text += f" Those of {FISHER}, weighted by what the loss feels: {_text(fisher)}."
     return section(
         "how",
         "How it was measured",

@@ -20,9 +20,10 @@ import torch
 from moebound.bench.beside import Beside
 from moebound.bench.methods.again import Again
 from moebound.bench.methods.making import Candidate, make
+from moebound.bench.methods.place import WITHIN, Place, Sizing
 from moebound.bench.methods.residuals import BaseRow, base_row
 from moebound.bench.methods.rows import MethodRow
-from moebound.bench.methods.sizing import WITHIN, Place, Sizing, sizing_of
+from moebound.bench.methods.sizing import sizing_of
 from moebound.checkpoint import open_checkpoint
 from moebound.errors import BoundViolatedError, MoeboundError, SizeError
 from moebound.evaluate.loading import Loaded
@@ -182,6 +183,7 @@ def parts(
     limit: int | None,
     answers: int | None,
     calibration: Path | None,
+    fisher: Path | None,
     moved: Path,
     weights: str,
     at: Path,
@@ -200,5 +202,5 @@ def parts(
             f"{src}: a worker finds other weights there than the process that asked; all machines "
             "must see the same files"
         )
-    of = None if calibration is None else read_statistics(calibration)
-    return Parts(beside, loaded, Place(open_checkpoint(src), of), moved)
+    of, own = (None if path is None else read_statistics(path) for path in (calibration, fisher))
+    return Parts(beside, loaded, Place(open_checkpoint(src), of, own), moved)

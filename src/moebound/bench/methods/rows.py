@@ -100,7 +100,7 @@ def _number(value: Any) -> float:
 class MethodsReport:
     """baseline: the original's answers. lengths: of each problem, tokens read, and those of its
     solution. calibration: what statistics are of; None without. bases: what residuals came to
-    (`residuals.py`)."""
+    (`residuals.py`). fisher: what the statistics of `plan:fisher` are of."""
 
     source: str
     task: str
@@ -111,6 +111,7 @@ class MethodsReport:
     environment: dict[str, Any]
     calibration: dict[str, Any] | None = None
     bases: tuple[BaseRow, ...] = ()
+    fisher: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Without claims: `claims.to_json` has them, too."""
@@ -121,6 +122,7 @@ class MethodsReport:
             "task": self.task,
             "n_problems": self.n_problems,
             "calibration": self.calibration,
+            "fisher": self.fisher,
             "baseline": asdict(self.baseline.total),
             "rows": [row.to_json(self.baseline) for row in self.rows],
             "residuals": [row.to_json() for row in self.bases],

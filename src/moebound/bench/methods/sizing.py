@@ -16,6 +16,8 @@ What is asked for is a setting of a method without what says its size:
                                                   behind the + is searched as it is by itself
     puzzle_moe_re:seed0+rtn                       pairs of experts share weights of 2 (bits - 2)
                                                   bits
+    plan:fisher                                   the plan of scheme `fisher` for so many bits, by
+                                                  statistics of its own
     plan:FOLDER                                   files of `moebound plan`, of any planner and any
                                                   method: the one whose size is the nearest
     again:reap_re+calibrated, ...                 as without again:, and what is kept is coded by
@@ -27,102 +29,21 @@ A method that cannot come to a size raises SizeError, with the nearest that it c
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moebound.bench.methods.making import Candidate
-from moebound.checkpoint import Checkpoint
-from moebound.checkpoint.families import router_groups_of, top_k_of
+from moebound.bench.methods.place import ABOUT, WITHIN, Place, Search, Sizing
+from moebound.bench.methods.planned import FISHER, PLAN, ByFisher, OfPlans
 from moebound.errors import MethodError, MoeboundError, SizeError
-from moebound.files.formats.statistics import Statistics
 from moebound.methods import get_method, method_class, method_ids
-from moebound.plan import Plan
-from moebound.store.at_size import groups_of, measured, rate_at, sample
-from moebound.store.recipe import Recipe
-from moebound.types import ErrorBound
 
-WITHIN = 0.01
-"""How near to the size that was asked a row has to be."""
-PLAN = "plan:"
-"""What a file of `moebound plan`, or a folder of them, stands behind."""
 AGAIN = "again:"
 """What a method stands behind whose coder is to have statistics of what it keeps."""
-_ABOUT = 0.1
-"""How near a guess has to be, for the thing itself to be made."""
 CODED_BITS = (3.0, 3.5, 4.0)
 """Bits a weight of kept experts, where they are coded: the least, what is aimed at, the most."""
 _SMALLEST_GROUP, _LARGEST_GROUP = 8, 1 << 16
 _EXAMPLES = {"by size": ":b4", "grid": ":int4:g64", "kept": ":keep50%"}
-
-Search = Callable[[float], Candidate]
-"""From the bits a weight that are asked to what is thought to come to them. Asked again, a little
-more or less, it changes nothing but the number that is searched."""
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """The model whose experts are made small, and its statistics."""
-
-    checkpoint: Checkpoint
-    calibration: Statistics | None = None
-    _measured: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    @cached_property
-    def n_experts(self) -> int:
-        """Of a layer; of the smallest."""
-        layers: dict[int, int] = {}
-        for expert in self.checkpoint.experts():
-            layers[expert.key.layer] = layers.get(expert.key.layer, 0) + 1
-        return min(layers.values())
-
-    @cached_property
-    def raw_bits(self) -> float:
-        experts = self.checkpoint.experts()
-        return 8 * sum(e.n_bytes for e in experts) / sum(e.size for e in experts)
-
-    @cached_property
-    def layers(self) -> list[int]:
-        return sorted({expert.key.layer for expert in self.checkpoint.experts()})
-
-    def counts(self) -> list[int]:
-        """How many of a layer's experts can be kept, fewer than all."""
-        groups, chosen = router_groups_of(self.checkpoint.config)
-        least = -(-top_k_of(self.checkpoint.config) // chosen)
-        least = max(2, least) if groups > 1 else least
-        return list(range(least * groups, self.n_experts, groups))
-
-    def rate(self, setting: str, bits: float) -> float:
-        """At which a method comes to so many bits on a sample. Raises SizeError if at none."""
-        rate = rate_at(self.checkpoint, setting, self.calibration, bits, whole=False)
-        size, _ = self.measured(setting, rate)
-        if abs(size - bits) > _ABOUT * bits:
-            raise SizeError(
-                f"{bits:g} bits a weight: no rate comes to that; the nearest is {size:.4g} bits",
-                size,
-            )
-        return rate
-
-    def measured(self, setting: str, rate: float | None = None) -> tuple[float, float]:
-        """Bits a weight, and the mean square error, of a sample."""
-        key = f"{setting} {rate}"
-        if key not in self._measured:
-            method = get_method(setting)
-            bound = None if rate is None else ErrorBound(rate, "rate", "expert")
-            recipe = Recipe.of(bound, setting, self.calibration)
-            some = sample(groups_of(self.checkpoint, method), method)
-            self._measured[key] = measured(self.checkpoint, method, recipe, some)
-        return self._measured[key]
-
-
-class Sizing(ABC):
-    """How one method, as it was asked for, comes to a size."""
-
-    @abstractmethod
-    def search(self, bits: float) -> Search:
-        """Raises SizeError where it is known beforehand that it cannot."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,7 +202,7 @@ class ByCount(Sizing):
             return Candidate(settings[0], layers=mixed)
 
         size = total(bits) * raw / n / len(layers)
-        if abs(size - bits) > _ABOUT * bits:
+        if abs(size - bits) > ABOUT * bits:
             raise SizeError(
                 f"{bits:g} bits a weight: with {raw:g} bits for each weight of an expert that is "
                 f"kept, {counts[0]} to {counts[-1]} of {n} a layer, the nearest is {size:.4g} bits",
@@ -321,30 +242,12 @@ class AsItIs(Sizing):
 
     def search(self, bits: float) -> Search:
         size, _ = self.place.measured(self.setting)
-        if abs(size - bits) > _ABOUT * bits:
+        if abs(size - bits) > ABOUT * bits:
             raise SizeError(
                 f"{bits:g} bits a weight: nothing of it is searched, and it takes {size:.4g} bits",
                 size,
             )
         return lambda asked: Candidate(self.setting)
-
-
-@dataclass(frozen=True, eq=False)
-class OfPlans(Sizing):
-    """Plans, by what they are predicted to come to."""
-
-    plans: Mapping[str, Plan]
-
-    def search(self, bits: float) -> Search:
-        file = min(self.plans, key=lambda name: abs(self.plans[name].bits_per_weight - bits))
-        size = self.plans[file].bits_per_weight
-        if abs(size - bits) > 2 * WITHIN * bits:
-            raise SizeError(
-                f"{bits:g} bits a weight: no plan is for that; the nearest is {file}, {size:.4g} "
-                "bits",
-                size,
-            )
-        return lambda asked: Candidate(f"plan:{file}", plan=file)
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,21 +262,15 @@ class Recalibrated(Sizing):
         return lambda asked: replace(found(asked), again=True)
 
 
-def _plans(path: Path) -> Mapping[str, Plan]:
-    """By file. Raises MethodError for a folder without any, PlanError for a file that is none."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    if not files:
-        raise MethodError(f"plan:{path}: expected files of `moebound plan`, found none")
-    return {str(file): Plan.load(file) for file in files}
-
-
 def sizing_of(asked: str, place: Place) -> Sizing:
     """How a method that was asked for comes to a size.
 
     Raises MethodError for what is none, BackendUnavailable where its library is missing.
     """
+    if asked == FISHER:
+        return ByFisher.of(place)
     if asked.startswith(PLAN):
-        return OfPlans(_plans(Path(asked.removeprefix(PLAN))))
+        return OfPlans.of(Path(asked.removeprefix(PLAN)))
     if asked.startswith(AGAIN):
         asked = asked.removeprefix(AGAIN)
         own, _, inner = asked.partition("+")

@@ -276,6 +276,14 @@ class Statistics:
                 "make them anew with `moebound calibrate`, in float32 or the checkpoint's dtype"
             )
 
+    def check_fisher(self) -> None:
+        """Raises MoeboundError unless they are weighted by what the loss feels."""
+        if not self.of.fisher:
+            raise MoeboundError(
+                f"{self.folder}: not weighted by what the loss feels; make statistics with "
+                "`moebound calibrate --fisher`"
+            )
+
     def _part(self, key: ExpertKey) -> Part:
         for part in self.parts:
             here = 0 <= key.expert - part.first < part.n_experts
