@@ -15,11 +15,13 @@ from moebound import store
 from moebound.calibrate import Settings, Statistics, collect
 from moebound.checkpoint import open_checkpoint
 from moebound.cli.main import main
-from moebound.codec import parse, steps_in
+from moebound.codec import Steps, encode_codes, parse, steps_in
+from moebound.codec.certificate import Columns
 from moebound.errors import BoundError, MoeboundError, PlanError
 from moebound.files.documents import load_json
 from moebound.methods import ExpertView, GroupView, compress
 from moebound.methods.calibrated import Calibrated
+from moebound.methods.outputs import columns_kept
 from moebound.plan import Budget, Evidence, make_plan
 from moebound.store.format import CARD_FILE
 from moebound.types import Array, DType, ErrorBound
@@ -84,6 +86,23 @@ def test_every_weight_keeps_its_own_bound(
     outputs = certificate.outputs
     if outputs is not None:
         assert outputs.error <= outputs.promised
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_weight_at_its_very_bound_keeps_it(by_row: bool) -> None:
+    """The step is the product that decoding multiplies by, and not what it is rounded from: half of
+    these are a little less."""
+    levels, factors = np.arange(40, dtype=np.uint8), np.arange(30, dtype=np.uint8)
+    steps = Steps(levels, 2.0, by_row, factors)
+    own = steps.of_weights(0.7)
+    codes = np.random.default_rng(0).integers(0, 2, own.shape, np.int32)
+    weights = (codes + 1).astype(np.float32) * own  # exact
+    made = encode_codes(weights, codes, steps, ErrorBound(0.7, "abs"), 0.7)
+    assert made.certificate.patched == 0
+    bounds = Calibrated().column_bounds(parse(made.data))
+    assert bounds is not None
+    found = columns_kept(weights, made.decoded, bounds)
+    assert found == Columns(float(own.min()), float(own.max()), 1.0)
 
 
 def test_rows_that_weigh_more_are_kept_nearer() -> None:
@@ -164,8 +183,12 @@ def test_plan_compress_and_verify(
     capsys.readouterr()
     assert main(["compress", str(folder), out, "--plan", plan, "--calibration", stats]) == 0
     assert "moebound plan" not in capsys.readouterr().out
-    verify = ["verify", out, "--against", str(folder), "--calibration", stats, "--json"]
-    assert main(verify) == 0
+    for more in (
+        [],
+        ["--against", str(folder)],
+        ["--against", str(folder), "--calibration", stats],
+    ):
+        assert main(["verify", out, *more, "--json"]) == 0
 
 
 def test_one_command_writes_the_bytes_of_two(

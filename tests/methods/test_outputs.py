@@ -104,10 +104,11 @@ def test_outputs_keep_what_is_promised(
 @given(seed=st.integers(0, 10**6), cols=st.integers(1, 100), kappa=st.floats(1, 3))
 def test_the_box_holds_for_any_errors_within_bounds(seed: int, cols: int, kappa: float) -> None:
     rng = np.random.default_rng(seed)
-    h, epsilon = moments(cols, seed, rank=1 + seed % cols), rng.random(cols)
+    h, steps = moments(cols, seed, rank=1 + seed % cols), rng.random(cols).astype(np.float32)
+    epsilon = steps.astype(np.float64) * kappa / 2
     signs = np.sign(h[0]) if seed % 2 else rng.uniform(-1, 1, (6, cols))
     error = np.broadcast_to(signs * epsilon, (6, cols))
-    bounds = ColumnBounds(epsilon, 2 * epsilon / kappa, False)
+    bounds = ColumnBounds(steps, kappa / 2, False)
     _, box = promises(h, Geometry.of(h), bounds, 6)
     assert output_error(error, np.zeros_like(error), h) <= box * (1 + 1e-9)
 
@@ -143,7 +144,7 @@ def test_where_the_lattice_fails_the_box_is_promised() -> None:
     """Errors beyond the nearest points, as clamps may leave them."""
     h, w = np.ones((8, 8)) + 1e-6 * np.eye(8), np.zeros((4, 8))
     epsilon = np.full(8, 0.5)
-    geometry, bounds = Geometry.of(h), ColumnBounds(epsilon, epsilon, False)
+    geometry, bounds = Geometry.of(h), ColumnBounds(np.full(8, 0.5, np.float32), 1.0, False)
     found = outputs_kept(w, w + epsilon, bounds, h, 9, geometry)
     lattice, box = promises(h, geometry, bounds, 4)
     assert lattice < found.error <= found.promised == box

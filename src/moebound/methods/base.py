@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
+
 from moebound.checkpoint import Role
 from moebound.codec import Certificate, Encoded, Envelope
 from moebound.errors import MethodError
@@ -149,15 +151,37 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class ColumnBounds:
-    """Of a matrix that has one for each input channel. epsilon: [N] float64, what no weight of
-    channel j is off by more than. steps: [N], between the points that it is rounded to. transposed:
-    whether the matrix is [in, out]. factors: [O], at most 1, by which both are narrower in each
-    row of [out, in]; None for none."""
+    """Of a matrix that has one for each input channel. steps: [N] float32, between the points that
+    it is rounded to. half_steps: κ/2; no weight of channel j is off by more than ε_j, so many of
+    its steps. transposed: whether the matrix is [in, out]. factors: [O] float32, at most 1, by
+    which both are narrower in each row of [out, in]; None for none."""
 
-    epsilon: Array
     steps: Array
+    half_steps: float
     transposed: bool
     factors: Array | None = None
+
+    @property
+    def epsilon(self) -> Array:
+        """[N] float64, before any factor."""
+        return self.steps.astype(np.float64) * self.half_steps
+
+    def of_weights(self) -> Array:
+        """Each weight's own, float64: [1, N] or [N, 1], or the matrix's shape where there are
+        factors. A weight's step is the float32 product that decoding multiplies by: the product
+        itself may be less by its rounding."""
+        if self.factors is None:
+            own = self.epsilon[None]
+        else:
+            own = (self.steps * self.factors[:, None]).astype(np.float64) * self.half_steps
+        return own.T if self.transposed else own
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The narrowest and the widest of the weights' own."""
+        factors = np.ones(1, np.float32) if self.factors is None else self.factors
+        least, most = self.steps.min() * factors.min(), self.steps.max() * factors.max()
+        return float(least) * self.half_steps, float(most) * self.half_steps
 
 
 @dataclass(frozen=True)

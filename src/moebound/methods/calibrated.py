@@ -196,12 +196,10 @@ class Calibrated(Method):
             scaled = steps_in(found)  # None of an exact copy
             if scaled is None:
                 return None
-            sizes = scaled.sizes.astype(np.float64)
-            factors = scaled.factors.astype(np.float64) if len(scaled.factors) else None
-            return ColumnBounds(sizes * (scaled.kappa / 2), sizes, scaled.by_row, factors)
+            factors = scaled.factors if len(scaled.factors) else None
+            return ColumnBounds(scaled.sizes, scaled.kappa / 2, scaled.by_row, factors)
         parts = _Parts.of(found.payload, MatrixSpec(found.shape, found.dtype))
-        steps = _steps(parts.base, parts.levels).astype(np.float64)
-        return ColumnBounds(steps * (parts.kappa / 2), steps, parts.transposed)
+        return ColumnBounds(_steps(parts.base, parts.levels), parts.kappa / 2, parts.transposed)
 
     @classmethod
     def verbatim(cls, payload: memoryview, spec: MatrixSpec) -> int:

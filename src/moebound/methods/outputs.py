@@ -18,6 +18,8 @@ from moebound.types import Array
 _BLOCK = 256
 _ROOM = 1 + 1e-9
 """Sums of float64, for an error that is all that its bound allows."""
+_ROUNDED = 1 + 2.0**-22
+"""The square of a step that is a rounded product of float32, over that of the product."""
 
 
 def side_of(role: Role) -> Side:
@@ -74,16 +76,16 @@ def promises(
     """
     h, epsilon = np.abs(moments), bounds.epsilon
     box = h @ np.square(epsilon) if h.ndim == 1 else epsilon @ h @ epsilon
-    n_rows = float(rows if bounds.factors is None else np.square(bounds.factors).sum())
-    return geometry.lattice(bounds.steps, n_rows), n_rows * float(box) * _ROOM
+    n_rows = float(rows)
+    if bounds.factors is not None:
+        n_rows = float(np.square(bounds.factors, dtype=np.float64).sum()) * _ROUNDED
+    return geometry.lattice(bounds.steps.astype(np.float64), n_rows), n_rows * float(box) * _ROOM
 
 
 def columns_kept(original: Array, decoded: Array, bounds: ColumnBounds) -> Columns:
     """The largest error over its channel's bound, in float64, and the bounds' range. Weights that
     are not finite are stored as they are."""
-    factors = np.ones(1) if bounds.factors is None else bounds.factors
-    own = factors[:, None] * bounds.epsilon
-    epsilon = np.broadcast_to(own.T if bounds.transposed else own, original.shape)
+    epsilon = np.broadcast_to(bounds.of_weights(), original.shape)
     worst = 0.0
     for rows in range(0, len(original), _BLOCK):
         with np.errstate(invalid="ignore"):
@@ -92,9 +94,7 @@ def columns_kept(original: Array, decoded: Array, bounds: ColumnBounds) -> Colum
         np.abs(error, out=error)
         error /= epsilon[rows : rows + _BLOCK]
         worst = max(worst, float(np.nanmax(error, initial=0.0)))
-    least = float(factors.min() * bounds.epsilon.min())
-    most = float(factors.max() * bounds.epsilon.max())
-    return Columns(least, most, worst)
+    return Columns(*bounds.ends, worst)
 
 
 def outputs_kept(

@@ -26,7 +26,8 @@ from moebound.types import Array
 
 _TOLERANCE = 1e-5
 """Of sums that machines' matrix products add up in another order, with much that cancels out."""
-_EXACT = 1e-9
+_EXACT = 2.0**-22
+"""Of bounds by channel: the first were of products of step and factor that were not rounded."""
 
 
 class Text:
@@ -93,8 +94,8 @@ class Expected:
                     self._shrunk.moments(self._key, side), self._shrunk.rule.least_damping
                 )
         moments, geometry = self._moments[side], self._geometry[side]
-        if len(moments) != len(bounds.epsilon):
-            yield f"inputs of {len(bounds.epsilon)} channels, and statistics of {len(moments)}"
+        if len(moments) != len(bounds.steps):
+            yield f"inputs of {len(bounds.steps)} channels, and statistics of {len(moments)}"
             return
         if original is not None:
             found = outputs_kept(original, decoded, bounds, moments, tokens, geometry)
@@ -136,7 +137,7 @@ def column_problems(
         kept = certified.kept
         if kept * certified.widest < certificate.max_abs_error * (1 - _EXACT):
             yield f"bounds by channel: kept {kept:g} is too little for the largest error"
-        found = Columns(float(bounds.epsilon.min()), float(bounds.epsilon.max()), kept)
+        found = Columns(*bounds.ends, kept)
     else:
         found = columns_kept(original, decoded, bounds)
     if found.kept > 1:
