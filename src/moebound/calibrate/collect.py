@@ -283,8 +283,7 @@ class _Run:
         sums = [Sums(span, self.of, self.loaded.device) for span in spans]
         model = self.loaded.model
         mask = torch.zeros(0, dtype=torch.bool)
-        layers = decoder_layers(model, spans[0].entry) if self.of.fisher else []
-        recomputing = Recomputing(layers)
+        recomputing = Recomputing(decoder_layers(model, spans[0].entry) if self.of.fisher else ())
         with torch.no_grad(), ExitStack() as hooks:
             hooks.enter_context(recomputing)
             for at, some in enumerate(sums):

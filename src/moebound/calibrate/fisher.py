@@ -53,7 +53,7 @@ class Labels:
             own = logs[row][batch.attention_mask[row].bool().to(logs.device)]
             draw = torch.Generator().manual_seed(self._seed + index)
             numbers = torch.rand(len(own), 1, generator=draw, dtype=torch.float64)
-            parts = (part.split(_DRAWN_TOKENS) for part in (own.detach(), numbers))
+            parts = (torch.split(part, _DRAWN_TOKENS) for part in (own.detach(), numbers))
             label = torch.cat([_drawn(*some) for some in zip(*parts, strict=True)])
             total = total - own.gather(1, label.to(own.device)).sum()
         return total
