@@ -223,7 +223,7 @@ def test_a_size_without_a_plan_has_one_rate(
     folder, statistics = fisher
     checkpoint = open_checkpoint(folder)
     for options in ({"layers": {0}}, {"experts": {0, 1}}, {"scope": "matrix"}, {"method": "bound"}):
-        method, found = store.within(checkpoint, 6.0, calibration=statistics, **options)  # type: ignore[arg-type]
+        method, found = store.within(checkpoint, 6.0, calibration=statistics, **options)
         assert isinstance(found, ErrorBound)
         assert method == ("bounded:bound" if "method" in options else "calibrated")
     other = replace(statistics, of=replace(statistics.of, fisher=False))

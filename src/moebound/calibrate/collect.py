@@ -25,7 +25,13 @@ import torch
 
 from moebound.calibrate.edited import edit_model
 from moebound.calibrate.fisher import READ_TOKENS as FISHER_TOKENS
-from moebound.calibrate.fisher import Labels, told_of_gradients, with_gradients
+from moebound.calibrate.fisher import (
+    Labels,
+    Recomputing,
+    predicted,
+    told_of_gradients,
+    with_gradients,
+)
 from moebound.calibrate.search import TOKENS, Search
 from moebound.calibrate.self_sampling import KEPT
 from moebound.calibrate.sums import Span, Sums
@@ -34,6 +40,7 @@ from moebound.checkpoint import top_k_of
 from moebound.checkpoint.families import router_groups_of
 from moebound.errors import MoeboundError
 from moebound.evaluate.loading import Loaded, load
+from moebound.evaluate.replay import decoder_layers
 from moebound.evaluate.text import batches, pad
 from moebound.files.documents import load_json, save_json
 from moebound.files.formats.statistics import (
@@ -276,7 +283,9 @@ class _Run:
         sums = [Sums(span, self.of, self.loaded.device) for span in spans]
         model = self.loaded.model
         mask = torch.zeros(0, dtype=torch.bool)
+        recomputing = Recomputing(decoder_layers(model, spans[0].entry) if self.of.fisher else ())
         with torch.no_grad(), ExitStack() as hooks:
+            hooks.enter_context(recomputing)
             for at, some in enumerate(sums):
                 last = at == len(sums) - 1
                 if (router := router_of(model, some.span.entry.stack.name)) is not None:
@@ -284,6 +293,8 @@ class _Run:
 
                 def heard(pairs: Pairs, output: torch.Tensor | None, some: Sums = some,
                           last: bool = last) -> None:  # fmt: skip
+                    if recomputing.now:
+                        return
                     some.add(pairs, output, mask)
                     if last and not self.of.fisher:
                         raise _Stop
@@ -296,7 +307,7 @@ class _Run:
                 hooks.callback(handle.remove)
                 if self.of.fisher:
                     hooks.enter_context(
-                        told_of_gradients(some.span.entry.module, some.add_gradient)
+                        told_of_gradients(some.span.entry.module, some.add_gradient, recomputing)
                     )
             labels = Labels(self.text) if self.of.fisher else None
             if labels is not None:
@@ -306,13 +317,15 @@ class _Run:
                 batch = pad([rows[index] for index in indices], 0)
                 mask = batch.attention_mask.bool()
                 with suppress(_Stop):
-                    logits = model(
+                    found = model(
                         input_ids=batch.input_ids.to(self.loaded.device),
                         attention_mask=batch.attention_mask.to(self.loaded.device),
                         use_cache=False,
-                    ).logits
+                    )
                     if labels is not None:
+                        logits = predicted(found, self.loaded.source.name)
                         torch.autograd.backward(labels.loss(logits, batch, indices))
+                        del found, logits
                 n += len(indices)
                 done(n)
         for some in sums:

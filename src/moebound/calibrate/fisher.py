@@ -18,17 +18,23 @@ the outputs,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial, wraps
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from moebound.calibrate.text import Text
+from moebound.errors import UnsupportedArchitectureError
 from moebound.evaluate.text import Batch
 
 READ_TOKENS = 1024
-"""Tokens whose activations are kept at once, padding counted."""
+"""Tokens that are read forward and backward at once, padding counted."""
+_DRAWN_TOKENS = 64
+"""Tokens whose predictions are summed up in float64 at once."""
 
 
 class Labels:
@@ -46,12 +52,28 @@ class Labels:
         for row, index in enumerate(indices):
             own = logs[row][batch.attention_mask[row].bool().to(logs.device)]
             draw = torch.Generator().manual_seed(self._seed + index)
-            # By comparing with sums, in float64: the same draw where predictions are nearly so.
-            below = own.detach().double().exp().cumsum(1).cpu()
-            drawn = torch.rand(len(own), 1, generator=draw, dtype=torch.float64) * below[:, -1:]
-            label = torch.searchsorted(below, drawn).clamp_max(own.shape[1] - 1)
+            numbers = torch.rand(len(own), 1, generator=draw, dtype=torch.float64)
+            parts = (torch.split(part, _DRAWN_TOKENS) for part in (own.detach(), numbers))
+            label = torch.cat([_drawn(*some) for some in zip(*parts, strict=True)])
             total = total - own.gather(1, label.to(own.device)).sum()
         return total
+
+
+def predicted(found: Any, name: str) -> torch.Tensor:
+    """The logits [B, T, V] that a model gave. Raises UnsupportedArchitectureError without any."""
+    logits = getattr(found, "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        raise UnsupportedArchitectureError(
+            f"{name}: predicts no tokens, so there is no loss to feel; leave --fisher out"
+        )
+    return logits
+
+
+def _drawn(logs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """[T, 1], a label for each row of log p [T, V]. numbers: [T, 1], of 0 to 1."""
+    # By comparing with sums, in float64: the same draw where predictions are nearly so.
+    below = logs.double().exp().cumsum(1).cpu()
+    return torch.searchsorted(below, numbers * below[:, -1:]).clamp_max(logs.shape[1] - 1)
 
 
 @contextmanager
@@ -74,11 +96,58 @@ def with_gradients(model: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+class Recomputing:
+    """Keeps of each decoder layer what enters it, and computes the rest again when the gradient
+    comes: the same values, by the same operations. Open it in a `with`.
+
+    now: whether a layer is computed again, so that what listens to it has heard it before.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._layers = list(layers)
+        self.now = False
+
+    def __enter__(self) -> Recomputing:
+        self._before = [vars(layer).get("forward") for layer in self._layers]
+        for layer in self._layers:
+            layer.forward = self._checkpointed(layer.forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer, before in zip(self._layers, self._before, strict=True):
+            if before is None:
+                del layer.forward
+            else:
+                layer.forward = before
+
+    def _checkpointed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(
+                partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), self._again()),
+            )  # fmt: skip
+
+        return run
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        self.now = True
+        try:
+            yield
+        finally:
+            self.now = False
+
+
 @contextmanager
-def told_of_gradients(module: Any, told: Callable[[torch.Tensor], None]) -> Iterator[None]:
+def told_of_gradients(
+    module: Any, told: Callable[[torch.Tensor], None], recomputing: Recomputing
+) -> Iterator[None]:
     """`told` is called with the gradient [T, H] of the loss by each output of the module."""
 
     def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        if recomputing.now:
+            return
         output.register_hook(  # type: ignore[no-untyped-call]
             lambda g: told(g.detach().reshape(-1, g.shape[-1]))
         )
