@@ -258,7 +258,7 @@ def test_the_faster_is_taken(made: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     store = made("mixtral")
     for slow in ("codes", "values"):
 
-        def compute(kind: Any, device: Any, slow: str = slow) -> float:
+        def compute(kind: Any, between: Any, slow: str = slow) -> float:
             return 1.0 if (kind.aside_bytes is not None) == (slow == "codes") else 1e-6
 
         monkeypatch.setattr("moebound.offload.choose.measure_compute", compute)

@@ -2,15 +2,14 @@
 
 The cost model is `offload.costs.Costs`, the one that `moebound.load` chooses by. What it is given
 was measured on this machine: decoding a random expert of the model's shape (`estimate`), its
-products, and reading memory. Those two are measured on more bytes than a processor's cache has,
-since experts take turns. Assumed are the disk's speed, and `LAYER_S`. The hit ratio is the share of
-experts that fit; texts with locality do better.
+products, and reading memory, as `offload/timing.py` times them at load. Assumed are the disk's
+speed, and `LAYER_S`. The hit ratio is the share of experts that fit; texts with locality do better.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,19 +19,11 @@ from moebound.codec import thread_count
 from moebound.fit.estimate import PLAIN_BYTES, ROOM, Estimate
 from moebound.fit.shape import Shape
 from moebound.offload.costs import Costs
-from moebound.offload.meter import clock
 from moebound.offload.slots import SlotKind
+from moebound.offload.timing import LAYER_S, Between, measure_compute, measure_memory
 
 DISK = 1_000_000_000
 """Bytes a second that a disk gives, where nobody says more."""
-LAYER_S = 2e-3
-"""Seconds a layer for all but its products: Python, attention, handing experts over. By
-bench/results/offload-codes.json (AMD EPYC, two cores): the time of a pass outside of experts, less
-186 MB at the speed of its experts' products, over five layers, and what experts took but for
-waiting and products, over four."""
-_COLD = 192 << 20
-"""Bytes of slots that take turns while products are timed: more than a processor keeps."""
-
 SlotsKind = Literal["values", "codes"]
 _SLOTS: tuple[SlotsKind, ...] = ("values", "codes")
 Where = Literal["no", "disk", "memory", "decoded"]
@@ -82,34 +73,14 @@ def measure_machine(shape: Shape, *, disk: float = DISK) -> Machine:
         (("first", (rows, into[0][1])), ("down_proj", down)),
         torch.bfloat16, gated=False, transposed=False, interleaved=False,
     )  # fmt: skip
-    codes = SlotKind(kind.shapes, kind.dtype, False, False, False, aside_bytes=0)
-    found: dict[SlotsKind, float] = {"values": _products(kind), "codes": _products(codes)}
-    probe = torch.zeros(_COLD // 8, dtype=torch.int64)
-    times = []
-    for _ in range(3):
-        begin = clock()
-        probe.sum()
-        times.append(clock() - begin)
-    return Machine(describe()["cpu"], thread_count(), found, _COLD / min(times), disk)
-
-
-def _products(kind: SlotKind) -> float:
-    """Seconds for one expert and token, of the least that some experts in turn took."""
-    device = torch.device("cpu")
-    slots = [kind.empty(device) for _ in range(min(16, max(2, math.ceil(_COLD / kind.n_bytes))))]
-    for slot in slots:
-        slot.zero()
-    name = kind.shapes[0][0]
-    n_in, n_inner = slots[0].first.shape[-1], slots[0].down.shape[-1]
-    x = torch.zeros((1, n_in), dtype=kind.dtype)
-    times = []
-    with torch.inference_mode():
-        for slot in (*slots, *slots):
-            begin = clock()
-            inner = slot.project(name, x)
-            slot.project("down_proj", inner[:, :n_inner])
-            times.append(clock() - begin)
-    return min(times[len(slots) :])
+    between = Between([], torch.device("cpu"), kind.dtype)
+    found: dict[SlotsKind, float] = {
+        "values": measure_compute(kind, between),
+        "codes": measure_compute(replace(kind, aside_bytes=0), between),
+    }
+    return Machine(
+        describe()["cpu"], thread_count(), found, 1 / measure_memory(between), disk
+    )
 
 
 def running(
@@ -125,7 +96,7 @@ def running(
     stored = PLAIN_BYTES * shape.n_expert_weights if sizes is None else sizes.expert_bytes
     beside = int(ROOM) + PLAIN_BYTES * shape.n_other_weights
     least = min(everything, held_as * (shape.top_k + shape.layers))
-    other_s = PLAIN_BYTES * shape.n_other_weights / machine.memory / shape.layers + LAYER_S
+    other_s = PLAIN_BYTES * shape.n_read / machine.memory / shape.layers + LAYER_S
     room = memory - beside
 
     def costs(read_s: float) -> Costs:

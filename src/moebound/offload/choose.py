@@ -17,8 +17,6 @@ from moebound.offload.codes import SlotsName
 from moebound.offload.costs import (
     Costs,
     Speeds,
-    measure_compute,
-    measure_memory,
     measure_speeds,
     sample,
     sample_of,
@@ -29,6 +27,14 @@ from moebound.offload.device_tier import DeviceTier, candidates, first_fitting
 from moebound.offload.entries import DiskEntries, DiskEntry
 from moebound.offload.slots import SlotKind
 from moebound.offload.tiers import DiskTier, RamTier, Tier, TierName
+from moebound.offload.timing import (
+    LAYER_S,
+    Between,
+    linear_layers,
+    measure_compute,
+    measure_memory,
+    read_weights,
+)
 from moebound.types import ExpertKey
 
 FALLBACK_MARGIN = 0.02
@@ -145,8 +151,9 @@ def choose(
         n_bytes = parse_budget(budget, of=decoded)
     layers, top_k = len({key.layer for key in kinds}), top_k_of(model.config.to_dict())
     # All weights that are not experts' are read once a token.
-    rest = sum(p.numel() * p.element_size() for p in model.parameters())
-    other_s = rest * measure_memory(device) / layers
+    rest = read_weights(model) * model.dtype.itemsize
+    between = Between(linear_layers(model), device, model.dtype, all_bytes=rest + n_bytes)
+    other_s = rest * measure_memory(between) / layers + LAYER_S
     on_host = device.type == "cpu"  # where compressed experts and decoded ones share a memory
     compute_s = dict[SlotKind, float]()
     fitting, least = list[LoadPath](), list[int]()
@@ -183,7 +190,7 @@ def choose(
                     )
                 kind = of[max(of, key=lambda key: kinds[key].n_bytes)]
                 if kind not in compute_s:
-                    compute_s[kind] = measure_compute(kind, device)
+                    compute_s[kind] = measure_compute(kind, between)
                 if speeds is None:
                     waiting = open_tier(at, probe, device, drop_cache=drop_cache)
                     delivery = open_delivery(waiting, entries, device, cores=cores)

@@ -8,6 +8,7 @@ decoding d, computing c; other layers take T. On a CPU, decoding and computing s
 
 (The physical model of offloading, with a decoder that has no processor of its own.) Raw weights are
 read in S / B seconds an expert and not decoded; they win where the link is faster than decoding.
+T is reading what is no expert's, once a token, and `LAYER_S`. c and that are timed by `timing.py`.
 """
 
 from __future__ import annotations
@@ -116,36 +117,6 @@ def measure_speeds(
     )
 
 
-def measure_compute(kind: SlotKind, device: torch.device, *, repeats: int = 20) -> float:
-    """Seconds for the products of one expert and one token: the least of some, since what else runs
-    at load time is not what will run, and one time slice is longer than a small expert takes."""
-    slot = kind.empty(device)
-    slot.zero()
-    name, axis = kind.shapes[0][0], -2 if kind.transposed else -1
-    n_in, n_inner = slot.first.shape[axis], slot.down.shape[axis]
-    x = torch.zeros((1, n_in), dtype=kind.dtype, device=device)
-    times = []
-    for _ in range(repeats):
-        begin = clock()
-        inner = slot.project(name, x)
-        slot.project("down_proj", inner[:, :n_inner])
-        synchronize(device)
-        times.append(clock() - begin)
-    return min(times)
-
-
-def measure_memory(device: torch.device) -> float:
-    """Seconds to read a byte of the device's memory."""
-    probe = torch.zeros(16 << 20, dtype=torch.uint8, device=device)
-    times = []
-    for _ in range(5):
-        begin = clock()
-        probe.clone()
-        synchronize(device)
-        times.append(clock() - begin)
-    return min(times) / len(probe) / 2  # read and written
-
-
 def sample(entries: DiskEntries) -> list[DiskEntry]:
     """A few experts, spread over the model, of those that are ever loaded."""
     return sample_of(entries.asked_for or list(entries))
@@ -157,8 +128,3 @@ def sample_of(everything: Sequence[DiskEntry]) -> list[DiskEntry]:
     n = min(len(everything), max(MIN_SAMPLES, min(16, SAMPLE_BYTES // size)))
     return [everything[i * len(everything) // n] for i in range(n)]
 
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,0 +1,169 @@
+"""How long a token's products take, with weights that come from memory, as they do when it runs.
+
+Between two uses of an expert a token reads everything else, more than a processor's cache has. So a
+product is timed only behind `Between.read`, which multiplies by as much: by the model's own linear
+layers, whose memory is there already, and where they are too few (or there is no model yet, as in
+`moebound fit`) by one more. Timed in a loop by itself, the same expert stays in the cache, and
+costs a third or less of what it will.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moebound.model.few_rows import multiply_few_rows
+from moebound.offload.meter import clock
+from moebound.offload.slots import SlotKind
+
+LAYER_S = 2e-3
+"""Seconds a layer for all but its products: Python, attention, handing experts over. By
+bench/results/offload-codes.json (AMD EPYC, two cores): the time of a pass outside of experts, less
+186 MB at the speed of its experts' products, over five layers, and what experts took but for
+waiting and products, over four."""
+
+CACHE_BYTES = 32 << 20
+"""Of a processor that does not say how large its cache is."""
+MOST_BETWEEN = 256 << 20
+"""Read between two products, at most."""
+REPEATS = 4
+_WIDTH = 2048
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the last cache before a device's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [0]
+    for file in _CACHES.glob("index*/size"):
+        try:
+            sizes.append(int(file.read_text(encoding="ascii").strip().removesuffix("K")) << 10)
+        except (OSError, ValueError):
+            continue
+    return max(sizes) or CACHE_BYTES
+
+
+class Between:
+    """What a token reads between two uses of an expert.
+
+    layers: linear layers of the model, any of them. all_bytes: that take turns in all, experts
+    too: where they fit into the cache, no more is read than that. n_bytes: that `read` reads.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Linear],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        all_bytes: int | None = None,
+    ) -> None:
+        self.device = device
+        wanted = min(MOST_BETWEEN, 2 * cache_bytes(device))
+        if all_bytes is not None:
+            wanted = min(wanted, all_bytes)
+        self._layers, self.n_bytes = list[nn.Linear](), 0
+        # A layer as large as all that is wanted would take too long to read each time.
+        fitting = [some for some in layers if _usable(some, device) and _bytes(some) <= wanted]
+        step = max(1, sum(map(_bytes, fitting)) // max(1, wanted))
+        for some in fitting[::step]:
+            if self.n_bytes >= wanted:
+                break
+            self._add(some)
+        rows = -(-(wanted - self.n_bytes) // (_WIDTH * dtype.itemsize))
+        if rows > 0:
+            one_more = nn.Linear(_WIDTH, rows, bias=False, device="meta", dtype=dtype)
+            one_more.to_empty(device=device)
+            with torch.no_grad():
+                one_more.weight.zero_()
+            multiply_few_rows(nn.ModuleList([one_more]))
+            self._add(one_more)
+        self._rows = [
+            torch.zeros((1, some.in_features), dtype=some.weight.dtype, device=device)
+            for some in self._layers
+        ]
+
+    def _add(self, layer: nn.Linear) -> None:
+        self._layers.append(layer)
+        self.n_bytes += _bytes(layer)
+
+    def read(self) -> None:
+        """One row through each layer; waits for the device."""
+        with torch.inference_mode():
+            for layer, row in zip(self._layers, self._rows, strict=True):
+                layer(row)
+            synchronize(self.device)
+
+    def seconds(self) -> float:
+        """What that takes: of each layer the least of some, all of them read between two."""
+        least = [math.inf] * len(self._layers)
+        with torch.inference_mode():
+            self.read()  # what happens once only is not what is measured
+            for _ in range(REPEATS):
+                for i, (layer, row) in enumerate(zip(self._layers, self._rows, strict=True)):
+                    begin = clock()
+                    layer(row)
+                    synchronize(self.device)
+                    least[i] = min(least[i], clock() - begin)
+        return sum(least)
+
+
+def _bytes(layer: nn.Linear) -> int:
+    return layer.weight.numel() * layer.weight.element_size()
+
+
+def _usable(layer: nn.Linear, device: torch.device) -> bool:
+    return layer.weight.device.type == device.type and layer.weight.is_floating_point()
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """Those that multiply by weights as they are."""
+    return [module for module in model.modules() if type(module) is nn.Linear]
+
+
+def read_weights(model: nn.Module) -> int:
+    """Weights that a token reads, experts or not: all but an embedding's, of which it reads a row,
+    where no other layer has the same."""
+    owners = dict[int, tuple[nn.Parameter, bool]]()
+    for module in model.modules():
+        looked_up = isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False):
+            _, before = owners.get(id(parameter), (parameter, True))
+            owners[id(parameter)] = parameter, before and looked_up
+    return sum(parameter.numel() for parameter, looked_up in owners.values() if not looked_up)
+
+
+def measure_memory(between: Between) -> float:
+    """Seconds to read a byte of weights that are no expert's."""
+    return between.seconds() / between.n_bytes
+
+
+def measure_compute(kind: SlotKind, between: Between) -> float:
+    """Seconds for the products of one expert and one token: the least of some, since what else runs
+    at load time is not what will run."""
+    slot = kind.empty(between.device)
+    slot.zero()
+    name, axis = kind.shapes[0][0], -2 if kind.transposed else -1
+    n_in, n_inner = slot.first.shape[axis], slot.down.shape[axis]
+    x = torch.zeros((1, n_in), dtype=kind.dtype, device=between.device)
+    times = list[float]()
+    with torch.inference_mode():
+        for _ in range(1 + REPEATS):  # the first has things to do that happen once
+            between.read()
+            begin = clock()
+            inner = slot.project(name, x)
+            slot.project("down_proj", inner[:, :n_inner])
+            synchronize(between.device)
+            times.append(clock() - begin)
+    return min(times[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
