@@ -22,7 +22,9 @@ from moebound.offload.timing import (
 )
 
 CPU = torch.device("cpu")
-KIND = SlotKind((("gate_up_proj", (4, 3)), ("down_proj", (3, 2))), torch.float32, True, False, False)
+KIND = SlotKind(
+    (("gate_up_proj", (4, 3)), ("down_proj", (3, 2))), torch.float32, True, False, False
+)
 
 
 def layers(*sides: tuple[int, int]) -> list[nn.Linear]:
@@ -103,9 +105,7 @@ def test_the_largest_cache_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cache_bytes(CPU) == 2 << 20
 
 
-def test_a_load_measures_by_its_own_layers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_load_measures_by_its_own_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moebound.offload import choose
     from moebound.offload.loading import load
     from tiny_models import make_tiny

@@ -37,7 +37,7 @@ class Shape:
     experts. layers: with routed experts. n_experts, top_k: in each of these. expert: the shapes of
     an expert's matrices, [out, in]. n_read: weights that are no routed expert's and that each token
     reads, which is all but embeddings. codes: whether the model computes with experts as they are
-    stored, as slots of codes need it.
+    stored, as slots of codes need it. plain_bytes: of a weight, uncompressed.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Shape:
     n_read: int
     runs: Runs
     codes: bool = True
+    plain_bytes: int = 2
 
     @property
     def expert_size(self) -> int:

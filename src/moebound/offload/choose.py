@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,11 +21,11 @@ from moebound.offload.costs import (
     sample,
     sample_of,
 )
-from moebound.offload.decoding import room_for
 from moebound.offload.delivery import CpuDelivery, Delivery
-from moebound.offload.device_tier import DeviceTier, candidates, first_fitting
+from moebound.offload.device_tier import DeviceTier, candidates
 from moebound.offload.entries import DiskEntries, DiskEntry
 from moebound.offload.slots import SlotKind
+from moebound.offload.split import cache_room, split_device
 from moebound.offload.tiers import DiskTier, RamTier, Tier, TierName
 from moebound.offload.timing import (
     LAYER_S,
@@ -176,9 +176,9 @@ def choose(
                         entries, of, device, n_bytes, floor, cores=cores, drop_cache=drop_cache
                     )
                     held, speeds = plan.held_bytes, plan.speeds
-                room = min(n_bytes - held, everything)
+                room = cache_room(n_bytes, held, everything, floor)
                 least.append(floor + held)
-                if room < floor:
+                if room is None:
                     continue
                 if at == "device" and held + room > free:
                     if tier == "auto":
@@ -228,10 +228,14 @@ def choose(
             + f"; the smallest budget is {min(least)} bytes "
             f"({100 * min(least) / decoded:.1f} % of all experts)"
         )
-    best = min(fitting, key=lambda found: found.seconds)
-    if best.seconds > fitting[0].seconds * (1 - FALLBACK_MARGIN):
-        best = fitting[0]
+    best = fitting[preferred([found.seconds for found in fitting])]
     return [best, *(other for other in fitting if other is not best)]
+
+
+def preferred(seconds: Sequence[float]) -> int:
+    """Which of these ways to take: the first, unless another is faster by FALLBACK_MARGIN."""
+    best = min(range(len(seconds)), key=seconds.__getitem__)
+    return 0 if seconds[best] > seconds[0] * (1 - FALLBACK_MARGIN) else best
 
 
 @dataclass(frozen=True)
@@ -270,19 +274,21 @@ def plan_device(
     )  # fmt: skip
     delivery = open_delivery(waiting, entries, device, cores=cores)
     speeds, beside = measure_speeds(probe, delivery, kinds, device), waiting.most_beside
-    held = first_fitting(found, budget - floor, beside) or found[:1]
-    others = entries.n_bytes - sum(entry.n_bytes for entry in held)
-    if len(held) < len(entries.asked_for):
-        rest: TierName = "ram" if others <= host_bytes() else "disk"
+    split = split_device(
+        found,
+        asked_for=len(entries.asked_for),
+        all_bytes=entries.n_bytes,
+        limit=budget - floor,
+        beside=beside,
+        host_bytes=host_bytes(),
+    )
+    if split.share < 1:
         some = sample(entries)
         delivery = open_delivery(
-            open_tier(rest, some, device, drop_cache=drop_cache), entries, device, cores=cores
+            open_tier(split.rest, some, device, drop_cache=drop_cache), entries, device, cores=cores
         )
-        speeds = speeds.mixed(
-            measure_speeds(some, delivery, kinds, device), len(held) / len(entries.asked_for)
-        )
-    total = sum(room_for(1, entry.n_bytes) + beside for entry in held)
-    return DevicePlan(budget, budget - floor, total, beside, speeds)
+        speeds = speeds.mixed(measure_speeds(some, delivery, kinds, device), split.share)
+    return DevicePlan(budget, budget - floor, split.held_bytes, beside, speeds)
 
 
 def host_bytes() -> int:

@@ -125,4 +125,3 @@ def sample_of(everything: Sequence[DiskEntry]) -> list[DiskEntry]:
     size = max(1, sum(entry.n_bytes for entry in everything) // len(everything))
     n = min(len(everything), max(MIN_SAMPLES, min(16, SAMPLE_BYTES // size)))
     return [everything[i * len(everything) // n] for i in range(n)]
-

@@ -31,6 +31,7 @@ CACHE_BYTES = 32 << 20
 MOST_BETWEEN = 256 << 20
 """Read between two products, at most."""
 REPEATS = 4
+"""At load, which is not to take longer by what is found out. `moebound fit` has more time."""
 _WIDTH = 2048
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -99,12 +100,12 @@ class Between:
                 layer(row)
             synchronize(self.device)
 
-    def seconds(self) -> float:
+    def seconds(self, repeats: int = REPEATS) -> float:
         """What that takes: of each layer the least of some, all of them read between two."""
         least = [math.inf] * len(self._layers)
         with torch.inference_mode():
             self.read()  # what happens once only is not what is measured
-            for _ in range(REPEATS):
+            for _ in range(repeats):
                 for i, (layer, row) in enumerate(zip(self._layers, self._rows, strict=True)):
                     begin = clock()
                     layer(row)
@@ -138,12 +139,12 @@ def read_weights(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter, looked_up in owners.values() if not looked_up)
 
 
-def measure_memory(between: Between) -> float:
+def measure_memory(between: Between, repeats: int = REPEATS) -> float:
     """Seconds to read a byte of weights that are no expert's."""
-    return between.seconds() / between.n_bytes
+    return between.seconds(repeats) / between.n_bytes
 
 
-def measure_compute(kind: SlotKind, between: Between) -> float:
+def measure_compute(kind: SlotKind, between: Between, repeats: int = REPEATS) -> float:
     """Seconds for the products of one expert and one token: the least of some, since what else runs
     at load time is not what will run."""
     slot = kind.empty(between.device)
@@ -153,7 +154,7 @@ def measure_compute(kind: SlotKind, between: Between) -> float:
     x = torch.zeros((1, n_in), dtype=kind.dtype, device=between.device)
     times = list[float]()
     with torch.inference_mode():
-        for _ in range(1 + REPEATS):  # the first has things to do that happen once
+        for _ in range(1 + repeats):  # the first has things to do that happen once
             between.read()
             begin = clock()
             inner = slot.project(name, x)
