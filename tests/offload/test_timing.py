@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ from torch import nn
 from moebound.offload import timing
 from moebound.offload.slots import Slot, SlotKind
 from moebound.offload.timing import (
-    REPEATS,
     Between,
+    Turns,
     cache_bytes,
     linear_layers,
-    measure_compute,
-    measure_memory,
+    measure_turns,
     read_weights,
 )
 
@@ -31,28 +31,41 @@ def layers(*sides: tuple[int, int]) -> list[nn.Linear]:
     return [nn.Linear(n_in, n_out, bias=False) for n_in, n_out in sides]
 
 
-def ticks(monkeypatch: pytest.MonkeyPatch, took: list[float]) -> None:
-    times = iter([at for second in took for at in (100.0, 100.0 + second)])
-    monkeypatch.setattr(timing, "clock", lambda: next(times))
-
-
 def test_all_else_is_read_before_each_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the expert would still be in the processor's cache."""
+    """Or the expert would still be in the processor's cache. Of each product the least counts: one
+    that was held up says nothing about the others."""
     events = list[str]()
-    between = Between(layers((8, 8)), CPU, torch.float32, all_bytes=1)
-    monkeypatch.setattr(between, "read", lambda: events.append("read"))
+    between = Between(layers((8, 8), (8, 8)), CPU, torch.float32, all_bytes=512)
+    assert between.n_bytes == 512
+    reads = iter([[0.1, 0.1], [4.0, 7.0], [2.0, 9.0], [3.0, 5.0]])
+
+    def read() -> list[float]:
+        events.append("read")
+        return next(reads)
+
+    monkeypatch.setattr(between, "read", read)
     project = Slot.project
 
     def projects(self: Slot, name: str, x: torch.Tensor) -> torch.Tensor:
-        events.append(name)
+        events.append(f"{name} {self.kind.dtype}")
         return project(self, name, x)
 
     monkeypatch.setattr(Slot, "project", projects)
-    ticks(monkeypatch, [0.1, 7.0, 0.25, 9.0, 8.0])
-    assert REPEATS == 4
-    assert measure_compute(KIND, between) == 0.25  # one was held up by nothing
-    product = ["gate_up_proj", "down_proj"]
-    assert events == ["read", *product] * (1 + REPEATS)
+    half = replace(KIND, dtype=torch.float16)
+    took = iter([0.0, 0.0, 0.0, 0.0, *[7.0, 0.5, 1.0, 4.0], *[0.25, 8.0, 3.0, 2.0], *[9.0] * 4])
+    now = [0.0]
+
+    def clock() -> float:
+        # Three looks at each expert: before, between and behind its products.
+        now.append(now[-1] + (next(took) if len(now) % 3 != 1 else 0.0))
+        return now[-1]
+
+    monkeypatch.setattr(timing, "clock", clock)
+    found = measure_turns([KIND, half, KIND], between, 3)
+    assert found.compute_s == {KIND: 0.25 + 0.5, half: 1.0 + 2.0}
+    assert found.byte_s == (2.0 + 5.0) / 512
+    each = [f"{name} {kind.dtype}" for kind in (KIND, half) for name, _ in kind.shapes]
+    assert events == ["read", *each] * 4
 
 
 def test_it_is_more_than_the_cache_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,14 +88,6 @@ def test_what_fits_into_the_cache_stays_there(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(timing, "cache_bytes", lambda _: 1 << 30)
     assert Between([], CPU, torch.float32, all_bytes=50_000).n_bytes < 60_000
     assert Between([], CPU, torch.float32).n_bytes >= timing.MOST_BETWEEN
-
-
-def test_seconds_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each layer the least: one that was held up says nothing about the others."""
-    between = Between(layers((8, 8), (8, 8)), CPU, torch.float32, all_bytes=512)
-    assert between.n_bytes == 512
-    ticks(monkeypatch, [4.0, 7.0, 2.0, 9.0, 3.0, 5.0, 6.0, 8.0])
-    assert measure_memory(between) == (2.0 + 5.0) / 512
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -112,11 +117,11 @@ def test_a_load_measures_by_its_own_layers(tmp_path: Path, monkeypatch: pytest.M
 
     seen = list[Any]()
 
-    def compute(kind: Any, between: Between) -> float:
+    def turns(kinds: Any, between: Between) -> Turns:
         seen.append(between)
-        return measure_compute(kind, between)
+        return measure_turns(kinds, between)
 
-    monkeypatch.setattr(choose, "measure_compute", compute)
+    monkeypatch.setattr(choose, "measure_turns", turns)
     src = make_tiny("mixtral", tmp_path / "src")
     with load(src, ram_budget="100%", dtype="float32") as offloaded:
         own = set(linear_layers(offloaded.model))

@@ -24,7 +24,7 @@ from moebound.fit.shape import Shape
 from moebound.offload.cuda import TOGETHER
 from moebound.offload.decoding import on_device, room_for, schedule_for
 from moebound.offload.meter import clock
-from moebound.offload.timing import Between, measure_compute, measure_memory, synchronize
+from moebound.offload.timing import Between, measure_turns, synchronize
 
 LINK = 25_000_000_000
 """Bytes a second over PCIe 4 x16, about, where nobody says more."""
@@ -122,8 +122,8 @@ def measure_gpu(
         launch, decode = _decoding(shape, streams, envelopes, device)
         between = Between([], device, torch.bfloat16)
         kind = kind_of(shape)
-        products = ((kind.n_bytes, measure_compute(kind, between)),)
-        memory = 1 / measure_memory(between)
+        turns = measure_turns([kind], between)
+        products, memory = ((kind.n_bytes, turns.compute_s[kind]),), 1 / turns.byte_s
         pinned = torch.zeros(_COPIED, dtype=torch.uint8, pin_memory=on_gpu)
         there = torch.empty_like(pinned, device=device)
 

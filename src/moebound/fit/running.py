@@ -22,7 +22,7 @@ from moebound.fit.shape import Shape
 from moebound.offload.costs import Costs
 from moebound.offload.slots import SlotKind
 from moebound.offload.split import cache_room
-from moebound.offload.timing import LAYER_S, Between, measure_compute, measure_memory
+from moebound.offload.timing import LAYER_S, Between, measure_turns
 
 DISK = 1_000_000_000
 """Bytes a second that a disk gives, where nobody says more."""
@@ -88,14 +88,14 @@ def kind_of(shape: Shape) -> SlotKind:
 def measure_machine(shape: Shape, *, disk: float = DISK) -> Machine:
     """Time one expert's products, with weights and with codes, and reading memory."""
     kind = kind_of(shape)
+    codes = replace(kind, aside_bytes=0)
     between = Between([], torch.device("cpu"), kind.dtype)
+    turns = measure_turns([kind, codes], between, _REPEATS)
     found: dict[SlotsKind, float] = {
-        "values": measure_compute(kind, between, _REPEATS),
-        "codes": measure_compute(replace(kind, aside_bytes=0), between, _REPEATS),
+        "values": turns.compute_s[kind],
+        "codes": turns.compute_s[codes],
     }
-    return Machine(
-        describe()["cpu"], thread_count(), found, 1 / measure_memory(between, _REPEATS), disk
-    )
+    return Machine(describe()["cpu"], thread_count(), found, 1 / turns.byte_s, disk)
 
 
 def running(

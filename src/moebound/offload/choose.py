@@ -31,8 +31,7 @@ from moebound.offload.timing import (
     LAYER_S,
     Between,
     linear_layers,
-    measure_compute,
-    measure_memory,
+    measure_turns,
     read_weights,
 )
 from moebound.types import ExpertKey
@@ -150,12 +149,7 @@ def choose(
     else:
         n_bytes = parse_budget(budget, of=decoded)
     layers, top_k = len({key.layer for key in kinds}), top_k_of(model.config.to_dict())
-    # All weights that are not experts' are read once a token.
-    rest = read_weights(model) * model.dtype.itemsize
-    between = Between(linear_layers(model), device, model.dtype, all_bytes=rest + n_bytes)
-    other_s = rest * measure_memory(between) / layers + LAYER_S
     on_host = device.type == "cpu"  # where compressed experts and decoded ones share a memory
-    compute_s = dict[SlotKind, float]()
     fitting, least = list[LoadPath](), list[int]()
     for name, entries in sources.items():
         ways = list[tuple[SlotsName, Mapping[ExpertKey, SlotKind]]]()
@@ -188,16 +182,11 @@ def choose(
                         f"ones are to be on {device}, where {free} are free: give a ram_budget of "
                         f"{int(free * FREE_SHARE)} bytes or less, or use tier='ram'"
                     )
-                kind = of[max(of, key=lambda key: kinds[key].n_bytes)]
-                if kind not in compute_s:
-                    compute_s[kind] = measure_compute(kind, between)
                 if speeds is None:
                     waiting = open_tier(at, probe, device, drop_cache=drop_cache)
                     delivery = open_delivery(waiting, entries, device, cores=cores)
                     speeds = measure_speeds(probe, delivery, of, device)
-                costs = Costs(
-                    speeds.read_s, speeds.decode_s, compute_s[kind], other_s, layers, top_k
-                )
+                costs = Costs(speeds.read_s, speeds.decode_s, 0.0, 0.0, layers, top_k)
                 fitting.append(
                     LoadPath(
                         name,
@@ -228,8 +217,31 @@ def choose(
             + f"; the smallest budget is {min(least)} bytes "
             f"({100 * min(least) / decoded:.1f} % of all experts)"
         )
+    fitting = _with_turns(fitting, model, device, n_bytes)
     best = fitting[preferred([found.seconds for found in fitting])]
     return [best, *(other for other in fitting if other is not best)]
+
+
+def _with_turns(
+    paths: Sequence[LoadPath], model: Any, device: torch.device, budget: int
+) -> list[LoadPath]:
+    """The same, with what computing takes, and what is no expert's."""
+    # All weights that are not experts' are read once a token.
+    rest = read_weights(model) * model.dtype.itemsize
+    between = Between(linear_layers(model), device, model.dtype, all_bytes=rest + budget)
+    largest = [max(path.kinds.values(), key=lambda kind: kind.n_weights) for path in paths]
+    turns = measure_turns(largest, between)
+    return [
+        replace(
+            path,
+            costs=replace(
+                path.costs,
+                compute_s=turns.compute_s[kind],
+                other_s=rest * turns.byte_s / path.costs.n_layers + LAYER_S,
+            ),
+        )
+        for path, kind in zip(paths, largest, strict=True)
+    ]
 
 
 def preferred(seconds: Sequence[float]) -> int:

@@ -10,7 +10,8 @@ costs a third or less of what it will.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ CACHE_BYTES = 32 << 20
 """Of a processor that does not say how large its cache is."""
 MOST_BETWEEN = 256 << 20
 """Read between two products, at most."""
-REPEATS = 4
+REPEATS = 8
 """At load, which is not to take longer by what is found out. `moebound fit` has more time."""
 _WIDTH = 2048
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -93,25 +94,16 @@ class Between:
         self._layers.append(layer)
         self.n_bytes += _bytes(layer)
 
-    def read(self) -> None:
-        """One row through each layer; waits for the device."""
+    def read(self) -> list[float]:
+        """One row through each layer; waits for the device. Seconds of each."""
+        times = list[float]()
         with torch.inference_mode():
             for layer, row in zip(self._layers, self._rows, strict=True):
+                begin = clock()
                 layer(row)
-            synchronize(self.device)
-
-    def seconds(self, repeats: int = REPEATS) -> float:
-        """What that takes: of each layer the least of some, all of them read between two."""
-        least = [math.inf] * len(self._layers)
-        with torch.inference_mode():
-            self.read()  # what happens once only is not what is measured
-            for _ in range(repeats):
-                for i, (layer, row) in enumerate(zip(self._layers, self._rows, strict=True)):
-                    begin = clock()
-                    layer(row)
-                    synchronize(self.device)
-                    least[i] = min(least[i], clock() - begin)
-        return sum(least)
+                synchronize(self.device)
+                times.append(clock() - begin)
+        return times
 
 
 def _bytes(layer: nn.Linear) -> int:
@@ -139,29 +131,55 @@ def read_weights(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter, looked_up in owners.values() if not looked_up)
 
 
-def measure_memory(between: Between, repeats: int = REPEATS) -> float:
-    """Seconds to read a byte of weights that are no expert's."""
-    return between.seconds(repeats) / between.n_bytes
+@dataclass(frozen=True)
+class Turns:
+    """Seconds: byte_s, to read a byte of weights that are no expert's; compute_s, for the products
+    of one expert and one token, by kind of slots."""
+
+    byte_s: float
+    compute_s: Mapping[SlotKind, float]
 
 
-def measure_compute(kind: SlotKind, between: Between, repeats: int = REPEATS) -> float:
-    """Seconds for the products of one expert and one token: the least of some, since what else runs
-    at load time is not what will run."""
-    slot = kind.empty(between.device)
-    slot.zero()
-    name, axis = kind.shapes[0][0], -2 if kind.transposed else -1
-    n_in, n_inner = slot.first.shape[axis], slot.down.shape[axis]
-    x = torch.zeros((1, n_in), dtype=kind.dtype, device=between.device)
-    times = list[float]()
-    with torch.inference_mode():
-        for _ in range(1 + repeats):  # the first has things to do that happen once
-            between.read()
+def measure_turns(kinds: Iterable[SlotKind], between: Between, repeats: int = REPEATS) -> Turns:
+    """Time what takes turns in a token. Of each product the least of some, since what else runs at
+    load time is not what will run."""
+    experts = [_Expert(kind, between.device) for kind in dict.fromkeys(kinds)]
+    reading, computing = [math.inf], [[math.inf, math.inf] for _ in experts]
+    for number in range(1 + repeats):
+        times = between.read()
+        took = [expert.products() for expert in experts]
+        if number == 0:  # it has things to do that happen once
+            reading *= len(times)
+            continue
+        reading = list(map(min, reading, times))
+        computing = [list(map(min, *both)) for both in zip(computing, took, strict=True)]
+    return Turns(
+        sum(reading) / between.n_bytes,
+        {expert.kind: sum(times) for expert, times in zip(experts, computing, strict=True)},
+    )
+
+
+class _Expert:
+    """A slot with no weights in it, and a token for it."""
+
+    def __init__(self, kind: SlotKind, device: torch.device) -> None:
+        self.kind, self._slot = kind, kind.empty(device)
+        self._slot.zero()
+        axis = -2 if kind.transposed else -1
+        self._n_inner = self._slot.down.shape[axis]
+        self._x = torch.zeros((1, self._slot.first.shape[axis]), dtype=kind.dtype, device=device)
+
+    def products(self) -> list[float]:
+        """Seconds of either."""
+        device = self._x.device
+        with torch.inference_mode():
             begin = clock()
-            inner = slot.project(name, x)
-            slot.project("down_proj", inner[:, :n_inner])
-            synchronize(between.device)
-            times.append(clock() - begin)
-    return min(times[1:])
+            inner = self._slot.project(self.kind.shapes[0][0], self._x)
+            synchronize(device)
+            between = clock()
+            self._slot.project("down_proj", inner[:, : self._n_inner])
+            synchronize(device)
+            return [between - begin, clock() - between]
 
 
 def synchronize(device: torch.device) -> None:
