@@ -58,15 +58,13 @@ def test_it_counts_what_load_takes(
         choice = offloaded.choice
     assert choice.on_device == round(found.compressed * experts.n_asked) == held
     assert choice.rest == rest == (found.rest if found.rest_bytes else None)
-    assert choice.cache_bytes == found.cache_bytes
-    # Padding of sections, counted for each by fit, is there once.
-    assert 0 <= found.compressed_bytes - choice.held_bytes <= 64 * held
-    assert choice.expected_hit_ratio == pytest.approx(found.decoded, abs=0.02)
-    if rest is not None:
-        heads = experts.device.headers * (experts.n_asked - held)
-        assert choice.buffer_bytes <= found.buffer_bytes + (
-            experts.largest + 8192) * 8 * (rest == "disk")  # fmt: skip
-        assert (found.buffer_bytes >= heads) == (rest == "ram") or rest == "disk"
+    # Padding that fit counts for each expert is there once, and goes to the cache.
+    assert choice.cache_bytes + choice.held_bytes == found.budget_bytes
+    assert 0 <= found.compressed_bytes - choice.held_bytes <= 512 * held
+    assert choice.expected_hit_ratio == pytest.approx(found.decoded, abs=0.1)
+    if rest != "disk":  # there it counts the host's buffers, too
+        assert choice.buffer_bytes <= found.buffer_bytes
+        assert (found.buffer_bytes > 0) == (rest == "ram")
 
 
 def test_a_gpu_that_is_here_is_measured(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
