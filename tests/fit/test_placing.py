@@ -63,25 +63,28 @@ def test_bytes_add_up_and_the_least_is_the_least(tier: TierName, host: Host) -> 
     assert (below.seconds, below.budget_bytes, below.decoded, below.compressed) == (None, 0, 0, 0)
 
 
+def seconds_of(
+    tier: TierName, memory: int, *, link: float | None = None, speed: float = 1
+) -> float:
+    found = place(*olmoe(), tier, known(link=link, speed=speed), memory, HOST).seconds
+    assert found is not None
+    return found
+
+
 def test_more_memory_and_a_faster_link_never_cost() -> None:
-    shape, sizes = olmoe()
-    for tier in ("device", "ram", "disk"):
-        seconds = [
-            place(shape, sizes, tier, GPU, memory * 500_000_000, HOST).seconds
-            for memory in range(6, 36, 3)
-        ]
-        assert None not in seconds
+    tiers: tuple[TierName, ...] = ("device", "ram", "disk")
+    for tier in tiers:
+        seconds = [seconds_of(tier, memory * 500_000_000) for memory in range(6, 36, 3)]
         # A launch is for more experts where more are missing, so steps are not quite downwards.
         assert all(b <= 1.03 * a for a, b in pairwise(seconds))
-    slow = place(shape, sizes, "ram", known(link=10e9), 6_000_000_000, HOST).seconds
-    fast = place(shape, sizes, "ram", known(link=55e9), 6_000_000_000, HOST).seconds
-    half = place(shape, sizes, "ram", known(link=55e9, speed=0.5), 6_000_000_000, HOST).seconds
+    slow = seconds_of("ram", 6_000_000_000, link=10e9)
+    fast = seconds_of("ram", 6_000_000_000, link=55e9)
+    half = seconds_of("ram", 6_000_000_000, link=55e9, speed=0.5)
     assert fast < min(slow, half)
-    there = [
-        place(shape, sizes, "device", known(link=link), 9_000_000_000, HOST) for link in (1, 9)
-    ]
-    assert there[0].compressed == 1
-    assert there[0].seconds == there[1].seconds  # a miss crosses no bus
+    there = place(*olmoe(), "device", GPU, 9_000_000_000, HOST)
+    assert there.compressed == 1
+    # A miss crosses no bus.
+    assert there.seconds == seconds_of("device", 9_000_000_000, link=1.0)
 
 
 def test_where_experts_can_wait() -> None:

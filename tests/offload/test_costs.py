@@ -61,7 +61,12 @@ def test_decoding_is_timed_into_slots_that_were_used_before(
                     False, False)  # fmt: skip
     made, used = list[Slot](), list[Slot]()
     empty = SlotKind.empty
-    monkeypatch.setattr(SlotKind, "empty", lambda *args: made.append(empty(*args)) or made[-1])
+
+    def makes(self: SlotKind, device: torch.device) -> Slot:
+        made.append(empty(self, device))
+        return made[-1]
+
+    monkeypatch.setattr(SlotKind, "empty", makes)
 
     class Fake(Delivery):
         threads, buffer_bytes, together = 1, 0, 2
