@@ -194,7 +194,7 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
         f"measured: {', '.join(filter(None, (read, decode)))}",
         f"predicted, a token: {ways}; at a hit ratio of {choice.expected_hit_ratio:.2f}"
         + (
-            "; experts are so small here that a token may take a third of it, or several times as long"
+            "; experts are so small here that a token may take a third of it, or several times it"
             if small
             else ""
         ),
