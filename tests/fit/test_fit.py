@@ -14,7 +14,8 @@ from moebound.checkpoint import open_checkpoint
 from moebound.cli.main import main
 from moebound.errors import CheckpointError, UnsupportedArchitectureError
 from moebound.fit import KNOWN, Estimate, Machine, all_running, estimate, shape_of
-from moebound.fit.running import LAYER_S, measure_machine
+from moebound.fit.running import measure_machine
+from moebound.offload.timing import LAYER_S
 from moebound.store import compress
 from moebound.types import ErrorBound
 from tiny_models import MakeTiny
@@ -189,7 +190,7 @@ def test_more_memory_takes_less_time_until_all_is_there() -> None:
         seconds.append(way.seconds)
     assert seconds == sorted(seconds, reverse=True)
     assert way.where == "decoded"
-    other = 2 * shape.n_other_weights / MACHINE.memory + LAYER_S * shape.layers
+    other = 2 * shape.n_read / MACHINE.memory + LAYER_S * shape.layers
     assert way.seconds == pytest.approx(other + shape.layers * shape.top_k * 1e-3)
 
 

@@ -21,6 +21,7 @@ from moebound.model import few_rows
 from moebound.offload import codes, compute, slots
 from moebound.offload.fetcher import Fetcher
 from moebound.offload.loading import load
+from moebound.offload.timing import Turns
 from moebound.store import compress
 from moebound.types import ErrorBound
 from tiny_models import make_tiny
@@ -258,10 +259,11 @@ def test_the_faster_is_taken(made: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     store = made("mixtral")
     for slow in ("codes", "values"):
 
-        def compute(kind: Any, device: Any, slow: str = slow) -> float:
-            return 1.0 if (kind.aside_bytes is not None) == (slow == "codes") else 1e-6
+        def compute(kinds: Any, between: Any, slow: str = slow) -> Turns:
+            slower = {kind: (kind.aside_bytes is not None) == (slow == "codes") for kind in kinds}
+            return Turns(0.0, {kind: 1.0 if slower[kind] else 1e-6 for kind in slower})
 
-        monkeypatch.setattr("moebound.offload.choose.measure_compute", compute)
+        monkeypatch.setattr("moebound.offload.choose.measure_turns", compute)
         with load(store, slots="auto", ram_budget="100%") as offloaded:
             assert offloaded.choice.slots != slow
             assert {"compressed, disk", "compressed, disk, codes"} <= set(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebound.offload.costs import Costs, measure_compute
-from moebound.offload.slots import SlotKind
+from moebound.offload.costs import Costs, measure_speeds
+from moebound.offload.delivery import Arrival, Delivery
+from moebound.offload.entries import open_entries
+from moebound.offload.slots import Slot, SlotKind
+from tiny_models import make_tiny
 
 seconds = st.floats(0, 1)
 costs = st.builds(Costs, seconds, seconds, seconds, seconds, st.integers(1, 64), st.integers(1, 8))
@@ -45,12 +51,36 @@ def test_break_even() -> None:
     assert small.overlapped_s(0) < raw.overlapped_s(0) < slow.overlapped_s(0)
 
 
-def test_computing_is_timed_where_nothing_came_between(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most of the repeats are held up; one is not."""
-    took = [7.0] * 12 + [0.25] + [9.0] * 7
-    ticks = iter([at for second in took for at in (100.0, 100.0 + second)])
-    monkeypatch.setattr("moebound.offload.costs.clock", lambda: next(ticks))
-    kind = SlotKind(
-        (("gate_up_proj", (4, 3)), ("down_proj", (3, 2))), torch.float32, True, False, False
-    )
-    assert measure_compute(kind, torch.device("cpu"), repeats=len(took)) == 0.25
+def test_decoding_is_timed_into_slots_that_were_used_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that is new costs more than decoding what it holds."""
+    src = make_tiny("mixtral", tmp_path / "src")
+    entries = list(open_entries(src))
+    kind = SlotKind((("gate_up_proj", (4, 3)), ("down_proj", (3, 2))), torch.float32, True,
+                    False, False)  # fmt: skip
+    made, used = list[Slot](), list[Slot]()
+    empty = SlotKind.empty
+
+    def makes(self: SlotKind, device: torch.device) -> Slot:
+        made.append(empty(self, device))
+        return made[-1]
+
+    monkeypatch.setattr(SlotKind, "empty", makes)
+
+    class Fake(Delivery):
+        threads, buffer_bytes, together = 1, 0, 2
+
+        def workspace(self) -> Any:
+            return None
+
+        def bytes_of(self, entry: Any, workspace: Any) -> memoryview:
+            raise AssertionError
+
+        def bring(self, arrivals: Sequence[Arrival], workspace: Any) -> None:
+            used.extend(arrival.slot for arrival in arrivals)
+
+    measure_speeds(entries, Fake(), {e.key: kind for e in entries}, torch.device("cpu"))
+    assert len(made) == 2
+    assert len(used) == len(entries) + 2
+    assert used == [made[i % 2] for i in range(len(used))]

@@ -13,9 +13,10 @@ from moebound.errors import CacheError
 from moebound.offload import choose
 from moebound.offload.costs import Costs, Speeds
 from moebound.offload.decoding import room_for
-from moebound.offload.device_tier import candidates, first_fitting
+from moebound.offload.device_tier import candidates
 from moebound.offload.entries import open_entries
 from moebound.offload.loading import load
+from moebound.offload.split import first_fitting
 from moebound.store import compress
 from moebound.types import ErrorBound
 from tiny_models import SMALL, make_tiny

@@ -7,13 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moebound.cli import exits, wording
+from moebound.cli import exits
+from moebound.cli.fit_tables import (
+    ROAD_WORDS,
+    STORE_WORDS,
+    WORDS,
+    placing_lines,
+    placing_words,
+    rate_json,
+    road_lines,
+    running_lines,
+    running_words,
+    table_lines,
+)
 from moebound.cli.options import OthersValue
 from moebound.cli.output import Output, output_options
 from moebound.cli.steps import step_bar
 
 if TYPE_CHECKING:
-    from moebound.fit import Estimate, Machine, Running, Shape, Step
+    from moebound.fit import Estimate, Gpu, Shape
     from moebound.store.format import Others
 
 
@@ -27,14 +39,24 @@ if TYPE_CHECKING:
               metavar="keep|lossless|RATE", help="All other weights, as for compress.")  # fmt: skip
 @click.option("--ram", metavar="SIZE",
               help="Memory there is, as 16GB: says what would lie where, and what a token would "
-              "take.")  # fmt: skip
+              "take. With --device the host's, where compressed experts can wait.")  # fmt: skip
+@click.option("--device", metavar="SIZE|cuda",
+              help="A GPU's memory, as 24GB, or cuda for the GPU that is here: says what would lie "
+              "there, and what a token would take. A GPU that is here is measured; without one, "
+              "times are by rows of one NVIDIA H200.")  # fmt: skip
+@click.option("--link", metavar="SIZE",
+              help="What the bus brings to the GPU in a second.  [default: measured, or 25GB, PCIe "
+              "4 x16; PCIe 5 x16 brings 55GB]")  # fmt: skip
+@click.option("--device-speed", type=click.FloatRange(min=0, min_open=True), metavar="SHARE",
+              help="How fast the GPU is, in shares of that H200.  [default: 1]")  # fmt: skip
 @click.option(
     "--disk",
     metavar="SIZE",
-    help="What the disk reads in a second, for --ram and --plot.  [default: 1GB]",
+    help="What the disk reads in a second, for --ram, --device and --plot.  [default: 1GB]",
 )
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-              help="Draw the time a token by memory of one MODEL: .png, .svg, .pdf.")  # fmt: skip
+              help="Draw the time a token by memory of one MODEL, with --device by the GPU's: "
+              ".png, .svg, .pdf.")  # fmt: skip
 @click.option("--steps", is_flag=True,
               help="Also what each command would take at the first rate, by measured rates of "
               "machines with two cores.")  # fmt: skip
@@ -48,6 +70,9 @@ def fit(
     rates: tuple[float, ...],
     others: Others,
     ram: str | None,
+    device: str | None,
+    link: str | None,
+    device_speed: float | None,
     disk: str | None,
     plot: Path | None,
     steps: bool,
@@ -58,13 +83,19 @@ def fit(
     MODEL is the name of a known one (Moonlight-16B-A3B, Mixtral-8x7B, ...), a folder, a
     config.json, or a model id on the hub. Only its config is read. Sizes and times are those of
     random experts of the same shapes, which are compressed on this machine, times their number.
+    Of a store, its own bytes are counted, and some of its own experts decoded.
     """
     from moebound.fit import (
         DISK,
         KNOWN,
+        Host,
         all_running,
         estimate,
+        estimate_store,
+        is_store,
         measure_machine,
+        place_all,
+        plot_placing,
         plot_running,
         road,
         shape_of,
@@ -76,139 +107,100 @@ def fit(
         raise click.UsageError(f"give models or --known. Known are {', '.join(KNOWN)}")
     if plot is not None and (len(models) != 1 or plot.suffix not in (".png", ".svg", ".pdf")):
         raise click.UsageError(f"--plot {plot}: expected one MODEL, and a .png, .svg or .pdf")
+    if device is None and (link is not None or device_speed is not None):
+        raise click.UsageError("--link and --device-speed are of a GPU: give --device, too")
+    stores = [model for model in models if is_store(model)]
+    if stores and (rates or steps):
+        raise click.UsageError(
+            f"{stores[0]} is a store, whose own bytes are counted: --rate and --steps are for "
+            "models that are to be compressed"
+        )
     speed = DISK if disk is None else parse_size(disk, what="--disk")
     memory = None if ram is None else parse_size(ram, what="--ram")
+    on_gpu = None if device is None else _device_bytes(device)
+    brings = None if link is None else parse_size(link, what="--link")
+    host = Host(memory or 0, speed)
+    codec = "bound" if device is None else "bound:segment=gpu"
     found: list[tuple[Shape, list[Estimate]]] = []
     asked = KNOWN if known else models
     shapes = [shape_of(model) for model in asked]
     with step_bar(output) as say:
         for number, shape in enumerate(shapes):
             say(shape.name, number, len(shapes))
-            found.append((shape, estimate(shape, rates or RATES, memory=memory, others=others)))
+            if shape.name in stores:
+                shape, sizes = estimate_store(shape.name, shape, memory=memory)
+                found.append((shape, [sizes]))
+            else:
+                each = estimate(shape, rates or RATES, memory=memory, others=others, codec=codec)
+                found.append((shape, each))
     document: dict[str, Any] = {
         "models": [
             {
                 "model": shape.name,
                 **shape.to_json(),
-                "rates": [_rate(shape, estimate) for estimate in estimates],
+                "rates": [rate_json(shape, estimate) for estimate in estimates],
             }
             for shape, estimates in found
         ]
     }
-    tables = [_table(found), _WORDS]
-    if memory is not None or plot is not None:
-        for entry, (shape, estimates) in zip(document["models"], found, strict=True):
+    tables = [table_lines(found), *([WORDS] if len(stores) < len(found) else [])]
+    tables += [STORE_WORDS] if stores else []
+    for entry, (shape, estimates) in zip(document["models"], found, strict=True):
+        stored = shape.name in stores
+        if on_gpu is not None:
+            gpu = _gpu(shape, stored=stored, link=brings, speed=device_speed)
+            placed = place_all(shape, estimates, gpu, on_gpu, host)
+            entry["gpu"] = gpu.to_json()
+            entry["placing"] = [way.to_json() for ways in placed for way in ways]
+            tables.append(placing_lines(shape, placed))
+            tables.append(placing_words(gpu, host, stored=stored, link_said=link is not None))
+            if plot is not None:
+                drawn = plot_placing(shape, estimates, gpu, on_gpu, host, plot)
+                tables.append(f"Drawn: {drawn}")
+        elif memory is not None or plot is not None:
             machine = measure_machine(shape, disk=speed)
             entry["machine"] = machine.to_json()
             if memory is not None:
                 ways = all_running(shape, estimates, machine, memory)
                 entry["running"] = [way.to_json() for way in ways]
-                tables += [_running(shape, ways), _running_words(machine)]
+                tables += [running_lines(shape, ways), running_words(machine)]
             if plot is not None:
                 tables.append(f"Drawn: {plot_running(shape, estimates, machine, plot)}")
     if steps:
         for entry, (shape, estimates) in zip(document["models"], found, strict=True):
             taken = road(shape, estimates[0], machines=machines)
             entry["machines"], entry["steps"] = machines, [step.to_json() for step in taken]
-            tables += [_road(shape, estimates[0].rate, machines, taken), _ROAD_WORDS]
+            tables += [road_lines(shape, estimates[0].name, machines, taken), ROAD_WORDS]
     output.result(document, *tables)
     return exits.OK
 
 
-_WORDS = (
-    "Computed, not tried: random experts of these shapes were compressed here, and everything else "
-    "as --others says.\nTime to compress is of this machine as it is now; "
-    "that on two idle cores, and the memory, are by what\ncompressing 4.4 billion weights at rate "
-    "0.3 took on an AMD EPYC (bench/results/compress_checkpoint.json). A rate\nbounds every "
-    "weight's error, in mean |weight| of its expert."
-)
+def _device_bytes(device: str) -> int:
+    """Of a GPU's memory. Raises CacheError for what is no size, and for cuda without a GPU."""
+    from moebound.errors import CacheError
+    from moebound.fit import here
+    from moebound.offload.budget import parse_size
+
+    if device != "cuda":
+        return parse_size(device, what="--device")
+    found = here()
+    if found is None:
+        raise CacheError(
+            "--device cuda: no GPU with triton is here: give the memory that one has, as 24GB"
+        )
+    import torch
+
+    return int(torch.cuda.get_device_properties(found).total_memory)
 
 
-def _rate(shape: Shape, estimate: Estimate) -> dict[str, Any]:
-    from moebound.fit import road
+def _gpu(shape: Shape, *, stored: bool, link: int | None, speed: float | None) -> Gpu:
+    """The one that is here, measured, unless a speed is said; otherwise by rows of an H200."""
+    from moebound.fit import expert_of, here, measure_gpu, random_expert
+    from moebound.fit import known as by_rows
 
-    step = road(shape, estimate)[0]
-    return {**estimate.to_json(), "two_cores_s": step.seconds, "compress_memory": step.memory}
-
-
-def _table(found: list[tuple[Shape, list[Estimate]]]) -> Any:
-    from moebound.fit import road
-
-    columns = ["model", "weights", "in experts", "in bfloat16", "rate",
-               "bits a\nweight", "whole\nmodel", "bits a\nweight", "experts",
-               "time to\ncompress", "two idle\ncores", "memory", "decode\nan expert"]  # fmt: skip
-    rows = []
-    for shape, estimates in found:
-        first = [shape.name, f"{shape.n_weights / 1e9:.1f} B",
-                 wording.percent(shape.n_expert_weights, shape.n_weights),
-                 wording.n_bytes(2 * shape.n_weights)]  # fmt: skip
-        for e in estimates:
-            step = road(shape, e)[0]
-            row = [*first, f"{e.rate:g}", f"{e.model_bits:.2f}", wording.n_bytes(e.model_bytes),
-                   f"{e.bits:.2f}", wording.n_bytes(e.expert_bytes), _time(e.compress_s),
-                   _time(step.seconds or 0), wording.n_bytes(step.memory),
-                   f"{1e3 * e.decode_s:.1f} ms"]  # fmt: skip
-            rows.append(row)
-            first = [""] * len(first)
-    return wording.grid(columns, rows)
-
-
-_ROAD_WORDS = (
-    "Computed, not tried: by rates measured on two cores (bench/results), with disks that keep up. "
-    "A dash: not\nmeasured at such a size."
-)
-
-
-def _road(shape: Shape, rate: float, machines: int, steps: list[Step]) -> Any:
-    number = "one machine" if machines == 1 else f"{machines} machines"
-    rows = [
-        (step.name, "-" if step.seconds is None else _time(step.seconds),
-         wording.n_bytes(step.memory), wording.n_bytes(step.disk) if step.disk else "-",
-         str(step.parts), step.remark)
-        for step in steps
-    ]  # fmt: skip
-    columns = [f"{shape.name}, rate {rate:g}, {number}", "time", "memory of\none", "writes",
-               "parts", ""]  # fmt: skip
-    return wording.grid(columns, rows)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _running(shape: Shape, ways: list[Running]) -> Any:
-    columns = [f"{shape.name} in {wording.n_bytes(ways[0].memory)}", "slots", "experts", "ready",
-               "a token", "tokens\na second", "least\nmemory"]  # fmt: skip
-    rows = []
-    for way in ways:
-        name = "as it is, bfloat16" if way.rate is None else f"rate {way.rate:g}"
-        said = [name, way.slots, _WHERE[way.where]]
-        if way.seconds is None:
-            said += ["-", "-", "-"]
-        else:
-            each = way.seconds
-            said += [f"{100 * way.held:.0f} %", f"{1e3 * each:.0f} ms", f"{1 / each:.1f}"]
-        rows.append([*said, wording.n_bytes(way.floor_bytes)])
-    return wording.grid(columns, rows, text_columns=3)
-
-
-def _running_words(machine: Machine) -> str:
-    products = ", ".join(f"{1e3 * s:.2f} ms ({kind})" for kind, s in machine.compute_s.items())
-    return (
-        f"Computed, not tried, from what was measured now on this machine ({machine.cpu}, "
-        f"{machine.threads} threads):\nan expert's products {products}, decoding as above, memory "
-        f"{wording.n_bytes(machine.memory)}/s. Assumed: a disk of\n{wording.n_bytes(machine.disk)}"
-        "/s (--disk), 2 ms a layer for all that is no product, and as many hits as experts are "
-        "ready.\nSlots of codes (--slots codes) take half of the memory of values, so twice the "
-        "experts are ready."
-    )
-
-
-_WHERE = {
-    "decoded": "all in memory",
-    "memory": "in memory",
-    "disk": "on disk",
-    "no": "does not fit",
-}
+    device = None if speed is not None else here()
+    if device is not None:
+        expert = expert_of(shape.name) if stored else random_expert(shape, 0.3, "bound:segment=gpu")
+        if expert:
+            return measure_gpu(shape, expert, device, link=link)
+    return by_rows(link=link, speed=1.0 if speed is None else speed)

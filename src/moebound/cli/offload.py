@@ -185,7 +185,7 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
     ways = ", ".join(f"{1e3 * seconds:.1f} ms ({name})"
                      for name, seconds in choice.predicted_s.items())  # fmt: skip
     costs = choice.costs
-    # What Python does for a call is no part of the costs, and more than a small expert takes.
+    # What Python does is assumed for layers of a real model's size; small ones take less of it.
     small = costs.decode_s + costs.compute_s < SMALL_S
     refused = "".join(f"; {n} of them values: {why}" for why, n in choice.not_codes.items())
     return [
@@ -194,7 +194,7 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
         f"measured: {', '.join(filter(None, (read, decode)))}",
         f"predicted, a token: {ways}; at a hit ratio of {choice.expected_hit_ratio:.2f}"
         + (
-            "; experts are so small here that a token may take several times as long"
+            "; experts are so small here that a token may take a third of it, or several times it"
             if small
             else ""
         ),

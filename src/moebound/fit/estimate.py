@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,11 @@ import numpy as np
 from moebound.bench.matrices import synthetic
 from moebound.codec import decode, encode_certified, thread_count
 from moebound.codec.codes import decode_codes
+from moebound.codec.device import read_stream
 from moebound.codec.envelope import parse
+from moebound.fit.experts import Experts, alike
 from moebound.fit.shape import Shape
+from moebound.offload.split import cache_room
 from moebound.store.format import Others
 from moebound.types import NO_LOSS, Array, ErrorBound
 
@@ -47,24 +50,37 @@ class Fits:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One rate. bits: a routed expert's weight; model_bits: any weight's of the whole model.
-    *_bytes: of all routed experts, and of the whole model. compress_s: on `threads` threads here,
-    disks not counted. decode_s, codes_s: of one expert, to weights and to codes, with as many
-    threads. fits: None if no memory was given."""
+    """One rate; None: a store's own bytes. bits: a routed expert's weight; model_bits: any weight's
+    of the whole model. *_bytes: of all routed experts, and of the whole model. compress_s: on
+    `threads` threads here, disks not counted; 0 for a store. decode_s, codes_s: of one expert, to
+    weights and to codes, with as many threads. fits: None if no memory was given. experts: what
+    they take where."""
 
-    rate: float
+    rate: float | None
     bits: float
     expert_bytes: int
     model_bytes: int
     threads: int
     compress_s: float
     decode_s: float
-    fits: Fits | None = None
-    model_bits: float = 0.0
-    codes_s: float = 0.0
+    fits: Fits | None
+    model_bits: float
+    codes_s: float
+    experts: Experts = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """In a table."""
+        return "as stored" if self.rate is None else f"rate {self.rate:g}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        del found["experts"]
+        device = self.experts.device
+        return found | {
+            "fits": None if self.fits is None else asdict(self.fits),
+            "device_beside_bytes": None if device is None else device.beside,
+        }
 
     def decode_of(self, slots: str) -> float:
         """Seconds an expert, to what slots of this kind hold."""
@@ -78,26 +94,24 @@ def estimate(
     memory: int | None = None,
     seed: int = 0,
     others: Others = "lossless",
+    codec: str = "bound",
 ) -> list[Estimate]:
     """One for each rate, by encoding and decoding one random expert of this shape.
 
     rates: α, of the mean |weight| of the expert. memory: bytes there are, to say what fits.
     others: of all other weights, as `store.compress` takes it; their sizes are those of one random
-    matrix, the few that are not coded counted with them.
+    matrix, the few that are not coded counted with them. codec: of the experts,
+    "bound" or one with parameters.
     Raises BoundError for a rate that is not above 0.
     """
-    threads, found = thread_count(), list[Estimate]()
-    matrices = [
-        synthetic(["gaussian-rows"], shape=sides, seed=seed + i)[0].array
-        for i, sides in enumerate(shape.expert)
-    ]
+    threads, found, matrices = thread_count(), list[Estimate](), _expert(shape, seed)
     of_others = _bytes_a_weight(others, seed) * shape.n_other_weights
     for rate in rates:
         bound = ErrorBound(rate, "rate")
         began = time.perf_counter()
         encoded = []
         for matrix in matrices:
-            encoded.append(encode_certified(matrix, bound, codec="bound", threads=threads).data)
+            encoded.append(encode_certified(matrix, bound, codec=codec, threads=threads).data)
             hashlib.sha256(matrix.view(np.uint8).data)  # the certificate has both hashes
             hashlib.sha256(encoded[-1])
         encode_s = time.perf_counter() - began
@@ -105,9 +119,11 @@ def estimate(
         as_codes = [np.zeros(matrix.size, np.uint8) for matrix in matrices]
         decode_s, codes_s = _least_s(encoded, outputs, as_codes, threads)
         share = shape.n_expert_weights / shape.expert_size
-        n_bytes = int(sum(map(len, encoded)) * share)
+        one = sum(map(len, encoded))
+        n_bytes = int(one * share)
         whole = n_bytes + int(of_others)
-        fits = None if memory is None else _fits(shape, n_bytes, memory)
+        experts = alike(shape, one, [read_stream(data) for data in encoded])
+        fits = None if memory is None else fits_in(shape, experts, memory)
         bits = 8 * n_bytes / shape.n_expert_weights
         found.append(
             Estimate(
@@ -121,9 +137,23 @@ def estimate(
                 fits,
                 8 * whole / shape.n_weights,
                 codes_s,
+                experts,
             )
         )
     return found
+
+
+def random_expert(shape: Shape, rate: float, codec: str, *, seed: int = 0) -> list[bytes]:
+    """The envelopes of one."""
+    bound = ErrorBound(rate, "rate")
+    return [encode_certified(m, bound, codec=codec).data for m in _expert(shape, seed)]
+
+
+def _expert(shape: Shape, seed: int) -> list[Array]:
+    return [
+        synthetic(["gaussian-rows"], shape=sides, seed=seed + i)[0].array
+        for i, sides in enumerate(shape.expert)
+    ]
 
 
 def _least_s(
@@ -154,15 +184,16 @@ def _bytes_a_weight(others: Others, seed: int) -> float:
     return len(encode_certified(matrix, bound, codec=codec).data) / matrix.size
 
 
-def _fits(shape: Shape, expert_bytes: int, memory: int) -> Fits:
-    decoded = PLAIN_BYTES * shape.n_expert_weights
-    room = memory - ROOM - PLAIN_BYTES * shape.n_other_weights
-    # As `Catalog.smallest_budget`: one token's experts and one more, and one in each other layer.
-    least = min(decoded, PLAIN_BYTES * shape.expert_size * (shape.top_k + shape.layers))
-    if room < least:
+def fits_in(shape: Shape, experts: Experts, memory: int) -> Fits:
+    """With slots of values."""
+    everything, least = experts.everything["values"], experts.floor["values"]
+    room = memory - int(ROOM) - shape.plain_bytes * shape.n_other_weights
+    decoded = cache_room(room, 0, everything, least)
+    if decoded is None:
         return Fits(memory, "no", 0.0)
-    if room >= decoded:
+    if decoded == everything:
         return Fits(memory, "decoded", 1.0)
-    if room - expert_bytes >= least:
-        return Fits(memory, "memory", (room - expert_bytes) / decoded)
-    return Fits(memory, "disk", room / decoded)
+    beside = cache_room(room, experts.all_bytes, everything, least)
+    if beside is not None:
+        return Fits(memory, "memory", beside / everything)
+    return Fits(memory, "disk", decoded / everything)

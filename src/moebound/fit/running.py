@@ -2,39 +2,31 @@
 
 The cost model is `offload.costs.Costs`, the one that `moebound.load` chooses by. What it is given
 was measured on this machine: decoding a random expert of the model's shape (`estimate`), its
-products, and reading memory. Those two are measured on more bytes than a processor's cache has,
-since experts take turns. Assumed are the disk's speed, and `LAYER_S`. The hit ratio is the share of
-experts that fit; texts with locality do better.
+products, and reading memory, as `offload/timing.py` times them at load. Assumed are the disk's
+speed, and `LAYER_S`. The hit ratio is the share of experts that fit; texts with locality do better.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from moebound.bench.environment import describe
 from moebound.codec import thread_count
-from moebound.fit.estimate import PLAIN_BYTES, ROOM, Estimate
+from moebound.fit.estimate import ROOM, Estimate
+from moebound.fit.experts import KINDS, SlotsKind, as_it_is
 from moebound.fit.shape import Shape
 from moebound.offload.costs import Costs
-from moebound.offload.meter import clock
 from moebound.offload.slots import SlotKind
+from moebound.offload.split import cache_room
+from moebound.offload.timing import LAYER_S, Between, measure_turns
 
 DISK = 1_000_000_000
 """Bytes a second that a disk gives, where nobody says more."""
-LAYER_S = 2e-3
-"""Seconds a layer for all but its products: Python, attention, handing experts over. By
-bench/results/offload-codes.json (AMD EPYC, two cores): the time of a pass outside of experts, less
-186 MB at the speed of its experts' products, over five layers, and what experts took but for
-waiting and products, over four."""
-_COLD = 192 << 20
-"""Bytes of slots that take turns while products are timed: more than a processor keeps."""
-
-SlotsKind = Literal["values", "codes"]
-_SLOTS: tuple[SlotsKind, ...] = ("values", "codes")
+_REPEATS = 20
 Where = Literal["no", "disk", "memory", "decoded"]
 
 
@@ -55,7 +47,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Running:
-    """One rate (None: experts as they are, in bfloat16) and one kind of slots.
+    """One rate (None: experts as they are, or a store's own bytes) and one kind of slots.
 
     where: as `Fits` has it, but of disk and memory the faster. held: share of experts that are
     ready to compute with. floor_bytes: the least memory that a machine may have. seconds: a token;
@@ -69,47 +61,41 @@ class Running:
     held: float
     floor_bytes: int
     seconds: float | None
+    stored: bool = False
+
+    @property
+    def name(self) -> str:
+        """In a table or a plot."""
+        if self.stored:
+            return "as stored"
+        return "as it is" if self.rate is None else f"rate {self.rate:g}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def measure_machine(shape: Shape, *, disk: float = DISK) -> Machine:
-    """Time one expert's products, with weights and with codes, and reading memory."""
+def kind_of(shape: Shape) -> SlotKind:
+    """Slots of values for its experts, as products are timed with."""
     *into, down = shape.expert
     rows = sum(sides[0] for sides in into)
-    kind = SlotKind(
+    return SlotKind(
         (("first", (rows, into[0][1])), ("down_proj", down)),
-        torch.bfloat16, gated=False, transposed=False, interleaved=False,
+        torch.float32 if shape.plain_bytes == 4 else torch.bfloat16,
+        gated=False, transposed=False, interleaved=False,
     )  # fmt: skip
-    codes = SlotKind(kind.shapes, kind.dtype, False, False, False, aside_bytes=0)
-    found: dict[SlotsKind, float] = {"values": _products(kind), "codes": _products(codes)}
-    probe = torch.zeros(_COLD // 8, dtype=torch.int64)
-    times = []
-    for _ in range(3):
-        begin = clock()
-        probe.sum()
-        times.append(clock() - begin)
-    return Machine(describe()["cpu"], thread_count(), found, _COLD / min(times), disk)
 
 
-def _products(kind: SlotKind) -> float:
-    """Seconds for one expert and token, of the least that some experts in turn took."""
-    device = torch.device("cpu")
-    slots = [kind.empty(device) for _ in range(min(16, max(2, math.ceil(_COLD / kind.n_bytes))))]
-    for slot in slots:
-        slot.zero()
-    name = kind.shapes[0][0]
-    n_in, n_inner = slots[0].first.shape[-1], slots[0].down.shape[-1]
-    x = torch.zeros((1, n_in), dtype=kind.dtype)
-    times = []
-    with torch.inference_mode():
-        for slot in (*slots, *slots):
-            begin = clock()
-            inner = slot.project(name, x)
-            slot.project("down_proj", inner[:, :n_inner])
-            times.append(clock() - begin)
-    return min(times[len(slots) :])
+def measure_machine(shape: Shape, *, disk: float = DISK) -> Machine:
+    """Time one expert's products, with weights and with codes, and reading memory."""
+    kind = kind_of(shape)
+    codes = replace(kind, aside_bytes=0)
+    between = Between([], torch.device("cpu"), kind.dtype)
+    turns = measure_turns([kind, codes], between, _REPEATS)
+    found: dict[SlotsKind, float] = {
+        "values": turns.compute_s[kind],
+        "codes": turns.compute_s[codes],
+    }
+    return Machine(describe()["cpu"], thread_count(), found, 1 / turns.byte_s, disk)
 
 
 def running(
@@ -117,33 +103,32 @@ def running(
 ) -> Running:
     """How it would run within `memory` bytes of a machine with a CPU.
 
-    sizes: at one rate; None for experts as they are, in bfloat16.
+    sizes: at one rate, or a store's; None for experts as they are.
     """
-    n_experts = shape.layers * shape.n_experts
-    held_as = shape.expert_size * (PLAIN_BYTES if slots == "values" else 1)
-    everything = held_as * n_experts
-    stored = PLAIN_BYTES * shape.n_expert_weights if sizes is None else sizes.expert_bytes
-    beside = int(ROOM) + PLAIN_BYTES * shape.n_other_weights
-    least = min(everything, held_as * (shape.top_k + shape.layers))
-    other_s = PLAIN_BYTES * shape.n_other_weights / machine.memory / shape.layers + LAYER_S
-    room = memory - beside
+    experts = as_it_is(shape) if sizes is None else sizes.experts
+    everything, least = experts.everything[slots], experts.floor[slots]
+    beside = int(ROOM) + shape.plain_bytes * shape.n_other_weights
+    other_s = shape.plain_bytes * shape.n_read / machine.memory / shape.layers + LAYER_S
+    budget = memory - beside
 
     def costs(read_s: float) -> Costs:
         decode_s = 0.0 if sizes is None else sizes.decode_of(slots)
         return Costs(read_s, decode_s, machine.compute_s[slots], other_s, shape.layers, shape.top_k)
 
     def made(where: Where, held: float, seconds: float | None) -> Running:
-        rate = None if sizes is None else sizes.rate
-        return Running(rate, slots, memory, where, held, beside + least, seconds)
+        rate, stored = (None, False) if sizes is None else (sizes.rate, sizes.rate is None)
+        return Running(rate, slots, memory, where, held, beside + least, seconds, stored)
 
-    if room < least:
+    room = cache_room(budget, 0, everything, least)
+    if room is None:
         return made("no", 0.0, None)
-    if room >= everything:
+    if room == everything:
         return made("decoded", 1.0, costs(0.0).overlapped_s(1.0))
     held = room / everything
-    found = made("disk", held, costs(stored / n_experts / machine.disk).overlapped_s(held))
-    if sizes is not None and room - stored >= least:
-        held = (room - stored) / everything
+    found = made("disk", held, costs(experts.mean_bytes / machine.disk).overlapped_s(held))
+    room = cache_room(budget, experts.all_bytes, everything, least)
+    if sizes is not None and room is not None:
+        held = room / everything
         waiting = made("memory", held, costs(0.0).overlapped_s(held))
         found = min(waiting, found, key=lambda way: way.seconds or math.inf)
     return found
@@ -153,6 +138,6 @@ def all_running(
     shape: Shape, estimates: list[Estimate], machine: Machine, memory: int
 ) -> list[Running]:
     """As it is, then at each rate with each kind of slots that the model's layout allows."""
-    kinds = _SLOTS if shape.codes else _SLOTS[:1]
+    kinds = KINDS if shape.codes else KINDS[:1]
     found = [running(shape, None, "values", machine, memory)]
     return found + [running(shape, e, slots, machine, memory) for e in estimates for slots in kinds]

@@ -13,6 +13,7 @@ from moebound.checkpoint import top_k_of
 from moebound.errors import CheckpointError, UnsupportedArchitectureError
 from moebound.model.pretrained import Runs, Source, empty_model, read_config, what_runs
 from moebound.model.stacks import find_stack
+from moebound.offload.timing import read_weights
 from moebound.wordmath.builtin import resolve
 
 
@@ -34,8 +35,9 @@ class Shape:
 
     n_weights: all of the language model, prediction heads not counted. n_expert_weights: of routed
     experts. layers: with routed experts. n_experts, top_k: in each of these. expert: the shapes of
-    an expert's matrices, [out, in]. codes: whether the model computes with them as they are stored,
-    as slots of codes need it.
+    an expert's matrices, [out, in]. n_read: weights that are no routed expert's and that each token
+    reads, which is all but embeddings. codes: whether the model computes with experts as they are
+    stored, as slots of codes need it. plain_bytes: of a weight, uncompressed.
     """
 
     name: str
@@ -46,8 +48,10 @@ class Shape:
     n_experts: int
     top_k: int
     expert: tuple[tuple[int, int], ...]
+    n_read: int
     runs: Runs
     codes: bool = True
+    plain_bytes: int = 2
 
     @property
     def expert_size(self) -> int:
@@ -66,6 +70,7 @@ class Shape:
             "layers": self.layers,
             "experts_per_layer": self.n_experts,
             "experts_per_token": self.top_k,
+            "other_weights_read": self.n_read,
             "expert_shapes": [list(shape) for shape in self.expert],
             "runs": self.runs.how,
             "why_not": self.runs.why or None,
@@ -126,6 +131,7 @@ def _shape(name: str, config: Any) -> Shape:
         n_experts=first.n_experts,
         top_k=top_k_of(document),
         expert=tuple(first.shape(role) for role in first.places),
+        n_read=read_weights(model) - experts,
         runs=what_runs(document),
         codes=_has_codes(first.module),
     )

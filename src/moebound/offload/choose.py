@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,18 +17,23 @@ from moebound.offload.codes import SlotsName
 from moebound.offload.costs import (
     Costs,
     Speeds,
-    measure_compute,
-    measure_memory,
     measure_speeds,
     sample,
     sample_of,
 )
-from moebound.offload.decoding import room_for
 from moebound.offload.delivery import CpuDelivery, Delivery
-from moebound.offload.device_tier import DeviceTier, candidates, first_fitting
+from moebound.offload.device_tier import DeviceTier, candidates
 from moebound.offload.entries import DiskEntries, DiskEntry
 from moebound.offload.slots import SlotKind
+from moebound.offload.split import cache_room, split_device
 from moebound.offload.tiers import DiskTier, RamTier, Tier, TierName
+from moebound.offload.timing import (
+    LAYER_S,
+    Between,
+    linear_layers,
+    measure_turns,
+    read_weights,
+)
 from moebound.types import ExpertKey
 
 FALLBACK_MARGIN = 0.02
@@ -144,11 +149,7 @@ def choose(
     else:
         n_bytes = parse_budget(budget, of=decoded)
     layers, top_k = len({key.layer for key in kinds}), top_k_of(model.config.to_dict())
-    # All weights that are not experts' are read once a token.
-    rest = sum(p.numel() * p.element_size() for p in model.parameters())
-    other_s = rest * measure_memory(device) / layers
     on_host = device.type == "cpu"  # where compressed experts and decoded ones share a memory
-    compute_s = dict[SlotKind, float]()
     fitting, least = list[LoadPath](), list[int]()
     for name, entries in sources.items():
         ways = list[tuple[SlotsName, Mapping[ExpertKey, SlotKind]]]()
@@ -169,9 +170,9 @@ def choose(
                         entries, of, device, n_bytes, floor, cores=cores, drop_cache=drop_cache
                     )
                     held, speeds = plan.held_bytes, plan.speeds
-                room = min(n_bytes - held, everything)
+                room = cache_room(n_bytes, held, everything, floor)
                 least.append(floor + held)
-                if room < floor:
+                if room is None:
                     continue
                 if at == "device" and held + room > free:
                     if tier == "auto":
@@ -181,16 +182,11 @@ def choose(
                         f"ones are to be on {device}, where {free} are free: give a ram_budget of "
                         f"{int(free * FREE_SHARE)} bytes or less, or use tier='ram'"
                     )
-                kind = of[max(of, key=lambda key: kinds[key].n_bytes)]
-                if kind not in compute_s:
-                    compute_s[kind] = measure_compute(kind, device)
                 if speeds is None:
                     waiting = open_tier(at, probe, device, drop_cache=drop_cache)
                     delivery = open_delivery(waiting, entries, device, cores=cores)
                     speeds = measure_speeds(probe, delivery, of, device)
-                costs = Costs(
-                    speeds.read_s, speeds.decode_s, compute_s[kind], other_s, layers, top_k
-                )
+                costs = Costs(speeds.read_s, speeds.decode_s, 0.0, 0.0, layers, top_k)
                 fitting.append(
                     LoadPath(
                         name,
@@ -221,10 +217,37 @@ def choose(
             + f"; the smallest budget is {min(least)} bytes "
             f"({100 * min(least) / decoded:.1f} % of all experts)"
         )
-    best = min(fitting, key=lambda found: found.seconds)
-    if best.seconds > fitting[0].seconds * (1 - FALLBACK_MARGIN):
-        best = fitting[0]
+    fitting = _with_turns(fitting, model, device, n_bytes)
+    best = fitting[preferred([found.seconds for found in fitting])]
     return [best, *(other for other in fitting if other is not best)]
+
+
+def _with_turns(
+    paths: Sequence[LoadPath], model: Any, device: torch.device, budget: int
+) -> list[LoadPath]:
+    """The same, with what computing takes, and what is no expert's."""
+    # All weights that are not experts' are read once a token.
+    rest = read_weights(model) * model.dtype.itemsize
+    between = Between(linear_layers(model), device, model.dtype, all_bytes=rest + budget)
+    largest = [max(path.kinds.values(), key=lambda kind: kind.n_weights) for path in paths]
+    turns = measure_turns(largest, between)
+    return [
+        replace(
+            path,
+            costs=replace(
+                path.costs,
+                compute_s=turns.compute_s[kind],
+                other_s=rest * turns.byte_s / path.costs.n_layers + LAYER_S,
+            ),
+        )
+        for path, kind in zip(paths, largest, strict=True)
+    ]
+
+
+def preferred(seconds: Sequence[float]) -> int:
+    """Which of these ways to take: the first, unless another is faster by FALLBACK_MARGIN."""
+    best = min(range(len(seconds)), key=seconds.__getitem__)
+    return 0 if seconds[best] > seconds[0] * (1 - FALLBACK_MARGIN) else best
 
 
 @dataclass(frozen=True)
@@ -263,19 +286,21 @@ def plan_device(
     )  # fmt: skip
     delivery = open_delivery(waiting, entries, device, cores=cores)
     speeds, beside = measure_speeds(probe, delivery, kinds, device), waiting.most_beside
-    held = first_fitting(found, budget - floor, beside) or found[:1]
-    others = entries.n_bytes - sum(entry.n_bytes for entry in held)
-    if len(held) < len(entries.asked_for):
-        rest: TierName = "ram" if others <= host_bytes() else "disk"
+    split = split_device(
+        found,
+        asked_for=len(entries.asked_for),
+        all_bytes=entries.n_bytes,
+        limit=budget - floor,
+        beside=beside,
+        host_bytes=host_bytes(),
+    )
+    if split.share < 1:
         some = sample(entries)
         delivery = open_delivery(
-            open_tier(rest, some, device, drop_cache=drop_cache), entries, device, cores=cores
+            open_tier(split.rest, some, device, drop_cache=drop_cache), entries, device, cores=cores
         )
-        speeds = speeds.mixed(
-            measure_speeds(some, delivery, kinds, device), len(held) / len(entries.asked_for)
-        )
-    total = sum(room_for(1, entry.n_bytes) + beside for entry in held)
-    return DevicePlan(budget, budget - floor, total, beside, speeds)
+        speeds = speeds.mixed(measure_speeds(some, delivery, kinds, device), split.share)
+    return DevicePlan(budget, budget - floor, split.held_bytes, beside, speeds)
 
 
 def host_bytes() -> int:

@@ -8,10 +8,12 @@ decoding d, computing c; other layers take T. On a CPU, decoding and computing s
 
 (The physical model of offloading, with a decoder that has no processor of its own.) Raw weights are
 read in S / B seconds an expert and not decoded; they win where the link is faster than decoding.
+T is reading what is no expert's, once a token, and `LAYER_S`. c and that are timed by `timing.py`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,7 @@ import torch
 from moebound.offload.delivery import Arrival, Delivery
 from moebound.offload.entries import DiskEntries, DiskEntry
 from moebound.offload.meter import Load, clock
-from moebound.offload.slots import SlotKind
+from moebound.offload.slots import Slot, SlotKind
 from moebound.types import ExpertKey
 
 SAMPLE_BYTES = 96 << 20
@@ -81,26 +83,23 @@ def measure_speeds(
     device: torch.device,
 ) -> Speeds:
     """Bring in these experts, as many at a time as the delivery does, and time it. The first ones
-    are brought in twice: what happens once only is not what is measured."""
+    are brought in twice: what happens once only is not what is measured. So slots are used again,
+    as they are when the model runs: memory that is new costs more than decoding what it holds."""
     workspace, together = delivery.workspace(), delivery.together
     groups = [entries[i : i + together] for i in range(0, len(entries), together)]
-    loads = list[Load]()
+    loads, slots = list[Load](), dict[SlotKind, list[Slot]]()
     for group in (groups[0], *groups):
-        begin = clock()
-        arrivals = [
-            Arrival(
-                entry,
-                kinds[entry.key].empty(device),
-                Load(
-                    entry.key,
-                    0 if entry.key in delivery.on_device else entry.n_bytes,
-                    entry.n_weights,
-                    False,
-                    begun=begin,
-                ),
-            )
-            for entry in group
-        ]
+        begin, taken = clock(), Counter[SlotKind]()
+        arrivals = list[Arrival]()
+        for entry in group:
+            kind = kinds[entry.key]
+            have = slots.setdefault(kind, [])
+            if taken[kind] == len(have):
+                have.append(kind.empty(device))
+            moved = 0 if entry.key in delivery.on_device else entry.n_bytes
+            load = Load(entry.key, moved, entry.n_weights, False, begun=begin)
+            arrivals.append(Arrival(entry, have[taken[kind]], load))
+            taken[kind] += 1
         delivery.bring(arrivals, workspace)
         loads += [arrival.load.share(len(group)) for arrival in arrivals]
     loads = loads[len(groups[0]) :]
@@ -116,36 +115,6 @@ def measure_speeds(
     )
 
 
-def measure_compute(kind: SlotKind, device: torch.device, *, repeats: int = 20) -> float:
-    """Seconds for the products of one expert and one token: the least of some, since what else runs
-    at load time is not what will run, and one time slice is longer than a small expert takes."""
-    slot = kind.empty(device)
-    slot.zero()
-    name, axis = kind.shapes[0][0], -2 if kind.transposed else -1
-    n_in, n_inner = slot.first.shape[axis], slot.down.shape[axis]
-    x = torch.zeros((1, n_in), dtype=kind.dtype, device=device)
-    times = []
-    for _ in range(repeats):
-        begin = clock()
-        inner = slot.project(name, x)
-        slot.project("down_proj", inner[:, :n_inner])
-        synchronize(device)
-        times.append(clock() - begin)
-    return min(times)
-
-
-def measure_memory(device: torch.device) -> float:
-    """Seconds to read a byte of the device's memory."""
-    probe = torch.zeros(16 << 20, dtype=torch.uint8, device=device)
-    times = []
-    for _ in range(5):
-        begin = clock()
-        probe.clone()
-        synchronize(device)
-        times.append(clock() - begin)
-    return min(times) / len(probe) / 2  # read and written
-
-
 def sample(entries: DiskEntries) -> list[DiskEntry]:
     """A few experts, spread over the model, of those that are ever loaded."""
     return sample_of(entries.asked_for or list(entries))
@@ -156,9 +125,3 @@ def sample_of(everything: Sequence[DiskEntry]) -> list[DiskEntry]:
     size = max(1, sum(entry.n_bytes for entry in everything) // len(everything))
     n = min(len(everything), max(MIN_SAMPLES, min(16, SAMPLE_BYTES // size)))
     return [everything[i * len(everything) // n] for i in range(n)]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

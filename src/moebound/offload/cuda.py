@@ -41,6 +41,33 @@ MOST_READERS = 8
 """Threads that read from a disk."""
 
 
+@dataclass(frozen=True)
+class Buffers:
+    """together: experts that a thread brings at a time. at_once: of those from the host, what its
+    buffer holds. threads: that load. arriving_bytes: on the device, for each thread."""
+
+    together: int
+    at_once: int
+    threads: int
+    arriving_bytes: int
+
+    @classmethod
+    def of(cls, *, in_ram: bool, held: bool, decodes: bool, largest: int, cores: int) -> Buffers:
+        """in_ram: those on the host are in pinned memory, not on disk. held: some are compressed on
+        the device. decodes: the device decodes. largest: bytes of an expert that comes from the
+        host, at most."""
+        # From a disk, threads read side by side; out of RAM one launch for many pays more, and two
+        # threads are enough for one to copy while the other decodes.
+        together = 1
+        if decodes and in_ram:
+            together = min(TOGETHER, max(1, TOGETHER_BYTES // max(largest, 1)))
+        elif held:
+            together = TOGETHER
+        at_once = together if in_ram else 1
+        threads = 2 if in_ram else min(cores + 2, MOST_READERS)
+        return cls(together, at_once, threads, room_for(at_once, largest) if decodes else 0)
+
+
 @dataclass(eq=False)
 class Workspace:
     """One loading thread's. pinned: bytes to be copied. arriving: the same on the device. stream:
@@ -75,15 +102,15 @@ class CudaDelivery(Delivery):
         self._decoder = DeviceDecoder(device, held) if decode_on_device else None
         self.kept_bytes = self._decoder.device_bytes if self._decoder is not None else 0
         self._decoding = threading.BoundedSemaphore(cores)
-        # From a disk, threads read side by side; out of RAM one launch for many pays more, and two
-        # threads are enough for one to copy while the other decodes.
-        if decode_on_device and in_ram:
-            self.together = min(TOGETHER, max(1, TOGETHER_BYTES // max(largest, 1)))
-        elif self._held is not None:
-            self.together = TOGETHER
-        self._at_once = self.together if in_ram else 1
-        self.threads = 2 if in_ram else min(cores + 2, MOST_READERS)
-        self._arriving_bytes = room_for(self._at_once, largest) if decode_on_device else 0
+        buffers = Buffers.of(
+            in_ram=in_ram,
+            held=self._held is not None,
+            decodes=decode_on_device,
+            largest=largest,
+            cores=cores,
+        )
+        self.together, self._at_once = buffers.together, buffers.at_once
+        self.threads, self._arriving_bytes = buffers.threads, buffers.arriving_bytes
         self.buffer_bytes = self._tier.buffer_bytes + self._arriving_bytes
 
     def workspace(self) -> Workspace:

@@ -33,6 +33,7 @@ from moebound.offload.decoding import (
 )
 from moebound.offload.delivery import Arrival
 from moebound.offload.entries import DiskEntry
+from moebound.offload.split import first_fitting
 from moebound.offload.tiers import DiskTier, RamTier, Tier, TierName
 from moebound.types import ExpertKey
 
@@ -154,17 +155,6 @@ def candidates(entries: Iterable[DiskEntry]) -> list[DiskEntry]:
     layers have their misses from there alike."""
     found = [entry for entry in entries if _decodable(entry)]
     return sorted(found, key=lambda entry: (entry.key.expert, entry.key.layer))
-
-
-def first_fitting(candidates: Sequence[DiskEntry], limit: int, beside: int) -> list[DiskEntry]:
-    """The first of them, as many as a limit is expected to hold."""
-    found = list[DiskEntry]()
-    for entry in candidates:
-        limit -= room_for(1, entry.n_bytes) + beside
-        if limit < 0:
-            break
-        found.append(entry)
-    return found
 
 
 def _decodable(entry: DiskEntry) -> bool:

@@ -137,7 +137,7 @@ def load(
     model.set_experts_implementation(NAME)
     live = live_experts(model)
     _check_experts(path, entries, live)
-    kinds = _kinds(live, model.dtype)
+    kinds = slot_kinds(live, model.dtype)
     codes = CodeKinds({}, {})
     if slots != "values":
         codes = code_kinds(entries, kinds, place)
@@ -259,7 +259,8 @@ def _check_experts(path: Path, entries: DiskEntries, live: LiveExperts) -> None:
         raise CheckpointError(f"{path}: {what}")
 
 
-def _kinds(live: LiveExperts, dtype: torch.dtype) -> Mapping[ExpertKey, SlotKind]:
+def slot_kinds(live: LiveExperts, dtype: torch.dtype) -> Mapping[ExpertKey, SlotKind]:
+    """Of every expert of a model, as values of this dtype."""
     known = dict[SlotKind, SlotKind]()  # one object for all that are alike
     found = dict[ExpertKey, SlotKind]()
     for owner in live.stacks:

@@ -68,12 +68,16 @@ class SlotKind:
         )
 
     @property
-    def n_bytes(self) -> int:
+    def n_weights(self) -> int:
         """Of one expert."""
-        n_weights = sum(torch.Size(shape).numel() for _, shape in self.shapes)
+        return sum(torch.Size(shape).numel() for _, shape in self.shapes)
+
+    @property
+    def n_bytes(self) -> int:
+        """The same."""
         if self.aside_bytes is not None:
-            return n_weights + self.aside_bytes
-        return n_weights * self.dtype.itemsize
+            return self.n_weights + self.aside_bytes
+        return self.n_weights * self.dtype.itemsize
 
     def room(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Memory for one expert, by parameter."""

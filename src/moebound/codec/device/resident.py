@@ -96,7 +96,9 @@ class Resident:
         return PreparedDecode(self._known, jobs, there, compressed, schedule, tables).run()
 
 
-def resident_bytes(streams: Sequence[Stream]) -> int:
-    """What these arrays add to a `Resident` with tables, at most: sections are padded once."""
+def resident_bytes(streams: Sequence[Stream], *, tables: bool = True) -> int:
+    """What these arrays add to a `Resident`, with tables or without, at most: sections are padded
+    once."""
     known = metadata.build(streams)
-    return len(known.block) + kept_bytes(known.facts[:, metadata.SLOTS])
+    kept = kept_bytes(known.facts[:, metadata.SLOTS]) if tables else 0
+    return len(known.block) + kept

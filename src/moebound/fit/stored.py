@@ -1,0 +1,130 @@
+"""A store that is here: its own bytes, and its own experts decoded, where `estimate` has random
+ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moebound.checkpoint.shards import read_json
+from moebound.codec import thread_count
+from moebound.codec.device.resident import resident_bytes
+from moebound.fit.estimate import Estimate, fits_in
+from moebound.fit.experts import Experts, OnDevice, SlotsKind, segment_of
+from moebound.fit.shape import Shape
+from moebound.model.live import live_experts
+from moebound.model.pretrained import empty_model, read_config
+from moebound.offload.choose import catalog_of, open_delivery, open_tier
+from moebound.offload.codes import code_kinds
+from moebound.offload.costs import measure_speeds, sample, sample_of
+from moebound.offload.decoding import read_streams
+from moebound.offload.device_tier import candidates
+from moebound.offload.entries import DiskEntries, DiskEntry, open_entries
+from moebound.offload.loading import slot_kinds
+from moebound.store.format import read_settings
+
+CPU = torch.device("cpu")
+
+
+def is_store(src: Path | str) -> bool:
+    """Whether a folder is a store, by its config."""
+    config = Path(src) / "config.json"
+    return config.is_file() and read_settings(read_json(config)) is not None
+
+
+def estimate_store(
+    path: Path | str, shape: Shape, *, memory: int | None = None
+) -> tuple[Shape, Estimate]:
+    """The store's sizes, counted, and what decoding some of its experts takes here. Also the shape
+    again, with the dtype that the store decodes to, and whether its experts can be codes.
+
+    Raises as `open_entries`, and what reading damaged experts raises.
+    """
+    entries, config = open_entries(path), read_config(path)
+    dtype = _dtype(config)
+    kinds = slot_kinds(live_experts(empty_model(config, str(path))), dtype)
+    kinds = {entry.key: kinds[entry.key] for entry in entries}
+    codes = code_kinds(entries, kinds, CPU)
+    shape = replace(shape, plain_bytes=dtype.itemsize, codes=codes.any_codes)
+    ways: dict[SlotsKind, Any] = {"values": kinds}
+    if codes.any_codes:
+        ways["codes"] = codes.kinds
+    working = shape.top_k + 1 + entries.most_shared
+    experts = Experts(
+        len(entries.asked_for),
+        entries.n_bytes,
+        max(entry.n_bytes for entry in entries),
+        {slots: sum(kind.n_bytes for kind in of.values()) for slots, of in ways.items()},
+        {
+            slots: catalog_of(entries, of).smallest_budget(floor=1, working=working)
+            for slots, of in ways.items()
+        },
+        _on_device(entries),
+    )
+    threads, probe = thread_count(), sample(entries)
+    delivery = open_delivery(
+        open_tier("ram", probe, CPU, drop_cache=False), entries, CPU, cores=threads
+    )
+    seconds = {slots: _decode_s(probe, delivery, of) for slots, of in ways.items()}
+    n_bytes = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    found = Estimate(
+        None,
+        8 * entries.n_bytes / shape.n_expert_weights,
+        entries.n_bytes,
+        n_bytes,
+        threads,
+        0.0,
+        seconds["values"],
+        None if memory is None else fits_in(shape, experts, memory),
+        8 * n_bytes / shape.n_weights,
+        seconds.get("codes", 0.0),
+        experts,
+    )
+    return shape, found
+
+
+def expert_of(path: Path | str) -> list[bytes]:
+    """The envelopes of one of a store's experts that a GPU decodes; none where it has none."""
+    for entry in candidates(open_entries(path).asked_for)[:1]:
+        data = bytearray(entry.n_bytes)
+        entry.read(memoryview(data))
+        return [bytes(data[part.start : part.stop]) for part in entry.matrices]
+    return []
+
+
+def _decode_s(probe: list[DiskEntry], delivery: Any, kinds: Any) -> float:
+    """Of an expert that was read and checked before."""
+    measure_speeds(probe, delivery, kinds, CPU)
+    return measure_speeds(probe, delivery, kinds, CPU).decode_s
+
+
+def _on_device(entries: DiskEntries) -> OnDevice | None:
+    """By some of its experts, as `plan_device` finds it."""
+    found = candidates(entries.asked_for)
+    if not found:
+        return None
+    streams = []
+    for entry in sample_of(found):
+        data = bytearray(entry.n_bytes)
+        entry.read(memoryview(data))
+        streams.append(read_streams(entry, memoryview(data)))
+    return OnDevice(
+        found,
+        max(map(resident_bytes, streams)),
+        max(resident_bytes(some, tables=False) for some in streams),
+        segment_of(streams[0]),
+    )
+
+
+def _dtype(config: Any) -> torch.dtype:
+    """What a model is loaded in if nobody says more."""
+    for one in (config, config.get_text_config()):
+        dtype = getattr(one, "dtype", None)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype.removeprefix("torch."), None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return torch.float32

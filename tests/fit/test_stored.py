@@ -1,0 +1,85 @@
+"""`fit` of a store: its own bytes, and the budgets that load accepts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moebound.checkpoint import open_checkpoint
+from moebound.cli.main import main
+from moebound.errors import CacheError
+from moebound.fit import Machine, estimate_store, is_store, shape_of
+from moebound.fit.running import running
+from moebound.offload.entries import open_entries
+from moebound.offload.loading import load
+from moebound.store import compress
+from moebound.types import ErrorBound
+from tiny_models import make_tiny
+
+MACHINE = Machine("a processor", 2, {"values": 1e-3, "codes": 8e-4}, 20e9, 1e9)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("olmoe")
+    source = open_checkpoint(make_tiny("olmoe", folder / "src"))
+    compress(source, folder / "dst", bound=ErrorBound(0.3, "rate"))
+    return folder / "dst"
+
+
+def test_its_bytes_are_counted(store: Path) -> None:
+    assert is_store(store)
+    assert not is_store(store.parent / "src")
+    assert not is_store("OLMoE-1B-7B")
+    _, found = estimate_store(store, shape_of(store), memory=2_000_000_000)
+    entries = open_entries(store)
+    assert found.rate is None
+    assert found.expert_bytes == found.experts.all_bytes == entries.n_bytes
+    assert found.model_bytes == sum(f.stat().st_size for f in store.glob("*.safetensors"))
+    assert found.bits == 8 * entries.n_bytes / entries.n_weights
+    assert found.fits is not None
+    assert found.fits.where == "decoded"
+    assert found.experts.device is not None
+    assert [e.key for e in found.experts.device.experts] == sorted(  # type: ignore[attr-defined]
+        (entry.key for entry in entries), key=lambda key: (key.expert, key.layer)
+    )
+    assert min(found.decode_s, found.codes_s) > 0
+
+
+@pytest.mark.parametrize("slots", ["values", "codes"])
+def test_the_least_memory_is_the_least_that_load_takes(store: Path, slots: str) -> None:
+    shape, sizes = estimate_store(store, shape_of(store))
+    found = running(shape, sizes, slots, MACHINE, 0)  # type: ignore[arg-type]
+    spare = found.floor_bytes - sizes.experts.floor[slots]  # type: ignore[index]
+    least = found.floor_bytes - spare
+    load(store, slots=slots, tier="disk", ram_budget=least).close()  # type: ignore[arg-type]
+    with pytest.raises(CacheError, match=f"smallest budget is {least} bytes"):
+        load(store, slots=slots, tier="disk", ram_budget=least - 1)  # type: ignore[arg-type]
+
+
+def test_what_no_gpu_decodes(tmp_path: Path) -> None:
+    source = open_checkpoint(make_tiny("mixtral", tmp_path / "src"))
+    compress(source, tmp_path / "dst", bound=ErrorBound(0.3, "rate"), codec="raw")
+    shape, found = estimate_store(tmp_path / "dst", shape_of(tmp_path / "dst"))
+    assert found.experts.device is None
+    assert not shape.codes
+    assert set(found.experts.floor) == {"values"}
+
+
+def test_the_command(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(store), "--ram", "2GB", "--json"]) == 0
+    [model] = json.loads(capsys.readouterr().out)["models"]
+    assert [rate["rate"] for rate in model["rates"]] == [None]
+    assert model["rates"][0]["expert_bytes"] == open_entries(store).n_bytes
+    assert [(way["stored"], way["slots"]) for way in model["running"]] == [
+        (False, "values"), (True, "values"), (True, "codes")]  # fmt: skip
+    assert main(["fit", str(store), "--device", "2GB", "--device-speed", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "as stored" in shown
+    assert "some of its own experts decoded here" in shown
+    assert "random experts" not in shown
+    for option in (["--rate", "0.3"], ["--steps"]):
+        assert main(["fit", str(store), *option]) == 2
+        assert "is a store, whose own bytes are counted" in capsys.readouterr().err
