@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from transformers.utils import logging
 
+import forks
 from tiny_models import MakeTiny, make_tiny
 
 # What a property test finds is found again: every run draws the same examples, and however long one
@@ -35,3 +37,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> MakeTiny:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def forked() -> Iterator[None]:
+    """Processes that are begun are forked, where that is told from no other: see `forks`."""
+    with forks.forked():
+        yield
