@@ -23,13 +23,14 @@ ATTACK ?= all
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-# Many test processes with one thread each finish sooner than one with many.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS)
+# Many test processes with one thread each finish sooner than one with many. Each takes tests that
+# stand together, which share what is made for them, and in the end some of another's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
 # Each stamp stands for one step that is done; it is redone when what it depends on changes.
 STAMPS := $(VENV)/.stamps
 NATIVE := CMakeLists.txt $(shell find native -type f)
 
-.PHONY: demo test long check fuzz attack lint bench peers install clean
+.PHONY: demo test long check fuzz attack lint bench peers llama install clean
 
 demo: install
 	$(BIN)/moebound demo -o $(DEMO)
@@ -62,6 +63,8 @@ bench: install
 install: $(STAMPS)/package
 
 peers: $(STAMPS)/package $(STAMPS)/peers
+
+llama: $(STAMPS)/llama-$(LLAMA_NATIVE)
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

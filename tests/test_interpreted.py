@@ -14,18 +14,30 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = sorted(str(file.relative_to(HERE)) for file in HERE.glob("**/interpreted/test_*.py"))
+FILES = sorted(HERE.glob("**/interpreted/test_*.py"))
+FOLDERS = sorted({str(file.parent.relative_to(HERE)) for file in FILES})
+LONG = [str(file.relative_to(HERE)) for file in FILES if "mark.long" in file.read_text()]
 
 
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.slow
-def test_under_the_interpreter(file: str) -> None:
+def interpreted(what: str, marks: str) -> None:
     pytest.importorskip("triton", reason="needs triton: pip install '.[gpu]'")
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider",
-         str(HERE / file)],
+         "-m", marks, str(HERE / what)],
         cwd=HERE.parent, env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     assert " passed" in ran.stdout
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.slow
+def test_under_the_interpreter(folder: str) -> None:
+    interpreted(folder, "not long")
+
+
+@pytest.mark.parametrize("file", LONG)
+@pytest.mark.long
+def test_the_long_ones_under_the_interpreter(file: str) -> None:
+    interpreted(file, "long")

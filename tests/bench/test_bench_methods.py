@@ -161,6 +161,7 @@ def test_what_is_kept_is_coded_by_statistics_gathered_again(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_plans_are_taken_by_their_size(source: str, tmp_path: Path) -> None:
     for bits in ("3", "5"):
         assert main(["plan", source, "--bpw", bits, "-o", str(tmp_path / f"{bits}.json")]) == 0
@@ -218,6 +219,7 @@ def test_integers_and_groups_are_those_with_the_least_error(place: Place) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_size_that_a_method_cannot_be_says_the_nearest(
     source: str, statistics: Statistics, tmp_path: Path
 ) -> None:
@@ -232,6 +234,7 @@ ASKED = ["bound", "svd:f8", "reap_re", "mone_re+rtn", "puzzle_moe_re"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
     source: str, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +286,7 @@ def test_rows_have_the_size_asked_and_the_same_call_goes_on_from_them(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_two_workers_make_rows_that_one_process_goes_on_from(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,6 +368,7 @@ def test_who_gathers_statistics_again_is_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_what_needs_statistics_says_so_in_its_row_and_is_tried_again(
     source: str, tmp_path: Path
 ) -> None:

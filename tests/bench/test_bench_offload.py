@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from forks import forked
 from moebound.bench.offload import (
     OffloadReport,
     OffloadSettings,
@@ -41,7 +42,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> OffloadReport:
         shapes=SHAPES, budgets=(0.35,), tiers=("disk",), prompt=4, warm=2, tokens=4,
         peers=("stock", "accelerate"), routing=("forced", "own"),
     )  # fmt: skip
-    return run(settings, tmp_path_factory.mktemp("offload"))
+    with forked():
+        return run(settings, tmp_path_factory.mktemp("offload"))
 
 
 def row(report: OffloadReport, name: str) -> dict[str, Any]:
@@ -120,6 +122,7 @@ def test_a_stored_report_is_read_again(report: OffloadReport) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_run_that_fails_is_a_row(tmp_path: Path) -> None:
     settings = OffloadSettings(
         shapes=replace(SHAPES, layers=1, experts=8, hidden=64, intermediate=64),
@@ -136,6 +139,7 @@ def test_a_run_that_fails_is_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_several_clients_at_a_time(tmp_path: Path) -> None:
     """Each with its part of the trace; the first one's logits are those it has alone."""
     settings = OffloadSettings(
@@ -184,6 +188,7 @@ def test_a_checkpoint_of_other_shapes_is_in_the_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_recorded_trace_of_the_reference_model(tmp_path: Path) -> None:
     """26 layers of 64 experts, six a token: a synthetic model of fewer layers follows the first."""
     trace = tmp_path / "recorded.npz"

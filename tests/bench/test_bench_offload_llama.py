@@ -190,6 +190,7 @@ def test_files_that_llama_cpp_has_not(peer: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_runs_of_files_of_fewer_bits(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")

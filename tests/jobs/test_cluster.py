@@ -193,12 +193,14 @@ def test_work_that_kills_its_workers_is_given_up(machines: Machines) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_processes_write_the_same_store(tmp_path: Path) -> None:
     one = compressed(tmp_path / "one")
     assert compressed(tmp_path / "two", workers=lambda setup: Processes(setup, 2)) == one
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_worker_that_finds_another_model_is_told(loaded: Loaded, tmp_path: Path) -> None:
     text, settings = of_task(loaded, get_task(TASK), 2), Settings(memory=1 << 20)
     setup = Opening(reader, {

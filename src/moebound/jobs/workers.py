@@ -13,6 +13,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +26,9 @@ from moebound.errors import MoeboundError
 
 GRACE_S = 5.0
 """How long a process may take to end by itself."""
+
+AGAIN_S = 0.01
+"""After which a worker that was told to end where that is lost is told so again."""
 
 
 def cores() -> int:
@@ -207,13 +211,16 @@ def _serve(connection: Connection, setup: Opens) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Told to end, it ends as an exception does: folders and processes that it has go with it.
     signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGALRM, _end)
+    sys.unraisablehook = _lost
     measurer: Any = None
     while True:
         try:
             method, args = connection.recv()
         except (EOFError, OSError):
             # It ends by itself; told so again in the middle of that, it would only complain.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for told in (signal.SIGTERM, signal.SIGALRM):
+                signal.signal(told, signal.SIG_IGN)
             return
         try:
             measurer = measurer or setup.open()
@@ -225,8 +232,18 @@ def _serve(connection: Connection, setup: Opens) -> None:
 
 
 def _end(number: int, frame: Any) -> None:
-    del frame
-    raise SystemExit(128 + number)
+    del number, frame
+    # Told so again, it would let go of its work halfway.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _lost(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in a weak reference's callback or a finalizer, and goes on."""
+    if isinstance(unraisable.exc_value, SystemExit):
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _sendable(error: Exception) -> Exception:

@@ -216,6 +216,7 @@ def test_progress_counts_down(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_two_processes_give_the_same_rows(
     whole: Path, tmp_path: Path, suite: Suite, setup: Setup
 ) -> None:
@@ -229,6 +230,7 @@ def test_two_processes_give_the_same_rows(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_what_a_worker_raises_arrives_and_its_death_is_told(setup: Setup) -> None:
     bad = Condition(
         "x", "extra", "", "expert:9:0", "uniform", 0.3, "expert", 0, "wordmath", answers=False
