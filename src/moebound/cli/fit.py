@@ -59,6 +59,7 @@ def fit(
     config.json, or a model id on the hub. Only its config is read. Sizes and times are those of
     random experts of the same shapes, which are compressed on this machine, times their number.
     """
+    from moebound.extras import check
     from moebound.fit import (
         DISK,
         KNOWN,
@@ -76,6 +77,8 @@ def fit(
         raise click.UsageError(f"give models or --known. Known are {', '.join(KNOWN)}")
     if plot is not None and (len(models) != 1 or plot.suffix not in (".png", ".svg", ".pdf")):
         raise click.UsageError(f"--plot {plot}: expected one MODEL, and a .png, .svg or .pdf")
+    if plot is not None:
+        check("--plot", "matplotlib")  # before everything is measured
     speed = DISK if disk is None else parse_size(disk, what="--disk")
     memory = None if ram is None else parse_size(ram, what="--ram")
     found: list[tuple[Shape, list[Estimate]]] = []

@@ -91,9 +91,9 @@ def require_store(path: Path) -> None:
     """
     from moebound.cli.inspect import is_store
     from moebound.store.format import CERTIFICATES_FILE
+    from moebound.store.reader import existing_folder
 
-    if not path.is_dir():
-        raise StoreError(f"{path}: no such folder")
+    existing_folder(path)
     if not (is_store(path) or (path / CERTIFICATES_FILE).exists()):
         raise StoreError(
             f"{path}: this is no store; `moebound compress` makes one, `moebound inspect` shows "
