@@ -224,7 +224,9 @@ def test_an_architecture_that_is_not_read_is_named_beside_those_that_are(tmp_pat
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedArchitectureError, match="'dbrx' is not read; supported: .*dots1"):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"'dbrx' is not read; supported: .*dots1"
+    ):
         open_checkpoint(tmp_path / "m.gguf")
 
 
