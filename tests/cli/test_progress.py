@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from moebound.cli import progress
 from moebound.cli.output import Output
 from moebound.cli.progress import progress_bar
 from moebound.store import Progress
@@ -23,7 +22,7 @@ def test_a_log_shows_life(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([0.0, 5.0, 30.0, 60.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr("moebound.cli.progress.time.monotonic", lambda: next(clock))
     steps(Output(False, False, sys.stdout))
     said = capsys.readouterr()
     assert said.out == ""
