@@ -73,6 +73,16 @@ CASES = {
     ),
     "olmoe": Case("olmoe", {"num_key_value_heads": 4}),
     "glm4_moe": Case("glm4_moe", {"use_qk_norm": True, "attention_bias": True}),
+    "dots1": Case(
+        "dots1", {"n_shared_experts": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+                  "num_hidden_layers": 3, "num_key_value_heads": 4}, _SIGMOID,
+    ),
+    "exaone_moe": Case(
+        "exaone_moe",
+        {"num_hidden_layers": 4, "mlp_layer_types": None, "layer_types": None, "head_dim": 16,
+         "first_k_dense_replace": 1, "num_shared_experts": 1, "sliding_window": 16,
+         "sliding_window_pattern": 4, "routed_scaling_factor": 2.5}, _SIGMOID,
+    ),
     "qwen3_next": Case("qwen3_next", {"head_dim": 16}),
     "qwen3_5_moe": Case(
         "qwen3_5_moe_text",

@@ -215,6 +215,21 @@ def test_what_no_config_could_say(
         open_checkpoint(file)
 
 
+def test_an_architecture_that_is_not_read_is_named_beside_those_that_are(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "dbrx")
+    writer.add_expert_count(16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"'dbrx' is not read; supported: .*dots1"
+    ):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
 def test_frequencies_that_are_not_llama_3s(tmp_path: Path) -> None:
     def other(values: Values) -> Values:
         return values | {"rope_freqs.weight": np.linspace(3, 1, 8, dtype=np.float32)}

@@ -136,6 +136,16 @@ def test_verify(run: Run, store: Path) -> None:
     assert found["n_experts"] == 64
 
 
+def test_verify_by_statistics_that_are_not_there(run: Run, store: Path, tmp_path: Path) -> None:
+    """That is a typing error, and no broken promise."""
+    (tmp_path / "layer-0.safetensors").touch()
+    for folder, said in ((tmp_path / "none", "no such folder"), (tmp_path, "finishes it")):
+        ran = run("verify", store, "--calibration", folder)
+        assert ran.code == 2
+        assert said in ran.stderr
+    assert "moebound compress builtin:wordmath DST" in run("verify", SRC).stderr
+
+
 def test_decompress(run: Run, store: Path, tmp_path: Path) -> None:
     out = tmp_path / "plain"
     found = run("decompress", store, out, "--json").document

@@ -106,7 +106,7 @@ def test_the_command_says_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_cannot_be_said(tmp_path: Path, tiny: MakeTiny) -> None:
-    with pytest.raises(CheckpointError, match="Models known without a config: Moonlight"):
+    with pytest.raises(CheckpointError, match="Known by name are Moonlight"):
         shape_of(tmp_path / "nowhere")
     dense = tmp_path / "dense"
     dense.mkdir()

@@ -108,6 +108,8 @@ def test_a_store_that_does_not_open_is_a_problem(jobs: int, own_store: MakeStore
     assert shard in report.problems[0].message
     with pytest.raises(StoreError, match="no such folder"):
         verify(dst / "nowhere")
+    with pytest.raises(StoreError, match="moebound compress builtin:wordmath DST"):
+        verify("builtin:wordmath")
 
 
 def test_another_original(source: MakeSource, shared_store: MakeStore) -> None:

@@ -20,6 +20,9 @@ from moebound.tasks import Task
 Say = Callable[[str, int, int], None]
 """Called with what is being measured, rows done, and rows in all."""
 
+ANSWERS_EVERY_S = 10.0
+"""How often it is said how many problems the original has answered."""
+
 
 class Beside:
     """The original of a comparison. made: rows that were measured, and not kept from before. total:
@@ -34,7 +37,7 @@ class Beside:
         self.src, self.task, self.limit, self.say = src, task, limit, say
         self.n_answers = n_answers
         self.made = self.total = 0
-        self.began = 0.0
+        self.began = self._said = 0.0
 
     def read(self) -> Loaded:
         """The original, which reads the problems now."""
@@ -49,12 +52,19 @@ class Beside:
 
     def load(self, kept: KeptRows) -> Loaded:
         """The original, which reads and answers now; the answers are kept beside the rows."""
-        self.say("loading", 0, self.total)
+        self.say("the original is loaded, and reads the task", 0, self.total)
         loaded = self.read()
-        self.answers = evaluate(loaded, self.task, limit=self.asked, answers=kept.answers)
+        self.answers = evaluate(
+            loaded, self.task, limit=self.asked, answers=kept.answers, progress=self._answered
+        )
         self.drafts: Mapping[str, str] = read_transcript(kept.answers).texts
         self.began = time.monotonic()
         return loaded
+
+    def _answered(self, n: int, of: int) -> None:
+        if time.monotonic() - self._said >= ANSWERS_EVERY_S:
+            self._said = time.monotonic()
+            self.say(f"the original answers, {n} of {of} problems so far", 0, self.total)
 
     def compare(self, folder: Path) -> tuple[Score, Evaluation]:
         """The model in a folder."""

@@ -237,8 +237,9 @@ def _window(header: Header, config: Config) -> None:
         config["sliding_window"] = window
 
 
-def _gpt_oss(header: Header, config: Config) -> None:
-    """Every second layer slides, unless the file says which."""
+def _slides(header: Header, config: Config) -> None:
+    """Which layers slide, or, where the file does not say, those that do by default: every second
+    of GPT-OSS, three of four of EXAONE, as in llama.cpp."""
     config["sliding_window"] = header.need("attention.sliding_window")
     slides = header.value(f"{header.arch}.attention.sliding_window_pattern")
     if isinstance(slides, list):
@@ -284,9 +285,16 @@ ARCHS: Mapping[str, Arch] = {
     "deepseek2": Arch(
         _deepseek, fields=_GROUPS, more=_mla, scores=("softmax", "sigmoid"), head_dim=False
     ),
-    "gpt-oss": Arch("gpt_oss", more=_gpt_oss, scores=("softmax of those chosen",)),
+    "gpt-oss": Arch("gpt_oss", more=_slides, scores=("softmax of those chosen",)),
     "olmoe": Arch("olmoe", scores=("softmax",)),
     "glm4moe": Arch("glm4_moe", fields=_GROUPS, more=_glm, scores=("sigmoid",)),
+    "dots1": Arch("dots1", fields=_GROUPS, fixed={"sliding_window": None}, scores=("sigmoid",)),
+    "exaone-moe": Arch(
+        "exaone_moe",
+        fields={**_GROUPS, "expert_shared_count": ("num_shared_experts", 0)},
+        more=_slides,
+        scores=("sigmoid",),
+    ),
     "qwen3next": Arch("qwen3_next", more=_delta_net),
     "qwen35moe": Arch("qwen3_5_moe_text", more=_delta_net),
     "granitemoe": Arch(

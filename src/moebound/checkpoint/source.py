@@ -182,9 +182,7 @@ def open_checkpoint(
         return _open_gguf(file, name)
     if path.exists() and not path.is_dir():
         if path.suffix != ".safetensors":
-            raise CheckpointError(
-                f"{path}: expected a folder or a .safetensors file, or a .gguf file"
-            )
+            raise CheckpointError(f"{path}: expected a folder, a .safetensors file or a .gguf file")
         return Checkpoint(path, {}, None, read_header(path)[0], name)
     path = local_folder(
         src,

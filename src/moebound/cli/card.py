@@ -16,7 +16,8 @@ from moebound.cli.output import Output, output_options
     "--measured",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     multiple=True,
-    help="What `moebound eval --json` printed for this store. May be given several times.",
+    help="What `moebound eval --json` or `moebound compare --json` printed for this store. May be "
+    "given several times.",
 )
 @output_options
 def card(output: Output, dst: str, measured: tuple[Path, ...]) -> int:

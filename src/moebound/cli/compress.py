@@ -228,7 +228,8 @@ def compress(
                  f"{wording.n_bytes(after)}, {wording.ratio(before, after)}, "
                  f"{wording.bits(done.expert_bits_per_weight)}"),
                 ("other tensors", wording.others(done.others, done.coded)),
-                ("files of the store", wording.n_bytes(done.store_bytes)),
+                ("files of the store", f"{wording.n_bytes(done.store_bytes)}, certificates and "
+                 "tokenizer among them"),
                 *(("left out", f"{name}: {why}") for name, why in done.left_out.items()),
                 *(("remark", text) for text in done.remarks),
                 ("stored verbatim", f"{done.patched} of {done.n_weights} weights"),

@@ -85,6 +85,7 @@ def fit(
     random experts of the same shapes, which are compressed on this machine, times their number.
     Of a store, its own bytes are counted, and some of its own experts decoded.
     """
+    from moebound.extras import check
     from moebound.fit import (
         DISK,
         KNOWN,
@@ -115,6 +116,8 @@ def fit(
             f"{stores[0]} is a store, whose own bytes are counted: --rate and --steps are for "
             "models that are to be compressed"
         )
+    if plot is not None:
+        check("--plot", "matplotlib")  # before everything is measured
     speed = DISK if disk is None else parse_size(disk, what="--disk")
     memory = None if ram is None else parse_size(ram, what="--ram")
     on_gpu = None if device is None else _device_bytes(device)

@@ -46,8 +46,9 @@ def cli() -> None:
     moebound verify DST --against SRC        check the promise
     moebound generate DST --prompt TEXT      text, with experts decoded as they are needed
 
-    SRC is a folder with a Hugging Face checkpoint, a model id on the hub, or builtin:wordmath or
-    builtin:wordmath-mixtral, small models that come with moebound.
+    SRC is a folder with a Hugging Face checkpoint, a model id on the hub, a GGUF file, or
+    builtin:wordmath or builtin:wordmath-mixtral, small models that come with moebound. DST is the
+    folder that `moebound compress` makes, a store.
 
     \b
     Exit codes: 0 good; 1 a bound is violated or bytes are corrupt; 2 usage or any other failure.

@@ -1,8 +1,9 @@
-"""A progress bar on stderr: bytes done, rate, time left. Off when nobody watches."""
+"""A progress bar on stderr: bytes done, rate, time left. Where nobody watches, lines for a log."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -16,7 +17,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from moebound.cli import wording
 from moebound.cli.output import Output
+
+LINES_EVERY_S = 10.0
+"""Without a terminal, how often a line says how far it is. What takes less says nothing."""
 
 
 class Step(Protocol):
@@ -38,7 +43,7 @@ class Step(Protocol):
 def progress_bar(output: Output, verb: str) -> Iterator[Callable[[Step], None] | None]:
     """Yields what to call after each step, or None when nothing is to be shown."""
     if not output.shows_progress:
-        yield None
+        yield None if output.quiet else _lines(output, verb)
         return
     bar = Progress(
         TextColumn("{task.description}"),
@@ -64,3 +69,27 @@ def progress_bar(output: Output, verb: str) -> Iterator[Callable[[Step], None] |
             )
 
         yield step
+
+
+def _lines(output: Output, verb: str) -> Callable[[Step], None]:
+    began = last = time.monotonic()
+    before: int | None = None  # what an earlier run has done took no time of this one
+
+    def step(now: Step) -> None:
+        nonlocal last, before
+        at = time.monotonic()
+        if before is None:
+            before = now.done_bytes
+        if at - last < LINES_EVERY_S:
+            return
+        last, made = at, now.done_bytes - before
+        left = ""
+        if made > 0 and now.done_bytes < now.total_bytes:
+            seconds = (at - began) * (now.total_bytes - now.done_bytes) / made
+            left = f"; {wording.time_left(seconds)}"
+        output.note(
+            f"{verb} {now.label}: {now.done_experts} of {now.total_experts} experts, "
+            f"{wording.n_bytes(now.done_bytes)} of {wording.n_bytes(now.total_bytes)}{left}"
+        )
+
+    return step

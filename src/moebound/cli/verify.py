@@ -44,14 +44,16 @@ def verify(
     Exit code 1 if anything is not as promised.
     """
     from moebound import store
+    from moebound.files.formats.statistics import read_statistics
 
     require_store(Path(dst))
+    # None there, or an unfinished one, is no broken promise.
+    stats = None if calibration is None else read_statistics(calibration)
     with progress_bar(output, "verifying") as progress:
-        report = store.verify(
-            dst, against=against, calibration=calibration, jobs=jobs, progress=progress
-        )
+        report = store.verify(dst, against=against, calibration=stats, jobs=jobs, progress=progress)
 
-    verdict = "good" if report.ok else f"{len(report.problems) + report.more} problems"
+    n_problems = len(report.problems) + report.more
+    verdict = "good" if report.ok else f"{n_problems} problem{'s' if n_problems > 1 else ''}"
     measured = "measured again" if against is not None else "as certified; --against measures it"
     lines = [
         ("verdict", verdict),
@@ -91,9 +93,9 @@ def require_store(path: Path) -> None:
     """
     from moebound.cli.inspect import is_store
     from moebound.store.format import CERTIFICATES_FILE
+    from moebound.store.reader import existing_folder
 
-    if not path.is_dir():
-        raise StoreError(f"{path}: no such folder")
+    existing_folder(path)
     if not (is_store(path) or (path / CERTIFICATES_FILE).exists()):
         raise StoreError(
             f"{path}: this is no store; `moebound compress` makes one, `moebound inspect` shows "

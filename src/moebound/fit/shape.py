@@ -96,7 +96,7 @@ def shape_of(src: Source) -> Shape:
         config = read_config(path if path.is_dir() else src)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{str(error).rstrip('.')}. Models known without a config: {', '.join(KNOWN)}"
+            f"{str(error).rstrip('.')}. Known by name are {', '.join(KNOWN)}"
         ) from error
     return _shape(name, config)
 

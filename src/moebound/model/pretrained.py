@@ -201,7 +201,10 @@ def _in_words(src: Source, what: str) -> Iterator[None]:
     except (MoeboundError, *_NOT_ERRORS):
         raise
     except BaseException as error:
-        raise CheckpointError(f"{src}: cannot be loaded as {what}: {_reason(error)}") from error
+        there = "" if Path(src).exists() else "no local folder of this name, and from the hub it "
+        raise CheckpointError(
+            f"{src}: {there}cannot be loaded as {what}: {_reason(error)}"
+        ) from error
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from moebound.store.format import (
 )
 from moebound.store.stored import StoredTensor, naming, parse_certified, read_tensor_bytes
 from moebound.types import NUMPY_DTYPES, Array, ExpertKey
+from moebound.wordmath.builtin import PREFIX
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,17 @@ def read_router_edits(tensors: Iterable[TensorInfo]) -> dict[int, RouterEdit]:
     return found
 
 
+def existing_folder(path: Path | str) -> Path:
+    """Raises StoreError where there is none, and for the name of a built-in model."""
+    if (found := Path(path)).is_dir():
+        return found
+    if str(path).startswith(PREFIX):
+        raise StoreError(
+            f"{path}: a model and no store; `moebound compress {path} DST --rate 0.3` makes one"
+        )
+    raise StoreError(f"{path}: no such folder")
+
+
 def open_store(path: Path | str, *, check: bool = True) -> Store:
     """Open a store. Reads headers and certificates, and checks one against the other.
 
@@ -284,9 +296,7 @@ def open_store(path: Path | str, *, check: bool = True) -> Store:
     missing or named by a path, FormatError for a newer version, CorruptionError if it contradicts
     itself.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise StoreError(f"{path}: no such folder")
+    path = existing_folder(path)
     if (path / JOURNAL_FILE).exists():
         raise StoreError(f"{path}: unfinished work of a killed run; run the same command again")
     if not (path / CONFIG_FILE).is_file():

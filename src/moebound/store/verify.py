@@ -25,7 +25,7 @@ from moebound.checkpoint import (
 )
 from moebound.checkpoint.shards import read_json
 from moebound.codec import stats, thread_count
-from moebound.errors import MoeboundError, StoreError
+from moebound.errors import MoeboundError
 from moebound.files.formats.statistics import Statistics
 from moebound.jobs.ordered import in_order
 from moebound.methods import RouterEdit, get_method, weakest
@@ -42,6 +42,7 @@ from moebound.store.reader import (
     Store,
     StoredExpert,
     StoredMatrix,
+    existing_folder,
     open_store,
     read_stored,
 )
@@ -76,11 +77,9 @@ def verify(
     jobs: as for `compress`. Memory is that of jobs + 1 experts (with the original, twice that).
     Raises StoreError if store_path is no folder; everything else is a Problem of the report.
     """
-    begun, path = time.monotonic(), Path(store_path)
+    begun, path = time.monotonic(), existing_folder(store_path)
     against = None if against is None else open_checkpoint(against)
     against_path = None if against is None else str(against.path)
-    if not path.is_dir():
-        raise StoreError(f"{path}: no such folder")
     try:
         store = open_store(path, check=False)
     except MoeboundError as error:
