@@ -50,8 +50,9 @@ def _good() -> Iterator[tuple[str, bytes]]:
             for n_misses in (0, 1, 20, shape[0] * shape[1] // 12):
                 data = moebound.encode(_weights(shape, dtype, n_misses), 0.004)
                 yield f"{dtype} {shape} {n_misses} misses", data
-    yield "decoded to another dtype", moebound.encode(
-        gaussian((61, 50), "F32"), 0.004, dtype="BF16"
+    yield (
+        "decoded to another dtype",
+        moebound.encode(gaussian((61, 50), "F32"), 0.004, dtype="BF16"),
     )
     for by_row in (False, True):
         for factors in (False, True):
@@ -197,7 +198,7 @@ def test_memory_that_is_read_is_not_written_to() -> None:
     both[-len(data) :] = np.frombuffer(data, np.uint8)
     before = both.copy()
     out = both[100 : 100 + 2 * 61 * 50].view(NUMPY_DTYPES["BF16"])
-    overlapping = memoryview(both)[-len(data) :]
+    overlapping = both.data[-len(data) :]
     assert len(overlapping) + len(out) * 2 + 100 > len(both)
     assert not decode_at_once(overlapping, out, (61, 50), threads=1)
     assert (both == before).all()

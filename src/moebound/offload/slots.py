@@ -215,12 +215,11 @@ class CodeSlot(Slot):
     parts: dict[tuple[str, int], CodeMatrix] = field(default_factory=dict)
 
     def begin(self) -> None:
-        super().begin()
-        self.parts.clear()
+        self.parts.clear()  # autograd keeps no codes, and is told nothing
 
     def _array(self, part: DiskMatrix) -> Array | None:
         target = self.place(part)
-        return None if target is None else flat(target)  # type: ignore[no-any-return]
+        return None if target is None else flat(target)
 
     def zero(self) -> None:
         super().zero()
