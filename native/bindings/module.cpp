@@ -26,6 +26,7 @@ moebound::Steps to_steps(const Levels& levels, const Levels& factors, uint16_t k
 NB_MODULE(_native, m) {
   bind_cuszp(m);
   bind_device(m);
+  bind_envelope(m);
   bind_product(m);
 
   m.def("xxh64", [](nb::handle data, uint64_t seed) {

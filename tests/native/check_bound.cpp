@@ -5,9 +5,10 @@
 // For each of CASES random arrays: the encoders agree byte for byte, the decoders bit for bit, and
 // every value keeps its bound; where there are codes of a byte, they are the same, stand for those values, and so are
 // products of them; half of the arrays are whole numbers of steps, versions 2 and 3. Then MUTATIONS damaged copies of the payload (truncated, flipped,
-// overwritten, spliced): each decoder refuses it or gives what the scalar one gives. Buffers are
+// overwritten, spliced): each decoder refuses it or gives what the scalar one gives. The same of an envelope around it. Buffers are
 // exactly as large as they say, so that a sanitizer sees the first byte out of bounds. Exit code 1
 // and a line on stderr at the first disagreement.
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -17,9 +18,12 @@
 #include <string>
 #include <vector>
 
+#include "base/bytes.h"
 #include "base/cpu.h"
 #include "base/status.h"
+#include "base/xxh64.h"
 #include "bound/codec.h"
+#include "bound/envelope.h"
 #include "bound/layout.h"
 #include "product/product.h"
 
@@ -215,6 +219,68 @@ std::vector<uint8_t> mutated(std::vector<uint8_t> bytes) {
   return bytes;
 }
 
+void seal(std::vector<uint8_t>& envelope) {
+  const auto checksum = uint32_t(xxh64(envelope.data(), envelope.size()));
+  envelope.resize(envelope.size() + 4);
+  store(envelope.data() + envelope.size() - 4, checksum);
+}
+
+// An envelope of one row, patched with `values` at the positions that the payload does not carry.
+std::vector<uint8_t> envelope_of(const ArrayInfo& info, const EncodedBound& encoded, const std::vector<uint8_t>& values) {
+  std::vector<uint8_t> bytes{'M', 'O', 'E', 'B', 1, 0, uint8_t(info.output), uint8_t(info.source), 5, 'b', 'o', 'u', 'n', 'd', 3, 2, 1};
+  const auto put_varint = [&](uint64_t value) {
+    for (; value >= 0x80; value >>= 7) bytes.push_back(uint8_t(value | 0x80));
+    bytes.push_back(uint8_t(value));
+  };
+  put_varint(info.n);
+  bytes.resize(bytes.size() + 8);
+  store(bytes.data() + bytes.size() - 8, info.bound);
+  const size_t count = encoded.misses.size();
+  put_varint(count);
+  if (count) {
+    const auto low = uint32_t(std::bit_width(info.n / count) - 1);
+    std::vector<uint8_t> lows((count * low + 7) / 8), highs((count + (info.n >> low) + 8) / 8);
+    for (size_t i = 0; i < count; ++i) {
+      for (size_t bit = 0; bit < low; ++bit) {
+        const size_t at = i * low + bit;
+        lows[at / 8] = uint8_t(lows[at / 8] | (encoded.misses[i] >> bit & 1) << (at & 7));
+      }
+      const size_t at = (encoded.misses[i] >> low) + i;
+      highs[at / 8] = uint8_t(highs[at / 8] | 1u << (at & 7));
+    }
+    bytes.insert(bytes.end(), lows.begin(), lows.end());
+    bytes.insert(bytes.end(), highs.begin(), highs.end());
+    bytes.insert(bytes.end(), values.begin(), values.end());
+  }
+  put_varint(encoded.payload.size());
+  bytes.insert(bytes.end(), encoded.payload.begin(), encoded.payload.end());
+  return bytes;
+}
+
+void check_envelope(const ArrayInfo& info, const EncodedBound& encoded, std::vector<uint8_t> expected, size_t n_mutations) {
+  const size_t size = item_size(info.output);
+  std::vector<uint8_t> values(size * encoded.misses.size());
+  for (uint8_t& byte : values) byte = uint8_t(rng());
+  for (size_t i = 0; i < encoded.misses.size(); ++i) {
+    std::memcpy(&expected[encoded.misses[i] * size], &values[i * size], size);
+  }
+  const auto body = envelope_of(info, encoded, values);
+  auto sealed = body;
+  seal(sealed);
+  std::vector<uint8_t> out(info.n * size);
+  const bool decoded = decode_envelope({sealed.data(), sealed.size(), {1, info.n}, info.output}, out.data(), 1);
+  if (decoded != (info.bound > 0) || (decoded && out != expected)) fail("an envelope decodes differently");
+  for (size_t m = 0; m < n_mutations; ++m) {
+    auto bad = mutated(body);
+    if (below(8)) seal(bad);
+    const std::vector<uint8_t> exact(bad);  // as large as it says
+    decode_envelope({exact.data(), exact.size(), {1, info.n}, info.output}, out.data(), 1);
+    EnvelopeCodes found;
+    std::vector<uint8_t> codes(info.n);
+    decode_envelope_codes({exact.data(), exact.size(), {1, info.n}, info.output}, codes.data(), 1, found);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -253,6 +319,7 @@ int main(int argc, char** argv) {
         fail(std::string(isa_name(isa)) + " makes other codes or products");
       }
     }
+    check_envelope(a.info, encoded, good, n_mutations);
     for (size_t m = 0; m < n_mutations; ++m) {
       const auto bad = mutated(encoded.payload);
       const auto expected = decode(a.info, bad, Isa::kScalar, 1);

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moebound.checkpoint import open_checkpoint
 from moebound.errors import CheckpointError, CorruptionError
 from moebound.offload.entries import DiskEntries, open_entries
-from moebound.offload.tiers import PAGE, DirectFiles, DiskTier, RamTier
+from moebound.offload.tiers import (
+    HUGE_PAGE,
+    PAGE,
+    DirectFiles,
+    DiskTier,
+    RamTier,
+    huge_pages,
+)
 from moebound.store import compress
 from moebound.types import ErrorBound
 from tiny_models import make_tiny
@@ -70,3 +82,46 @@ def test_files_that_change(drop_cache: bool, tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         DiskTier(entries, drop_cache=drop_cache).bytes_of(last, buffer)
+
+
+@pytest.mark.parametrize("drop_cache", [False, True])
+def test_reads_that_come_short_or_late(
+    entries: DiskEntries, drop_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer bytes a call than asked for, on a page and off it, and each call after a while."""
+    real, calls = os.preadv, list[int]()
+
+    def short(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        time.sleep(0.0005)
+        calls.append(len(buffers[0]))
+        most = (PAGE, 1000)[len(calls) % 2]
+        return real(fd, [buffers[0][:most]], offset)
+
+    expected = [bytearray(entry.n_bytes) for entry in entries]
+    for entry, data in zip(entries, expected, strict=True):
+        entry.read(memoryview(data))
+    monkeypatch.setattr(os, "preadv", short)
+    tier = DiskTier(entries, drop_cache=drop_cache)
+    buffer = tier.buffer()
+    for entry, data in zip(entries, expected, strict=True):
+        assert tier.bytes_of(entry, buffer) == data
+    assert len(calls) > len(expected)
+
+
+def test_huge_pages() -> None:
+    for n_bytes in (HUGE_PAGE, 2 * HUGE_PAGE):
+        memory = huge_pages(n_bytes)
+        assert len(memory) == n_bytes
+        assert np.frombuffer(memory, np.uint8).ctypes.data % HUGE_PAGE == 0
+        memory[0], memory[-1] = 1, 2
+        assert memory[1:-1] == bytes(n_bytes - 2)
+
+
+@pytest.mark.skipif(not DirectFiles.possible, reason="no O_DIRECT on this system")
+def test_large_buffers_are_of_huge_pages(entries: DiskEntries) -> None:
+    entry = next(iter(entries))
+    span = replace(entry.spans[0], n_bytes=HUGE_PAGE + 1)
+    large = [replace(entry, spans=(span,))]
+    direct, kept = DiskTier(large, drop_cache=True), DiskTier(large)
+    assert direct.buffer_bytes == len(direct.buffer()) == 2 * HUGE_PAGE
+    assert HUGE_PAGE < kept.buffer_bytes == len(kept.buffer()) < 2 * HUGE_PAGE

@@ -130,6 +130,13 @@ class Stored:
         return MatrixSpec(self.found.spec.shape, self.found.spec.dtype)
 
     @property
+    def envelope(self) -> Envelope:
+        """Raises CorruptionError for a blob."""
+        if not isinstance(self.found, Envelope):
+            raise CorruptionError("expected an envelope")
+        return self.found
+
+    @property
     def needs(self) -> tuple[tuple[int, int], ...]:
         """Group and number of the shared parts that decoding takes."""
         blob = self.found

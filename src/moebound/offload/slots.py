@@ -19,15 +19,14 @@ from torch import nn
 from torch.nn.functional import linear
 
 from moebound.checkpoint import Role, read_into
-from moebound.codec.arrays import to_torch, torch_dtype
-from moebound.codec.codes import CodeMatrix, Product, decode_codes, products
-from moebound.codec.envelope import Envelope
+from moebound.codec.arrays import to_numpy, to_torch, torch_dtype, will_be_written
+from moebound.codec.codes import CodeMatrix, Product, products
 from moebound.errors import CorruptionError
 from moebound.methods import FindPart
 from moebound.model.few_rows import flat, threads_for
 from moebound.offload.entries import DiskEntry, DiskMatrix
 from moebound.offload.meter import Load
-from moebound.store.stored import naming
+from moebound.types import Array
 
 MANY_ROWS = 24
 """From so many rows of bfloat16 on, where the processor multiplies it, weights are written out once
@@ -102,6 +101,9 @@ class Slot:
     weights: dict[str, torch.Tensor]
     load: Load | None = None
     used: torch.cuda.Event | None = None
+    _arrays: dict[tuple[object, ...], Array | None] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def first(self) -> torch.Tensor:
@@ -123,6 +125,7 @@ class Slot:
 
     def begin(self) -> None:
         """Another expert will be put here."""
+        will_be_written(self.weights.values())
 
     def project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """x times a parameter's transpose, as a linear layer: [T, in] to [T, out]."""
@@ -143,6 +146,18 @@ class Slot:
         """The memory that this part's weights fill exactly as they are on disk, if there is any."""
         target = self.place(part)
         return target if target is not None and target.dtype == torch_dtype(part.dtype) else None
+
+    def array(self, part: DiskMatrix) -> Array | None:
+        """`whole(part)` on a CPU as an array, looked for once. Who writes there calls `begin`."""
+        layout = part.layout
+        alike = part.role, part.shape, part.dtype, layout.transposed, layout.interleaved
+        if alike not in self._arrays:
+            self._arrays[alike] = self._array(part)
+        return self._arrays[alike]
+
+    def _array(self, part: DiskMatrix) -> Array | None:
+        target = self.whole(part)
+        return None if target is None else to_numpy(target)
 
     def place(self, part: DiskMatrix) -> torch.Tensor | None:
         """The same, whatever the dtype."""
@@ -204,7 +219,11 @@ class CodeSlot(Slot):
     parts: dict[tuple[str, int], CodeMatrix] = field(default_factory=dict)
 
     def begin(self) -> None:
-        self.parts.clear()
+        self.parts.clear()  # autograd keeps no codes, and is told nothing
+
+    def _array(self, part: DiskMatrix) -> Array | None:
+        target = self.place(part)
+        return None if target is None else flat(target)
 
     def zero(self) -> None:
         super().zero()
@@ -229,16 +248,12 @@ class CodeSlot(Slot):
 
     def fill_codes(self, part: DiskMatrix, data: memoryview, *, threads: int) -> None:
         """Decode a part's bytes. Raises FormatError or CorruptionError, naming file and tensor."""
-        target = self.place(part)
-        assert target is not None  # as `code_kinds` found
+        codes = self.array(part)
+        assert codes is not None  # as `code_kinds` found
         assert part.stored is not None
         name = "down_proj" if part.role == "down" else self.kind.shapes[0][0]
         first = self.first.shape[0] // 2 if part.role == "up" and self.kind.gated else 0
-        with naming(part.stored.tensor):
-            found = part.stored.parse(data).found
-            if not isinstance(found, Envelope):
-                raise CorruptionError("expected an envelope")
-            self.parts[name, first] = decode_codes(found, flat(target), threads=threads)
+        self.parts[name, first] = part.stored.decode_codes(data, codes, threads=threads)
 
     def project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """x times a parameter's transpose: [T, in] to [T, out], in x's dtype."""
@@ -316,10 +331,11 @@ def fill(
     if isinstance(slot, CodeSlot):
         slot.fill_codes(part, data, threads=threads)
         return
-    target = slot.whole(part)
     if part.stored is None:
         slot.put(part, plain_weights(part, data))
-    elif target is not None:
+        return
+    target = slot.array(part)
+    if target is not None:
         part.stored.decode_into(data, target, parts=shared, threads=threads)
     else:
         slot.put(part, to_torch(part.stored.decode(data, parts=shared, threads=threads)))

@@ -12,9 +12,11 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 
 from moebound.errors import CheckpointError, CorruptionError
@@ -25,6 +27,10 @@ TierName = Literal["disk", "ram", "device"]
 
 PAGE = 4096
 """What reads around the cache begin and end on: a multiple of every disk's block."""
+
+HUGE_PAGE = 2 << 20
+"""What large buffers are made of, where the system has such pages: a read around the cache pins
+every page that it writes to, and 3.3 MB then take 0.14 ms of CPU time instead of 0.33."""
 
 
 class Tier(ABC):
@@ -72,8 +78,12 @@ class DiskTier(Tier):
         # Of whole pages, and two more, for reads that begin and end on a page.
         self.buffer_bytes = -(-largest // PAGE) * PAGE + 2 * PAGE
         self._direct = DirectFiles() if drop_cache and DirectFiles.possible else None
+        if self._direct is not None and self.buffer_bytes >= HUGE_PAGE:
+            self.buffer_bytes = -(-self.buffer_bytes // HUGE_PAGE) * HUGE_PAGE
 
     def buffer(self) -> memoryview:
+        if self._direct is not None and self.buffer_bytes >= HUGE_PAGE:
+            return huge_pages(self.buffer_bytes)
         return memoryview(mmap.mmap(-1, self.buffer_bytes))
 
     def bytes_of(self, entry: DiskEntry, buffer: memoryview) -> memoryview:
@@ -92,6 +102,16 @@ class DiskTier(Tier):
         """Whether experts that are not compressed are best read where they belong, without
         `bytes_of`."""
         return self._direct is None
+
+
+def huge_pages(n_bytes: int) -> memoryview:
+    """Memory of whole huge pages, which begins on one; of ordinary pages where there are none."""
+    block = mmap.mmap(-1, n_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    begin = -np.frombuffer(block, np.uint8).ctypes.data % HUGE_PAGE
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system built without them
+            block.madvise(mmap.MADV_HUGEPAGE, begin, n_bytes)
+    return memoryview(block)[begin : begin + n_bytes]
 
 
 class DirectFiles:

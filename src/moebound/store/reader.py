@@ -17,6 +17,7 @@ from typing import Any
 from moebound.checkpoint import Role, TensorInfo, read_header, read_into, read_tensors
 from moebound.checkpoint.shards import read_json
 from moebound.codec.arrays import ArrayLike
+from moebound.codec.codes import CodeMatrix, decode_codes
 from moebound.errors import CorruptionError, FormatError, MoeboundError, StoreError
 from moebound.methods import FindPart, RouterEdit, Stored, router_name, shared_name
 from moebound.methods.blob import PEEK_BYTES, blob_checksum, parse_router, peek_shared
@@ -41,7 +42,14 @@ from moebound.store.format import (
     read_certificates,
     read_settings,
 )
-from moebound.store.stored import StoredTensor, naming, parse_certified, read_tensor_bytes
+from moebound.store.stored import (
+    StoredTensor,
+    codes_certified,
+    decode_certified,
+    naming,
+    parse_certified,
+    read_tensor_bytes,
+)
 from moebound.types import NUMPY_DTYPES, Array, ExpertKey
 from moebound.wordmath.builtin import PREFIX
 
@@ -102,11 +110,21 @@ class StoredMatrix:
     ) -> None:
         """As `decode`, into a contiguous array or tensor of that shape and dtype."""
         with naming(self.tensor):
+            plain = self.target is None and not self.needs
+            if plain and decode_certified(data, self.record.certificate, out, threads):
+                return
             stored = self.parse(data)
             if self.target is None:
                 stored.decode_into(out, parts or self.find, threads=threads)
                 return
         self.target.decode_into(self.target.read(), out, parts=parts, threads=threads)
+
+    def decode_codes(self, data: memoryview, out: Array, *, threads: int) -> CodeMatrix:
+        """As `decode_into`, into codes of a byte, flat: of codec `bound`, with no shared parts.
+        Raises CodecError, too, where there are none."""
+        with naming(self.tensor):
+            found = codes_certified(data, self.record.certificate, out, threads)
+            return found or decode_codes(self.parse(data).envelope, out, threads=threads)
 
     def read(self) -> memoryview:
         """Its bytes, by one positional read. Raises as `read_tensor_bytes` and `check`."""

@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moebound.checkpoint import TensorInfo, read_into
-from moebound.codec import Certificate
+from moebound.codec import Certificate, thread_count
+from moebound.codec.arrays import ArrayLike, writable_view
+from moebound.codec.at_once import codes_at_once, decode_at_once
+from moebound.codec.bound import BoundCodec
+from moebound.codec.codes import CodeMatrix
 from moebound.errors import CorruptionError, FormatError
 from moebound.methods import Stored
 from moebound.store.checks import check_bytes
@@ -38,6 +42,26 @@ def parse_certified(
     if stored.needs != needs:
         raise CorruptionError(f"expected shared parts {needs}, found {stored.needs}")
     return stored
+
+
+def decode_certified(
+    data: memoryview, certificate: Certificate, out: ArrayLike, threads: int | None
+) -> bool:
+    """Decode an envelope into a contiguous array or tensor of the certified shape and dtype, by one
+    native call. False, with anything in `out`, where it takes `parse_certified`, which says why."""
+    if certificate.codec != BoundCodec.id:
+        return False
+    view = writable_view(out, certificate.shape, certificate.dtype)
+    n_threads = thread_count() if threads is None else threads
+    return decode_at_once(data, view, certificate.shape, threads=n_threads)
+
+
+def codes_certified(
+    data: memoryview, certificate: Certificate, out: Array, threads: int
+) -> CodeMatrix | None:
+    """As `decode_certified`, a matrix into codes of a byte."""
+    shape = certificate.shape[0], certificate.shape[1]
+    return codes_at_once(data, out, shape, certificate.dtype, threads=threads)
 
 
 @contextmanager
