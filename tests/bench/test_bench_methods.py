@@ -81,6 +81,21 @@ def test_each_kind_of_method_is_searched_by_its_own_parameter(place: Place) -> N
     assert {name: type(sizing_of(name, place)) for name in kinds} == kinds
 
 
+class Without7(ByGrid):
+    def _bits(self, width: int, length: int) -> float:
+        if width == 7:
+            raise MethodError("no integers of 7 bits")
+        return super()._bits(width, length)
+
+
+def test_a_width_that_a_method_has_not_is_left_out(place: Place) -> None:
+    for bits in (8.0, 3.0):
+        assert ":int7" not in Without7("rtn", "", place).search(bits)(bits).setting
+    with pytest.raises(SizeError) as caught:
+        Without7("rtn", "", place).search(30.0)
+    assert caught.value.nearest == pytest.approx(10, rel=0.05)
+
+
 def test_all_methods_there_are_can_be_asked_for(place: Place) -> None:
     from moebound.methods import method_ids
 

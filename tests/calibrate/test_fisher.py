@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from moebound.calibrate.fisher import Labels
 from moebound.cli.main import main
 from moebound.errors import MoeboundError, UnsupportedArchitectureError
 from moebound.evaluate.text import pad
+from moebound.files.documents import load_json
 from moebound.files.formats.statistics import FILE
 from moebound.model import live_experts
 from tiny_models import TINY, MakeTiny
@@ -136,6 +138,31 @@ def test_families_without_gradients_are_refused(name: str, tiny: MakeTiny, tmp_p
         collect(loaded(tiny(name)), TEXT, tmp_path / "s", FISHER)
 
 
+def test_answers_count_so_many_times(tiny: MakeTiny, tmp_path: Path) -> None:
+    model, weighted = loaded(tiny("mixtral")), Settings(fisher=True, answer_weight=4.0)
+    plain = collect(model, TEXT, tmp_path / "plain", FISHER)
+    assert "answer_weight" not in load_json(tmp_path / "plain" / FILE)
+    # The prediction behind a prompt of one token is an answer's already.
+    answers = replace(TEXT, prompts=(1,) * len(TEXT.rows))
+    found = collect(model, answers, tmp_path / "answers", weighted)
+    assert read_statistics(tmp_path / "answers").of.answer_weight == 4
+    asked = replace(TEXT, prompts=tuple(len(row) + 1 for row in TEXT.rows))
+    same(collect(model, asked, tmp_path / "asked", weighted), plain, 1e-6)
+    half = replace(TEXT, prompts=tuple(len(row) // 2 for row in TEXT.rows))
+    between = collect(model, half, tmp_path / "half", weighted)
+    for key in plain.keys:
+        for name in ("inputs", "hidden", "gate_rows", "up_rows", "down_rows"):
+            one, four = plain.array(key, name), found.array(key, name)
+            np.testing.assert_allclose(four, 4 * one, rtol=1e-4, atol=1e-5 * np.abs(four).max())
+        if plain.array(key, "down_rows").any():
+            sums = [some.array(key, "down_rows").sum() for some in (plain, between, found)]
+            assert sums[0] < sums[1] < sums[2]
+    with pytest.raises(MoeboundError, match=r"count 4 times .* has 0 prompts"):
+        collect(model, TEXT, tmp_path / "none", weighted)
+    with pytest.raises(MoeboundError, match=r"another run \(answer_weight is 4.0"):
+        collect(model, answers, tmp_path / "answers", FISHER)
+
+
 def test_all_tokens_feel_nothing(tiny: MakeTiny, tmp_path: Path) -> None:
     with pytest.raises(MoeboundError, match="--all-tokens"):
         collect(loaded(tiny("mixtral")), TEXT, tmp_path / "s", Settings(routed=False, fisher=True))
@@ -162,3 +189,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["fisher"] is True
     assert main([*asked, "-o", str(tmp_path / "t"), "--all-tokens"]) == 2
     assert "--all-tokens" in capsys.readouterr().err
+    assert main([*asked, "-o", str(tmp_path / "w"), "--answer-weight", "16"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer_weight"] == 16
+    text = tmp_path / "text"
+    text.write_text("one two three", encoding="utf-8")
+    of_file = ["calibrate", MIXTRAL, "--text", str(text), "-o", str(tmp_path / "v")]
+    for wrong in (["--fisher"], []):
+        assert main([*of_file, *wrong, "--answer-weight", "16"]) == 2
+        assert "--answer-weight goes with --fisher and --task" in capsys.readouterr().err

@@ -126,6 +126,11 @@ def test_hqq_is_the_library_and_beats_rounding_to_nearest() -> None:
     assert error(hqq) < error(rtn)
 
 
+def test_hqq_has_no_integers_of_7_bits() -> None:
+    with pytest.raises(MethodError, match="hqq:int7:g64: hqq has integers of 2 to 6"):
+        apply("hqq:int7:g64", weights(8, 64))
+
+
 def test_without_hqq_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "hqq.core.quantize", None)
     with pytest.raises(BackendUnavailable, match=r"pip install '\.\[peers\]'"):

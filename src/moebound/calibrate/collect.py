@@ -74,7 +74,7 @@ class Settings:
     experts that can be left out (`search.py`). after: the setting of the method that has edited the
     model (`edited.py`); fingerprint: of the experts before that, None where nothing was done.
     affinity: sum up g x xᵀ, too. fisher: weighted by what the loss feels (`fisher.py`), in the
-    place of g²."""
+    place of g²; answer_weight: how many times an answer's tokens count there."""
 
     routed: bool = True
     moments: Moments = "full"
@@ -83,6 +83,7 @@ class Settings:
     after: str | None = None
     affinity: bool = False
     fisher: bool = False
+    answer_weight: float = 1.0
     fingerprint: str | None = None
 
 
@@ -142,6 +143,11 @@ def _of(loaded: Loaded, text: Text, settings: Settings) -> Of:
             )
         for entry in live.stacks:
             check_differentiable(entry.stack)
+    if settings.answer_weight != 1 and not (settings.fisher and text.prompts):
+        raise MoeboundError(
+            f"answers count {settings.answer_weight:g} times (--answer-weight): expected --fisher, "
+            f"and a task, which says what an answer is; {text.name} has {len(text.prompts)} prompts"
+        )
     return Of(
         model=loaded.source.name,
         fingerprint=settings.fingerprint or of_corners(live),
@@ -157,6 +163,7 @@ def _of(loaded: Loaded, text: Text, settings: Settings) -> Of:
         after=settings.after,
         affinity=settings.affinity,
         fisher=settings.fisher,
+        answer_weight=settings.answer_weight,
     )
 
 
@@ -237,6 +244,7 @@ def _begin(out: Path, of: Of, memory: int) -> set[str]:
         "after": of.after,
         "affinity": of.affinity or None,
         "fisher": of.fisher or None,
+        "answer_weight": of.to_json().get("answer_weight"),
     }
     wanted = {FILE: said, UNFINISHED: said | {"memory": memory}}
     marks = [name for name in wanted if (out / name).is_file()]
@@ -309,7 +317,7 @@ class _Run:
                     hooks.enter_context(
                         told_of_gradients(some.span.entry.module, some.add_gradient, recomputing)
                     )
-            labels = Labels(self.text) if self.of.fisher else None
+            labels = Labels(self.text, self.of.answer_weight) if self.of.fisher else None
             if labels is not None:
                 hooks.enter_context(with_gradients(model))
             n, rows = 0, [(row, ()) for row in self.text.rows]

@@ -14,10 +14,14 @@ the outputs,
     r_i = Σ_t δ_ti²        so that F of row i is about A r_i / Σ r
 
 δ contains the routing weight g, and all that comes behind the expert.
+
+Where answers count W times, the loss of their tokens counts √W times, and so δ_t δ_tᵀ W times: F is
+then that of W times the KL of answers, and once that of prompts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
@@ -39,14 +43,15 @@ _DRAWN_TOKENS = 64
 
 class Labels:
     """Labels drawn from a model's own predictions: of a token always the same, whatever is read
-    beside it, for the same model and text."""
+    beside it, for the same model and text. answer_weight: W."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Text, answer_weight: float = 1.0) -> None:
         self._seed = int(text.sha256[:15], 16)
+        self._prompts, self._root = text.prompts, math.sqrt(answer_weight)
 
     def loss(self, logits: torch.Tensor, batch: Batch, indices: list[int]) -> torch.Tensor:
-        """Σ -log p(label) over all tokens that are no padding. logits: [B, T, V]. indices: of the
-        batch's sequences, in the text."""
+        """Σ -log p(label) over all tokens that are no padding, times √W of an answer's. logits:
+        [B, T, V]. indices: of the batch's sequences, in the text."""
         logs = logits.float().log_softmax(-1)
         total = logs.new_zeros(())
         for row, index in enumerate(indices):
@@ -55,7 +60,12 @@ class Labels:
             numbers = torch.rand(len(own), 1, generator=draw, dtype=torch.float64)
             parts = (torch.split(part, _DRAWN_TOKENS) for part in (own.detach(), numbers))
             label = torch.cat([_drawn(*some) for some in zip(*parts, strict=True)])
-            total = total - own.gather(1, label.to(own.device)).sum()
+            losses = own.gather(1, label.to(own.device))
+            if self._root != 1:  # the first token of an answer is predicted by the prompt's last
+                weights = torch.ones_like(losses)
+                weights[self._prompts[index] - 1 :] = self._root
+                losses = losses * weights
+            total = total - losses.sum()
         return total
 
 

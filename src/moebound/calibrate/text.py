@@ -32,10 +32,12 @@ _MOST = 1 << 40
 
 @dataclass(frozen=True)
 class Text:
-    """name: of the task or file. rows: token ids of each sequence, read on its own."""
+    """name: of the task or file. rows: token ids of each sequence, read on its own. prompts: how
+    many tokens of each are asked and not answered; none where nobody knows."""
 
     name: str
     rows: tuple[tuple[int, ...], ...]
+    prompts: tuple[int, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -91,7 +93,8 @@ def solved(loaded: Loaded, task: Task, limit: int | None = None, *, skip: int = 
 
 def whole(task: Task, rows: Rows) -> Text:
     """Prompts and solutions, one behind the other."""
-    return Text(task.name, tuple((*prompt, *solution) for prompt, solution in rows))
+    prompts = tuple(len(prompt) for prompt, _ in rows)
+    return Text(task.name, tuple((*prompt, *solution) for prompt, solution in rows), prompts)
 
 
 def of_file(

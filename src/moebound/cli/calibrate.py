@@ -52,6 +52,9 @@ HELD_OUT = 500
               help="Weigh tokens and rows by what the model's predictions feel of them: read the "
               "text backward too, three times the work. Nearer to the model over all tokens, "
               "with plans by it.")  # fmt: skip
+@click.option("--answer-weight", type=BoundValue(), metavar="W",
+              help="With --fisher and --task: let the KL of answers count W times that of "
+              "prompts.  [default: 1]")  # fmt: skip
 @click.option("--search", is_flag=True,
               help="Search, for every number of experts, which of a layer's change its output "
               "least when the others are left out; method lu_re needs it. Slow.")  # fmt: skip
@@ -88,6 +91,7 @@ def calibrate(
     diagonal: bool,
     all_tokens: bool,
     fisher: bool,
+    answer_weight: float | None,
     search: bool,
     affinity: bool,
     after: str | None,
@@ -114,6 +118,10 @@ def calibrate(
         raise click.UsageError(
             "--fisher and --all-tokens do not go together: the loss feels "
             "nothing of tokens that are not sent to an expert"
+        )
+    if answer_weight is not None and not (fisher and task is not None):
+        raise click.UsageError(
+            "--answer-weight goes with --fisher and --task, which says what an answer is"
         )
     if (after is None) != (calibration is None):
         raise click.UsageError("--after and --calibration go together")
@@ -150,7 +158,10 @@ def calibrate(
     if after is not None and calibration is not None:
         after = edit_model(loaded.model, after, read_statistics(calibration))
     moments: Moments = "diagonal" if diagonal else "full"
-    settings = Settings(not all_tokens, moments, room, search, after, affinity, fisher, fingerprint)
+    settings = Settings(
+        not all_tokens, moments, room, search, after, affinity, fisher, answer_weight or 1.0,
+        fingerprint,
+    )  # fmt: skip
     hands_of = hire(workers, ray_address, device=device)
     with step_bar(output) as say, ExitStack() as stack:
         hands = None
@@ -213,6 +224,7 @@ def _table(found: Statistics, said: dict[str, Any]) -> Any:
             ("second moments", ("whole" if of.moments == "full" else "diagonals")
                                + (", by g as well as by g²" if of.affinity else "")),
             ("tokens weighted by", "what the loss feels (Fisher)" if of.fisher else "gates"),
+            *([("answers count", f"{of.answer_weight:g} times")] if of.answer_weight != 1 else []),
             *([("after", of.after)] if of.after else []),
             ("written", f"{found.folder}, {wording.n_bytes(found.n_bytes)}"),
         ]

@@ -18,6 +18,8 @@ from moebound.methods.base import MatrixSpec
 from moebound.methods.rtn import Grouped, take_groups
 from moebound.types import Array
 
+_WIDTHS = (2, 3, 4, 5, 6, 8)
+
 
 class Hqq(Grouped):
     """A payload: head, scales, zero points (float16 each), integers."""
@@ -29,6 +31,8 @@ class Hqq(Grouped):
         return ("hqq",)
 
     def quantized(self, matrix: Array) -> bytes:
+        if self.bits not in _WIDTHS:
+            raise MethodError(f"{self.setting}: hqq has integers of 2 to 6 bits, and of 8")
         if matrix.size % self.group:
             raise MethodError(
                 f"a matrix of {matrix.size} weights is not a whole number of groups of "

@@ -212,6 +212,8 @@ def _calibrated(text: Of, found: OutputTotals) -> Iterable[tuple[str, str]]:
         yield "tokens", "all were shown to every expert"
     if text.fisher:
         yield "tokens weighted by", "what the model's predictions feel of them (Fisher)"
+    if text.answer_weight != 1:
+        yield "answers' tokens count", f"{text.answer_weight:g} times"
     for name, value in (("median", found.median), ("largest", found.largest)):
         if value is not None:
             yield f"error of a matrix's outputs over their power, {name}", f"{100 * value:.3g} %"

@@ -249,7 +249,10 @@ def _identity(statistics: Statistics | None) -> dict[str, Any] | None:
     if statistics is None:
         return None
     names = ("text_sha256", "moments", "routed", "searched")
-    return {name: getattr(statistics.of, name) for name in names}
+    found = {name: getattr(statistics.of, name) for name in names}
+    if statistics.of.answer_weight != 1:
+        found["answer_weight"] = statistics.of.answer_weight
+    return found
 
 
 def lengths(baseline: Baseline) -> tuple[tuple[int, int], ...]:

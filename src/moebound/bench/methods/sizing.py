@@ -84,11 +84,14 @@ class ByGrid(Sizing):
         found: list[tuple[float, int, int, float]] = []
         near: list[float] = []
         for width in range(2, 9):
-            for group in self._groups(width, bits):
+            lengths = self._lengths(width)
+            for group in self._next_to(bits, width, lengths) if lengths else ():
                 size, error = self.place.measured(self.setting(width, group))
                 near.append(size)
                 if abs(size - bits) <= WITHIN * bits:
                     found.append((error, width, group, size))
+        if not near:
+            self._bits(4, 64)  # which says why
         if not found:
             nearest = min(near, key=lambda size: abs(size - bits))
             raise SizeError(
@@ -108,10 +111,9 @@ class ByGrid(Sizing):
 
         return at
 
-    def _groups(self, width: int, bits: float) -> list[int]:
-        """The two lengths of a group whose sizes are next to these bits, of a width; one where all
-        are on one side."""
-        lengths = self._lengths(width)
+    def _next_to(self, bits: float, width: int, lengths: list[int]) -> list[int]:
+        """The two of these lengths of a group whose sizes are next to these bits, of a width; one
+        where all are on one side."""
         low, high = 0, len(lengths) - 1
         if self._bits(width, lengths[low]) < bits:
             return [lengths[low]]
@@ -128,12 +130,12 @@ class ByGrid(Sizing):
         return self.place.measured(self.setting(width, length))[0]
 
     def _lengths(self, width: int) -> list[int]:
-        """All, or powers of 2 of a method that does not take all."""
+        """All, or powers of 2 of a method that does not take all; none of a width it has not."""
         try:
             self._bits(width, _SMALLEST_GROUP + 1)
         except MethodError:
             powers = [1 << at for at in range(3, 17)]
-            return [length for length in powers if self._takes(width, length)] or powers
+            return [length for length in powers if self._takes(width, length)]
         return list(range(_SMALLEST_GROUP, 513)) + [
             round(512 * 2 ** (step / 8)) for step in range(1, 57)
         ]

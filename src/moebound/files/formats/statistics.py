@@ -53,7 +53,7 @@ import safetensors
 from safetensors.numpy import save as to_safetensors
 
 from moebound.errors import FormatError, MoeboundError
-from moebound.files.documents import Format, count, fields_of, items, save_json
+from moebound.files.documents import Format, count, fields_of, items, number, save_json
 from moebound.files.durable import save_bytes
 from moebound.types import Array, ExpertKey
 
@@ -128,7 +128,7 @@ class Of:
     tokens that were sent to them, or all of them. width: N; inner: M. searched: whether there is
     `kept`. after: the method whose router edits the model had meanwhile. affinity: whether there
     are `inputs_affinity` and `hidden_affinity`. fisher: whether tokens are weighted by what the
-    loss feels of them."""
+    loss feels of them. answer_weight: how many times an answer's tokens count in that."""
 
     model: str
     fingerprint: str
@@ -144,11 +144,15 @@ class Of:
     after: str | None = None
     affinity: bool = False
     fisher: bool = False
+    answer_weight: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Without what version 1 had not, where it says nothing."""
         later = {"searched", "after", "affinity", "fisher"}
-        return {name: value for name, value in vars(self).items() if value or name not in later}
+        said = {name: value for name, value in vars(self).items() if value or name not in later}
+        if self.answer_weight == 1:
+            del said["answer_weight"]
+        return said
 
     @classmethod
     def from_json(cls, data: Any) -> Of:
@@ -171,6 +175,7 @@ class Of:
             after=None if data.get("after") is None else str(data["after"]),
             affinity=data.get("affinity", False) is True,
             fisher=data.get("fisher", False) is True,
+            answer_weight=number(data.get("answer_weight", 1), "answer_weight"),
         )
 
 
