@@ -93,7 +93,7 @@ def test_a_width_that_a_method_has_not_is_left_out(place: Place) -> None:
         assert ":int7" not in Without7("rtn", "", place).search(bits)(bits).setting
     with pytest.raises(SizeError) as caught:
         Without7("rtn", "", place).search(30.0)
-    assert caught.value.nearest == pytest.approx(10, rel=0.05)
+    assert caught.value.nearest == place.measured("rtn:int8:g8")[0]
 
 
 def test_all_methods_there_are_can_be_asked_for(place: Place) -> None:
