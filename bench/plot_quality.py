@@ -1,7 +1,9 @@
 """Plot of stored rows of `moebound bench quality --json`: bits a weight against KL.
 
-    python bench/plot_quality.py bench/results/quality-peers-mixtral.json -o docs/images/quality.png
+    python bench/plot_quality.py bench/results/quality-peers-mixtral.json \
+        bench/results/methods-weighted-mixtral.json -o docs/images/quality.png
 
+Rows of `moebound bench methods --json`, of the same model and problems, may stand behind them.
 Measures nothing. Two panels with one scale: KL over all tokens, prompts included, and over the
 answers' tokens only. Neither is shown without the other: a way can be near the original in one and
 far from it in the other.
@@ -20,6 +22,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 FORMAT, VERSION = "moebound.bench.quality", 1
+METHODS = "moebound.bench.methods", 1
 PANELS = (
     ("kl_nats", "kl_stderr", "all tokens, prompts included"),
     ("answer_kl_nats", "answer_kl_stderr", "tokens of the answers only"),
@@ -40,6 +43,7 @@ class Curve:
 
 
 CURVES = (
+    Curve("plan:fisher", "calibrated: planned by what the loss feels", "#cc0077", "s", "-"),
     Curve("calibrated", "calibrated: one rate for all", "#000000", "o", "-"),
     Curve("calibrated, planned", "calibrated: a planned rate each", "#cc79a7", "s", "--"),
     Curve("bound", "bound: one rate for all", "#0072b2", "o", "-"),
@@ -54,6 +58,21 @@ CURVES = (
     Curve("sz3", "SZ3", "#009e73", "", ":"),
     Curve("cuszp", "cuSZp", "#999999", "", ":"),
 )
+
+
+def join(document: dict[str, Any], other: dict[str, Any], where: str) -> None:
+    """Rows of `bench methods` into those of `bench quality`, between their sizes. Raises ValueError
+    for rows of something else."""
+    if (other.get("format"), other.get("version")) != METHODS:
+        raise ValueError(f"{where}: expected {METHODS[0]}, version {METHODS[1]}")
+    of = [[one[name] for name in ("source", "task", "n_problems")] for one in (document, other)]
+    if of[0] != of[1]:
+        raise ValueError(f"{where}: of {of[1]}, expected {of[0]}")
+    sizes = [row["bits_per_weight"] for row in document["rows"]]
+    document["rows"] += [
+        row for row in other["rows"]
+        if row["reached"] and min(sizes) - 0.1 <= row["bits_per_weight"] <= max(sizes) + 0.1
+    ]  # fmt: skip
 
 
 def plot_quality(document: dict[str, Any]) -> Any:
@@ -114,11 +133,14 @@ def _rows(document: dict[str, Any], curve: Curve) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
+    parser.add_argument("methods", type=Path, nargs="*")
     parser.add_argument("-o", "--out", type=Path, default=Path("out/plots/quality.png"))
     options = parser.parse_args()
     document = json.loads(options.results.read_text(encoding="utf-8"))
     if (document.get("format"), document.get("version")) != (FORMAT, VERSION):
         parser.error(f"{options.results}: expected {FORMAT}, version {VERSION}")
+    for path in options.methods:
+        join(document, json.loads(path.read_text(encoding="utf-8")), str(path))
     from plot import SETTINGS  # beside this script
 
     mpl.use("Agg")

@@ -49,3 +49,24 @@ def test_peers_have_a_curve_each(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sorted(map(len, drawn)) == [1] * 7 + [2]
         assert sorted(x for xs in drawn for x in xs) == list(range(2, 2 + len(names)))
         assert len({c.lines[0].get_color() for c in axis.containers}) == 8
+
+
+def test_rows_of_methods_join_those_of_the_same_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    module: Any = importlib.import_module("plot_quality")
+    results = ROOT / "bench" / "results"
+    stored, other = (
+        json.loads((results / name).read_text(encoding="utf-8"))
+        for name in ("quality-peers-mixtral.json", "methods-weighted-mixtral.json")
+    )
+    n = len(stored["rows"])
+    module.join(stored, other, "rows")
+    joined = {row["bits"]: row for row in stored["rows"][n:]}
+    assert set(joined) == {2, 2.5, 3, 4}  # what the others' sizes lie around
+    for axis, (kl, _, _) in zip(module.plot_quality(stored).axes, module.PANELS, strict=True):
+        drawn = [y for c in axis.containers for y in c.lines[0].get_data()[1].tolist()]
+        assert {row["fidelity"][kl] for row in joined.values()} <= set(drawn)
+    with pytest.raises(ValueError, match="expected"):
+        module.join(stored, other | {"n_problems": 3}, "rows")
+    with pytest.raises(ValueError, match=r"moebound\.bench\.methods"):
+        module.join(stored, stored, "rows")
