@@ -31,7 +31,7 @@ WEIGHTED = f"{OF}, weighted by what the loss feels (--fisher)"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(untrained(tmp_path_factory.mktemp("model"), MODELS[1]))
+    return str(untrained(tmp_path_factory.mktemp("model"), MODELS[0]))
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ def test_hub_arguments_are_passed_on(
 
 def test_file_that_is_no_safetensors(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"a folder or a \.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"a folder, a \.safetensors file or a \.gguf file"):
         open_checkpoint(tmp_path / "model.bin")
 
 

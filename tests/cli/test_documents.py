@@ -128,9 +128,10 @@ def test_readme_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for words in commands(ROOT / "README.md"):
-        # What a plan needs takes minutes: tests/cli/test_plan.py has it on a tiny model.
-        plain = words[0] in ("inspect", "compress", "verify", "generate") and "--plan" not in words
-        if plain and len(words) > 1:
+        # What plans and calibration need takes minutes: tests/cli/test_plan.py and
+        # tests/methods/test_fisher.py have it on tiny models.
+        plain = words[0] in ("inspect", "compress", "verify", "generate")
+        if plain and len(words) > 1 and not {"--plan", "--calibration"} & set(words):
             assert main(words) == 0, words
     load, offload, arrays = blocks(ROOT / "README.md", "python")
     capsys.readouterr()
