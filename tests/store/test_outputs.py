@@ -91,6 +91,21 @@ def test_no_figure_of_a_record_can_lie(made: tuple[Path, Statistics, Path], tmp_
     assert believed == []
 
 
+def test_methods_that_nobody_knows_are_said(
+    made: tuple[Path, Statistics, Path], tmp_path: Path
+) -> None:
+    """And not raised from where the calibration is looked at."""
+    dst = Path(shutil.copytree(made[2], tmp_path / "dst"))
+    records = records_of(dst)
+    for record in records:
+        if record["kind"] == "expert":
+            record["method"] = "calibratedx"
+    seal(dst, records)
+    found = verify(dst, jobs=1)
+    assert not found.ok
+    assert any("calibratedx" in str(problem) for problem in found.problems)
+
+
 def test_what_is_seen_without_original_and_text(
     made: tuple[Path, Statistics, Path], tmp_path: Path
 ) -> None:

@@ -244,10 +244,15 @@ def _settings(store: Store) -> Iterator[Problem]:
     layers = {expert.key.layer for expert in experts if not expert.key.shared}
     compressed = any(expert.key.shared for expert in experts)
     not_compressed = any(expert.key.layer in layers for expert in left)
-    if settings.calibration is not None and not any(
-        get_method(setting).wanted_statistics() for setting in {e.method for e in experts}
-    ):
+    if settings.calibration is not None and not any(map(_rounds_by_inputs, experts)):
         yield Problem("certificate", CONFIG_FILE, "calibration, and no expert was rounded by it")
     if settings.shared_experts != compressed and (compressed or not_compressed):
         message = f"shared_experts {settings.shared_experts}, and the store has it otherwise"
         yield Problem("certificate", CONFIG_FILE, message)
+
+
+def _rounds_by_inputs(expert: StoredExpert) -> bool:
+    try:
+        return bool(get_method(expert.method).wanted_statistics())
+    except MoeboundError:
+        return False  # said before

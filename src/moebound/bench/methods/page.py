@@ -96,9 +96,9 @@ def _size(row: MethodRow) -> str:
 
 
 def _by_size(report: MethodsReport) -> list[MethodRow]:
-    """Rows that were reached: sizes in their order, and of each the least KL first."""
-    sizes = list(dict.fromkeys(map(_size, report.rows)))
-    return sorted(_by_kl(_reached(report)), key=lambda row: sizes.index(_size(row)))
+    """Rows that were reached: the largest size first, shares removed behind all, and of each the
+    least KL first."""
+    return sorted(_by_kl(_reached(report)), key=lambda row: (row.removed is not None, -row.bits))
 
 
 def _plots(report: MethodsReport) -> str:
