@@ -80,16 +80,19 @@ def fisher_plan(
     budget: Budget,
     *,
     method: str = "calibrated",
+    widest: Widest | None = None,
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Plan:
     """The plan of scheme `fisher` within a budget of bytes: the one of `moebound plan --no-measure`
-    by these statistics. All experts are encoded at a dozen rates, and as plans have them.
+    by these statistics. All experts are encoded at a dozen rates, and as plans have them. widest:
+    of `fisher_bounds`, for who plans several times; None to find it out.
 
     Raises PlanError for a budget that cannot be met, and as `fisher_bounds` does.
     """
     setting = get_method(method).setting
-    widest = fisher_bounds(checkpoint, calibration, jobs=jobs, progress=progress)
+    if widest is None:
+        widest = fisher_bounds(checkpoint, calibration, jobs=jobs, progress=progress)
     weights = sum(expert.size for expert in checkpoint.experts())
     most = budget.n_bytes(n_weights=weights, source_bytes=checkpoint.expert_bytes)
     sizes = measure_calibrated(

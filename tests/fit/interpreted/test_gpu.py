@@ -7,31 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from moebound.checkpoint import open_checkpoint
+from few_steps import store_of_few_steps
 from moebound.fit import Host, estimate_store, expert_of, known, measure_gpu, place, shape_of
 from moebound.fit import gpu as fit_gpu
 from moebound.offload import choose, costs, timing
 from moebound.offload.costs import Speeds
 from moebound.offload.cuda import TOGETHER
 from moebound.offload.loading import load
-from moebound.store import compress
-from moebound.types import ErrorBound
-from tiny_models import SMALL, make_tiny
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mixtral")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, size in (
-            ("hidden_size", 32),
-            ("intermediate_size", 32),
-            ("num_local_experts", 3),
-        ):
-            patch.setitem(SMALL, name, size)
-        source = open_checkpoint(make_tiny("mixtral", folder / "src"))
-    compress(source, folder / "dst", bound=ErrorBound(0.3, "rate"), codec="bound:segment=32")
-    return folder / "dst"
+    return store_of_few_steps(tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.mark.parametrize(("held", "rest"), [(6, None), (3, "disk"), (3, "ram")])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moebound.checkpoint import open_checkpoint
+from few_steps import store_of_few_steps
 from moebound.cli.offload import choice_lines, stats_facts
 from moebound.errors import CacheError, CorruptionError
 from moebound.offload import choose, costs
@@ -21,9 +21,6 @@ from moebound.offload.loading import load
 from moebound.offload.meter import Load
 from moebound.offload.slots import SlotKind
 from moebound.offload.tiers import RamTier
-from moebound.store import compress
-from moebound.types import ErrorBound
-from tiny_models import SMALL, make_tiny
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5]])
@@ -31,19 +28,8 @@ IDS = torch.tensor([[5]])
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of three experts, matrices of a few steps, a row a segment: the interpreter is
-    slow. Those of 32 lanes are in test_decoding.py."""
-    folder = tmp_path_factory.mktemp("mixtral")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, size in (
-            ("hidden_size", 32),
-            ("intermediate_size", 32),
-            ("num_local_experts", 3),
-        ):
-            patch.setitem(SMALL, name, size)
-        source = open_checkpoint(make_tiny("mixtral", folder / "src"))
-    compress(source, folder / "dst", bound=ErrorBound(0.3, "rate"), codec="bound:segment=32")
-    return folder / "dst"
+    """The interpreter is slow. Matrices of 32 lanes are in test_decoding.py."""
+    return store_of_few_steps(tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from moebound.bench.methods.place import WITHIN, Place, Search, Sizing
 from moebound.errors import MethodError, PlanError, SizeError
 from moebound.files.formats.statistics import Statistics
 from moebound.plan import Budget, Plan
-from moebound.store import fisher_plan
+from moebound.plan.fisher import Widest
+from moebound.store import fisher_bounds, fisher_plan
 
 PLAN = "plan:"
 """What a file of `moebound plan`, or a folder of them, stands behind."""
@@ -71,6 +72,11 @@ class ByFisher(Sizing):
         weakref.finalize(self, folder.cleanup)
         return Path(folder.name)
 
+    @cached_property
+    def _widest(self) -> Widest:
+        """The same at every size."""
+        return fisher_bounds(self.place.checkpoint, self.statistics)
+
     def search(self, bits: float) -> Search:
         first = self._plan(bits)
         size = first.bits_per_weight
@@ -91,6 +97,8 @@ class ByFisher(Sizing):
 
     def _plan(self, bits: float) -> Plan:
         try:
-            return fisher_plan(self.place.checkpoint, self.statistics, Budget(bpw=bits))
+            return fisher_plan(
+                self.place.checkpoint, self.statistics, Budget(bpw=bits), widest=self._widest
+            )
         except PlanError as error:
             raise SizeError(str(error), None) from error
