@@ -74,10 +74,11 @@ $(STAMPS)/venv:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
-# torch alone and first: a looser request, made together with others, may choose a CUDA build.
+# torch alone and first: a looser request, made together with others, may choose a CUDA build. simde-py is
+# source alone and asks for a build tool of its own, which --no-build-isolation below would keep from it.
 $(STAMPS)/tools: $(STAMPS)/venv constraints.txt
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -c constraints.txt scikit-build-core nanobind cmake ninja
+	$(PIP) install -c constraints.txt scikit-build-core nanobind cmake ninja simde-py
 	@touch $@
 
 # Editable: Python files are used where they are, the native module is built again when it changes.
