@@ -1,11 +1,14 @@
 // Envelopes of codec `bound` in one call. Both return nothing for what the reference has to read instead.
 #include "bindings/shared.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
 #include <functional>
 #include <numeric>
+#include <optional>
 
+#include "base/status.h"
 #include "bound/envelope.h"
 
 namespace {
@@ -33,19 +36,33 @@ void bind_envelope(nb::module_& m) {
   }, "data"_a, "out"_a, "shape"_a, "threads"_a);
 
   m.def("decode_envelope_codes", [](nb::handle data, nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out,
-                                    const std::vector<uint64_t>& shape, unsigned dtype, unsigned threads) -> nb::object {
+                                    const std::vector<uint64_t>& shape, unsigned dtype, unsigned bits,
+                                    unsigned threads) -> nb::object {
     const Buffer buffer(data);
     const auto decoded = dtype_from(dtype);
-    if (!fits(shape, out.size()) || overlap(buffer, out.data(), out.size())) return nb::none();
+    if (bits != 8 && bits != 4) throw nb::value_error("bits");
+    if (shape.size() != 2 || !fits({shape[0], moebound::row_bytes(shape[1], bits)}, out.size())) return nb::none();
+    if (overlap(buffer, out.data(), out.size())) return nb::none();
     moebound::EnvelopeCodes found;
     {
       const Away away;
-      if (!moebound::decode_envelope_codes({buffer.data(), buffer.size(), shape, decoded}, out.data(), threads, found)) {
+      if (!moebound::decode_envelope_codes({buffer.data(), buffer.size(), shape, decoded}, bits, out.data(), threads,
+                                           found)) {
         return nb::none();
       }
     }
     return nb::make_tuple(to_array(std::move(found.table)), to_array(std::move(found.values.steps)), found.values.by_row,
                           found.values.first, to_array(std::move(found.patched)), to_array(std::move(found.patch_weights)),
                           to_array(std::move(found.values.factors)));
-  }, "data"_a, "out"_a, "shape"_a, "dtype"_a, "threads"_a);
+  }, "data"_a, "out"_a, "shape"_a, "dtype"_a, "bits"_a, "threads"_a);
+
+  // head: the first bytes of a payload of so many, of n weights. None where its tables do not say, or are further behind.
+  m.def("bound_most_outside", [](nb::handle head, size_t n, size_t payload_bytes) -> std::optional<uint64_t> {
+    const Buffer buffer(head);
+    try {
+      return moebound::most_outside(buffer.data(), buffer.size(), n, payload_bytes);
+    } catch (const moebound::Corrupt&) {
+      return {};
+    }
+  }, "head"_a, "n"_a, "payload_bytes"_a);
 }

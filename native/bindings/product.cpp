@@ -18,24 +18,28 @@ using Flat = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 class Codes {
  public:
   Codes(const Codes&) = delete;
-  Codes(Flat<uint8_t> codes, size_t rows, size_t columns, unsigned dtype, Flat<float> table, Flat<float> steps,
+  Codes(Flat<uint8_t> codes, unsigned bits, size_t rows, size_t columns, unsigned dtype, Flat<float> table, Flat<float> steps,
         bool by_row, Flat<float> factors, int32_t first, uint8_t zero, Flat<uint64_t> patched, Flat<float> patch_weights)
       : codes_(codes), steps_(steps), factors_(factors), patched_(patched), patch_weights_(patch_weights) {
     const bool scaled = table.size() == 0;
     std::copy_n(table.data(), std::min(table.size(), moebound::kCodeTable), table_);
-    if (rows == 0 || columns == 0 || codes.size() / columns != rows || codes.size() % columns) {
+    if (bits != 8 && bits != 4) throw nb::value_error("bits");
+    const size_t row_bytes = columns ? (columns - 1) / (8 / bits) + 1 : 0;
+    if (rows == 0 || columns == 0 || codes.size() / row_bytes != rows || codes.size() % row_bytes) {
       throw nb::value_error("codes");
     }
-    if (table.size() > moebound::kCodeTable) throw nb::value_error("table");
+    const size_t n = rows * columns;
+    if (zero >= 1u << bits) throw nb::value_error("zero");
+    if (table.size() > 1u << bits) throw nb::value_error("table");
     if (scaled && steps.size() != (by_row ? rows : columns)) throw nb::value_error("steps");
     if (factors.size() && (!scaled || by_row || factors.size() != rows)) throw nb::value_error("factors");
     if (patch_weights.size() != patched.size()) throw nb::value_error("patch_weights");
     const uint64_t* const at = patched.data();
     for (size_t i = 0; i < patched.size(); ++i) {
-      if (at[i] >= codes.size() || (i && at[i] <= at[i - 1])) throw nb::value_error("patched");
+      if (at[i] >= n || (i && at[i] <= at[i - 1])) throw nb::value_error("patched");
     }
-    matrix_ = {codes.data(), rows, columns, dtype_from(dtype), scaled ? nullptr : table_, table.size(), steps.data(), by_row,
-               factors.size() ? factors.data() : nullptr, first, zero, at, patch_weights.data(), patched.size(), false};
+    matrix_ = {codes.data(), bits, rows, columns, dtype_from(dtype), scaled ? nullptr : table_, table.size(), steps.data(), by_row,
+               factors.size() ? factors.data() : nullptr, first, zero, at, patch_weights.data(), patched.size()};
   }
   const moebound::CodeMatrix& matrix() const { return matrix_; }
 
@@ -72,9 +76,9 @@ void bind_product(nb::module_& m) {
   }, "payload"_a, "out"_a, "source"_a, "output"_a, "bound"_a, "threads"_a);
 
   nb::class_<Codes>(m, "Codes")
-      .def(nb::init<Flat<uint8_t>, size_t, size_t, unsigned, Flat<float>, Flat<float>, bool, Flat<float>, int32_t,
+      .def(nb::init<Flat<uint8_t>, unsigned, size_t, size_t, unsigned, Flat<float>, Flat<float>, bool, Flat<float>, int32_t,
                     uint8_t, Flat<uint64_t>, Flat<float>>(),
-           "codes"_a, "rows"_a, "columns"_a, "dtype"_a, "table"_a, "steps"_a, "by_row"_a, "factors"_a, "first"_a,
+           "codes"_a, "bits"_a, "rows"_a, "columns"_a, "dtype"_a, "table"_a, "steps"_a, "by_row"_a, "factors"_a, "first"_a,
            "zero"_a, "patched"_a, "patch_weights"_a)
       .def("weights", [](const Codes& self, WritableArray out) {
         const auto& matrix = self.matrix();

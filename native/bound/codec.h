@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "bound/packed.h"
 #include "bound/steps.h"
 
 namespace moebound {
@@ -56,6 +57,15 @@ struct CodeValues {
   bool by_row = false;
   std::vector<float> steps;  // of all columns, or of all rows
   std::vector<float> factors;
+
+  // The weight of a code at a place of a matrix of so many columns, a number of the output dtype T.
+  template <class T>
+  float weight(uint8_t code, size_t place, size_t columns) const {
+    if (steps.empty()) return T::value(typename T::Bits(values[code]));
+    float step = steps[by_row ? place / columns : place % columns];
+    if (!factors.empty()) step *= factors[place / columns];
+    return T::value(pattern_of<T>(float(int32_t(code) + first) * step));
+  }
 };
 
 constexpr uint32_t kMostCodes = 256;
@@ -63,5 +73,10 @@ constexpr uint32_t kMostCodes = 256;
 // The same as decode_bound, but for the last step: writes n codes of a byte each. Throws Corrupt too
 // where there are more codes than kMostCodes, or the bound is 0.
 CodeValues decode_codes(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, uint8_t* out, unsigned threads);
+
+// The same to codes of four bits (packed.h): `out` has rows of whole bytes, and codes and first remain those of a byte.
+// Throws Corrupt where the payload's columns are not info's, or no code is 0.
+CodeValues decode_packed_codes(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, uint8_t* out,
+                               unsigned threads, Outside& outside);
 
 }  // namespace moebound

@@ -5,6 +5,7 @@
 
 #include "base/cpu.h"
 #include "base/parallel.h"
+#include "base/scratch.h"
 #include "base/status.h"
 #include "bound/codec.h"
 #include "bound/grid.h"
@@ -129,28 +130,65 @@ DecodeSetup setup_of(const ArrayInfo& info, const Layout& layout) {
   return setup;
 }
 
-void decode_all(const DecodeSetup& setup, const std::vector<SegmentBytes>& segments, void* out, unsigned threads) {
+// Segments go to threads in batches of up to kMostTogether, of even size, as many for each thread.
+size_t batches(size_t n_segments, unsigned threads) {
+  const size_t least = (n_segments + kMostTogether - 1) / kMostTogether, each = threads ? threads : 1;
+  return std::min(n_segments, (least + each - 1) / each * each);
+}
+
+// out(row, n_values): where a batch goes whose first row this is. done(batch, first, last, at): of the rows that are there.
+template <class Out, class Done>
+void decode_all(const DecodeSetup& setup, const std::vector<SegmentBytes>& segments, unsigned threads, Out out, Done done) {
   const Layout& layout = *setup.layout;
   const DecodeSegments decode = decoder();
-  const size_t stride = size_t(layout.rows_per_segment) * layout.columns * setup.value_bytes();
-  // Segments go to threads in batches of up to kMostTogether, of even size, as many for each thread.
-  const size_t n = segments.size(), least = (n + kMostTogether - 1) / kMostTogether;
-  const size_t each = threads ? threads : 1;
-  const size_t n_batches = std::min(n, (least + each - 1) / each * each);
+  const size_t rows = layout.rows(setup.n), n = segments.size(), n_batches = batches(n, threads);
   std::atomic<size_t> damaged{SIZE_MAX};
   for_each_index(n_batches, threads, [&](size_t batch) {
     const size_t begin = batch * n / n_batches, end = (batch + 1) * n / n_batches;
+    const size_t from = begin * layout.rows_per_segment, to = std::min(end * layout.rows_per_segment, rows);
+    uint8_t* const at = out(from, (to - from) * layout.columns);
     SegmentJob jobs[kMostTogether];
     for (size_t i = begin; i < end; ++i) {
-      const size_t first = i * layout.rows_per_segment;
-      const size_t last = std::min(first + layout.rows_per_segment, layout.rows(setup.n));
-      jobs[i - begin] = {&segments[i], first, last, static_cast<uint8_t*>(out) + i * stride};
+      const size_t first = i * layout.rows_per_segment, last = std::min(first + layout.rows_per_segment, rows);
+      jobs[i - begin] = {&segments[i], first, last, at + (first - from) * layout.columns * setup.value_bytes()};
     }
-    if (!decode(setup, jobs, end - begin)) damaged = begin;
+    if (decode(setup, jobs, end - begin)) done(batch, from, to, at);
+    else damaged = begin;
   });
   if (damaged != SIZE_MAX) {
     throw Corrupt("segment " + std::to_string(damaged) + " or one soon behind it is damaged");
   }
+}
+
+void decode_to(void* out, const DecodeSetup& setup, const std::vector<SegmentBytes>& segments, unsigned threads) {
+  const size_t row_bytes = setup.layout->columns * setup.value_bytes();
+  decode_all(
+      setup, segments, threads, [&](size_t row, size_t) { return static_cast<uint8_t*>(out) + row * row_bytes; },
+      [](size_t, size_t, size_t, const uint8_t*) {});
+}
+
+// Decodes codes: decode(setup, segments, found) has them written. What they stand for.
+template <class Decode>
+CodeValues codes_by(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, Decode decode) {
+  std::vector<SegmentBytes> segments;
+  const Layout layout = parse_layout(payload, n_bytes, info.n, segments);
+  CodeValues found;
+  found.n_codes = layout.n_symbols << layout.low_bits;
+  if (info.bound == 0 || found.n_codes > kMostCodes) throw Corrupt("more codes than a byte has");
+  found.first = first_bin(layout);
+  DecodeSetup setup = setup_of(info, layout);
+  fill_values(info, layout, setup);
+  setup.codes = true;
+  found.factors.swap(setup.row_factors);  // codes need none on the way
+  decode(setup, segments, found);
+  found.by_row = setup.by_row;
+  if (setup.scaled) {
+    found.steps = std::move(setup.steps);
+    if (!setup.by_row) found.steps.resize(layout.columns);
+  } else {
+    found.values = std::move(setup.values32);
+  }
+  return found;
 }
 
 }  // namespace
@@ -161,30 +199,36 @@ void decode_bound(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes,
   const Layout layout = parse_layout(payload, n_bytes, info.n, segments);
   DecodeSetup setup = setup_of(info, layout);
   fill_values(info, layout, setup);
-  decode_all(setup, segments, out, threads);
+  decode_to(out, setup, segments, threads);
 }
 
 CodeValues decode_codes(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, uint8_t* out,
                         unsigned threads) {
-  std::vector<SegmentBytes> segments;
-  const Layout layout = parse_layout(payload, n_bytes, info.n, segments);
-  CodeValues found;
-  found.n_codes = layout.n_symbols << layout.low_bits;
-  if (info.bound == 0 || found.n_codes > kMostCodes) throw Corrupt("more codes than a byte has");
-  DecodeSetup setup = setup_of(info, layout);
-  fill_values(info, layout, setup);
-  setup.codes = true;
-  found.factors.swap(setup.row_factors);  // codes need none on the way
-  decode_all(setup, segments, out, threads);
-  found.first = first_bin(layout);
-  found.by_row = setup.by_row;
-  if (setup.scaled) {
-    found.steps = std::move(setup.steps);
-    if (!setup.by_row) found.steps.resize(layout.columns);
-  } else {
-    found.values = std::move(setup.values32);
-  }
-  return found;
+  return codes_by(info, payload, n_bytes, [&](const DecodeSetup& setup, const auto& segments, const CodeValues&) {
+    decode_to(out, setup, segments, threads);
+  });
+}
+
+CodeValues decode_packed_codes(const ArrayInfo& info, const uint8_t* payload, size_t n_bytes, uint8_t* out,
+                               unsigned threads, Outside& outside) {
+  return codes_by(info, payload, n_bytes, [&](const DecodeSetup& setup, const auto& segments, const CodeValues& found) {
+    const size_t columns = info.columns;
+    if (setup.layout->columns != columns || info.n % columns) throw Corrupt("other columns than the matrix has");
+    if (found.first > 0 || -found.first >= int32_t(kMostCodes)) throw Corrupt("no code is 0");
+    const auto zero = uint8_t(-found.first);
+    const uint32_t start = window_start(zero);
+    std::vector<Outside> parts(batches(segments.size(), threads));
+    thread_local Scratch<uint8_t> scratch;
+    decode_all(
+        setup, segments, threads, [&](size_t, size_t n) { return scratch.room_for(n); },
+        [&](size_t batch, size_t first, size_t last, const uint8_t* codes) {
+          pack_rows(codes, columns, start, zero, first, last, out, parts[batch]);
+        });
+    for (const Outside& part : parts) {
+      outside.places.insert(outside.places.end(), part.places.begin(), part.places.end());
+      outside.codes.insert(outside.codes.end(), part.codes.begin(), part.codes.end());
+    }
+  });
 }
 
 }  // namespace moebound

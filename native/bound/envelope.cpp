@@ -145,30 +145,64 @@ bool decode_envelope(const ExpectedEnvelope& expected, void* out, unsigned threa
   return false;
 }
 
-bool decode_envelope_codes(const ExpectedEnvelope& expected, uint8_t* out, unsigned threads,
+bool decode_envelope_codes(const ExpectedEnvelope& expected, uint32_t bits, uint8_t* out, unsigned threads,
                            EnvelopeCodes& codes) try {
-  if (expected.shape.size() != 2) return false;
+  if (expected.shape.size() != 2 || expected.shape[1] > kMaxColumns) return false;
   auto found = read_envelope(expected);
   if (!found) return false;
-  codes.values = decode_codes(found->info, found->payload, found->payload_bytes, out, threads);
-  const CodeValues& values = codes.values;
+  const auto columns = uint32_t(expected.shape[1]);
+  found->info.columns = columns;
+  Outside outside;
+  codes.values = bits == 4 ? decode_packed_codes(found->info, found->payload, found->payload_bytes, out, threads, outside)
+                           : decode_codes(found->info, found->payload, found->payload_bytes, out, threads);
+  CodeValues& values = codes.values;
   if (values.first > 0 || values.first <= -int32_t(kMostCodes)) return false;
   if (values.steps.empty() && values.values.size() != values.n_codes) return false;
   if (!values.steps.empty() && values.steps.size() != expected.shape[values.by_row ? 0 : 1]) return false;
+  const uint32_t zero = uint32_t(-values.first), start = bits == 4 ? window_start(zero) : 0;
+  const auto put_zero = [&](uint64_t place) {
+    if (bits == 8) {
+      out[place] = uint8_t(zero);
+      return;
+    }
+    const size_t column = size_t(place % columns), shift = column % 2 * 4;
+    uint8_t& pair = out[place / columns * row_bytes(columns, 4) + column / 2];
+    pair = uint8_t((pair & ~(15 << shift)) | (zero - start) << shift);
+  };
   with_dtype(expected.dtype, [&](auto t) {
     using T = decltype(t);
     if (values.steps.empty()) {
-      codes.table.assign(std::max<size_t>(values.n_codes, size_t(1 - values.first)), 0.0f);
-      std::transform(values.values.begin(), values.values.end(), codes.table.begin(),
+      std::vector<float>& table = codes.table;
+      table.assign(std::max<size_t>(values.n_codes, zero + 1), 0.0f);
+      std::transform(values.values.begin(), values.values.end(), table.begin(),
                      [](uint32_t pattern) { return T::value(typename T::Bits(pattern)); });
+      if (bits == 4) {
+        table.erase(table.begin(), table.begin() + start);
+        table.resize(kWindow);
+      }
     }
-    codes.patch_weights.resize(found->patched.size());
+    // Both ascend; where the payload's patch has a place, its weight is the one.
+    const size_t n_patches = found->patched.size() + outside.places.size();
+    codes.patched.reserve(n_patches);
+    codes.patch_weights.reserve(n_patches);
+    size_t next = 0;
+    const auto outside_before = [&](uint64_t place) {
+      for (; next < outside.places.size() && outside.places[next] < place; ++next) {
+        codes.patched.push_back(outside.places[next]);
+        codes.patch_weights.push_back(values.template weight<T>(outside.codes[next], size_t(outside.places[next]), columns));
+      }
+    };
     for (size_t i = 0; i < found->patched.size(); ++i) {
-      out[found->patched[i]] = uint8_t(-values.first);
-      codes.patch_weights[i] = T::value(load<typename T::Bits>(found->values + i * sizeof(typename T::Bits)));
+      const uint64_t place = found->patched[i];
+      outside_before(place);
+      if (next < outside.places.size() && outside.places[next] == place) ++next;
+      put_zero(place);
+      codes.patched.push_back(place);
+      codes.patch_weights.push_back(T::value(load<typename T::Bits>(found->values + i * sizeof(typename T::Bits))));
     }
+    outside_before(~uint64_t(0));
   });
-  codes.patched = std::move(found->patched);
+  values.first += int32_t(start);
   return true;
 } catch (const std::exception&) {
   return false;

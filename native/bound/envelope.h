@@ -22,8 +22,8 @@ struct ExpectedEnvelope {
 // version, another shape or dtype, an exact copy, or too large for the memory there is: the reference reads it then.
 bool decode_envelope(const ExpectedEnvelope& expected, void* out, unsigned threads);
 
-// What codes of a byte stand for: entry c of `table`, or, where that is empty, what CodeValues has. The places
-// `patched` have code -first, and their weights stand beside.
+// What codes stand for: entry c of `table`, or, where that is empty, what CodeValues has. The places `patched` have
+// code -first, and their weights stand beside. Of codes of four bits, `first` and `table` are those of the window.
 struct EnvelopeCodes {
   CodeValues values;
   std::vector<float> table;
@@ -31,7 +31,8 @@ struct EnvelopeCodes {
   std::vector<float> patch_weights;
 };
 
-// The same of a matrix, as codes. False, too, where there are no codes of a byte.
-bool decode_envelope_codes(const ExpectedEnvelope& expected, uint8_t* out, unsigned threads, EnvelopeCodes& found);
+// The same of a matrix, as codes of 8 or 4 bits, rows of whole bytes. False, too, where there are no codes of a byte.
+bool decode_envelope_codes(const ExpectedEnvelope& expected, uint32_t bits, uint8_t* out, unsigned threads,
+                           EnvelopeCodes& found);
 
 }  // namespace moebound

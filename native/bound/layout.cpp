@@ -245,8 +245,9 @@ void write_layout(const Layout& layout, std::vector<uint8_t>& out) {
   while ((out.size() - start) % 4) out.push_back(0);
 }
 
-Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<SegmentBytes>& segments) {
-  ByteReader read(data, n_bytes);
+namespace {
+
+Layout read_tables(ByteReader& read, size_t n, size_t payload_bytes) {
   Layout layout;
   bool factors = false;
   layout.table_log = read.byte();
@@ -287,7 +288,7 @@ Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<S
   }
   // Every segment has at least its states: n cannot make us allocate more than the payload backs.
   const size_t n_segments = layout.segments(n);
-  if (n_segments > n_bytes / 4) throw Corrupt("payload is too short for its segments");
+  if (n_segments > payload_bytes / 4) throw Corrupt("payload is too short for its segments");
   if (layout.scaled) {
     layout.steps.levels = read_levels(read, layout.steps.by_row ? layout.rows(n) : layout.columns);
     if (factors) layout.steps.factor_levels = read_levels(read, layout.steps.by_row ? layout.columns : layout.rows(n));
@@ -313,6 +314,20 @@ Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<S
     }
     read.take(bits.bytes_used());
   }
+  return layout;
+}
+
+}  // namespace
+
+Layout parse_tables(const uint8_t* data, size_t n_bytes, size_t n, size_t payload_bytes) {
+  ByteReader read(data, n_bytes);
+  return read_tables(read, n, payload_bytes);
+}
+
+Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<SegmentBytes>& segments) {
+  ByteReader read(data, n_bytes);
+  Layout layout = read_tables(read, n, n_bytes);
+  const size_t n_segments = layout.segments(n);
   layout.segment_words.resize(n_segments);
   for (auto& n_words : layout.segment_words) n_words = read.varint(kMaxSegmentWeights, "words");
   read.take(align4(read.offset()) - read.offset());

@@ -81,6 +81,10 @@ void write_layout(const Layout& layout, std::vector<uint8_t>& out);
 // Parses the layout of n weights and finds every segment. Throws Corrupt.
 Layout parse_layout(const uint8_t* data, size_t n_bytes, size_t n, std::vector<SegmentBytes>& segments);
 
+// The same as far as the tables, of a payload of payload_bytes, whose first n_bytes these are. Throws Corrupt, too, if
+// the tables end behind them.
+Layout parse_tables(const uint8_t* data, size_t n_bytes, size_t n, size_t payload_bytes);
+
 // Sets row and column classes: those of what has levels are its levels, the others 0.
 void set_classes_by_level(Layout& layout, size_t n);
 

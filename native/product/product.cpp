@@ -56,8 +56,10 @@ void add_patches(const CodeMatrix& matrix, const float* x, size_t padded, size_t
                  float* y) {
   const uint64_t* const all = matrix.patched;
   const uint64_t* const last = std::lower_bound(all, all + matrix.n_patches, uint64_t(end) * matrix.columns);
+  size_t row = begin, row_end = (begin + 1) * matrix.columns;
   for (const uint64_t* at = std::lower_bound(all, last, uint64_t(begin) * matrix.columns); at != last; ++at) {
-    const size_t row = size_t(*at / matrix.columns), j = size_t(*at % matrix.columns), place = j % kProductGroup;
+    for (; *at >= row_end; row_end += matrix.columns) ++row;
+    const size_t j = size_t(*at) + matrix.columns - row_end, place = j % kProductGroup;
     const size_t from = j - place + place / 2 + place % 2 * kProductLanes;
     const float weight = matrix.patch_weights[at - all];
     for (size_t t = 0; t < n_tokens; ++t) {
@@ -96,7 +98,7 @@ struct Work {
       });
       setup.x = own_inputs.data();
     }
-    if (matrix.plain) return;
+    if (matrix.plain()) return;
     if (matrix.table) {
       for (size_t c = 0; c < kCodeTable; ++c) setup.words[c] = uint16_t(std::bit_cast<uint32_t>(matrix.table[c]) >> 16);
     } else if (!matrix.by_row) {
@@ -144,7 +146,7 @@ CodeMatrix plain_matrix(const uint16_t* weights, size_t rows, size_t columns) {
   matrix.rows = rows;
   matrix.columns = columns;
   matrix.dtype = DType::kBF16;
-  matrix.plain = true;
+  matrix.bits = kPlainBits;
   return matrix;
 }
 
@@ -169,8 +171,13 @@ void weights_of_codes(const CodeMatrix& matrix, void* out) {
   with_dtype(matrix.dtype, [&](auto t) {
     using T = decltype(t);
     auto* const to = static_cast<typename T::Bits*>(out);
+    std::vector<uint8_t> unpacked(matrix.bits == 4 ? matrix.columns : 0);
     for (size_t row = 0; row < matrix.rows; ++row) {
-      const uint8_t* const codes = matrix.codes + row * matrix.columns;
+      const uint8_t* codes = matrix.codes + row * matrix.row_bytes();
+      if (matrix.bits == 4) {
+        for (size_t j = 0; j < matrix.columns; ++j) unpacked[j] = codes[j / 2] >> j % 2 * 4 & 15;
+        codes = unpacked.data();
+      }
       auto* const into = to + row * matrix.columns;
       const auto each = [&](auto weight) {
         for (size_t j = 0; j < matrix.columns; ++j) into[j] = pattern_of<T>(weight(j));

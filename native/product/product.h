@@ -3,7 +3,8 @@
 // A weight is what its code stands for: an entry of a table of 256 numbers, or (code + first) · step
 // rounded to the dtype of the weights. Where rows have factors, the step is its column's times its row's
 // factor, rounded to float32 first. That is to the bit the number that decode_bound writes. Exact
-// patches stand beside the codes; a patched place has the code of 0.
+// patches stand beside the codes; a patched place has the code of 0. Codes of four bits are two in a byte,
+// that of the even column in its lower half; a row begins with a byte of its own.
 //
 // y = W x is summed in float32, always in one order, which depends on nothing but the number of columns:
 //   columns go in groups of 32, the last filled up with weights and activations of 0;
@@ -22,9 +23,11 @@ namespace moebound {
 
 constexpr size_t kCodeTable = 256;
 constexpr size_t kProductLanes = 16, kProductGroup = 2 * kProductLanes;
+constexpr uint32_t kPlainBits = 16;
 
 struct CodeMatrix {
-  const uint8_t* codes;  // [rows][columns]; or the weights themselves, patterns of bfloat16, if `plain`
+  const uint8_t* codes;  // [rows][row_bytes()]
+  uint32_t bits;         // of a code: 8, 4, or kPlainBits where it is the weight itself, a pattern of bfloat16
   size_t rows, columns;
   DType dtype;             // of the weights
   const float* table;      // [kCodeTable], of numbers that dtype has; nullptr where there are steps
@@ -37,7 +40,9 @@ struct CodeMatrix {
   const uint64_t* patched;     // [n_patches], ascending flat places ...
   const float* patch_weights;  // ... and what belongs there
   size_t n_patches;
-  bool plain;
+
+  bool plain() const { return bits == kPlainBits; }
+  size_t row_bytes() const { return (columns * bits + 7) / 8; }  // of codes
 };
 
 // A matrix of plain bfloat16 weights, patterns in [rows][columns].

@@ -12,7 +12,7 @@ struct Sixteen {
 
 struct Avx2 {
   using F = Sixteen;
-  static constexpr size_t kRows = 2, kTokens = 3;
+  static constexpr size_t kRows = 2, kRowsOfOne = 2, kFew = 2, kMostByFew = 8, kTokens = 3;
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -43,6 +43,7 @@ __attribute__((always_inline)) inline __m256i even_words(__m256i words) {
 // Tables of bfloat16, by shuffles of their bytes: a block serves 16 codes.
 template <size_t kBlocks>
 struct FromShuffles {
+  static constexpr size_t kGroupBytes = kProductGroup;
   alignas(32) uint8_t low[32 * kBlocks], high[32 * kBlocks];
 
   explicit FromShuffles(const ProductSetup& setup) {
@@ -75,8 +76,60 @@ struct FromShuffles {
   }
 };
 
+// The codes of 16 bytes of two each: the even ones, then the odd ones.
+__attribute__((always_inline)) inline __m256i load_halves(const uint8_t* codes) {
+  const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(pairs, 4), pairs), _mm256_set1_epi8(15));
+}
+// Sixteen words as the upper halves of numbers.
+__attribute__((always_inline)) inline __m256 upper_halves(__m128i words) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+}
+
+// Tables of 16 numbers of bfloat16.
+struct FromSixteen {
+  static constexpr size_t kGroupBytes = kProductGroup / 2;
+  __m256i low, high;
+
+  explicit FromSixteen(const ProductSetup& setup) {
+    alignas(16) uint8_t lows[16], highs[16];
+    for (size_t c = 0; c < 16; ++c) {
+      lows[c] = uint8_t(setup.words[c]);
+      highs[c] = uint8_t(setup.words[c] >> 8);
+    }
+    low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(lows)));
+    high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(highs)));
+  }
+  void begin_row(size_t, size_t) {}
+  __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
+    const __m256i some = load_halves(codes);
+    const __m256i lows = _mm256_shuffle_epi8(low, some), highs = _mm256_shuffle_epi8(high, some);
+    const __m256i first = _mm256_unpacklo_epi8(lows, highs), second = _mm256_unpackhi_epi8(lows, highs);
+    even = {upper_halves(_mm256_castsi256_si128(first)), upper_halves(_mm256_castsi256_si128(second))};
+    odd = {upper_halves(_mm256_extracti128_si256(first, 1)), upper_halves(_mm256_extracti128_si256(second, 1))};
+  }
+};
+
+// The same of any numbers.
+struct FromPackedTable {
+  static constexpr size_t kGroupBytes = kProductGroup / 2;
+  const float* table;
+
+  explicit FromPackedTable(const ProductSetup& setup) : table(setup.matrix->table) {}
+  void begin_row(size_t, size_t) {}
+  __attribute__((always_inline)) __m256 eight(const uint8_t* c, int shift) const {
+    const auto at = [&](size_t i) { return table[c[i] >> shift & 15]; };
+    return _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
+  }
+  __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
+    even = {eight(codes, 0), eight(codes + 8, 0)};
+    odd = {eight(codes, 4), eight(codes + 8, 4)};
+  }
+};
+
 // Tables of any numbers, and long ones: scalar look-ups, as quick as gathers or quicker.
 struct FromTable {
+  static constexpr size_t kGroupBytes = kProductGroup;
   const float* table;
 
   explicit FromTable(const ProductSetup& setup) : table(setup.matrix->table) {}
@@ -106,13 +159,39 @@ __attribute__((always_inline)) inline __m256 cast(__m256 value) {
   }
 }
 
-template <class T, StepsOf kOf>
-struct FromSteps {
+// Codes of a byte as numbers of 32 bits: the even ones, then the odd ones, in eights.
+struct OfBytes {
+  static constexpr size_t kGroupBytes = kProductGroup;
+  __attribute__((always_inline)) static void load(const uint8_t* codes, __m256i (&numbers)[4]) {
+    const __m256i low = load_words(codes), high = load_words(codes + 16);
+    numbers[0] = even_words(low);
+    numbers[1] = even_words(high);
+    numbers[2] = _mm256_srli_epi32(low, 16);
+    numbers[3] = _mm256_srli_epi32(high, 16);
+  }
+};
+
+// The same, of four bits each.
+struct OfHalves {
+  static constexpr size_t kGroupBytes = kProductGroup / 2;
+  __attribute__((always_inline)) static void load(const uint8_t* codes, __m256i (&numbers)[4]) {
+    const __m256i some = load_halves(codes);
+    const __m128i even = _mm256_castsi256_si128(some), odd = _mm256_extracti128_si256(some, 1);
+    numbers[0] = _mm256_cvtepu8_epi32(even);
+    numbers[1] = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(even, even));
+    numbers[2] = _mm256_cvtepu8_epi32(odd);
+    numbers[3] = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(odd, odd));
+  }
+};
+
+template <class T, StepsOf kOf, class Codes>
+struct Stepped {
+  static constexpr size_t kGroupBytes = Codes::kGroupBytes;
   const float* of_rows;  // steps, or factors
   __m256i first;
-  __m256 of_row[Avx2::kRows];
+  __m256 of_row[Avx2::kRowsOfOne];
 
-  explicit FromSteps(const ProductSetup& setup)
+  explicit Stepped(const ProductSetup& setup)
       : of_rows(kOf == StepsOf::kBoth ? setup.matrix->factors : setup.matrix->steps),
         first(_mm256_set1_epi32(setup.matrix->first)) {}
   void begin_row(size_t r, size_t row) {
@@ -123,20 +202,25 @@ struct FromSteps {
   }
   __attribute__((always_inline)) void operator()(size_t r, const uint8_t* codes, const float* steps, Sixteen& even,
                                                  Sixteen& odd) const {
-    const __m256i low = load_words(codes), high = load_words(codes + 16);
+    __m256i numbers[4];
+    Codes::load(codes, numbers);
     const auto step_of = [&](size_t at) __attribute__((always_inline)) {
       if constexpr (kOf == StepsOf::kRows) return of_row[r];
       else if constexpr (kOf == StepsOf::kColumns) return _mm256_loadu_ps(steps + at);
       else return _mm256_mul_ps(_mm256_loadu_ps(steps + at), of_row[r]);
     };
-    even = {weights(even_words(low), step_of(0)), weights(even_words(high), step_of(8))};
-    odd = {weights(_mm256_srli_epi32(low, 16), step_of(16)), weights(_mm256_srli_epi32(high, 16), step_of(24))};
+    even = {weights(numbers[0], step_of(0)), weights(numbers[1], step_of(8))};
+    odd = {weights(numbers[2], step_of(16)), weights(numbers[3], step_of(24))};
   }
 };
+template <class T, StepsOf kOf>
+using FromSteps = Stepped<T, kOf, OfBytes>;
+template <class T, StepsOf kOf>
+using FromPackedSteps = Stepped<T, kOf, OfHalves>;
 
 // The weights themselves.
 struct FromPlain {
-  static constexpr size_t kCodeBytes = 2;
+  static constexpr size_t kGroupBytes = 2 * kProductGroup;
 
   void begin_row(size_t, size_t) {}
   __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
@@ -151,8 +235,13 @@ struct FromPlain {
 
 void product_rows_avx2(const ProductSetup& setup, size_t begin, size_t end) {
   const CodeMatrix& matrix = *setup.matrix;
-  if (matrix.plain) {
+  if (matrix.plain()) {
     all_rows<Avx2>(setup, FromPlain(), begin, end);
+  } else if (matrix.bits == 4 && !matrix.table) {
+    all_rows_of_steps<Avx2, FromPackedSteps>(setup, begin, end);
+  } else if (matrix.bits == 4) {
+    if (matrix.dtype == DType::kBF16) all_rows<Avx2>(setup, FromSixteen(setup), begin, end);
+    else all_rows<Avx2>(setup, FromPackedTable(setup), begin, end);
   } else if (!matrix.table) {
     all_rows_of_steps<Avx2, FromSteps>(setup, begin, end);
   } else if (matrix.dtype != DType::kBF16 || matrix.n_codes > 128) {

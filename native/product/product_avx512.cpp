@@ -9,7 +9,7 @@ namespace {
 
 struct Avx512 {
   using F = __m512;
-  static constexpr size_t kRows = 4, kTokens = 5;
+  static constexpr size_t kRows = 4, kRowsOfOne = 8, kFew = 4, kMostByFew = 32, kTokens = 5;
 
   static F zero() { return _mm512_setzero_ps(); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -33,6 +33,7 @@ __attribute__((always_inline)) inline __m512i even_words(__m512i words) {
 // Tables of bfloat16, in registers.
 template <size_t kWidth>
 struct FromWords {
+  static constexpr size_t kGroupBytes = kProductGroup;
   Words<kWidth> words;
 
   explicit FromWords(const ProductSetup& setup) { words.load(setup.words); }
@@ -46,6 +47,7 @@ struct FromWords {
 
 // Tables of any numbers.
 struct FromTable {
+  static constexpr size_t kGroupBytes = kProductGroup;
   const float* table;
 
   explicit FromTable(const ProductSetup& setup) : table(setup.matrix->table) {}
@@ -72,15 +74,56 @@ __attribute__((always_inline)) inline __m512 cast(__m512 value) {
   }
 }
 
-template <class T, StepsOf kOf>
-struct FromSteps {
-  const float* of_rows;  // steps, or factors
+// The bins of 32 codes of a byte, as numbers.
+struct Bins {
+  static constexpr size_t kGroupBytes = kProductGroup;
   __m512i first;
-  __m512 of_row[Avx512::kRows];
 
-  explicit FromSteps(const ProductSetup& setup)
-      : of_rows(kOf == StepsOf::kBoth ? setup.matrix->factors : setup.matrix->steps),
-        first(_mm512_set1_epi32(setup.matrix->first)) {}
+  explicit Bins(const CodeMatrix& matrix) : first(_mm512_set1_epi32(matrix.first)) {}
+  __attribute__((always_inline)) void operator()(const uint8_t* codes, __m512& even, __m512& odd) const {
+    const __m512i words = load_words(codes);
+    even = _mm512_cvtepi32_ps(_mm512_add_epi32(even_words(words), first));
+    odd = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_srli_epi32(words, 16), first));
+  }
+};
+
+// Sixteen numbers in a register, for codes of four bits.
+struct Sixteen {
+  static constexpr size_t kGroupBytes = kProductGroup / 2;
+  __m512 numbers;
+
+  explicit Sixteen(const float* from) : numbers(_mm512_loadu_ps(from)) {}
+  explicit Sixteen(const CodeMatrix& matrix)
+      : numbers(_mm512_cvtepi32_ps(_mm512_add_epi32(
+            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(matrix.first)))) {}
+  __attribute__((always_inline)) void operator()(const uint8_t* codes, __m512& even, __m512& odd) const {
+    // Of an index the lower four bits count.
+    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    even = _mm512_permutexvar_ps(pairs, numbers);
+    odd = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), numbers);
+  }
+};
+
+struct FromSixteen {
+  static constexpr size_t kGroupBytes = Sixteen::kGroupBytes;
+  Sixteen table;
+
+  explicit FromSixteen(const ProductSetup& setup) : table(setup.matrix->table) {}
+  void begin_row(size_t, size_t) {}
+  __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, __m512& even, __m512& odd) const {
+    table(codes, even, odd);
+  }
+};
+
+template <class T, StepsOf kOf, class Codes>
+struct Stepped {
+  static constexpr size_t kGroupBytes = Codes::kGroupBytes;
+  const float* of_rows;  // steps, or factors
+  Codes bins;
+  __m512 of_row[Avx512::kRowsOfOne];
+
+  explicit Stepped(const ProductSetup& setup)
+      : of_rows(kOf == StepsOf::kBoth ? setup.matrix->factors : setup.matrix->steps), bins(*setup.matrix) {}
   void begin_row(size_t r, size_t row) {
     if constexpr (kOf != StepsOf::kColumns) of_row[r] = _mm512_set1_ps(of_rows[row]);
   }
@@ -91,17 +134,19 @@ struct FromSteps {
   }
   __attribute__((always_inline)) void operator()(size_t r, const uint8_t* codes, const float* steps, __m512& even,
                                                  __m512& odd) const {
-    const __m512i words = load_words(codes);
-    const __m512 q_even = _mm512_cvtepi32_ps(_mm512_add_epi32(even_words(words), first));
-    const __m512 q_odd = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_srli_epi32(words, 16), first));
-    even = cast<T>(_mm512_mul_ps(q_even, step_of(r, steps, 0)));
-    odd = cast<T>(_mm512_mul_ps(q_odd, step_of(r, steps, kProductLanes)));
+    bins(codes, even, odd);
+    even = cast<T>(_mm512_mul_ps(even, step_of(r, steps, 0)));
+    odd = cast<T>(_mm512_mul_ps(odd, step_of(r, steps, kProductLanes)));
   }
 };
+template <class T, StepsOf kOf>
+using FromSteps = Stepped<T, kOf, Bins>;
+template <class T, StepsOf kOf>
+using FromPackedSteps = Stepped<T, kOf, Sixteen>;
 
 // The weights themselves.
 struct FromPlain {
-  static constexpr size_t kCodeBytes = 2;
+  static constexpr size_t kGroupBytes = 2 * kProductGroup;
 
   void begin_row(size_t, size_t) {}
   __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, __m512& even, __m512& odd) const {
@@ -115,8 +160,11 @@ struct FromPlain {
 
 void product_rows_avx512(const ProductSetup& setup, size_t begin, size_t end) {
   const CodeMatrix& matrix = *setup.matrix;
-  if (matrix.plain) {
+  if (matrix.plain()) {
     all_rows<Avx512>(setup, FromPlain(), begin, end);
+  } else if (matrix.bits == 4) {
+    if (matrix.table) all_rows<Avx512>(setup, FromSixteen(setup), begin, end);
+    else all_rows_of_steps<Avx512, FromPackedSteps>(setup, begin, end);
   } else if (!matrix.table) {
     all_rows_of_steps<Avx512, FromSteps>(setup, begin, end);
   } else if (matrix.dtype != DType::kBF16) {

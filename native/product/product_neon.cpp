@@ -13,7 +13,7 @@ struct Sixteen {
 
 struct Neon {
   using F = Sixteen;
-  static constexpr size_t kRows = 2, kTokens = 2;
+  static constexpr size_t kRows = 2, kRowsOfOne = 2, kFew = 2, kMostByFew = 8, kTokens = 2;
 
   static F zero() { return {{vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)}}; }
   static F load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
@@ -30,9 +30,25 @@ struct Neon {
   }
 };
 
+// 32 codes of a byte: the even ones, then the odd ones.
+struct OfBytes {
+  static constexpr size_t kGroupBytes = kProductGroup;
+  __attribute__((always_inline)) static uint8x16x2_t load(const uint8_t* codes) { return vld2q_u8(codes); }
+};
+
+// The same, of four bits each.
+struct OfHalves {
+  static constexpr size_t kGroupBytes = kProductGroup / 2;
+  __attribute__((always_inline)) static uint8x16x2_t load(const uint8_t* codes) {
+    const uint8x16_t pairs = vld1q_u8(codes);
+    return {{vandq_u8(pairs, vdupq_n_u8(15)), vshrq_n_u8(pairs, 4)}};
+  }
+};
+
 // Tables of bfloat16, by shuffles of their bytes.
-template <size_t kParts>
+template <size_t kParts, class Codes>
 struct FromShuffles {
+  static constexpr size_t kGroupBytes = Codes::kGroupBytes;
   ByteTable<kParts> low, high;
 
   explicit FromShuffles(const ProductSetup& setup) : low(bytes(setup, 0)), high(bytes(setup, 8)) {}
@@ -52,27 +68,33 @@ struct FromShuffles {
              vreinterpretq_f32_u32(vshll_high_n_u16(second, 16))}};
   }
   __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
-    const uint8x16x2_t some = vld2q_u8(codes);
+    const uint8x16x2_t some = Codes::load(codes);
     even = weights(some.val[0]);
     odd = weights(some.val[1]);
   }
 };
 
 // Tables of any numbers, and long ones: scalar look-ups.
+template <class Codes>
 struct FromTable {
+  static constexpr size_t kGroupBytes = Codes::kGroupBytes;
   const float* table;
 
   explicit FromTable(const ProductSetup& setup) : table(setup.matrix->table) {}
   void begin_row(size_t, size_t) {}
   __attribute__((always_inline)) float32x4_t four(const uint8_t* c) const {
     float32x4_t found = vld1q_dup_f32(table + c[0]);
-    found = vld1q_lane_f32(table + c[2], found, 1);
-    found = vld1q_lane_f32(table + c[4], found, 2);
-    return vld1q_lane_f32(table + c[6], found, 3);
+    found = vld1q_lane_f32(table + c[1], found, 1);
+    found = vld1q_lane_f32(table + c[2], found, 2);
+    return vld1q_lane_f32(table + c[3], found, 3);
   }
   __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
-    even = {{four(codes), four(codes + 8), four(codes + 16), four(codes + 24)}};
-    odd = {{four(codes + 1), four(codes + 9), four(codes + 17), four(codes + 25)}};
+    uint8_t some[2][kProductLanes];
+    const uint8x16x2_t both = Codes::load(codes);
+    vst1q_u8(some[0], both.val[0]);
+    vst1q_u8(some[1], both.val[1]);
+    even = {{four(some[0]), four(some[0] + 4), four(some[0] + 8), four(some[0] + 12)}};
+    odd = {{four(some[1]), four(some[1] + 4), four(some[1] + 8), four(some[1] + 12)}};
   }
 };
 
@@ -88,13 +110,14 @@ __attribute__((always_inline)) inline float32x4_t cast(float32x4_t value) {
   }
 }
 
-template <class T, StepsOf kOf>
-struct FromSteps {
+template <class T, StepsOf kOf, class Codes>
+struct Stepped {
+  static constexpr size_t kGroupBytes = Codes::kGroupBytes;
   const float* of_rows;  // steps, or factors
   int32x4_t first;
-  float32x4_t of_row[Neon::kRows];
+  float32x4_t of_row[Neon::kRowsOfOne];
 
-  explicit FromSteps(const ProductSetup& setup)
+  explicit Stepped(const ProductSetup& setup)
       : of_rows(kOf == StepsOf::kBoth ? setup.matrix->factors : setup.matrix->steps),
         first(vdupq_n_s32(setup.matrix->first)) {}
   void begin_row(size_t r, size_t row) {
@@ -118,15 +141,19 @@ struct FromSteps {
   }
   __attribute__((always_inline)) void operator()(size_t r, const uint8_t* codes, const float* steps, Sixteen& even,
                                                  Sixteen& odd) const {
-    const uint8x16x2_t some = vld2q_u8(codes);
+    const uint8x16x2_t some = Codes::load(codes);
     even = weights(r, some.val[0], steps);
     odd = weights(r, some.val[1], kOf == StepsOf::kRows ? steps : steps + kProductLanes);
   }
 };
+template <class T, StepsOf kOf>
+using FromSteps = Stepped<T, kOf, OfBytes>;
+template <class T, StepsOf kOf>
+using FromPackedSteps = Stepped<T, kOf, OfHalves>;
 
 // The weights themselves.
 struct FromPlain {
-  static constexpr size_t kCodeBytes = 2;
+  static constexpr size_t kGroupBytes = 2 * kProductGroup;
 
   void begin_row(size_t, size_t) {}
   __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
@@ -143,16 +170,21 @@ struct FromPlain {
 
 void product_rows_neon(const ProductSetup& setup, size_t begin, size_t end) {
   const CodeMatrix& matrix = *setup.matrix;
-  if (matrix.plain) {
+  const bool bf16 = matrix.dtype == DType::kBF16;
+  if (matrix.plain()) {
     all_rows<Neon>(setup, FromPlain(), begin, end);
+  } else if (matrix.bits == 4) {
+    if (!matrix.table) all_rows_of_steps<Neon, FromPackedSteps>(setup, begin, end);
+    else if (bf16) all_rows<Neon>(setup, FromShuffles<1, OfHalves>(setup), begin, end);
+    else all_rows<Neon>(setup, FromTable<OfHalves>(setup), begin, end);
   } else if (!matrix.table) {
     all_rows_of_steps<Neon, FromSteps>(setup, begin, end);
-  } else if (matrix.dtype != DType::kBF16 || matrix.n_codes > 128) {
-    all_rows<Neon>(setup, FromTable(setup), begin, end);
+  } else if (!bf16 || matrix.n_codes > 128) {
+    all_rows<Neon>(setup, FromTable<OfBytes>(setup), begin, end);
   } else if (matrix.n_codes <= 64) {
-    all_rows<Neon>(setup, FromShuffles<1>(setup), begin, end);
+    all_rows<Neon>(setup, FromShuffles<1, OfBytes>(setup), begin, end);
   } else {
-    all_rows<Neon>(setup, FromShuffles<2>(setup), begin, end);
+    all_rows<Neon>(setup, FromShuffles<2, OfBytes>(setup), begin, end);
   }
 }
 

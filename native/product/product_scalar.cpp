@@ -11,11 +11,12 @@ template <class T>
 float weight_at(const ProductSetup& setup, size_t row, size_t group, size_t at) {
   const CodeMatrix& matrix = *setup.matrix;
   const size_t column = group * kProductGroup + at;
-  if (matrix.plain) {
-    if (column >= matrix.columns) return 0.0f;
-    return BF16::value(reinterpret_cast<const uint16_t*>(matrix.codes)[row * matrix.columns + column]);
+  const uint8_t* const codes = matrix.codes + row * matrix.row_bytes();
+  if (matrix.plain()) {
+    return column < matrix.columns ? BF16::value(reinterpret_cast<const uint16_t*>(codes)[column]) : 0.0f;
   }
-  const uint8_t code = column < matrix.columns ? matrix.codes[row * matrix.columns + column] : matrix.zero;
+  uint8_t code = matrix.zero;
+  if (column < matrix.columns) code = matrix.bits == 8 ? codes[column] : codes[column / 2] >> column % 2 * 4 & 15;
   if (matrix.table) return matrix.table[code];
   float step = matrix.by_row ? matrix.steps[row] : column < matrix.columns ? matrix.steps[column] : 0.0f;
   if (matrix.factors) step *= matrix.factors[row];

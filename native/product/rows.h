@@ -3,9 +3,12 @@
 //
 // A path brings `Isa`:
 //   F                      16 floats, with zero(), load(p), store(p, f), fma(a, b, c), sum(f): as product.h adds them
-//   kRows, kTokens         so many rows and tokens are summed at a time, once weights are numbers
+//   kRows                  so many rows are summed at a time; kRowsOfOne, where there is one token, since each sum
+//                          waits for its last one
+//   kFew                   so many tokens, at most, with weights that go from codes to sums
+//   kTokens                so many, once weights are numbers in memory, which pays from more than kMostByFew on
 // and decoders: decoder(codes, steps, even, odd) makes 32 codes into weights; begin_row(row) comes before;
-// kCodeBytes, if a code has more than one.
+// kGroupBytes: of 32 codes.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -18,63 +21,80 @@
 namespace moebound {
 namespace {
 
-// Bytes of a code: 2 where it is the weight itself, a pattern of bfloat16.
-template <class Decoder>
-constexpr size_t code_bytes() {
-  if constexpr (requires { Decoder::kCodeBytes; }) return Decoder::kCodeBytes;
-  else return 1;
-}
-
 // The codes of a row, group by group; those of a ragged end from a copy that is filled up.
-template <size_t kBytes>
+template <size_t kGroupBytes>
 class RowCodes {
  public:
   void begin(const CodeMatrix& matrix, size_t row) {
-    codes_ = matrix.codes + row * matrix.columns * kBytes;
+    const size_t row_bytes = matrix.row_bytes();
+    codes_ = matrix.codes + row * row_bytes;
     whole_ = matrix.columns / kProductGroup;
-    const size_t left = matrix.columns % kProductGroup;
-    if (left) {
-      std::memset(ragged_, matrix.zero, sizeof ragged_);
-      std::memcpy(ragged_, codes_ + whole_ * kProductGroup * kBytes, left * kBytes);
+    if (matrix.columns % kProductGroup) {
+      std::memset(ragged_, matrix.bits == 4 ? matrix.zero * 0x11 : matrix.zero, sizeof ragged_);
+      std::memcpy(ragged_, codes_ + whole_ * kGroupBytes, row_bytes - whole_ * kGroupBytes);
     }
   }
-  const uint8_t* operator[](size_t group) const {
-    return group < whole_ ? codes_ + group * kProductGroup * kBytes : ragged_;
-  }
+  const uint8_t* operator[](size_t group) const { return group < whole_ ? codes_ + group * kGroupBytes : ragged_; }
 
  private:
   const uint8_t* codes_;
   size_t whole_;
-  uint8_t ragged_[kProductGroup * kBytes];
+  uint8_t ragged_[kGroupBytes];
 };
 
-// One token: weights go from codes to sums in registers. Several rows at a time, since a sum waits for
-// its last one.
-template <class Isa, class Decoder, size_t R>
-void rows_of_one(const ProductSetup& setup, Decoder& decoder, size_t row) {
+// A few tokens: weights go from codes to sums in registers.
+template <class Isa, class Decoder, size_t R, size_t T>
+void rows_of_few(const ProductSetup& setup, Decoder& decoder, size_t row, size_t token) {
   using F = typename Isa::F;
-  RowCodes<code_bytes<Decoder>()> codes[R];
-  F sums[R];
+  RowCodes<Decoder::kGroupBytes> codes[R];
+  F sums[R][T];
+#pragma GCC unroll 8
   for (size_t r = 0; r < R; ++r) {
     codes[r].begin(*setup.matrix, row + r);
     decoder.begin_row(r, row + r);
-    sums[r] = Isa::zero();
+#pragma GCC unroll 8
+    for (size_t t = 0; t < T; ++t) sums[r][t] = Isa::zero();
   }
   // The next rows are asked for now: processors look ahead within a page only, which is a row or two.
-  const size_t ahead = R * setup.matrix->columns * code_bytes<Decoder>();
+  const size_t ahead = R * setup.matrix->row_bytes(), padded = setup.groups * kProductGroup;
   for (size_t g = 0; g < setup.groups; ++g) {
-    const float* const x = setup.x + g * kProductGroup;
-    const F x_even = Isa::load(x), x_odd = Isa::load(x + kProductLanes);
+    const float* const x = setup.x + token * padded + g * kProductGroup;
     const float* const steps = setup.steps ? setup.steps + g * kProductGroup : nullptr;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (size_t r = 0; r < R; ++r) {
       F even, odd;
       __builtin_prefetch(codes[r][g] + ahead);
       decoder(r, codes[r][g], steps, even, odd);
-      sums[r] = Isa::fma(odd, x_odd, Isa::fma(even, x_even, sums[r]));
+#pragma GCC unroll 8
+      for (size_t t = 0; t < T; ++t) {
+        const float* const of_token = x + t * padded;
+        sums[r][t] = Isa::fma(even, Isa::load(of_token), sums[r][t]);
+        sums[r][t] = Isa::fma(odd, Isa::load(of_token + kProductLanes), sums[r][t]);
+      }
     }
   }
-  for (size_t r = 0; r < R; ++r) setup.y[row + r] = Isa::sum(sums[r]);
+  for (size_t r = 0; r < R; ++r) {
+    for (size_t t = 0; t < T; ++t) setup.y[(token + t) * setup.matrix->rows + row + r] = Isa::sum(sums[r][t]);
+  }
+}
+
+// As rows_of_few, of n tokens, 1 to T.
+template <class Isa, class Decoder, size_t R, size_t T>
+void rows_of_some(const ProductSetup& setup, Decoder& decoder, size_t row, size_t token, size_t n) {
+  if (n == T) return rows_of_few<Isa, Decoder, R, T>(setup, decoder, row, token);
+  if constexpr (T > 1) rows_of_some<Isa, Decoder, R, T - 1>(setup, decoder, row, token, n);
+}
+
+// calls each(token, n) with parts of at most `most` tokens, as even as possible: one token by itself would wait for
+// its own sums.
+template <class Each>
+void in_parts(size_t n_tokens, size_t most, Each each) {
+  const size_t n_parts = (n_tokens + most - 1) / most;
+  for (size_t i = 0, token = 0; i < n_parts; ++i) {
+    const size_t end = n_tokens * (i + 1) / n_parts;
+    each(token, end - token);
+    token = end;
+  }
 }
 
 // T tokens times R rows of weights, [R][groups][32].
@@ -119,7 +139,7 @@ void rows_of_many(const ProductSetup& setup, Decoder& decoder, size_t row, float
   using F = typename Isa::F;
   const size_t n = setup.groups * kProductGroup;
   for (size_t r = 0; r < R; ++r) {
-    RowCodes<code_bytes<Decoder>()> codes;
+    RowCodes<Decoder::kGroupBytes> codes;
     codes.begin(*setup.matrix, row + r);
     decoder.begin_row(0, row + r);
     for (size_t g = 0; g < setup.groups; ++g) {
@@ -130,22 +150,29 @@ void rows_of_many(const ProductSetup& setup, Decoder& decoder, size_t row, float
       Isa::store(to + kProductLanes, odd);
     }
   }
-  // As evenly as possible: a block of one token would wait for its own sums.
-  const size_t n_blocks = (setup.n_tokens + Isa::kTokens - 1) / Isa::kTokens;
-  for (size_t i = 0, token = 0; i < n_blocks; ++i) {
-    const size_t end = setup.n_tokens * (i + 1) / n_blocks;
-    some_tokens<Isa, R, Isa::kTokens>(setup, weights, row, token, end - token);
-    token = end;
-  }
+  in_parts(setup.n_tokens, Isa::kTokens, [&](size_t token, size_t some) {
+    some_tokens<Isa, R, Isa::kTokens>(setup, weights, row, token, some);
+  });
 }
 
 template <class Isa, class Decoder>
 void all_rows(const ProductSetup& setup, Decoder decoder, size_t begin, size_t end) {
   constexpr size_t kRows = Isa::kRows;
   size_t row = begin;
-  if (setup.n_tokens == 1) {
-    for (; row + kRows <= end; row += kRows) rows_of_one<Isa, Decoder, kRows>(setup, decoder, row);
-    for (; row < end; ++row) rows_of_one<Isa, Decoder, 1>(setup, decoder, row);
+  if (setup.n_tokens <= Isa::kMostByFew) {
+    if (setup.n_tokens == 1) {
+      for (; row + Isa::kRowsOfOne <= end; row += Isa::kRowsOfOne) {
+        rows_of_few<Isa, Decoder, Isa::kRowsOfOne, 1>(setup, decoder, row, 0);
+      }
+    }
+    for (; row + kRows <= end; row += kRows) {
+      in_parts(setup.n_tokens, Isa::kFew, [&](size_t token, size_t some) {
+        rows_of_some<Isa, Decoder, kRows, Isa::kFew>(setup, decoder, row, token, some);
+      });
+    }
+    for (; row < end; ++row) {
+      for (size_t t = 0; t < setup.n_tokens; ++t) rows_of_few<Isa, Decoder, 1, 1>(setup, decoder, row, t);
+    }
     return;
   }
   std::vector<float> weights(kRows * setup.groups * kProductGroup);

@@ -16,7 +16,7 @@ from moebound.codec import encode_codes, envelope, patch
 from moebound.codec.api import decode_into
 from moebound.codec.at_once import codes_at_once, decode_at_once
 from moebound.codec.bound import EXACT, BoundCodec
-from moebound.codec.codes import CodeMatrix, decode_codes
+from moebound.codec.codes import Bits, CodeMatrix, code_bytes, decode_codes
 from moebound.errors import MoeboundError
 from moebound.types import NUMPY_DTYPES, Array, DType, ErrorBound
 
@@ -86,21 +86,25 @@ def _parts(matrix: CodeMatrix) -> list[Any]:
     arrays = (matrix.codes, matrix.table, matrix.steps, matrix.factors, matrix.patched)
     weights = matrix.patch_weights.view(np.uint32)
     found = [array.tobytes() for array in (*arrays, weights)]
-    return [*found, matrix.by_row, matrix.first, matrix.shape, matrix.dtype]
+    return [*found, matrix.by_row, matrix.first, matrix.shape, matrix.dtype, matrix.bits]
 
 
-def _codes_by_reference(data: bytes) -> list[Any] | None:
+def _codes_by_reference(data: bytes, bits: Bits = 8) -> list[Any] | None:
     try:
         parsed = envelope.parse(data)
-        return _parts(decode_codes(parsed, np.zeros(parsed.spec.size, np.uint8)))
+        rows, cols = parsed.spec.shape
+        out = np.zeros(code_bytes((rows, cols), bits), np.uint8)
+        return _parts(decode_codes(parsed, out, bits=bits))
     except MoeboundError:
         return None
 
 
-def _codes_at_once(data: bytes, shape: tuple[int, ...], dtype: DType) -> list[Any] | None:
+def _codes_at_once(
+    data: bytes, shape: tuple[int, ...], dtype: DType, bits: Bits = 8
+) -> list[Any] | None:
     rows, cols = shape
-    out = np.zeros(rows * cols, np.uint8)
-    found = codes_at_once(data, out, (rows, cols), dtype, threads=1)
+    out = np.zeros(code_bytes((rows, cols), bits), np.uint8)
+    found = codes_at_once(data, out, (rows, cols), dtype, bits=bits, threads=1)
     return None if found is None else _parts(found)
 
 
@@ -113,6 +117,9 @@ def test_the_same_weights_and_the_same_codes(name: str) -> None:
     for threads in (1, 3):
         assert _at_once(data, spec.shape, spec.dtype, threads) == expected
     assert _codes_at_once(data, spec.shape, spec.dtype) == _codes_by_reference(data)
+    # The coder sees one column as a row; rows of four bits are then left to the reference.
+    packed = None if spec.shape[1] == 1 else _codes_by_reference(data, 4)
+    assert _codes_at_once(data, spec.shape, spec.dtype, 4) == packed
 
 
 def test_there_were_codes_to_compare() -> None:

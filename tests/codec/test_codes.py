@@ -13,7 +13,17 @@ import pytest
 import moebound
 from moebound import _native
 from moebound.codec import encode_codes, envelope
-from moebound.codec.codes import CodeMatrix, Product, decode_codes, has_codes, products
+from moebound.codec.codes import (
+    Bits,
+    CodeMatrix,
+    Product,
+    code_bytes,
+    decode_codes,
+    has_codes,
+    most_outside,
+    packed,
+    products,
+)
 from moebound.codec.reference.product import fma
 from moebound.codec.reference.product import product as reference
 from moebound.errors import CodecError, CorruptionError
@@ -47,9 +57,16 @@ def encoded(kind: str, shape: tuple[int, int], dtype: DType = "BF16") -> bytes:
     return encode_codes(made.weights, made.codes, made.steps, bound, made.bound).data
 
 
-def codes_of(data: bytes, threads: int = 1) -> CodeMatrix:
+def codes_of(data: bytes, threads: int = 1, bits: Bits = 8) -> CodeMatrix:
     parsed = envelope.parse(data)
-    return decode_codes(parsed, np.full(parsed.spec.size, 255, np.uint8), threads=threads)
+    rows, cols = parsed.spec.shape if len(parsed.spec.shape) == 2 else (1, parsed.spec.size)
+    out = np.full(code_bytes((rows, cols), bits), 255, np.uint8)
+    return decode_codes(parsed, out, bits=bits, threads=threads)
+
+
+def in_bits(matrix: CodeMatrix, bits: Bits) -> CodeMatrix:
+    """The same, in codes of so many bits."""
+    return packed(matrix, np.empty(code_bytes(matrix.shape, 4), np.uint8)) if bits == 4 else matrix
 
 
 def patched(matrix: CodeMatrix) -> CodeMatrix:
@@ -89,8 +106,11 @@ def test_codes_stand_for_what_decoding_gives(
     data = encoded(kind, shape, dtype)
     with using(isa):
         found = codes_of(data, threads=2).weights()
+        in_halves = codes_of(data, threads=2, bits=4)
         expected: Any = moebound.decode(data)
     assert found.tobytes() == expected.tobytes()
+    assert in_halves.weights().tobytes() == expected.tobytes()
+    assert len(in_halves.codes) == shape[0] * ((shape[1] + 1) // 2)
     with using("scalar"):
         assert codes_of(data).codes.tobytes() == codes_of(data).codes.tobytes()
         scalar = codes_of(data).codes
@@ -115,11 +135,12 @@ def test_alphabets_with_low_bits_and_without(bound: float, low_bits: bool) -> No
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [8, 4])
 def test_products_are_those_of_the_reference(
-    shape: tuple[int, int], kind: str, dtype: DType, x_dtype: DType, n_tokens: int
+    bits: Bits, shape: tuple[int, int], kind: str, dtype: DType, x_dtype: DType, n_tokens: int
 ) -> None:
     data = encoded(kind, shape, dtype)
-    matrix = patched(codes_of(data))
+    matrix = in_bits(patched(codes_of(data)), bits)
     x = np.random.default_rng(1).standard_normal((n_tokens, shape[1])).astype(np.float32)
     x = x.astype(NUMPY_DTYPES[x_dtype])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -148,6 +169,35 @@ def test_products_are_near_the_exact_ones() -> None:
     ).all()
 
 
+@pytest.mark.parametrize("n_tokens", [3, 4, 5, 8, 9])
+@pytest.mark.parametrize("kind", ["grid", "columns"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_however_many_tokens_each_is_summed_as_alone(bits: Bits, kind: str, n_tokens: int) -> None:
+    matrix = in_bits(patched(codes_of(encoded(kind, (61, 50)))), bits)
+    x = np.random.default_rng(n_tokens).standard_normal((n_tokens, 50)).astype(np.float32)
+    with using("scalar"):
+        expected = multiply(matrix, x)
+    for isa in ISAS:
+        with using(isa):
+            assert multiply(matrix, x).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(64, 300), (31, 65), (1, 257), (9, 1)])
+@pytest.mark.parametrize("bound", [0.02, 0.004, 0.001])
+def test_what_four_bits_leave_out_is_bounded_by_the_tables(
+    bound: float, shape: tuple[int, int]
+) -> None:
+    weights = drawn(shape)
+    weights.reshape(-1)[::97] *= 4
+    data = moebound.encode(weights, bound)
+    matrix, in_halves = codes_of(data), codes_of(data, bits=4)
+    assert in_halves.weights().tobytes() == matrix.weights().tobytes()
+    most = most_outside(lambda at, n: data[at : at + n], weights.size)
+    if most is not None:
+        outside = len(in_halves.patched) - len(matrix.patched)
+        assert 0 <= outside <= most
+
+
 @pytest.mark.parametrize("n_codes", [1, 60, 64, 65, 128, 129, 256])
 def test_tables_of_every_width(n_codes: int) -> None:
     rng = np.random.default_rng(n_codes)
@@ -166,6 +216,10 @@ def test_tables_of_every_width(n_codes: int) -> None:
         with using(isa):
             np.testing.assert_array_equal(multiply(matrix, x), expected)
             np.testing.assert_array_equal(multiply(matrix, x[:1]), expected[:1])
+    in_halves = in_bits(matrix, 4)
+    assert in_halves.weights().tobytes() == matrix.weights().tobytes()
+    outside = np.abs(codes.astype(int) - (n_codes // 2) + 0.5) > 8
+    assert len(in_halves.patched) == len(places) + int(outside.sum())
 
 
 def test_a_fused_multiply_add_is_rounded_once() -> None:
@@ -238,8 +292,8 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
 
     def make(**change: Any) -> Any:
         given: dict[str, Any] = {"codes": codes, "shape": (3, 4), "table": table, "steps": none,
-                 "patched": nowhere, "patch_weights": none} | change  # fmt: skip
-        return CodeMatrix(dtype="BF16", by_row=False, first=0, **given)
+                 "patched": nowhere, "patch_weights": none, "first": 0} | change  # fmt: skip
+        return CodeMatrix(dtype="BF16", by_row=False, **given)
 
     for change in (
         {"shape": (4, 4)}, {"shape": (0, 4)}, {"steps": none, "table": none},
@@ -247,7 +301,8 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
         {"factors": np.ones(4, np.float32), "table": none, "steps": np.ones(4, np.float32)},
         {"patched": np.array([12], np.uint64), "patch_weights": np.array([1], np.float32)},
         {"patched": np.array([3, 3], np.uint64), "patch_weights": np.array([1, 1], np.float32)},
-        {"patch_weights": np.array([1], np.float32)},
+        {"patch_weights": np.array([1], np.float32)}, {"bits": 5}, {"codes": codes, "bits": 4},
+        {"table": np.zeros(17, np.float32), "codes": codes[:6], "bits": 4},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(change)).replace("shape", "codes")):
             make(**change)

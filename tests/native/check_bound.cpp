@@ -8,6 +8,7 @@
 // overwritten, spliced): each decoder refuses it or gives what the scalar one gives. The same of an envelope around it. Buffers are
 // exactly as large as they say, so that a sanitizer sees the first byte out of bounds. Exit code 1
 // and a line on stderr at the first disagreement.
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdio>
@@ -168,10 +169,10 @@ Made decode_to_codes(const ArrayInfo& info, const std::vector<uint8_t>& payload,
   }
   const std::vector<uint64_t> patched{0, info.n - 1};
   const std::vector<float> patches{0.5f, -2.0f};
-  const CodeMatrix matrix{made.codes.data(), rows, columns, info.output, table.empty() ? nullptr : table.data(),
+  const CodeMatrix matrix{made.codes.data(), 8, rows, columns, info.output, table.empty() ? nullptr : table.data(),
                           std::max<size_t>(found.n_codes, size_t(1 - found.first)), found.steps.data(), found.by_row,
                           found.factors.empty() ? nullptr : found.factors.data(), found.first, uint8_t(-found.first),
-                          patched.data(), patches.data(), info.n > 1 ? 2u : 0u, false};
+                          patched.data(), patches.data(), info.n > 1 ? 2u : 0u};
   made.weights.resize(info.n * item_size(info.output));
   weights_of_codes(matrix, made.weights.data());
   std::vector<float> x(n_tokens * columns);
@@ -225,14 +226,15 @@ void seal(std::vector<uint8_t>& envelope) {
   store(envelope.data() + envelope.size() - 4, checksum);
 }
 
-// An envelope of one row, patched with `values` at the positions that the payload does not carry.
-std::vector<uint8_t> envelope_of(const ArrayInfo& info, const EncodedBound& encoded, const std::vector<uint8_t>& values) {
-  std::vector<uint8_t> bytes{'M', 'O', 'E', 'B', 1, 0, uint8_t(info.output), uint8_t(info.source), 5, 'b', 'o', 'u', 'n', 'd', 3, 2, 1};
+// An envelope of this shape, patched with `values` at the positions that the payload does not carry.
+std::vector<uint8_t> envelope_of(const ArrayInfo& info, const EncodedBound& encoded, const std::vector<uint8_t>& values,
+                                 std::array<size_t, 2> shape) {
+  std::vector<uint8_t> bytes{'M', 'O', 'E', 'B', 1, 0, uint8_t(info.output), uint8_t(info.source), 5, 'b', 'o', 'u', 'n', 'd', 3, 2};
   const auto put_varint = [&](uint64_t value) {
     for (; value >= 0x80; value >>= 7) bytes.push_back(uint8_t(value | 0x80));
     bytes.push_back(uint8_t(value));
   };
-  put_varint(info.n);
+  for (const size_t extent : shape) put_varint(extent);
   bytes.resize(bytes.size() + 8);
   store(bytes.data() + bytes.size() - 8, info.bound);
   const size_t count = encoded.misses.size();
@@ -257,6 +259,40 @@ std::vector<uint8_t> envelope_of(const ArrayInfo& info, const EncodedBound& enco
   return bytes;
 }
 
+// The weights of a matrix in an envelope, by codes of so many bits; nothing where it has none.
+std::vector<uint8_t> weights_by_codes(const std::vector<uint8_t>& envelope, const ArrayInfo& info, size_t rows,
+                                      size_t columns, uint32_t bits, size_t* n_patches = nullptr) {
+  EnvelopeCodes found;
+  std::vector<uint8_t> codes(rows * row_bytes(columns, bits));
+  if (!decode_envelope_codes({envelope.data(), envelope.size(), {rows, columns}, info.output}, bits, codes.data(), 1, found)) {
+    return {};
+  }
+  found.table.resize(found.table.empty() ? 0 : kCodeTable);
+  const CodeValues& values = found.values;
+  const CodeMatrix matrix{codes.data(), bits, rows, columns, info.output, found.table.empty() ? nullptr : found.table.data(),
+                          size_t(1) << bits, values.steps.data(), values.by_row,
+                          values.factors.size() == rows ? values.factors.data() : nullptr, values.first,
+                          uint8_t(-values.first), found.patched.data(), found.patch_weights.data(), found.patched.size()};
+  std::vector<uint8_t> weights(info.n * item_size(info.output));
+  weights_of_codes(matrix, weights.data());
+  if (n_patches) *n_patches = found.patched.size();
+  return weights;
+}
+
+// Four bits stand for the weights of a byte, and as many as are outside were to be expected.
+void check_packed(const std::vector<uint8_t>& envelope, const ArrayInfo& info, size_t columns, const EncodedBound& encoded) {
+  size_t n_patches = 0;
+  const size_t rows = info.n / columns;
+  const auto expected = weights_by_codes(envelope, info, rows, columns, 8);
+  const auto found = weights_by_codes(envelope, info, rows, columns, 4, &n_patches);
+  if (columns == info.columns ? found != expected : !found.empty() && found != expected) {
+    fail("codes of four bits stand for other weights");
+  }
+  if (found.empty()) return;
+  const auto most = most_outside(encoded.payload.data(), encoded.payload.size(), info.n, encoded.payload.size());
+  if (most && n_patches > encoded.misses.size() + *most) fail("more weights are outside than tables allow");
+}
+
 void check_envelope(const ArrayInfo& info, const EncodedBound& encoded, std::vector<uint8_t> expected, size_t n_mutations) {
   const size_t size = item_size(info.output);
   std::vector<uint8_t> values(size * encoded.misses.size());
@@ -264,20 +300,31 @@ void check_envelope(const ArrayInfo& info, const EncodedBound& encoded, std::vec
   for (size_t i = 0; i < encoded.misses.size(); ++i) {
     std::memcpy(&expected[encoded.misses[i] * size], &values[i * size], size);
   }
-  const auto body = envelope_of(info, encoded, values);
+  const auto body = envelope_of(info, encoded, values, {1, info.n});
   auto sealed = body;
   seal(sealed);
   std::vector<uint8_t> out(info.n * size);
   const bool decoded = decode_envelope({sealed.data(), sealed.size(), {1, info.n}, info.output}, out.data(), 1);
   if (decoded != (info.bound > 0) || (decoded && out != expected)) fail("an envelope decodes differently");
+  const size_t columns = info.n % info.columns ? info.n : info.columns;
+  const auto matrix_body = envelope_of(info, encoded, values, {info.n / columns, columns});
+  auto matrix = matrix_body;
+  seal(matrix);
+  check_packed(matrix, info, columns, encoded);
   for (size_t m = 0; m < n_mutations; ++m) {
-    auto bad = mutated(body);
+    auto bad = mutated(below(2) ? body : matrix_body);
     if (below(8)) seal(bad);
     const std::vector<uint8_t> exact(bad);  // as large as it says
     decode_envelope({exact.data(), exact.size(), {1, info.n}, info.output}, out.data(), 1);
-    EnvelopeCodes found;
-    std::vector<uint8_t> codes(info.n);
-    decode_envelope_codes({exact.data(), exact.size(), {1, info.n}, info.output}, codes.data(), 1, found);
+    weights_by_codes(exact, info, 1, info.n, 8);
+    const std::vector<uint8_t> two[] = {weights_by_codes(exact, info, info.n / columns, columns, 8),
+                                        weights_by_codes(exact, info, info.n / columns, columns, 4)};
+    if (!two[1].empty() && two[0] != two[1]) fail("codes of four bits stand for other weights");
+    try {
+      const size_t from = below(exact.size() + 1);
+      most_outside(exact.data() + from, below(exact.size() - from + 1), info.n, exact.size());
+    } catch (const Corrupt&) {
+    }
   }
 }
 

@@ -3,9 +3,9 @@
 //   check_product CASES SEED
 //
 // CASES random matrices: tables and steps, of every dtype, rows of any length, patches, one token or
-// several. Then as many of plain bfloat16, and as many whose steps of columns have factors. Prints the hashes of all results, which are the same on every
-// machine: what is drawn has no function of the C library in it. Exit code 1 and a line on stderr at the
-// first difference.
+// several. Then as many of plain bfloat16, as many whose steps of columns have factors, and as many of codes of four
+// bits. Prints the hashes of all results, which are the same on every machine: what is drawn has no function of the C
+// library in it. Exit code 1 and a line on stderr at the first difference.
 #include <algorithm>
 #include <bit>
 #include <cstdio>
@@ -40,11 +40,12 @@ struct Drawn {
   std::vector<float> table, steps, factors, patch_weights;
   std::vector<uint64_t> patched;
 
-  void draw(bool with_factors = false) {
+  void draw(bool with_factors = false, uint32_t bits = 8) {
+    matrix.bits = bits;
     matrix.rows = 1 + below(70);
     matrix.columns = 1 + below(below(3) ? 200 : 700);
     matrix.dtype = DType(below(3));
-    matrix.n_codes = 1 + below(below(2) ? 40 : 256);
+    matrix.n_codes = 1 + below(bits == 4 ? 16 : below(2) ? 40 : 256);
     matrix.zero = uint8_t(below(matrix.n_codes));
     codes.resize(matrix.rows * matrix.columns);
     for (uint8_t& code : codes) code = uint8_t(below(matrix.n_codes));
@@ -68,6 +69,7 @@ struct Drawn {
         patch_weights.push_back(T::value(pattern_of<T>(number() * 64)));
       }
     });
+    if (bits == 4) pack();
     matrix.codes = codes.data();
     matrix.table = table.empty() ? nullptr : table.data();
     matrix.steps = steps.data();
@@ -75,6 +77,17 @@ struct Drawn {
     matrix.patched = patched.data();
     matrix.patch_weights = patch_weights.data();
     matrix.n_patches = patched.size();
+  }
+
+  void pack() {
+    std::vector<uint8_t> packed(matrix.rows * matrix.row_bytes());
+    for (size_t row = 0; row < matrix.rows; ++row) {
+      for (size_t j = 0; j < 2 * matrix.row_bytes(); ++j) {
+        const uint8_t code = j < matrix.columns ? codes[row * matrix.columns + j] : matrix.zero;
+        packed[row * matrix.row_bytes() + j / 2] |= uint8_t(code << j % 2 * 4);
+      }
+    }
+    codes.swap(packed);
   }
 };
 
@@ -110,7 +123,7 @@ int main(int argc, char** argv) {
     }
     return xxh64(expected.data(), expected.size(), hash);
   };
-  uint64_t of_codes = 0, of_plain = 0, of_factors = 0;
+  uint64_t of_codes = 0, of_plain = 0, of_factors = 0, of_packed = 0;
   for (size_t c = 0; c < n_cases; ++c) {
     Drawn drawn;
     drawn.draw();
@@ -127,6 +140,14 @@ int main(int argc, char** argv) {
     drawn.draw(true);
     of_factors = check(drawn.matrix, c, of_factors);
   }
-  std::printf("%zu products, %016llx, %016llx, %016llx\n", n_cases, static_cast<unsigned long long>(of_codes),
-              static_cast<unsigned long long>(of_plain), static_cast<unsigned long long>(of_factors));
+  for (size_t c = 0; c < n_cases; ++c) {
+    Drawn drawn;
+    drawn.draw(below(3) == 0, 4);
+    of_packed = check(drawn.matrix, c, of_packed);
+  }
+  std::printf("%zu products", n_cases);
+  for (const uint64_t hash : {of_codes, of_plain, of_factors, of_packed}) {
+    std::printf(", %016llx", static_cast<unsigned long long>(hash));
+  }
+  std::printf("\n");
 }

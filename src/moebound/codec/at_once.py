@@ -12,7 +12,7 @@ import numpy as np
 
 from moebound import _native
 from moebound.codec.bound import DTYPE_CODES
-from moebound.codec.codes import CodeMatrix
+from moebound.codec.codes import Bits, CodeMatrix
 from moebound.types import NUMPY_DTYPES, Array, DType
 
 Data = bytes | bytearray | memoryview
@@ -29,13 +29,13 @@ def decode_at_once(data: Data, out: Array, shape: tuple[int, ...], *, threads: i
 
 
 def codes_at_once(
-    data: Data, out: Array, shape: tuple[int, int], dtype: DType, *, threads: int
+    data: Data, out: Array, shape: tuple[int, int], dtype: DType, *, bits: Bits = 8, threads: int
 ) -> CodeMatrix | None:
-    """As `decode_at_once`, a matrix into codes of a byte. None, too, where it has none."""
-    found = _native.decode_envelope_codes(data, out, shape, DTYPE_CODES[dtype], threads)
+    """As `decode_at_once`, a matrix into codes of so many bits. None, too, where it has none."""
+    found = _native.decode_envelope_codes(data, out, shape, DTYPE_CODES[dtype], bits, threads)
     if found is None:
         return None
     table, steps, by_row, first, patched, patch_weights, factors = found
     return CodeMatrix(
-        out, shape, dtype, table, steps, by_row, first, patched, patch_weights, factors
+        out, shape, dtype, table, steps, by_row, first, patched, patch_weights, factors, bits
     )

@@ -1,4 +1,4 @@
-"""Matrices as codes: a byte a weight, what the bytes stand for, and the exact patches beside them.
+"""Matrices as codes: a byte or four bits a weight, what they stand for, and exact patches beside them.
 
 `decode_codes` does all that decoding does but for the last step: a weight stays the number of its
 bin. What it stands for is an entry of a table, or (code + first) · step cast to the dtype, the step
@@ -7,13 +7,16 @@ being that of its column or row, or its column's times its row's factor; all are
 certificate is about. docs/format.md, sections 4.3, 4.7 and 4.8, has every way.
 
 A patched place has the code of 0, and its weight stands beside, exact.
+
+Codes of four bits are the sixteen around that of 0. The few weights that have another one are patches,
+too, and nothing else changes: the weights are to the bit the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -26,11 +29,15 @@ from moebound.codec.fields import FieldReader
 from moebound.errors import CodecError, CorruptionError, FormatError
 from moebound.types import Array, DType
 
+Bits = Literal[8, 4]
+"""Of a code."""
+
 MOST_CODES = 256
 """What a byte has."""
 
 _HEAD_BYTES = 512
 _LAYOUT_BYTES = 48  # the payload's length, and its layout as far as the alphabet
+_TABLES_BYTES = 16 << 10  # the layout as far as the frequencies, nearly always
 
 Read = Callable[[int, int], bytes]
 """Bytes of an envelope from an offset on, so many or as many as there are."""
@@ -42,7 +49,8 @@ def _none() -> Array:
 
 @dataclass(frozen=True, eq=False)
 class CodeMatrix:
-    """codes: [rows · cols] uint8, memory of whoever asked. shape: [rows, cols], of dtype.
+    """codes: flat uint8, memory of whoever asked: [rows · cols], or, of four bits each, [rows ·
+    ⌈cols / 2⌉], the even column's in the lower half. shape: [rows, cols], of dtype.
 
     table: what each code stands for; empty where there are steps, [cols] or by_row [rows].
     first: the bin of code 0. patched, patch_weights: flat places and what belongs there.
@@ -59,10 +67,11 @@ class CodeMatrix:
     patched: Positions
     patch_weights: Array
     factors: Array = field(default_factory=_none)
+    bits: Bits = 8
 
     def __post_init__(self) -> None:
         kernel = _native.Codes(
-            self.codes, *self.shape, DTYPE_CODES[self.dtype], self.table, self.steps, self.by_row,
+            self.codes, self.bits, *self.shape, DTYPE_CODES[self.dtype], self.table, self.steps, self.by_row,
             self.factors, self.first, -self.first, self.patched, self.patch_weights,
         )  # fmt: skip
         object.__setattr__(self, "_kernel", kernel)
@@ -86,16 +95,13 @@ class CodeMatrix:
 
     def weights(self) -> Array:
         """[rows, cols] as `decode` gives them, patterns: bfloat16 as uint16 bits."""
-        out = np.empty(len(self.codes), _PATTERNS[self.dtype])
+        out = np.empty(self.shape[0] * self.shape[1], _PATTERNS[self.dtype])
         self._kernel.weights(out)  # type: ignore[attr-defined]
         return out.reshape(self.shape)
 
     def copy(self, codes: Array) -> CodeMatrix:
         """The same with its codes elsewhere."""
-        return CodeMatrix(
-            codes, self.shape, self.dtype, self.table, self.steps, self.by_row, self.first,
-            self.patched, self.patch_weights, self.factors,
-        )  # fmt: skip
+        return replace(self, codes=codes)
 
 
 class Product(NamedTuple):
@@ -123,17 +129,25 @@ def products(jobs: Iterable[Product], x: Array, out: Array, *, threads: int = 1)
 _PATTERNS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 
-def decode_codes(parsed: Envelope, out: Array, *, threads: int = 1) -> CodeMatrix:
-    """Decode a parsed envelope of codec `bound` into codes. out: flat uint8, of its size.
+def code_bytes(shape: tuple[int, int], bits: Bits) -> int:
+    """What the codes of a matrix take."""
+    return shape[0] * -(-shape[1] * bits // 8)
+
+
+def decode_codes(parsed: Envelope, out: Array, *, bits: Bits = 8, threads: int = 1) -> CodeMatrix:
+    """Decode a parsed envelope of codec `bound` into codes. out: flat uint8, of `code_bytes`.
 
     Raises CodecError for what has no codes of a byte (another codec, an exact copy, wide
     alphabets; `has_codes` tells before), CorruptionError for damaged bytes.
     """
     spec = parsed.spec
-    if len(spec.shape) != 2 or out.shape != (spec.size,) or out.dtype != np.uint8:
-        raise CodecError(
-            f"codes of shape {spec.shape}: expected a matrix, and {spec.size} bytes for it"
-        )
+    if len(spec.shape) != 2:
+        raise CodecError(f"codes of shape {spec.shape}: expected a matrix")
+    shape = spec.shape[0], spec.shape[1]
+    if out.shape != (code_bytes(shape, bits),) or out.dtype != np.uint8:
+        raise CodecError(f"codes of shape {shape}: expected {code_bytes(shape, bits)} bytes")
+    if bits == 4:
+        return packed(decode_codes(parsed, np.empty(spec.size, np.uint8), threads=threads), out)
     if parsed.codec != BoundCodec.id or not len(parsed.payload) or parsed.payload[0] == EXACT:
         raise CodecError(f"codec {parsed.codec!r}: its weights are no codes")
     if parsed.codec_version > BoundCodec.newest():
@@ -160,9 +174,45 @@ def decode_codes(parsed: Envelope, out: Array, *, threads: int = 1) -> CodeMatri
     if len(parsed.misses):
         out[parsed.misses.astype(np.int64)] = -first
     return CodeMatrix(
-        out, (spec.shape[0], spec.shape[1]), spec.dtype, table, steps, by_row, first,
+        out, shape, spec.dtype, table, steps, by_row, first,
         parsed.misses.astype(np.uint64), parsed.values.astype(np.float32), factors,
     )  # fmt: skip
+
+
+def packed(matrix: CodeMatrix, out: Array) -> CodeMatrix:
+    """The same matrix in codes of four bits. out: flat uint8, of `code_bytes`. native/bound/packed.h
+    is the quick way."""
+    zero, (rows, cols) = -matrix.first, matrix.shape
+    start = max(zero - _WINDOW // 2, 0)
+    codes = matrix.codes.astype(np.int64) - start
+    outside = np.flatnonzero((codes < 0) | (codes >= _WINDOW))
+    outside = np.setdiff1d(outside, matrix.patched.astype(np.int64))
+    weights = _floats(matrix.weights().reshape(-1)[outside], matrix.dtype)
+    codes[outside] = zero - start
+    codes = np.pad(codes.reshape(rows, cols), ((0, 0), (0, cols % 2)), constant_values=zero - start)
+    out[:] = (codes[:, ::2] | codes[:, 1::2] << 4).reshape(-1)
+    places = np.concatenate([matrix.patched.astype(np.int64), outside])
+    order = np.argsort(places)
+    table = matrix.table[start : start + _WINDOW]
+    return replace(
+        matrix,
+        codes=out,
+        bits=4,
+        table=np.pad(table, (0, _WINDOW - len(table))) if len(table) else table,
+        first=matrix.first + start,
+        patched=places[order].astype(np.uint64),
+        patch_weights=np.concatenate([matrix.patch_weights, weights])[order],
+    )
+
+
+_WINDOW = 16
+
+
+def _floats(patterns: Array, dtype: DType) -> Array:
+    """Weights as float32. patterns: bfloat16 as uint16 bits."""
+    if dtype == "BF16":
+        return (patterns.astype(np.uint32) << 16).view(np.float32)
+    return patterns.astype(np.float32)
 
 
 def _values(patterns: Array, dtype: DType) -> Array:
@@ -172,6 +222,19 @@ def _values(patterns: Array, dtype: DType) -> Array:
     if dtype == "F16":
         return patterns.astype(np.uint16).view(np.float16).astype(np.float32)
     return patterns.astype(np.uint32).view(np.float32)
+
+
+def most_outside(read: Read, size: int) -> int | None:
+    """At most so many of a matrix's weights have none of the sixteen codes that four bits hold, by
+    the tables in front of the payload; None where they do not say. Reads as `has_codes`."""
+    try:
+        _, at = envelope.find_payload(read(0, _HEAD_BYTES))
+    except FormatError:
+        return None
+    fields = FieldReader(memoryview(read(at, _TABLES_BYTES)), 0)
+    n_bytes = fields.varint()
+    head = fields.take(min(n_bytes, fields.left))
+    return _native.bound_most_outside(head, size, n_bytes)
 
 
 def has_codes(read: Read) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 from moebound.checkpoint import Role, TensorInfo, read_header, read_into, read_tensors
 from moebound.checkpoint.shards import read_json
 from moebound.codec.arrays import ArrayLike
-from moebound.codec.codes import CodeMatrix, decode_codes
+from moebound.codec.codes import Bits, CodeMatrix, decode_codes
 from moebound.errors import CorruptionError, FormatError, MoeboundError, StoreError
 from moebound.methods import FindPart, RouterEdit, Stored, router_name, shared_name
 from moebound.methods.blob import PEEK_BYTES, blob_checksum, parse_router, peek_shared
@@ -119,12 +119,16 @@ class StoredMatrix:
                 return
         self.target.decode_into(self.target.read(), out, parts=parts, threads=threads)
 
-    def decode_codes(self, data: memoryview, out: Array, *, threads: int) -> CodeMatrix:
-        """As `decode_into`, into codes of a byte, flat: of codec `bound`, with no shared parts.
-        Raises CodecError, too, where there are none."""
+    def decode_codes(
+        self, data: memoryview, out: Array, *, bits: Bits = 8, threads: int
+    ) -> CodeMatrix:
+        """As `decode_into`, into codes of so many bits, flat: of codec `bound`, with no shared
+        parts. Raises CodecError, too, where there are none."""
         with naming(self.tensor):
-            found = codes_certified(data, self.record.certificate, out, threads)
-            return found or decode_codes(self.parse(data).envelope, out, threads=threads)
+            found = codes_certified(data, self.record.certificate, out, bits, threads)
+            if found is not None:
+                return found
+            return decode_codes(self.parse(data).envelope, out, bits=bits, threads=threads)
 
     def read(self) -> memoryview:
         """Its bytes, by one positional read. Raises as `read_tensor_bytes` and `check`."""

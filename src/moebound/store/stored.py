@@ -11,7 +11,7 @@ from moebound.codec import Certificate, thread_count
 from moebound.codec.arrays import ArrayLike, writable_view
 from moebound.codec.at_once import codes_at_once, decode_at_once
 from moebound.codec.bound import BoundCodec
-from moebound.codec.codes import CodeMatrix
+from moebound.codec.codes import Bits, CodeMatrix
 from moebound.errors import CorruptionError, FormatError
 from moebound.methods import Stored
 from moebound.store.checks import check_bytes
@@ -57,11 +57,11 @@ def decode_certified(
 
 
 def codes_certified(
-    data: memoryview, certificate: Certificate, out: Array, threads: int
+    data: memoryview, certificate: Certificate, out: Array, bits: Bits, threads: int
 ) -> CodeMatrix | None:
-    """As `decode_certified`, a matrix into codes of a byte."""
+    """As `decode_certified`, a matrix into codes of so many bits."""
     shape = certificate.shape[0], certificate.shape[1]
-    return codes_at_once(data, out, shape, certificate.dtype, threads=threads)
+    return codes_at_once(data, out, shape, certificate.dtype, bits=bits, threads=threads)
 
 
 @contextmanager
