@@ -19,6 +19,7 @@ from moebound.checkpoint import open_checkpoint
 from moebound.errors import CacheError, MoeboundError
 from moebound.model import few_rows
 from moebound.offload import codes, compute, slots
+from moebound.offload.costs import Speeds
 from moebound.offload.fetcher import Fetcher
 from moebound.offload.loading import load
 from moebound.offload.timing import Turns
@@ -26,7 +27,8 @@ from moebound.store import compress
 from moebound.types import ErrorBound
 from tiny_models import make_tiny
 
-SLOTS: tuple[codes.SlotsName, ...] = ("values", "codes")
+SLOTS = codes.SLOTS
+CODES: tuple[codes.SlotsName, ...] = ("codes", "codes4")
 IDS = torch.arange(5, 25).view(2, 10)
 Make = Callable[..., Path]
 
@@ -43,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
     own, by Fisher statistics."""
     stores = dict[tuple[Any, ...], Path]()
 
-    def make(name: str, *, rate: float = 0.3, felt: bool = False, **options: Any) -> Path:
+    def make(name: str, *, rate: float = 0.9, felt: bool = False, **options: Any) -> Path:
         key = (name, rate, felt, *sorted((k, str(v)) for k, v in options.items()))
         if key not in stores:
             folder = tmp_path_factory.mktemp(name)
@@ -70,21 +72,27 @@ def logits(store: Path, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor
 @pytest.mark.parametrize("name", ["mixtral", "olmoe", "nemotron_h", "qwen3_next", "aria_text"])
 def test_logits_of_values_up_to_rounding(name: str, made: Make) -> None:
     values = logits(made(name), slots="values")
-    assert (logits(made(name)) - values).abs().max() <= 1e-5
+    for of in CODES:
+        assert (logits(made(name), slots=of) - values).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("of_codes", CODES)
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_rows_in_steps_of_their_own(name: str, made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_steps_of_their_own(
+    name: str, of_codes: codes.SlotsName, made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Version 3 of codec `bound`: the weights that are certified, and one result everywhere."""
     monkeypatch.setattr(few_rows, "WORK_PER_THREAD", 1)
+    monkeypatch.setattr(codes, "MOST_OUTSIDE", 0.5)
     store = made(name, rate=3.0, felt=True)
     states, values = [], logits(store, slots="values")
     for of in SLOTS:
         with load(store, dtype="float32", slots=of) as offloaded:
             states.append(offloaded.model.state_dict())
-    assert all(torch.equal(weights, states[1][of]) for of, weights in states[0].items())
-    with load(store, dtype="float32", slots="codes", ram_budget="100%") as offloaded:
-        assert offloaded.choice.slots == "codes"
+    for state in states[1:]:
+        assert all(torch.equal(weights, state[of]) for of, weights in states[0].items())
+    with load(store, dtype="float32", slots=of_codes, ram_budget="100%") as offloaded:
+        assert offloaded.choice.slots == of_codes
         assert not offloaded.choice.not_codes
         with torch.no_grad():
             expected = offloaded.model(IDS).logits
@@ -95,13 +103,16 @@ def test_rows_in_steps_of_their_own(name: str, made: Make, monkeypatch: pytest.M
         assert aside <= (slot.kind.aside_bytes or 0)
     assert (expected - values).abs().max() <= 1e-5
     for options in ({"ram_budget": "60%", "tier": "disk"}, {"ram_budget": "100%", "threads": 1}):
-        assert torch.equal(logits(store, **options), expected), options
+        assert torch.equal(logits(store, slots=of_codes, **options), expected), options
     for isa in ISAS:
         with using(isa):
-            assert torch.equal(logits(store), expected), isa
+            assert torch.equal(logits(store, slots=of_codes), expected), isa
 
 
-def test_many_tokens_are_computed_as_by_values(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", CODES)
+def test_many_tokens_are_computed_as_by_values(
+    of: codes.SlotsName, made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slots, "_HAS_BFLOAT16", True)
     ids = torch.arange(3, 99).view(1, 96) % 60
     some: dict[str, Any] = {"ids": ids, "dtype": "bfloat16"}
@@ -113,31 +124,34 @@ def test_many_tokens_are_computed_as_by_values(made: Make, monkeypatch: pytest.M
         return torch.nn.functional.linear(x, weight)
 
     monkeypatch.setattr(slots, "linear", spy)
-    assert torch.equal(logits(made("mixtral"), **some), values)
+    assert torch.equal(logits(made("mixtral"), slots=of, **some), values)
     assert min(rows) >= slots.MANY_ROWS
     rows.clear()
-    logits(made("mixtral"), **some | {"ids": IDS})
+    logits(made("mixtral"), slots=of, **some | {"ids": IDS})
     assert not rows
 
 
-def test_nothing_but_the_slots_shows_in_logits(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", CODES)
+def test_nothing_but_the_slots_shows_in_logits(
+    of: codes.SlotsName, made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(few_rows, "WORK_PER_THREAD", 1)  # several threads for small products too
     store = made("mixtral")
-    expected = logits(store, ram_budget="100%")
+    expected = logits(store, slots=of, ram_budget="100%")
     for options in (
         {"ram_budget": "42%", "tier": "disk"},
         {"ram_budget": "42%", "tier": "disk", "policy": "lru", "predictor": "gate", "threads": 1},
         {"ram_budget": "60%", "tier": "ram", "threads": 3},
         {"ram_budget": "45%", "drop_cache": True},
     ):
-        assert torch.equal(logits(store, **options), expected), options
+        assert torch.equal(logits(store, slots=of, **options), expected), options
     for isa in ISAS:
         with using(isa):
-            assert torch.equal(logits(store), expected), isa
+            assert torch.equal(logits(store, slots=of), expected), isa
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3 if before != 3 else 2)
-        with load(store, dtype="float32", slots="codes") as offloaded, torch.no_grad():
+        with load(store, dtype="float32", slots=of) as offloaded, torch.no_grad():
             x = torch.randn(9, offloaded.model.config.hidden_size)
             slot = next(iter(offloaded.cache.visit(0, [0]).hits.values()), None)
             assert slot is None  # nothing is there yet
@@ -155,9 +169,10 @@ def test_nothing_but_the_slots_shows_in_logits(made: Make, monkeypatch: pytest.M
         torch.set_num_threads(before)
 
 
-def test_twice_the_experts_in_the_same_memory(made: Make) -> None:
-    with load(made("mixtral"), slots="codes", ram_budget="100%", tier="disk") as offloaded:
-        assert offloaded.choice.slots == "codes"
+@pytest.mark.parametrize(("of", "times"), [("codes", 2), ("codes4", 4)])
+def test_more_experts_in_the_same_memory(of: codes.SlotsName, times: int, made: Make) -> None:
+    with load(made("mixtral"), slots=of, ram_budget="100%", tier="disk") as offloaded:
+        assert offloaded.choice.slots == of
         assert not offloaded.choice.not_codes
         with torch.no_grad():
             offloaded.model(IDS)
@@ -166,7 +181,7 @@ def test_twice_the_experts_in_the_same_memory(made: Make) -> None:
         kinds = {held.kind for held in offloaded.cache.visit(0, [0, 1]).hits.values()}  # type: ignore[union-attr]
         (kind,) = kinds
         values = replace(kind, aside_bytes=None).n_bytes
-        assert 2 * (kind.n_bytes - (kind.aside_bytes or 0)) == values
+        assert times * (kind.n_bytes - (kind.aside_bytes or 0)) == values
         assert offloaded.pool_bytes <= offloaded.choice.cache_bytes
         found = offloaded.cache.visit(0, [0]).hits
         for slot in found.values():
@@ -191,9 +206,10 @@ def test_weights_are_those_that_are_certified(dtype: str, made: Make) -> None:
     for of in SLOTS:
         with load(made("mixtral"), dtype=dtype, slots=of) as offloaded:
             states.append(offloaded.model.state_dict())
-    assert states[0].keys() == states[1].keys()
-    for name, weights in states[0].items():
-        assert torch.equal(weights, states[1][name]), name
+    for state in states[1:]:
+        assert states[0].keys() == state.keys()
+        for name, weights in states[0].items():
+            assert torch.equal(weights, state[name]), name
 
 
 def test_a_model_that_is_cast(made: Make) -> None:
@@ -203,12 +219,13 @@ def test_a_model_that_is_cast(made: Make) -> None:
             offloaded.model.float()
             with torch.no_grad():
                 found.append(offloaded.model(IDS).logits)
-    assert torch.equal(*found)  # by the same weights, cast
+    for other in found[1:]:
+        assert torch.equal(other, found[0])  # by the same weights, cast
 
 
 def test_gradients(made: Make) -> None:
     found = []
-    for of, budget in zip(SLOTS, ("100%", "45%"), strict=True):
+    for of, budget in zip(SLOTS, ("100%", "45%", "30%"), strict=True):
         with load(
             made("mixtral"),
             dtype="float32",
@@ -223,17 +240,19 @@ def test_gradients(made: Make) -> None:
                 if p.grad is not None
             }
             found.append(gradients)
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        off = (gradient - found[1][name]).norm() / gradient.norm().clamp_min(1e-12)
-        assert off < 1e-4, f"{name}: {off:g}"
+    for other in found[1:]:
+        assert found[0].keys() == other.keys()
+        for name, gradient in found[0].items():
+            off = (gradient - other[name]).norm() / gradient.norm().clamp_min(1e-12)
+            assert off < 1e-4, f"{name}: {off:g}"
 
 
 def _stays_values(store: Path, why: str, **options: Any) -> None:
     with load(store, dtype="float32", slots="codes", **options) as offloaded:
         choice = offloaded.choice
         assert choice.slots == "values"
-        assert list(choice.not_codes) == [why] or why in next(iter(choice.not_codes))
+        assert all(found.startswith("values: ") for found in choice.not_codes)
+        assert why in next(iter(choice.not_codes))
         with torch.no_grad():
             found = offloaded.model(IDS).logits
     assert torch.equal(found, logits(store, slots="values"))
@@ -251,8 +270,36 @@ def test_some_of_the_experts_are_codes(made: Make) -> None:
     store = made("mixtral", experts={1})
     with load(store, dtype="float32", slots="codes") as offloaded:
         assert offloaded.choice.slots == "codes"
-        assert set(offloaded.choice.not_codes) == {"not compressed"}
+        assert set(offloaded.choice.not_codes) == {"values: not compressed"}
     assert (logits(store) - logits(store, slots="values")).abs().max() <= 1e-5
+
+
+def test_where_many_weights_are_outside_of_four_bits_codes_have_a_byte(made: Make) -> None:
+    fine, mixed = made("mixtral", rate=0.2), made("mixtral", experts={1})
+    with load(fine, dtype="float32", slots="codes4") as offloaded:
+        assert offloaded.choice.slots == "codes"
+        (why,) = offloaded.choice.not_codes
+        assert "sixteen" in why
+        with torch.no_grad():
+            found = offloaded.model(IDS).logits
+    assert torch.equal(found, logits(fine, slots="codes"))
+    with load(mixed, dtype="float32", slots="codes4") as offloaded:
+        assert offloaded.choice.slots == "codes4"
+        assert set(offloaded.choice.not_codes) == {"values: not compressed"}
+        kinds = offloaded._fetcher.loader._kinds.values()
+        assert {(kind.bits, kind.aside_bytes is None) for kind in kinds} == {(8, True), (4, False)}
+
+
+def test_more_weights_aside_than_a_slot_has_room_for_is_an_error(
+    made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a stream that no encoder made."""
+    monkeypatch.setattr(codes, "_outside", lambda *_, **__: 0)
+    monkeypatch.setattr("moebound.offload.choose.measure_speeds", lambda *_: Speeds(1, 1, 1, 1))
+    with load(made("mixtral", rate=0.2), slots="codes4") as offloaded:
+        assert offloaded.choice.slots == "codes4"
+        with pytest.raises(MoeboundError, match="more than its head allows"), torch.no_grad():
+            offloaded.model(IDS)
 
 
 def test_the_faster_is_taken(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,13 +313,17 @@ def test_the_faster_is_taken(made: Make, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr("moebound.offload.choose.measure_turns", compute)
         with load(store, slots="auto", ram_budget="100%") as offloaded:
             assert offloaded.choice.slots != slow
-            assert {"compressed, disk", "compressed, disk, codes"} <= set(
-                offloaded.choice.predicted_s
-            )
+            assert {
+                "compressed, disk",
+                "compressed, disk, codes",
+                "compressed, disk, codes4",
+            } <= set(offloaded.choice.predicted_s)
+            if slow == "values":
+                assert offloaded.choice.slots == "codes4"
 
 
 def test_another_name_is_refused(store: Path) -> None:
-    with pytest.raises(CacheError, match="expected values, codes or auto"):
+    with pytest.raises(CacheError, match="expected values, codes, codes4 or auto"):
         load(store, slots="bytes")  # type: ignore[arg-type]
 
 
@@ -301,6 +352,7 @@ def test_the_benchmark_runs_both_kinds() -> None:
         ("raw, disk", "values"),
         ("compressed, disk", "values"),
         ("compressed, disk, slots codes", "codes"),
+        ("compressed, disk, slots codes4", "codes4"),
     ]
     with pytest.raises(MoeboundError, match="slots"):
         OffloadSettings(slots=("bytes",))
@@ -318,9 +370,10 @@ def _token_by_token(store: Path, n: int = 6, **options: Any) -> torch.Tensor:
         return torch.cat(found)
 
 
+@pytest.mark.parametrize("of", CODES)
 @pytest.mark.parametrize("name", ["mixtral", "nemotron_h"])
 def test_experts_computed_together_are_those_computed_alone(
-    name: str, made: Make, monkeypatch: pytest.MonkeyPatch
+    name: str, of: codes.SlotsName, made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(few_rows, "WORK_PER_THREAD", 1)
     together = list[int]()
@@ -331,13 +384,13 @@ def test_experts_computed_together_are_those_computed_alone(
         return whole(module, experts, *args)
 
     monkeypatch.setattr(compute, "_of_codes", spy)
-    found = _token_by_token(made(name), ram_budget="100%")
+    found = _token_by_token(made(name), slots=of, ram_budget="100%")
     assert max(together) > 1
     for options in ({"ram_budget": "60%", "tier": "disk"}, {"ram_budget": "100%", "threads": 1}):
-        assert torch.equal(_token_by_token(made(name), **options), found), options
+        assert torch.equal(_token_by_token(made(name), slots=of, **options), found), options
     monkeypatch.setattr(compute, "_by_kernel", lambda *_: False)
     together.clear()
-    assert torch.equal(_token_by_token(made(name), ram_budget="100%"), found)
+    assert torch.equal(_token_by_token(made(name), slots=of, ram_budget="100%"), found)
     assert not together
 
 

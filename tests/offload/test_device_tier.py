@@ -83,7 +83,7 @@ def test_auto_takes_it_where_the_bus_costs_more_than_the_hits(
     with load(store, tier="disk") as offloaded:
         kinds, model = offloaded._fetcher.loader._kinds, offloaded.model
     best, *others = choose.choose(
-        {"compressed": entries}, kinds, model,
+        {"compressed": entries}, kinds, model, ways={"values": kinds},
         budget="90%", tier="auto", device=torch.device("cpu"), cores=1, drop_cache=False,
     )  # fmt: skip
     assert best.tier == tier

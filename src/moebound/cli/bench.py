@@ -272,8 +272,12 @@ def bench_gpu(
               help="Where experts wait: disk, ram, device.")  # fmt: skip
 @click.option("--policies", default="hobbit", show_default=True, help="Of the cache.")
 @click.option("--prefetch", default="none", show_default=True, help="Predictors.")
-@click.option("--slots", default="values", show_default=True,
-              help="What those of compressed experts hold: values, codes, auto.")  # fmt: skip
+@click.option(
+    "--slots",
+    default="values",
+    show_default=True,
+    help="What those of compressed experts hold: values, codes, codes4, auto.",
+)
 @click.option("--routing", metavar="LIST",
               help="forced by the trace, own: the model's routers choose, or both.  "
                    "[default: forced; own with --model]")  # fmt: skip

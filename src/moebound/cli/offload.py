@@ -50,10 +50,11 @@ _OPTIONS = (
                  help="Where experts wait: on disk, or compressed in RAM, within the budget; or "
                       "compressed in a GPU's memory, as many as the budget holds, the rest on the "
                       "host."),
-    click.option("--slots", type=click.Choice(["values", "codes", "auto"]), default="values",
-                 show_default=True,
-                 help="What memory holds of an expert: its weights, or codes of a byte each, twice "
-                      "the experts in the same memory; or the faster by measurement."),
+    click.option("--slots", type=click.Choice(["values", "codes", "codes4", "auto"]),
+                 default="values", show_default=True,
+                 help="What memory holds of an expert: its weights; or codes of a byte, twice the "
+                      "experts of bfloat16 in the same memory, or of four bits, four times; or "
+                      "the fastest by measurement."),
     click.option("--policy", default="hobbit", show_default=True,
                  help="Who leaves the cache; `moebound cache simulate` tells which is best."),
     click.option("--prefetch", type=click.Choice(["none", "gate", "previous", "matching"]),
@@ -187,7 +188,7 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
     costs = choice.costs
     # What Python does is assumed for layers of a real model's size; small ones take less of it.
     small = costs.decode_s + costs.compute_s < SMALL_S
-    refused = "".join(f"; {n} of them values: {why}" for why, n in choice.not_codes.items())
+    refused = "".join(f"; {n} of them {why}" for why, n in choice.not_codes.items())
     return [
         f"experts: {choice.source}, {where}, {wording.n_bytes(choice.expert_bytes)}; "
         f"{wording.n_bytes(choice.cache_bytes)} for decoded ones, as {choice.slots}{refused}",

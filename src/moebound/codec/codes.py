@@ -1,4 +1,4 @@
-"""Matrices as codes: a byte or four bits a weight, what they stand for, and exact patches beside them.
+"""Matrices as codes: a byte or four bits a weight, what they stand for, and exact patches beside.
 
 `decode_codes` does all that decoding does but for the last step: a weight stays the number of its
 bin. What it stands for is an entry of a table, or (code + first) · step cast to the dtype, the step
@@ -8,8 +8,8 @@ certificate is about. docs/format.md, sections 4.3, 4.7 and 4.8, has every way.
 
 A patched place has the code of 0, and its weight stands beside, exact.
 
-Codes of four bits are the sixteen around that of 0. The few weights that have another one are patches,
-too, and nothing else changes: the weights are to the bit the same.
+Codes of four bits are the sixteen around that of 0. The few weights that have another one are
+patches, too, and nothing else changes: the weights are to the bit the same.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def _none() -> Array:
 
 @dataclass(frozen=True, eq=False)
 class CodeMatrix:
-    """codes: flat uint8, memory of whoever asked: [rows · cols], or, of four bits each, [rows ·
-    ⌈cols / 2⌉], the even column's in the lower half. shape: [rows, cols], of dtype.
+    """codes: flat uint8, memory of whoever asked: [rows · cols], or, of four bits each,
+    [rows · ⌈cols / 2⌉], the even column's in the lower half. shape: [rows, cols], of dtype.
 
     table: what each code stands for; empty where there are steps, [cols] or by_row [rows].
     first: the bin of code 0. patched, patch_weights: flat places and what belongs there.
@@ -71,7 +71,8 @@ class CodeMatrix:
 
     def __post_init__(self) -> None:
         kernel = _native.Codes(
-            self.codes, self.bits, *self.shape, DTYPE_CODES[self.dtype], self.table, self.steps, self.by_row,
+            self.codes, self.bits, *self.shape, DTYPE_CODES[self.dtype], self.table, self.steps,
+            self.by_row,
             self.factors, self.first, -self.first, self.patched, self.patch_weights,
         )  # fmt: skip
         object.__setattr__(self, "_kernel", kernel)
@@ -180,8 +181,8 @@ def decode_codes(parsed: Envelope, out: Array, *, bits: Bits = 8, threads: int =
 
 
 def packed(matrix: CodeMatrix, out: Array) -> CodeMatrix:
-    """The same matrix in codes of four bits. out: flat uint8, of `code_bytes`. native/bound/packed.h
-    is the quick way."""
+    """The same matrix in codes of four bits. out: flat uint8, of `code_bytes`.
+    native/bound/packed.h is the quick way."""
     zero, (rows, cols) = -matrix.first, matrix.shape
     start = max(zero - _WINDOW // 2, 0)
     codes = matrix.codes.astype(np.int64) - start
@@ -234,7 +235,8 @@ def most_outside(read: Read, size: int) -> int | None:
     fields = FieldReader(memoryview(read(at, _TABLES_BYTES)), 0)
     n_bytes = fields.varint()
     head = fields.take(min(n_bytes, fields.left))
-    return _native.bound_most_outside(head, size, n_bytes)
+    most: int | None = _native.bound_most_outside(head, size, n_bytes)
+    return most
 
 
 def has_codes(read: Read) -> str | None:

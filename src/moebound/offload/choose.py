@@ -69,8 +69,8 @@ class LoadPath:
 
     @property
     def title(self) -> str:
-        codes = ", codes" if self.slots == "codes" else ""
-        return f"{self.name}, {self.tier}{codes}"
+        slots = "" if self.slots == "values" else f", {self.slots}"
+        return f"{self.name}, {self.tier}{slots}"
 
     @property
     def seconds(self) -> float:
@@ -126,8 +126,7 @@ def choose(
     kinds: Mapping[ExpertKey, SlotKind],
     model: Any,
     *,
-    codes: Mapping[ExpertKey, SlotKind] | None = None,
-    values: bool = True,
+    ways: Mapping[SlotsName, Mapping[ExpertKey, SlotKind]],
     budget: int | str | None,
     tier: TierName | Literal["auto"],
     device: torch.device,
@@ -137,10 +136,10 @@ def choose(
     """The load paths that fit the budget, the one to take first.
 
     sources: by name, the one the user named first; it is left only for one that is predicted to be
-    faster by FALLBACK_MARGIN. codes: kinds of slots of codes, for a store; None where there are to
-    be none. values: whether slots of values will do as well. Budgets in per cent are of all experts
-    as values, whatever the slots hold. Raises CacheError, with the smallest budget, if none fits,
-    and as `top_k_of`.
+    faster by FALLBACK_MARGIN. kinds: of slots of values. ways: what slots of a store may hold, with
+    the kinds of all experts; what is no store is values. Budgets in per cent are of all experts as
+    values, whatever the slots hold. Raises CacheError, with the smallest budget, if none fits, and
+    as `top_k_of`.
     """
     decoded = sum(kind.n_bytes for kind in kinds.values())
     free = available_memory(device)
@@ -152,14 +151,11 @@ def choose(
     on_host = device.type == "cpu"  # where compressed experts and decoded ones share a memory
     fitting, least = list[LoadPath](), list[int]()
     for name, entries in sources.items():
-        ways = list[tuple[SlotsName, Mapping[ExpertKey, SlotKind]]]()
-        if codes is not None and entries.compressed:
-            ways.append(("codes", codes))
-        if values or not ways:
-            ways.append(("values", kinds))
+        plain: Mapping[SlotsName, Mapping[ExpertKey, SlotKind]] = {"values": kinds}
+        possible = ways if entries.compressed else plain
         probe = sample(entries)
         for at in _tiers(tier, entries, device):
-            for slots, of in ways:
+            for slots, of in possible.items():
                 working = top_k + 1 + entries.most_shared
                 floor = catalog_of(entries, of).smallest_budget(floor=1, working=working)
                 held = entries.n_bytes if at == "ram" and on_host else 0

@@ -1,7 +1,8 @@
-"""Which experts can be held as codes, half of what bfloat16 takes: known at load.
+"""Which experts can be held as codes, half or a quarter of what bfloat16 takes: known at load.
 
 Those whose matrices are all of codec `bound`, with alphabets of a byte and few patches, and laid
-out as the model computes. The others stay values, one by one.
+out as the model computes. The others stay values, one by one. Of these, codes of four bits are for
+those of whose weights nearly all have one of sixteen codes. The others stay codes of a byte.
 """
 
 from __future__ import annotations
@@ -10,27 +11,35 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from io import FileIO
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 
 from moebound.codec.arrays import torch_dtype
 from moebound.codec.bound import FACTORS_VERSION, BoundCodec
-from moebound.codec.codes import has_codes
+from moebound.codec.codes import Read, code_bytes, has_codes, most_outside
+from moebound.errors import FormatError
 from moebound.offload.entries import DiskEntry, DiskMatrix
 from moebound.offload.slots import CodeSlot, SlotKind
+from moebound.store.reader import StoredMatrix
 from moebound.types import ExpertKey
 
-SlotsName = Literal["values", "codes"]
+SlotsName = Literal["values", "codes", "codes4"]
+SLOTS: tuple[SlotsName, ...] = get_args(SlotsName)
 
 MOST_PATCHED = 1 / 256
 """Of a matrix's weights. A patch costs a product as much as tens of weights, and 12 bytes."""
+MOST_OUTSIDE = 1 / 64
+"""The same of codes of four bits, whose product reads half as much, and which save half a byte."""
+_PATCH_BYTES = 12
 
 
 @dataclass(frozen=True)
 class CodeKinds:
-    """kinds: of every expert, of codes where that is possible. refused: how many experts stay
-    values, by why."""
+    """kinds: of every expert, of codes where that is possible. refused: how many experts are not,
+    and stay values, or codes of a byte, by why."""
 
     kinds: Mapping[ExpertKey, SlotKind]
     refused: Mapping[str, int]
@@ -38,6 +47,10 @@ class CodeKinds:
     @property
     def any_codes(self) -> bool:
         return any(kind.aside_bytes is not None for kind in self.kinds.values())
+
+    @property
+    def any_of_four_bits(self) -> bool:
+        return any(kind.bits == 4 for kind in self.kinds.values())
 
 
 def code_kinds(
@@ -55,10 +68,52 @@ def code_kinds(
             able.append(entry.key)
             aside[kind] = max(aside[kind], sum(map(_most_aside, entry.matrices)))
         else:
-            why[reason] += 1
+            why[f"values: {reason}"] += 1
     of = {kind: replace(kind, aside_bytes=n_bytes) for kind, n_bytes in aside.items()}
     found |= {key: of[kinds[key]] for key in able}
     return CodeKinds(found, dict(why))
+
+
+def in_four_bits(entries: Iterable[DiskEntry], codes: CodeKinds) -> CodeKinds:
+    """The same, with codes of four bits where few weights have none of them. Reads the tables of
+    all matrices in codes, and decodes those whose tables do not say."""
+    found, why = dict(codes.kinds), Counter(codes.refused)
+    aside, able = Counter[SlotKind](), dict[ExpertKey, SlotKind]()
+    for entry in entries:
+        kind = found[entry.key]
+        if kind.aside_bytes is None:
+            continue
+        outside = [_outside(part, limit=int(MOST_OUTSIDE * part.size)) for part in entry.matrices]
+        if None in outside:
+            why["codes of a byte: too many weights have none of the sixteen of four bits"] += 1
+            continue
+        able[entry.key] = of_values = replace(kind, aside_bytes=None)
+        beside = sum(map(_most_aside, entry.matrices))
+        n_outside = sum(n for n in outside if n is not None)
+        aside[of_values] = max(aside[of_values], beside + _PATCH_BYTES * n_outside)
+    found |= {key: replace(kind, aside_bytes=aside[kind], bits=4) for key, kind in able.items()}
+    return CodeKinds(found, dict(why))
+
+
+def _outside(part: DiskMatrix, *, limit: int) -> int | None:
+    """How many weights have none of the sixteen codes, at most; None for more than `limit`."""
+    assert part.stored is not None
+    limit -= part.stored.record.certificate.patched
+    n: int | None
+    try:
+        with open(part.stored.tensor.file, "rb", buffering=0) as file:
+            n = most_outside(_reader(file, part.stored), part.size)
+        if n is None or (n > limit >= 0 and part.size <= _SMALL):
+            data, room = part.stored.read(), np.empty(code_bytes(part.shape, 4), np.uint8)
+            n = len(part.stored.decode_codes(data, room, bits=4, threads=1).patched)
+    except (OSError, FormatError):
+        return None  # whoever loads it says what is wrong
+    return n if n <= limit else None
+
+
+_SMALL = 1 << 18
+"""So few weights are decoded at load rather than left in codes of a byte: a table's rounding may
+say of more than there are."""
 
 
 def _most_aside(part: DiskMatrix) -> int:
@@ -68,7 +123,7 @@ def _most_aside(part: DiskMatrix) -> int:
     certificate = part.stored.record.certificate
     of_both = (certificate.codec_version or 0) >= FACTORS_VERSION
     steps = sum(part.shape) if of_both else max(part.shape)
-    return 4 * max(steps, 256) + 12 * certificate.patched
+    return 4 * max(steps, 256) + _PATCH_BYTES * certificate.patched
 
 
 def _refused(entry: DiskEntry, kind: SlotKind) -> str | None:
@@ -99,14 +154,19 @@ def _refused(entry: DiskEntry, kind: SlotKind) -> str | None:
 
 def _unreadable(entry: DiskEntry, part: DiskMatrix) -> str | None:
     assert part.stored is not None
-    tensor = part.stored.tensor
     try:
-        with open(tensor.file, "rb", buffering=0) as file:
-
-            def read(at: int, n: int) -> bytes:
-                n = max(0, min(n, tensor.n_bytes - at))
-                return os.pread(file.fileno(), n, tensor.offset + at)
-
-            return has_codes(read)
+        with open(part.stored.tensor.file, "rb", buffering=0) as file:
+            return has_codes(_reader(file, part.stored))
     except OSError:
         return "its head cannot be read"
+
+
+def _reader(file: FileIO, stored: StoredMatrix) -> Read:
+    """Bytes of a matrix that is stored there."""
+    tensor = stored.tensor
+
+    def read(at: int, n: int) -> bytes:
+        n = max(0, min(n, tensor.n_bytes - at))
+        return os.pread(file.fileno(), n, tensor.offset + at)
+
+    return read

@@ -81,7 +81,7 @@ def _project_all(
         x, step = inputs[0].detach(), 0
     else:
         x, step = torch.cat([some.detach() for some in inputs]), 1
-    out_rows, width = slots[0].weights[name].shape
+    out_rows, width = slots[0].kind.shape_of(name)
     counts = [some.shape[0] for some in inputs]
     out = torch.empty((sum(counts), out_rows), dtype=x.dtype)
     jobs, row = list[Product](), 0

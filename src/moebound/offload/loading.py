@@ -25,7 +25,7 @@ from moebound.model.pretrained import load_tokenizer
 from moebound.model.routers import find_routers
 from moebound.model.skip_policies import Policy, get_policy
 from moebound.offload.choose import catalog_of, choose, open_delivery, open_path, open_tier
-from moebound.offload.codes import CodeKinds, SlotsName, code_kinds
+from moebound.offload.codes import SLOTS, SlotsName, code_kinds, in_four_bits
 from moebound.offload.device_tier import check_tier
 from moebound.offload.entries import DiskEntries, open_entries
 from moebound.offload.fallback import CoarseCopies, Grades
@@ -78,9 +78,10 @@ def load(
         caching what was read.
 
     slots: what memory holds of an expert: "values", its weights in `dtype`; "codes", a byte a
-        weight, and computing from those (`codes.py`): about twice the experts in a budget; "auto"
-        for the faster by measurement. Experts that cannot be codes are values; `choice.not_codes`
-        says how many, and why. On a CPU.
+        weight, and computing from those (`codes.py`): twice the experts of bfloat16 in a budget;
+        "codes4", four bits a weight: four times; "auto" for the fastest by measurement. Experts
+        that cannot be so are codes of a byte, or values; `choice.not_codes` says how many, and
+        why. On a CPU.
     coarse, coarse_above, skip_above: graded fallback on a miss, off by default (`fallback.py`):
         `coarse` is a store of the same model under a wider bound.
 
@@ -111,8 +112,8 @@ def load(
     if tier == "device":
         check_tier(place)
     guess = _predictor(predictor)
-    if slots not in ("values", "codes", "auto"):
-        raise CacheError(f"slots {slots!r}: expected values, codes or auto")
+    if slots not in (*SLOTS, "auto"):
+        raise CacheError(f"slots {slots!r}: expected {', '.join(SLOTS)} or auto")
     chosen_policy = _policy(skip, calibration)
     named = Path(resolve(os.fspath(source)))
     # Of a GGUF file, `local_folder` has config and tokenizer alone.
@@ -138,15 +139,12 @@ def load(
     live = live_experts(model)
     _check_experts(path, entries, live)
     kinds = slot_kinds(live, model.dtype)
-    codes = CodeKinds({}, {})
-    if slots != "values":
-        codes = code_kinds(entries, kinds, place)
+    ways, refused = slot_ways(slots, entries, kinds, place)
     load_paths = choose(
         sources,
         kinds,
         model,
-        codes=codes.kinds if codes.any_codes else None,
-        values=slots != "codes",
+        ways=ways,
         budget=ram_budget,
         tier=tier,
         device=place,
@@ -204,7 +202,7 @@ def load(
         policy=policy,
         predictor=predictor,
         buffer_bytes=buffers,
-        not_codes=codes.refused,
+        not_codes=refused,
         waiting=waiting,
     )
     guard_whole(model, live, loader, choice)
@@ -269,6 +267,31 @@ def slot_kinds(live: LiveExperts, dtype: torch.dtype) -> Mapping[ExpertKey, Slot
         for index in range(owner.stack.n_experts):
             found[ExpertKey(owner.layer, owner.first + index)] = kind
     return found
+
+
+def slot_ways(
+    slots: SlotsName | Literal["auto"],
+    entries: DiskEntries,
+    kinds: Mapping[ExpertKey, SlotKind],
+    device: torch.device,
+) -> tuple[Mapping[SlotsName, Mapping[ExpertKey, SlotKind]], Mapping[str, int]]:
+    """What slots may hold, the most compact first, and how many experts are otherwise, by why.
+    kinds: of slots of values."""
+    found = dict[SlotsName, Mapping[ExpertKey, SlotKind]]()
+    if slots == "values":
+        return {"values": kinds}, {}
+    codes = code_kinds(entries, kinds, device)
+    refused = codes.refused
+    if slots != "codes" and codes.any_codes:
+        packed = in_four_bits(entries, codes)
+        refused = packed.refused
+        if packed.any_of_four_bits:
+            found["codes4"] = packed.kinds
+    if codes.any_codes and (slots != "codes4" or not found):
+        found["codes"] = codes.kinds
+    if slots == "auto" or not found:
+        found["values"] = kinds
+    return found, refused
 
 
 def _layers(model: Any, live: LiveExperts, top_k: int) -> Layers:

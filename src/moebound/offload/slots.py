@@ -2,8 +2,8 @@
 
 A `Slot` holds one expert, parameter by parameter, each shaped as one slice of the module's own:
 `gate_up_proj` [2I, H], `down_proj` [H, I] (or transposed, as the family has it). A `CodeSlot` holds
-codes instead, a byte a weight, and computes from those. A `SlotPool` hands slots out and takes them
-back, so that after a while no memory is asked for any more.
+codes instead, a byte or four bits a weight, and computes from those. A `SlotPool` hands slots out
+and takes them back, so that after a while no memory is asked for any more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from moebound.checkpoint import Role, read_into
 from moebound.codec.arrays import to_numpy, to_torch, torch_dtype, will_be_written
-from moebound.codec.codes import CodeMatrix, Product, products
+from moebound.codec.codes import Bits, CodeMatrix, Product, code_bytes, products
 from moebound.errors import CorruptionError
 from moebound.methods import FindPart
 from moebound.model.few_rows import flat, threads_for
@@ -43,7 +43,7 @@ class SlotKind:
     shapes: of one expert, by parameter, first the projection(s) into the expert, then `down_proj`.
     gated: gate and up share `gate_up_proj`. transposed, interleaved: as the module has it.
     aside_bytes: of slots of codes, the most that stands beside the codes; None for
-    slots of values.
+    slots of values. bits: of a code.
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
@@ -52,6 +52,7 @@ class SlotKind:
     transposed: bool
     interleaved: bool
     aside_bytes: int | None = None
+    bits: Bits = 8
 
     @classmethod
     def of(cls, module: nn.Module, dtype: torch.dtype) -> SlotKind:
@@ -75,13 +76,24 @@ class SlotKind:
     def n_bytes(self) -> int:
         """The same."""
         if self.aside_bytes is not None:
-            return self.n_weights + self.aside_bytes
+            codes = sum(code_bytes((s[0], s[1]), self.bits) for _, s in self.shapes)
+            return codes + self.aside_bytes
         return self.n_weights * self.dtype.itemsize
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of a parameter, in weights."""
+        return dict(self.shapes)[name]
 
     def room(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Memory for one expert, by parameter."""
-        dtype = self.dtype if self.aside_bytes is None else torch.uint8
-        return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in self.shapes}
+        if self.aside_bytes is None:
+            made, dtype = dict(self.shapes), self.dtype
+        else:
+            made = {name: (s[0], code_bytes((1, s[1]), self.bits)) for name, s in self.shapes}
+            dtype = torch.uint8
+        return {
+            name: torch.empty(shape, dtype=dtype, device=device) for name, shape in made.items()
+        }
 
     def empty(self, device: torch.device) -> Slot:
         """A slot of this kind, of no pool."""
@@ -173,7 +185,12 @@ class Slot:
             target = self.down if part.role == "down" else self.first
         if target is None:
             return None
-        return target if target.is_contiguous() and target.shape == part.shape else None
+        fits = target.is_contiguous() and target.shape == self._room_of(part)
+        return target if fits else None
+
+    def _room_of(self, part: DiskMatrix) -> tuple[int, int]:
+        """Rows, and what one takes in this memory."""
+        return part.shape
 
     def put(self, part: DiskMatrix, weights: torch.Tensor, *, non_blocking: bool = False) -> None:
         """Copy the weights of a part, as on disk, to where they belong. Casts.
@@ -213,8 +230,8 @@ class Slot:
 
 @dataclass(eq=False)
 class CodeSlot(Slot):
-    """weights: the codes, uint8, [out, in] by parameter. parts: what they stand for, by parameter
-    and first row of the matrices that it is made of."""
+    """weights: the codes, uint8, by parameter: [out, in], or, of four bits each, [out, ⌈in / 2⌉].
+    parts: what they stand for, by parameter and first row of the matrices that it is made of."""
 
     parts: dict[tuple[str, int], CodeMatrix] = field(default_factory=dict)
 
@@ -225,14 +242,17 @@ class CodeSlot(Slot):
         target = self.place(part)
         return None if target is None else flat(target)
 
+    def _room_of(self, part: DiskMatrix) -> tuple[int, int]:
+        return part.shape[0], code_bytes((1, part.shape[1]), self.kind.bits)
+
     def zero(self) -> None:
         super().zero()
-        none = np.empty(0, np.float32)
-        for name, codes in self.weights.items():
-            shape = (codes.shape[0], codes.shape[1])
+        none, bits = np.empty(0, np.float32), self.kind.bits
+        for name, (rows, columns) in self.kind.shapes:
+            table = np.zeros(64 if bits == 8 else 16, np.float32)
             self.parts[name, 0] = CodeMatrix(
-                flat(codes), shape, "BF16", np.zeros(64, np.float32), none, False, 0,
-                np.empty(0, np.uint64), none,
+                flat(self.weights[name]), (rows, columns), "BF16", table, none, False, 0,
+                np.empty(0, np.uint64), none, bits=bits,
             )  # fmt: skip
 
     def copy(self) -> CodeSlot:
@@ -247,13 +267,21 @@ class CodeSlot(Slot):
         )
 
     def fill_codes(self, part: DiskMatrix, data: memoryview, *, threads: int) -> None:
-        """Decode a part's bytes. Raises FormatError or CorruptionError, naming file and tensor."""
+        """Decode a part's bytes. Raises FormatError or CorruptionError, naming file and tensor,
+        also for more beside the codes than there is room for."""
         codes = self.array(part)
         assert codes is not None  # as `code_kinds` found
         assert part.stored is not None
         name = "down_proj" if part.role == "down" else self.kind.shapes[0][0]
         first = self.first.shape[0] // 2 if part.role == "up" and self.kind.gated else 0
-        self.parts[name, first] = part.stored.decode_codes(data, codes, threads=threads)
+        bits, room = self.kind.bits, self.kind.aside_bytes or 0
+        found = part.stored.decode_codes(data, codes, bits=bits, threads=threads)
+        self.parts[name, first] = found
+        if sum(some.aside_bytes for some in self.parts.values()) > room:
+            raise CorruptionError(
+                f"{part.stored.tensor.file}: tensor {part.name!r}: {len(found.patched)} weights "
+                "stand beside its codes, more than its head allows"
+            )
 
     def project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """x times a parameter's transpose: [T, in] to [T, out], in x's dtype."""
@@ -265,7 +293,7 @@ class CodeSlot(Slot):
         return {name: self._values(name) for name, _ in self.kind.shapes}
 
     def _product(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.weights[name].shape
+        rows, columns = self.kind.shape_of(name)
         x = x.detach().contiguous()
         if len(x) >= MANY_ROWS and x.dtype == torch.bfloat16 and _HAS_BFLOAT16:
             return linear(x, self._values(name))
@@ -279,7 +307,7 @@ class CodeSlot(Slot):
         return out
 
     def _values(self, name: str) -> torch.Tensor:
-        values = torch.empty(self.weights[name].shape, dtype=self.kind.dtype)
+        values = torch.empty(self.kind.shape_of(name), dtype=self.kind.dtype)
         for first, part in self.parts_of(name):
             some = torch.from_numpy(part.weights())
             if part.dtype == "BF16":

@@ -166,8 +166,9 @@ class _Expert:
         self.kind, self._slot = kind, kind.empty(device)
         self._slot.zero()
         axis = -2 if kind.transposed else -1
-        self._n_inner = self._slot.down.shape[axis]
-        self._x = torch.zeros((1, self._slot.first.shape[axis]), dtype=kind.dtype, device=device)
+        (_, first), (_, down) = kind.shapes
+        self._n_inner = down[axis]
+        self._x = torch.zeros((1, first[axis]), dtype=kind.dtype, device=device)
 
     def products(self) -> list[float]:
         """Seconds of either."""

@@ -82,7 +82,7 @@ class OffloadSettings:
         for option, given, known in (
             ("peers", tuple(LLAMA if _llama_file(p) else p for p in self.peers), PEERS),
             ("routing", self.routing, ROUTINGS),
-            ("slots", self.slots, ("values", "codes", "auto")),
+            ("slots", self.slots, ("values", "codes", "codes4", "auto")),
         ):
             wrong = [name for name in given if name not in known]
             if wrong:
