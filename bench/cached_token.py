@@ -3,7 +3,7 @@
     OMP_WAIT_POLICY=PASSIVE python bench/cached_token.py WORK > rows.json
 
 WORK: the folder of `moebound bench offload`, with its checkpoint, store, ids and trace. A text is
-read token by token with the store in slots of codes and of values, and by stock transformers, each
+read token by token with the store in slots of codes (of four bits and of a byte) and of values, and by stock transformers, each
 in a process of its own, in turns: with the linear layers outside of experts by the native product
 and by torch's, and with experts computed together and one by one. Checked first: the ways of
 computing experts give the same logits, to the bit. Then some tokens are read once more with a clock
@@ -35,7 +35,7 @@ from moebound.cache import load_trace
 from moebound.model.few_rows import NativeLinear
 from moebound.offload import compute, on_demand
 
-SUBJECT_NAMES = ("codes", "values", "stock")
+SUBJECT_NAMES = ("codes4", "codes", "values", "stock")
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def measure(work: Path, name: str, tokens: int, rounds: int) -> dict[str, Any]:
                 wall, cpu, sums[way] = text()
             times[way][0].extend(wall)
             times[way][1].extend(cpu)
-    if name == "codes" and sums["as it is"] != sums["experts one by one"]:
+    if name.startswith("codes") and sums["as it is"] != sums["experts one by one"]:
         raise ValueError("experts together and one by one give other logits")
     with clocks(model) as spent:
         wall, _, _ = text()

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from moebound import _native
 from moebound.bench.environment import describe
 from moebound.codec.bound import DTYPE_CODES
-from moebound.offload.codes import code_kinds
+from moebound.offload.codes import code_kinds, in_four_bits
 from moebound.offload.delivery import Arrival, CpuDelivery
 from moebound.offload.entries import DiskEntries, DiskEntry, open_entries
 from moebound.offload.meter import Load
@@ -44,7 +45,7 @@ now = time.thread_time
 
 def kernel(entry: DiskEntry, data: memoryview, slot: Slot) -> float:
     """Seconds in the kernel alone, for what `fill` decodes."""
-    taken = 0.0
+    taken, scratch = 0.0, np.empty(max(part.size for part in entry.matrices), np.uint8)
     for part in entry.matrices:
         assert part.stored is not None
         found = part.stored.parse(data[part.start : part.stop]).envelope
@@ -52,6 +53,8 @@ def kernel(entry: DiskEntry, data: memoryview, slot: Slot) -> float:
         assert out is not None
         source, output = DTYPE_CODES[spec.source_dtype], DTYPE_CODES[spec.dtype]
         if isinstance(slot, CodeSlot):
+            if slot.kind.bits == 4:  # which come of bytes
+                out = scratch[: spec.size]
             begin = now()
             _native.bound_codes(found.payload, out, source, output, spec.abs_bound, 1)
         else:
@@ -124,8 +127,11 @@ def main() -> None:
         (("gate_up_proj", (2 * inner, hidden)), ("down_proj", (hidden, inner))),
         torch.bfloat16, gated=True, transposed=False, interleaved=False,
     )  # fmt: skip
-    found = code_kinds([first], {first.key: values}, CPU)
-    kinds = {"values": values, "codes": found.kinds[first.key]}
+    found = code_kinds(entries, dict.fromkeys((entry.key for entry in entries), values), CPU)
+    packed = in_four_bits(entries, found)
+    kinds = {
+        "values": values, "codes": found.kinds[first.key], "codes4": packed.kinds[first.key],
+    }  # fmt: skip
     rows = {name: measure(entries, kind, args.experts, args.rounds) for name, kind in kinds.items()}
     for slots, row in rows.items():
         for name, one in row.items():

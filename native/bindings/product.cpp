@@ -19,7 +19,7 @@ class Codes {
  public:
   Codes(const Codes&) = delete;
   Codes(Flat<uint8_t> codes, unsigned bits, size_t rows, size_t columns, unsigned dtype, Flat<float> table, Flat<float> steps,
-        bool by_row, Flat<float> factors, int32_t first, uint8_t zero, Flat<uint64_t> patched, Flat<float> patch_weights)
+        bool by_row, Flat<float> factors, int32_t first, uint8_t zero, Flat<uint32_t> patched, Flat<float> patch_weights)
       : codes_(codes), steps_(steps), factors_(factors), patched_(patched), patch_weights_(patch_weights) {
     const bool scaled = table.size() == 0;
     std::copy_n(table.data(), std::min(table.size(), moebound::kCodeTable), table_);
@@ -34,7 +34,7 @@ class Codes {
     if (scaled && steps.size() != (by_row ? rows : columns)) throw nb::value_error("steps");
     if (factors.size() && (!scaled || by_row || factors.size() != rows)) throw nb::value_error("factors");
     if (patch_weights.size() != patched.size()) throw nb::value_error("patch_weights");
-    const uint64_t* const at = patched.data();
+    const uint32_t* const at = patched.data();
     for (size_t i = 0; i < patched.size(); ++i) {
       if (at[i] >= n || (i && at[i] <= at[i - 1])) throw nb::value_error("patched");
     }
@@ -47,7 +47,7 @@ class Codes {
   Flat<uint8_t> codes_;
   float table_[moebound::kCodeTable] = {};
   Flat<float> steps_, factors_;
-  Flat<uint64_t> patched_;
+  Flat<uint32_t> patched_;
   Flat<float> patch_weights_;
   moebound::CodeMatrix matrix_;
 };
@@ -77,7 +77,7 @@ void bind_product(nb::module_& m) {
 
   nb::class_<Codes>(m, "Codes")
       .def(nb::init<Flat<uint8_t>, unsigned, size_t, size_t, unsigned, Flat<float>, Flat<float>, bool, Flat<float>, int32_t,
-                    uint8_t, Flat<uint64_t>, Flat<float>>(),
+                    uint8_t, Flat<uint32_t>, Flat<float>>(),
            "codes"_a, "bits"_a, "rows"_a, "columns"_a, "dtype"_a, "table"_a, "steps"_a, "by_row"_a, "factors"_a, "first"_a,
            "zero"_a, "patched"_a, "patch_weights"_a)
       .def("weights", [](const Codes& self, WritableArray out) {

@@ -215,14 +215,13 @@ CodeValues decode_packed_codes(const ArrayInfo& info, const uint8_t* payload, si
     const size_t columns = info.columns;
     if (setup.layout->columns != columns || info.n % columns) throw Corrupt("other columns than the matrix has");
     if (found.first > 0 || -found.first >= int32_t(kMostCodes)) throw Corrupt("no code is 0");
-    const auto zero = uint8_t(-found.first);
-    const uint32_t start = window_start(zero);
+    const Window window(uint32_t(-found.first));
     std::vector<Outside> parts(batches(segments.size(), threads));
     thread_local Scratch<uint8_t> scratch;
     decode_all(
         setup, segments, threads, [&](size_t, size_t n) { return scratch.room_for(n); },
         [&](size_t batch, size_t first, size_t last, const uint8_t* codes) {
-          pack_rows(codes, columns, start, zero, first, last, out, parts[batch]);
+          pack_rows(codes, columns, window, first, last, out, parts[batch]);
         });
     for (const Outside& part : parts) {
       outside.places.insert(outside.places.end(), part.places.begin(), part.places.end());

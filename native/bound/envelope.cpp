@@ -148,6 +148,7 @@ bool decode_envelope(const ExpectedEnvelope& expected, void* out, unsigned threa
 bool decode_envelope_codes(const ExpectedEnvelope& expected, uint32_t bits, uint8_t* out, unsigned threads,
                            EnvelopeCodes& codes) try {
   if (expected.shape.size() != 2 || expected.shape[1] > kMaxColumns) return false;
+  if (expected.shape[0] >= kMostCoded / expected.shape[1]) return false;
   auto found = read_envelope(expected);
   if (!found) return false;
   const auto columns = uint32_t(expected.shape[1]);
@@ -159,7 +160,8 @@ bool decode_envelope_codes(const ExpectedEnvelope& expected, uint32_t bits, uint
   if (values.first > 0 || values.first <= -int32_t(kMostCodes)) return false;
   if (values.steps.empty() && values.values.size() != values.n_codes) return false;
   if (!values.steps.empty() && values.steps.size() != expected.shape[values.by_row ? 0 : 1]) return false;
-  const uint32_t zero = uint32_t(-values.first), start = bits == 4 ? window_start(zero) : 0;
+  const auto zero = uint32_t(-values.first);
+  const Window window(bits == 4 ? zero : 0);
   const auto put_zero = [&](uint64_t place) {
     if (bits == 8) {
       out[place] = uint8_t(zero);
@@ -167,7 +169,7 @@ bool decode_envelope_codes(const ExpectedEnvelope& expected, uint32_t bits, uint
     }
     const size_t column = size_t(place % columns), shift = column % 2 * 4;
     uint8_t& pair = out[place / columns * row_bytes(columns, 4) + column / 2];
-    pair = uint8_t((pair & ~(15 << shift)) | (zero - start) << shift);
+    pair = uint8_t((pair & ~(15 << shift)) | window.zero << shift);
   };
   with_dtype(expected.dtype, [&](auto t) {
     using T = decltype(t);
@@ -177,7 +179,7 @@ bool decode_envelope_codes(const ExpectedEnvelope& expected, uint32_t bits, uint
       std::transform(values.values.begin(), values.values.end(), table.begin(),
                      [](uint32_t pattern) { return T::value(typename T::Bits(pattern)); });
       if (bits == 4) {
-        table.erase(table.begin(), table.begin() + start);
+        table.erase(table.begin(), table.begin() + window.start);
         table.resize(kWindow);
       }
     }
@@ -188,7 +190,7 @@ bool decode_envelope_codes(const ExpectedEnvelope& expected, uint32_t bits, uint
     size_t next = 0;
     const auto outside_before = [&](uint64_t place) {
       for (; next < outside.places.size() && outside.places[next] < place; ++next) {
-        codes.patched.push_back(outside.places[next]);
+        codes.patched.push_back(uint32_t(outside.places[next]));
         codes.patch_weights.push_back(values.template weight<T>(outside.codes[next], size_t(outside.places[next]), columns));
       }
     };
@@ -197,12 +199,12 @@ bool decode_envelope_codes(const ExpectedEnvelope& expected, uint32_t bits, uint
       outside_before(place);
       if (next < outside.places.size() && outside.places[next] == place) ++next;
       put_zero(place);
-      codes.patched.push_back(place);
+      codes.patched.push_back(uint32_t(place));
       codes.patch_weights.push_back(T::value(load<typename T::Bits>(found->values + i * sizeof(typename T::Bits))));
     }
     outside_before(~uint64_t(0));
   });
-  values.first += int32_t(start);
+  values.first += window.start;
   return true;
 } catch (const std::exception&) {
   return false;

@@ -22,12 +22,14 @@ struct ExpectedEnvelope {
 // version, another shape or dtype, an exact copy, or too large for the memory there is: the reference reads it then.
 bool decode_envelope(const ExpectedEnvelope& expected, void* out, unsigned threads);
 
+constexpr uint64_t kMostCoded = uint64_t(1) << 32;  // weights of a matrix of codes: of places that are patched, 32 bits
+
 // What codes stand for: entry c of `table`, or, where that is empty, what CodeValues has. The places `patched` have
 // code -first, and their weights stand beside. Of codes of four bits, `first` and `table` are those of the window.
 struct EnvelopeCodes {
   CodeValues values;
   std::vector<float> table;
-  std::vector<uint64_t> patched;
+  std::vector<uint32_t> patched;
   std::vector<float> patch_weights;
 };
 

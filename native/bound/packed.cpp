@@ -4,67 +4,43 @@
 #include <array>
 #include <cmath>
 
-#include "base/bytes.h"
 #include "base/cpu.h"
 #include "bound/codec.h"
 #include "bound/payload.h"
 
 namespace moebound {
-namespace {
-
-// Names the codes of a run that are outside, and makes them 0. place: of the first.
-void put_aside(uint8_t* run, uint8_t start, uint8_t zero, size_t place, Outside& outside) {
-  for (size_t i = 0; i < kPackedRun; i += 8) {
-    uint8_t eight[8];
-    for (size_t k = 0; k < 8; ++k) eight[k] = uint8_t(run[i + k] - start);
-    if (!(load<uint64_t>(eight) & 0xF0F0F0F0F0F0F0F0u)) continue;
-    for (size_t k = 0; k < 8; ++k) {
-      if (eight[k] < kWindow) continue;
-      outside.places.push_back(place + i + k);
-      outside.codes.push_back(run[i + k]);
-      run[i + k] = zero;
+void pack_runs_any(const uint8_t* codes, size_t n_runs, const Window& window, uint64_t place, uint8_t* out,
+                     Outside& outside) {
+  const size_t n = n_runs * kPackedRun;
+  for (size_t i = 0; i < n; i += 2) {
+    uint8_t pair[2];
+    for (size_t k = 0; k < 2; ++k) {
+      pair[k] = uint8_t(codes[i + k] - window.start);
+      if (pair[k] < kWindow) continue;
+      outside.add(place + i + k, codes[i + k]);
+      pair[k] = window.zero;
     }
+    out[i / 2] = uint8_t(pair[0] | pair[1] << 4);
   }
 }
 
-}  // namespace
-
-size_t pack_runs_any(const uint8_t* codes, size_t n_runs, uint8_t start, uint8_t* out) {
-  for (size_t run = 0; run < n_runs; ++run, codes += kPackedRun, out += kPackedRun / 2) {
-    uint32_t any = 0;
-    for (size_t i = 0; i < kPackedRun / 2; ++i) {
-      const uint32_t low = uint8_t(codes[2 * i] - start), high = uint8_t(codes[2 * i + 1] - start);
-      any |= low | high;
-      out[i] = uint8_t(low | high << 4);
-    }
-    if (any >= kWindow) return run;
-  }
-  return n_runs;
-}
-
-void pack_rows(const uint8_t* codes, size_t columns, uint32_t start, uint8_t zero, size_t first, size_t last, uint8_t* out,
+void pack_rows(const uint8_t* codes, size_t columns, const Window& window, size_t first, size_t last, uint8_t* out,
                Outside& outside) {
 #ifdef MOEBOUND_X86
   const auto pack = isa() == Isa::kScalar ? pack_runs_any : pack_runs_avx2;
 #else
   const auto pack = pack_runs_any;
 #endif
-  const auto from = uint8_t(start);
+  const size_t left = columns % kPackedRun, whole = columns - left;
   for (size_t row = first; row < last; ++row, codes += columns) {
     uint8_t* const to = out + row * row_bytes(columns, 4);
-    for (size_t j = 0; j < columns;) {
-      j += kPackedRun * pack(codes + j, (columns - j) / kPackedRun, from, to + j / 2);
-      if (j == columns) break;
-      // A run with codes outside, or the last one, which is shorter.
-      const size_t n = std::min(kPackedRun, columns - j);
-      uint8_t run[kPackedRun], packed[kPackedRun / 2];
-      std::copy_n(codes + j, n, run);
-      std::fill(run + n, run + kPackedRun, zero);
-      put_aside(run, from, zero, row * columns + j, outside);
-      pack(run, 1, from, packed);
-      std::copy_n(packed, (n + 1) / 2, to + j / 2);
-      j += n;
-    }
+    pack(codes, whole / kPackedRun, window, row * columns, to, outside);
+    if (!left) continue;
+    uint8_t run[kPackedRun], packed[kPackedRun / 2];
+    std::copy_n(codes + whole, left, run);
+    std::fill(run + left, run + kPackedRun, uint8_t(window.start + window.zero));
+    pack(run, 1, window, row * columns + whole, packed, outside);
+    std::copy_n(packed, (left + 1) / 2, to + whole / 2);
   }
 }
 
@@ -74,7 +50,7 @@ std::optional<uint64_t> most_outside(const uint8_t* head, size_t head_bytes, siz
   const int32_t first = first_bin(layout);
   const uint32_t n_codes = layout.n_symbols << layout.low_bits;
   if (first > 0 || -first >= int32_t(kMostCodes) || n_codes > kMostCodes) return {};
-  const uint32_t start = window_start(uint32_t(-first));
+  const uint32_t start = Window(uint32_t(-first)).start;
   // How many weights each table has.
   std::vector<uint64_t> weights(layout.n_tables);
   if (layout.n_tables == 1) {

@@ -54,10 +54,10 @@ F16::Bits rounded<F16>(float value) {
 
 void add_patches(const CodeMatrix& matrix, const float* x, size_t padded, size_t begin, size_t end, size_t n_tokens,
                  float* y) {
-  const uint64_t* const all = matrix.patched;
-  const uint64_t* const last = std::lower_bound(all, all + matrix.n_patches, uint64_t(end) * matrix.columns);
+  const uint32_t* const all = matrix.patched;
+  const uint32_t* const last = std::lower_bound(all, all + matrix.n_patches, uint64_t(end) * matrix.columns);
   size_t row = begin, row_end = (begin + 1) * matrix.columns;
-  for (const uint64_t* at = std::lower_bound(all, last, uint64_t(begin) * matrix.columns); at != last; ++at) {
+  for (const uint32_t* at = std::lower_bound(all, last, uint64_t(begin) * matrix.columns); at != last; ++at) {
     for (; *at >= row_end; row_end += matrix.columns) ++row;
     const size_t j = size_t(*at) + matrix.columns - row_end, place = j % kProductGroup;
     const size_t from = j - place + place / 2 + place % 2 * kProductLanes;

@@ -37,7 +37,7 @@ struct CodeMatrix {
   const float* factors;  // [rows], which steps of columns are multiplied by; nullptr for none
   int32_t first;
   uint8_t zero;                // the code of 0
-  const uint64_t* patched;     // [n_patches], ascending flat places ...
+  const uint32_t* patched;     // [n_patches], ascending flat places ...
   const float* patch_weights;  // ... and what belongs there
   size_t n_patches;
 

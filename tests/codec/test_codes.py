@@ -71,7 +71,7 @@ def in_bits(matrix: CodeMatrix, bits: Bits) -> CodeMatrix:
 
 def patched(matrix: CodeMatrix) -> CodeMatrix:
     """The same with finite patches: in the first place, in the last, and two in a row."""
-    places = np.array([0, 1, len(matrix.codes) // 2, len(matrix.codes) - 1], np.uint64)
+    places = np.array([0, 1, len(matrix.codes) // 2, len(matrix.codes) - 1], np.uint32)
     codes = matrix.codes.copy()
     codes[places.astype(np.int64)] = -matrix.first
     weights = np.array([3, -2.5, 0.125, 1], np.float32)
@@ -206,7 +206,7 @@ def test_tables_of_every_width(n_codes: int) -> None:
     table[-first] = 0
     none = np.empty(0, np.float32)
     codes = rng.integers(0, n_codes, 40 * 70).astype(np.uint8)
-    places = np.array([3, 70, 71], np.uint64)
+    places = np.array([3, 70, 71], np.uint32)
     codes[places.astype(np.int64)] = -first
     matrix = CodeMatrix(codes, (40, 70), "BF16", table, none, False, first, places,
                         np.array([1, 2, 3], np.float32))  # fmt: skip
@@ -287,7 +287,7 @@ def test_damaged_streams_give_an_error_or_codes(kind: str) -> None:
 
 
 def test_matrices_that_do_not_fit_are_refused() -> None:
-    none, nowhere = np.empty(0, np.float32), np.empty(0, np.uint64)
+    none, nowhere = np.empty(0, np.float32), np.empty(0, np.uint32)
     codes, table = np.zeros(12, np.uint8), np.zeros(4, np.float32)
 
     def make(**change: Any) -> Any:
@@ -299,8 +299,8 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
         {"shape": (4, 4)}, {"shape": (0, 4)}, {"steps": none, "table": none},
         {"table": np.zeros(257, np.float32)}, {"factors": np.ones(3, np.float32)},
         {"factors": np.ones(4, np.float32), "table": none, "steps": np.ones(4, np.float32)},
-        {"patched": np.array([12], np.uint64), "patch_weights": np.array([1], np.float32)},
-        {"patched": np.array([3, 3], np.uint64), "patch_weights": np.array([1, 1], np.float32)},
+        {"patched": np.array([12], np.uint32), "patch_weights": np.array([1], np.float32)},
+        {"patched": np.array([3, 3], np.uint32), "patch_weights": np.array([1, 1], np.float32)},
         {"patch_weights": np.array([1], np.float32)}, {"bits": 5}, {"codes": codes, "bits": 4},
         {"table": np.zeros(17, np.float32), "codes": codes[:6], "bits": 4},
     ):  # fmt: skip
@@ -364,7 +364,7 @@ def test_plain_weights_are_summed_in_the_same_order(shape: tuple[int, int], isa:
     weights = rng.standard_normal(shape).astype(bf16)
     bias = rng.standard_normal(shape[0]).astype(bf16)
     x = rng.standard_normal((9, shape[1])).astype(bf16)
-    none, nothing = np.empty(0, np.uint64), np.empty(0, np.float32)
+    none, nothing = np.empty(0, np.uint32), np.empty(0, np.float32)
     sums = reference(weights.astype(np.float32), x.astype(np.float32), none, nothing)
     for given, expected in ((bias, sums + bias.astype(np.float32)), (np.empty(0, bf16), sums)):
         for n, threads in ((9, 2), (1, 1), (3, 3)):

@@ -167,7 +167,7 @@ Made decode_to_codes(const ArrayInfo& info, const std::vector<uint8_t>& payload,
       table[i] = T::value(typename T::Bits(found.values[i]));
     });
   }
-  const std::vector<uint64_t> patched{0, info.n - 1};
+  const std::vector<uint32_t> patched{0, uint32_t(info.n - 1)};
   const std::vector<float> patches{0.5f, -2.0f};
   const CodeMatrix matrix{made.codes.data(), 8, rows, columns, info.output, table.empty() ? nullptr : table.data(),
                           std::max<size_t>(found.n_codes, size_t(1 - found.first)), found.steps.data(), found.by_row,

@@ -38,7 +38,7 @@ struct Drawn {
   CodeMatrix matrix{};
   std::vector<uint8_t> codes;
   std::vector<float> table, steps, factors, patch_weights;
-  std::vector<uint64_t> patched;
+  std::vector<uint32_t> patched;
 
   void draw(bool with_factors = false, uint32_t bits = 8) {
     matrix.bits = bits;
@@ -65,7 +65,7 @@ struct Drawn {
       }
       for (size_t at = below(200); at < codes.size() && below(8); at += 1 + below(300)) {
         codes[at] = matrix.zero;
-        patched.push_back(at);
+        patched.push_back(uint32_t(at));
         patch_weights.push_back(T::value(pattern_of<T>(number() * 64)));
       }
     });

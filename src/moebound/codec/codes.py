@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from moebound import _native
 from moebound.codec import envelope
-from moebound.codec.base import Positions
 from moebound.codec.bound import DTYPE_CODES, EXACT, SCALED, BoundCodec
 from moebound.codec.envelope import Envelope
 from moebound.codec.fields import FieldReader
@@ -34,6 +34,9 @@ Bits = Literal[8, 4]
 
 MOST_CODES = 256
 """What a byte has."""
+
+MOST_CODED = 1 << 32
+"""Weights of a matrix: of places that are patched, which have 32 bits."""
 
 _HEAD_BYTES = 512
 _LAYOUT_BYTES = 48  # the payload's length, and its layout as far as the alphabet
@@ -64,7 +67,7 @@ class CodeMatrix:
     steps: Array
     by_row: bool
     first: int
-    patched: Positions
+    patched: npt.NDArray[np.uint32]
     patch_weights: Array
     factors: Array = field(default_factory=_none)
     bits: Bits = 8
@@ -145,6 +148,8 @@ def decode_codes(parsed: Envelope, out: Array, *, bits: Bits = 8, threads: int =
     if len(spec.shape) != 2:
         raise CodecError(f"codes of shape {spec.shape}: expected a matrix")
     shape = spec.shape[0], spec.shape[1]
+    if spec.size >= MOST_CODED:
+        raise CodecError(f"codes of shape {shape}: expected fewer than {MOST_CODED} weights")
     if out.shape != (code_bytes(shape, bits),) or out.dtype != np.uint8:
         raise CodecError(f"codes of shape {shape}: expected {code_bytes(shape, bits)} bytes")
     if bits == 4:
@@ -176,7 +181,7 @@ def decode_codes(parsed: Envelope, out: Array, *, bits: Bits = 8, threads: int =
         out[parsed.misses.astype(np.int64)] = -first
     return CodeMatrix(
         out, shape, spec.dtype, table, steps, by_row, first,
-        parsed.misses.astype(np.uint64), parsed.values.astype(np.float32), factors,
+        parsed.misses.astype(np.uint32), parsed.values.astype(np.float32), factors,
     )  # fmt: skip
 
 
@@ -201,7 +206,7 @@ def packed(matrix: CodeMatrix, out: Array) -> CodeMatrix:
         bits=4,
         table=np.pad(table, (0, _WINDOW - len(table))) if len(table) else table,
         first=matrix.first + start,
-        patched=places[order].astype(np.uint64),
+        patched=places[order].astype(np.uint32),
         patch_weights=np.concatenate([matrix.patch_weights, weights])[order],
     )
 

@@ -19,7 +19,7 @@ import torch
 
 from moebound.codec.arrays import torch_dtype
 from moebound.codec.bound import FACTORS_VERSION, BoundCodec
-from moebound.codec.codes import Read, code_bytes, has_codes, most_outside
+from moebound.codec.codes import MOST_CODED, Read, code_bytes, has_codes, most_outside
 from moebound.errors import FormatError
 from moebound.offload.entries import DiskEntry, DiskMatrix
 from moebound.offload.slots import CodeSlot, SlotKind
@@ -30,10 +30,10 @@ SlotsName = Literal["values", "codes", "codes4"]
 SLOTS: tuple[SlotsName, ...] = get_args(SlotsName)
 
 MOST_PATCHED = 1 / 256
-"""Of a matrix's weights. A patch costs a product as much as tens of weights, and 12 bytes."""
+"""Of a matrix's weights. A patch costs a product as much as tens of weights, and 8 bytes."""
 MOST_OUTSIDE = 1 / 64
 """The same of codes of four bits, whose product reads half as much, and which save half a byte."""
-_PATCH_BYTES = 12
+_PATCH_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,8 @@ def _refused(entry: DiskEntry, kind: SlotKind) -> str | None:
         as_codes = CodeSlot(kind, kind.room(torch.device("meta")))
         if kind.transposed or as_codes.place(part) is None:
             return "laid out otherwise than the model computes"
+        if part.size >= MOST_CODED:
+            return f"a matrix of {MOST_CODED} weights or more"
         if certificate.patched > MOST_PATCHED * part.size:
             return "too many patches"
     for part in entry.matrices:

@@ -252,7 +252,7 @@ class CodeSlot(Slot):
             table = np.zeros(64 if bits == 8 else 16, np.float32)
             self.parts[name, 0] = CodeMatrix(
                 flat(self.weights[name]), (rows, columns), "BF16", table, none, False, 0,
-                np.empty(0, np.uint64), none, bits=bits,
+                np.empty(0, np.uint32), none, bits=bits,
             )  # fmt: skip
 
     def copy(self) -> CodeSlot:

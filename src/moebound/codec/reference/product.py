@@ -37,7 +37,7 @@ def fma(a: Any, b: Any, c: Any) -> Floats:
 
 
 def product(
-    weights: Floats, x: Floats, patched: npt.NDArray[np.uint64], patch_weights: Floats
+    weights: Floats, x: Floats, patched: npt.NDArray[np.uint32], patch_weights: Floats
 ) -> Floats:
     """[T, R] sums of weights [R, C] with x [T, C]. weights: 0 where there is a patch."""
     rows, columns = weights.shape
