@@ -3,12 +3,12 @@
     OMP_WAIT_POLICY=PASSIVE python bench/cached_token.py WORK > rows.json
 
 WORK: the folder of `moebound bench offload`, with its checkpoint, store, ids and trace. A text is
-read token by token with the store in slots of codes (of four bits and of a byte) and of values, and by stock transformers, each
-in a process of its own, in turns: with the linear layers outside of experts by the native product
-and by torch's, and with experts computed together and one by one. Checked first: the ways of
-computing experts give the same logits, to the bit. Then some tokens are read once more with a clock
-around parts. Figures are medians, and least ones, of milliseconds a token; CPU time is that of all
-threads. JSON, and a table on stderr.
+read token by token with the store in slots of codes (of four bits and of a byte) and of values, and
+by stock transformers, each in a process of its own, in turns: with the linear layers outside of
+experts by the native product and by torch's, and with experts computed together and one by one.
+Checked first: the ways of computing experts give the same logits, to the bit. Then some tokens are
+read once more with a clock around parts. Figures are medians, and least ones, of milliseconds a
+token; CPU time is that of all threads. JSON, and a table on stderr.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ thread that started them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,15 @@ class _Failed:
 
 class Strand(greenlet):  # type: ignore[misc]  # greenlet has no types
     """One call on its way. joins: whether it meets others; where not, it computes all by itself.
-    error: what its call has raised. round: a mark that those have who were advanced together."""
+    error: what its call has raised. round: a mark that those have who were advanced together.
+    together: how many they were."""
 
     def __init__(self, call: Callable[[], object], *, joins: bool) -> None:
         super().__init__(self._call)
         self.joins = joins
         self.error: Exception | None = None
         self.round: object = None
+        self.together = 0
         self.wait: _Wait | None = None
         self._work = call
 
@@ -102,6 +104,36 @@ def current() -> Strand | None:
     return found if isinstance(found, Strand) else None
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Texts whose tokens are the rows of one forward pass (`one_pass.py`). owners: their strands.
+    caches: what each of them remembers. trial: whether the pass is tried out, and forgotten."""
+
+    owners: tuple[Strand, ...]
+    caches: tuple[Any, ...]
+    trial: bool
+
+
+_rows: Rows | None = None
+
+
+def rows() -> Rows | None:
+    """Of the pass that calls this; None in a pass of one text, and within a strand, which has one
+    row."""
+    return None if current() is not None else _rows
+
+
+@contextlib.contextmanager
+def passing(some: Rows) -> Iterator[None]:
+    """These are the rows meanwhile. In the one thread that strands have."""
+    global _rows
+    before, _rows = _rows, some
+    try:
+        yield
+    finally:
+        _rows = before
+
+
 class Strands:
     """joins: whether those that are started here meet others."""
 
@@ -120,7 +152,8 @@ class Strands:
         now = object()
         with torch.no_grad():
             for strand in strands:
-                strand.round = now
+                strand.round, strand.together = now, len(strands)
+            for strand in strands:
                 strand.go_on()
             while waiting := [strand for strand in strands if strand.wait is not None]:
                 self._serve(waiting)

@@ -9,13 +9,14 @@ it is alone. Outputs are summed for each sequence by itself, in its router's ord
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moebound.model.joined import ROWS, compute_rows, least_rows, worth_joining
-from moebound.model.strands import current
+from moebound.model.strands import current, rows
 from moebound.offload.compute import FewRows, expert_output, few_rows_outputs
 from moebound.offload.fetcher import Compute
 from moebound.offload.meter import clock
@@ -49,6 +50,11 @@ class JointExperts(LayerExperts):
         self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         strand = current()
+        if (some := rows()) is not None and len(x) == len(some.owners):
+            split = [torch.split(some_rows, 1) for some_rows in (x, chosen, weights)]
+            calls = [Call(module, *row) for row in zip(*split, strict=True)]
+            with self._fetcher.meter.uncounted() if some.trial else nullcontext():
+                return torch.cat(self._run_all(calls))
         if strand is None or not strand.joins:
             return super().run(module, x, chosen, weights)
         call = Call(module, x, chosen, weights)

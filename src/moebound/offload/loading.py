@@ -18,6 +18,7 @@ from moebound.checkpoint import local_folder
 from moebound.checkpoint.gguf_source import gguf_file
 from moebound.codec import thread_count
 from moebound.errors import CacheError, CheckpointError, MoeboundError
+from moebound.model.attention import fuse_attention
 from moebound.model.dtypes import check_device, parse_dtype
 from moebound.model.few_rows import multiply_few_rows
 from moebound.model.live import LiveExperts, live_experts
@@ -134,6 +135,7 @@ def load(
         path, routed=entries.tensors, weights=entries.others, dtype=computed_in, device=device
     )
     multiply_few_rows(model)
+    fuse_attention(model)
     register_on_demand()
     model.set_experts_implementation(NAME)
     live = live_experts(model)

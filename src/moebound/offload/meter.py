@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -71,6 +73,7 @@ class Meter:
     pairs: int = 0
     pairs_skipped: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _counts: bool = field(default=True, repr=False)
 
     def loaded(self, load: Load) -> None:
         with self._lock:
@@ -96,8 +99,18 @@ class Meter:
     def add(self, **amounts: float) -> None:
         """Add to sums, by name."""
         with self._lock:
-            for name, amount in amounts.items():
+            for name, amount in amounts.items() if self._counts else ():
                 setattr(self, name, getattr(self, name) + amount)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Nothing is added meanwhile: what is computed will be computed once more. Loads are
+        loads."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
 
     def to_json(self) -> dict[str, Any]:
         with self._lock:

@@ -50,6 +50,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def get_seq_length(self) -> int:
         return self._length
 
+    def shorten(self, length: int) -> None:
+        """Forget what came behind the first `length` tokens."""
+        if self._length > length:
+            self._length = length
+            self._show()
+
     def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._room is not None
         keys, values = (room[:, :, : self._length] for room in self._room)
@@ -89,6 +95,16 @@ class GrowingCache:
                 layer.keep(rows)
             elif layer.is_initialized:
                 layer.reorder_cache(rows)
+
+
+def shorten(cache: DynamicCache, length: int) -> None:
+    """Have a cache of plain attention forget what came behind the first `length` tokens."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.shorten(length)
+        elif layer.is_initialized and layer.get_seq_length() > length:
+            layer.keys = layer.keys[..., :length, :]
+            layer.values = layer.values[..., :length, :]
 
 
 def supports_cache(model: Any) -> bool:

@@ -29,6 +29,7 @@ from torch import nn
 
 from moebound.errors import MoeboundError
 from moebound.model.joined import JoinedLinears
+from moebound.model.one_pass import OnePass
 from moebound.model.strands import Strand, Strands, current
 from moebound.text.generation import GenerationSettings, Piece, generate
 from moebound.text.kv_memory import AHEAD, KvMemory, held_bytes
@@ -104,6 +105,7 @@ class Together:
         self._by_strand = dict[Strand, _Running]()
         self._strands = Strands(joins=self.most > 1)
         self._linears: JoinedLinears | None = None
+        self._pass: OnePass | None = None
         self._hook: Any = None
         self.paused = 0
 
@@ -148,6 +150,7 @@ class Together:
             self._hook = self._model.register_forward_pre_hook(self._passing, with_kwargs=True)
             if self.most > 1:
                 self._linears = JoinedLinears(self._model)
+                self._pass = OnePass(self._model)
         return self
 
     def __exit__(
@@ -160,6 +163,8 @@ class Together:
             strand.end()
         self._running.clear()
         self._by_strand.clear()
+        if self._pass is not None:
+            self._pass.remove()
         if self._linears is not None:
             self._linears.remove()
         if self._hook is not None:

@@ -19,6 +19,7 @@ from moebound.bench.offload.memory import drop_pages, peak_resident_bytes
 from moebound.bench.offload.routing import ForcedRouting
 from moebound.cache import load_trace
 from moebound.model.joined import JoinedLinears
+from moebound.model.one_pass import OnePass
 from moebound.model.strands import Strand, Strands
 from moebound.offload.loading import load
 from moebound.text.growing_cache import GrowingCache
@@ -41,7 +42,7 @@ class _Client:
             self.strand.rest()
             batch = torch.tensor([tokens], device=self._model.device)
             logits = self._model(
-                batch, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=1
             ).logits
             self.total = float(logits.double().sum())  # waits for the device
             self.times.append(time.perf_counter())
@@ -95,9 +96,13 @@ def measure_clients(spec: dict[str, Any]) -> dict[str, Any]:
             run([own[0][: n_prompt + spec["warm"]]], joins=False)
         row["alone"] = run(own[:1], joins=False)
         linears = JoinedLinears(model)
+        one_pass = OnePass(model)
         row["joined_linears"] = len(linears)
         row["one"] = run(own[:1], joins=True)
+        run([text[: n_prompt + 2] for text in own], joins=True)  # tried out what is new
         row["together"] = run(own, joins=True)
+        row["one_pass"] = {"passes": one_pass.taken, "why_not": one_pass.why_not}
+        one_pass.remove()
         linears.remove()
     row["ratio"] = row["together"]["tokens_per_s"] / row["alone"]["tokens_per_s"]
     row["decode_ratio"] = (

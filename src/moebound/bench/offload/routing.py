@@ -8,6 +8,7 @@ beginning again; layers that it has too many of are left out.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from moebound.cache import LayerTrace, Trace, one_by_one
 from moebound.errors import CacheError
 from moebound.model.live import live_experts
-from moebound.model.strands import Strand, current
+from moebound.model.strands import Strand, current, rows
 from moebound.types import Array
 
 
@@ -71,12 +72,19 @@ class ForcedRouting:
     def _hook(self, layer: int) -> Any:
         def choose(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x, chosen, weights = args
-            choices = self._choices[layer]
-            places = self._at[current()]
-            at = places[layer]
-            rows = (at + np.arange(len(chosen))) % len(choices)
-            places[layer] = at + len(chosen)
-            index = torch.from_numpy(choices[rows]).to(chosen.device, chosen.dtype)
+            choices, some = self._choices[layer], rows()
+            if some is None:
+                owners: list[Strand | None] = [current()] * len(chosen)
+            else:
+                owners = list(some.owners)
+            ahead, places = Counter[Strand | None](), list[int]()
+            for owner in owners:
+                places.append((self._at[owner][layer] + ahead[owner]) % len(choices))
+                ahead[owner] += 1
+            if some is None or not some.trial:
+                for owner, n in ahead.items():
+                    self._at[owner][layer] += n
+            index = torch.from_numpy(choices[places]).to(chosen.device, chosen.dtype)
             return x, index, weights
 
         return choose
