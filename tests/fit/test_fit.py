@@ -13,7 +13,15 @@ import pytest
 from moebound.checkpoint import open_checkpoint
 from moebound.cli.main import main
 from moebound.errors import CheckpointError, UnsupportedArchitectureError
-from moebound.fit import KNOWN, Estimate, Machine, all_running, estimate, shape_of
+from moebound.fit import (
+    KNOWN,
+    Estimate,
+    Machine,
+    all_running,
+    estimate,
+    estimate_store,
+    shape_of,
+)
 from moebound.fit.estimate import ROOM
 from moebound.fit.running import measure_machine
 from moebound.offload.codes import SLOTS, SlotsName
@@ -72,6 +80,10 @@ def test_sizes_are_those_of_a_store(tmp_path: Path) -> None:
     summary = compress("builtin:wordmath-mixtral", tmp_path / "s",
                        bound=ErrorBound(0.3, "rate", "expert"))  # fmt: skip
     assert found.bits == pytest.approx(summary.expert_bits_per_weight, abs=0.15)
+    _, stored = estimate_store(tmp_path / "s", shape_of(tmp_path / "s"))
+    for slots in SLOTS:
+        everything = stored.experts.everything[slots]
+        assert found.experts.everything[slots] == pytest.approx(everything, rel=0.02)
 
 
 def fits(memory: float) -> Estimate:
