@@ -13,8 +13,18 @@ import pytest
 from moebound.checkpoint import open_checkpoint
 from moebound.cli.main import main
 from moebound.errors import CheckpointError, UnsupportedArchitectureError
-from moebound.fit import KNOWN, Estimate, Machine, all_running, estimate, shape_of
+from moebound.fit import (
+    KNOWN,
+    Estimate,
+    Machine,
+    all_running,
+    estimate,
+    estimate_store,
+    shape_of,
+)
+from moebound.fit.estimate import ROOM
 from moebound.fit.running import measure_machine
+from moebound.offload.codes import SLOTS, SlotsName
 from moebound.offload.timing import LAYER_S
 from moebound.store import compress
 from moebound.types import ErrorBound
@@ -70,6 +80,10 @@ def test_sizes_are_those_of_a_store(tmp_path: Path) -> None:
     summary = compress("builtin:wordmath-mixtral", tmp_path / "s",
                        bound=ErrorBound(0.3, "rate", "expert"))  # fmt: skip
     assert found.bits == pytest.approx(summary.expert_bits_per_weight, abs=0.15)
+    _, stored = estimate_store(tmp_path / "s", shape_of(tmp_path / "s"))
+    for slots in SLOTS:
+        everything = stored.experts.everything[slots]
+        assert found.experts.everything[slots] == pytest.approx(everything, rel=0.02)
 
 
 def fits(memory: float) -> Estimate:
@@ -156,28 +170,49 @@ def test_more_machines_take_less_time(capsys: pytest.CaptureFixture[str]) -> Non
     assert seconds[0] == pytest.approx(8 * seconds[1])
 
 
-MACHINE = Machine("a processor", 2, {"values": 1e-3, "codes": 8e-4}, 20e9, 1e9)
+MACHINE = Machine("a processor", 2, {"values": 1e-3, "codes": 8e-4, "codes4": 6e-4}, 20e9, 1e9)
 
 
-def test_codes_hold_twice_the_experts_and_need_less() -> None:
+def test_codes_hold_twice_or_four_times_the_experts_and_need_less() -> None:
     shape = shape_of("OLMoE-1B-7B")
     sizes = estimate(shape, [0.3])
-    whole, values, codes = all_running(shape, sizes, MACHINE, 8_000_000_000)
-    assert [way.slots for way in (whole, values, codes)] == ["values", "values", "codes"]
-    assert (whole.rate, values.rate) == (None, 0.3)
-    assert whole.where == "disk"
-    assert codes.held > 1.5 * values.held
+    memory = int(ROOM) + 2 * shape.n_other_weights + 3_000_000_000  # a quarter of all experts
+    whole, *ways = all_running(shape, sizes, MACHINE, memory)
+    assert (whole.slots, whole.rate, whole.where) == ("values", None, "disk")
+    assert [(way.slots, way.rate) for way in ways] == [(slots, 0.3) for slots in SLOTS]
+    values, codes, codes4 = ways
+    assert codes.held == pytest.approx(2 * values.held, rel=0.02)
+    assert 3.5 * values.held < codes4.held < 4 * values.held  # patches stand beside
     # One token's experts and one more, and one in each of the other layers.
     working = (shape.top_k + shape.layers) * shape.expert_size
-    assert values.floor_bytes - codes.floor_bytes == working
-    assert None not in (whole.seconds, values.seconds, codes.seconds)
-    for way in (values, codes):
+    assert values.floor_bytes - codes.floor_bytes == pytest.approx(working, rel=0.02)
+    assert codes.floor_bytes - codes4.floor_bytes == pytest.approx(working / 2, rel=0.2)
+    assert None not in (whole.seconds, *(way.seconds for way in ways))
+    for way in ways:
         [at] = [w for w in all_running(shape, sizes, MACHINE, way.floor_bytes)
                 if (w.rate, w.slots) == (0.3, way.slots)]  # fmt: skip
         assert at.where == "disk"
         [below] = [w for w in all_running(shape, sizes, MACHINE, way.floor_bytes - 1)
                    if (w.rate, w.slots) == (0.3, way.slots)]  # fmt: skip
         assert (below.where, below.seconds) == ("no", None)
+
+
+def test_a_rate_that_is_too_fine_has_no_codes() -> None:
+    shape = shape_of("OLMoE-1B-7B")
+    rates: dict[float, list[SlotsName]] = {
+        0.02: ["values"],
+        0.1: ["values", "codes"],
+        0.3: [*SLOTS],
+    }
+    sizes = estimate(shape, list(rates))
+    for found, kinds in zip(sizes, rates.values(), strict=True):
+        assert list(found.experts.everything) == list(found.experts.floor) == kinds
+        for slots in SLOTS:
+            assert (found.decode_of(slots) > 0) == (slots in kinds)
+    ways = all_running(shape, sizes, MACHINE, 8_000_000_000)
+    assert [(way.rate, way.slots) for way in ways[1:]] == [
+        (rate, slots) for rate, kinds in rates.items() for slots in kinds
+    ]
 
 
 def test_more_memory_takes_less_time_until_all_is_there() -> None:
@@ -220,7 +255,8 @@ def test_memory_and_plot_by_the_command(tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*command, "--plot", str(plot), "--json"]) == 0
     [model] = json.loads(capsys.readouterr().out)["models"]
     assert model["machine"]["disk"] == 2e9
-    assert [way["slots"] for way in model["running"]] == ["values", "values", "codes"]
+    assert [way["slots"] for way in model["running"]] == ["values", *SLOTS]
+    assert model["rates"][0]["codes4_s"] > 0
     assert model["rates"][0]["two_cores_s"] > 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert main(command) == 0
@@ -232,5 +268,5 @@ def test_memory_and_plot_by_the_command(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_products_are_measured_with_weights_and_codes() -> None:
     found = measure_machine(shape_of("OLMoE-1B-7B"))
-    assert found.compute_s.keys() == {"values", "codes"}
+    assert tuple(found.compute_s) == SLOTS
     assert min(*found.compute_s.values(), found.memory) > 0

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from moebound.checkpoint import open_checkpoint
 from moebound.cli.main import main
+from moebound.codec import Encoded
 from moebound.errors import CacheError
 from moebound.fit import Machine, estimate_store, is_store, shape_of
+from moebound.fit.experts import kind_of, kinds_of
 from moebound.fit.running import running
-from moebound.offload.entries import open_entries
+from moebound.offload.codes import SLOTS, SlotsName, code_kinds, in_four_bits
+from moebound.offload.entries import DiskMatrix, open_entries
 from moebound.offload.loading import load
 from moebound.store import compress
 from moebound.types import ErrorBound
 from tiny_models import make_tiny
 
-MACHINE = Machine("a processor", 2, {"values": 1e-3, "codes": 8e-4}, 20e9, 1e9)
+MACHINE = Machine("a processor", 2, {"values": 1e-3, "codes": 8e-4, "codes4": 6e-4}, 20e9, 1e9)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of its experts can be codes of four bits."""
     folder = tmp_path_factory.mktemp("olmoe")
     source = open_checkpoint(make_tiny("olmoe", folder / "src"))
-    compress(source, folder / "dst", bound=ErrorBound(0.3, "rate"))
+    compress(source, folder / "dst", bound=ErrorBound(0.6, "rate"))
     return folder / "dst"
 
 
@@ -45,18 +52,56 @@ def test_its_bytes_are_counted(store: Path) -> None:
     assert [e.key for e in found.experts.device.experts] == sorted(  # type: ignore[attr-defined]
         (entry.key for entry in entries), key=lambda key: (key.expert, key.layer)
     )
-    assert min(found.decode_s, found.codes_s) > 0
+    assert min(found.decode_s, found.codes_s, found.codes4_s) > 0
 
 
-@pytest.mark.parametrize("slots", ["values", "codes"])
-def test_the_least_memory_is_the_least_that_load_takes(store: Path, slots: str) -> None:
+@pytest.mark.parametrize("slots", SLOTS)
+def test_the_least_memory_is_the_least_that_load_takes(store: Path, slots: SlotsName) -> None:
     shape, sizes = estimate_store(store, shape_of(store))
-    found = running(shape, sizes, slots, MACHINE, 0)  # type: ignore[arg-type]
-    spare = found.floor_bytes - sizes.experts.floor[slots]  # type: ignore[index]
+    found = running(shape, sizes, slots, MACHINE, 0)
+    spare = found.floor_bytes - sizes.experts.floor[slots]
     least = found.floor_bytes - spare
-    load(store, slots=slots, tier="disk", ram_budget=least).close()  # type: ignore[arg-type]
+    with load(store, slots=slots, tier="disk", ram_budget=least) as offloaded:
+        assert offloaded.choice.slots == slots
     with pytest.raises(CacheError, match=f"smallest budget is {least} bytes"):
-        load(store, slots=slots, tier="disk", ram_budget=least - 1)  # type: ignore[arg-type]
+        load(store, slots=slots, tier="disk", ram_budget=least - 1)
+
+
+def test_where_no_expert_is_in_four_bits(tmp_path: Path) -> None:
+    source = open_checkpoint(make_tiny("olmoe", tmp_path / "src"))
+    compress(source, tmp_path / "dst", bound=ErrorBound(0.3, "rate"))
+    shape, found = estimate_store(tmp_path / "dst", shape_of(tmp_path / "dst"))
+    assert shape.codes
+    assert list(found.experts.floor) == ["values", "codes"]
+    assert found.codes4_s == 0
+
+
+def test_an_expert_by_itself_lies_in_the_slots_that_load_gives_it(tmp_path: Path) -> None:
+    source, seen = open_checkpoint(make_tiny("mixtral", tmp_path / "src")), set[tuple[str, ...]]()
+    shape = shape_of(tmp_path / "src")
+    gated = replace(kind_of(shape), gated=True)
+    for rate in (0.05, 0.3, 0.4, 0.9):
+        store = tmp_path / str(rate)
+        compress(source, store, bound=ErrorBound(rate, "rate"))
+        for entry in open_entries(store):
+            codes = code_kinds([entry], {entry.key: gated}, torch.device("cpu"))
+            kinds = {"values": gated, "codes": codes.kinds[entry.key]}
+            kinds["codes4"] = in_four_bits([entry], codes).kinds[entry.key]
+            expected = {slots: kind.n_bytes for slots, kind in kinds.items()}
+            if not codes.any_codes:
+                del expected["codes"]
+            if kinds["codes4"].bits == 8:
+                del expected["codes4"]
+            by_itself = kinds_of(shape, list(map(_encoded, entry.matrices)))
+            assert {slots: kind.n_bytes for slots, kind in by_itself.items()} == expected
+            seen.add(tuple(expected))
+    assert seen == {SLOTS[:number] for number in (1, 2, 3)}
+
+
+def _encoded(part: DiskMatrix) -> Encoded:
+    """A stored matrix as whoever encoded it had it."""
+    assert part.stored is not None
+    return Encoded(bytes(part.stored.read()), part.stored.record.certificate, np.empty(0))
 
 
 def test_what_no_gpu_decodes(tmp_path: Path) -> None:
@@ -74,7 +119,7 @@ def test_the_command(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [rate["rate"] for rate in model["rates"]] == [None]
     assert model["rates"][0]["expert_bytes"] == open_entries(store).n_bytes
     assert [(way["stored"], way["slots"]) for way in model["running"]] == [
-        (False, "values"), (True, "values"), (True, "codes")]  # fmt: skip
+        (False, "values"), *((True, slots) for slots in SLOTS)]  # fmt: skip
     assert main(["fit", str(store), "--device", "2GB", "--device-speed", "1"]) == 0
     shown = capsys.readouterr().out
     assert "as stored" in shown

@@ -105,11 +105,13 @@ def running_words(machine: Machine) -> str:
     products = ", ".join(f"{1e3 * s:.2f} ms ({kind})" for kind, s in machine.compute_s.items())
     return (
         f"Computed, not tried, from what was measured now on this machine ({machine.cpu}, "
-        f"{machine.threads} threads):\nan expert's products {products}, decoding as above, memory "
-        f"{wording.n_bytes(machine.memory)}/s. Assumed: a disk of\n{wording.n_bytes(machine.disk)}"
-        f"/s (--disk), {1e3 * LAYER_S:g} ms a layer for all that is no product, and as many hits "
-        "as experts are ready.\nSlots of codes (--slots codes) take half of the memory of values, "
-        "so twice the experts are ready."
+        f"{machine.threads} threads):\nan expert's products {products},\ndecoding as above, memory "
+        f"{wording.n_bytes(machine.memory)}/s. Assumed: a disk of {wording.n_bytes(machine.disk)}"
+        f"/s (--disk), {1e3 * LAYER_S:g} ms a layer for\nall that is no product, and as many hits "
+        "as experts are ready. Slots of codes (--slots codes) take half of the memory of\nvalues, "
+        "so twice the experts are ready. Those of four bits (--slots codes4) take a quarter, and "
+        "need a rate at\nwhich nearly all weights have one of sixteen codes: products are timed "
+        "without the few that have another."
     )
 
 

@@ -8,20 +8,21 @@ took 0.04 bits more (docs/fit.md). Everything else follows by multiplication.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from moebound.bench.matrices import synthetic
-from moebound.codec import decode, encode_certified, thread_count
-from moebound.codec.codes import decode_codes
+from moebound.codec import Encoded, decode, encode_certified, thread_count
 from moebound.codec.device import read_stream
-from moebound.codec.envelope import parse
-from moebound.fit.experts import Experts, alike
+from moebound.fit.experts import Experts, alike, kinds_of, room_for, to_codes
 from moebound.fit.shape import Shape
+from moebound.offload.codes import SlotsName
+from moebound.offload.slots import SlotKind
 from moebound.offload.split import cache_room
 from moebound.store.format import Others
 from moebound.types import NO_LOSS, Array, ErrorBound
@@ -52,9 +53,9 @@ class Fits:
 class Estimate:
     """One rate; None: a store's own bytes. bits: a routed expert's weight; model_bits: any weight's
     of the whole model. *_bytes: of all routed experts, and of the whole model. compress_s: on
-    `threads` threads here, disks not counted; 0 for a store. decode_s, codes_s: of one expert, to
-    weights and to codes, with as many threads. fits: None if no memory was given. experts: what
-    they take where."""
+    `threads` threads here, disks not counted; 0 for a store. decode_s, codes_s, codes4_s: of one
+    expert, to weights, to codes of a byte and to those of four bits, with as many threads; 0 where
+    no expert can be so. fits: None if no memory was given. experts: what they take where."""
 
     rate: float | None
     bits: float
@@ -66,6 +67,7 @@ class Estimate:
     fits: Fits | None
     model_bits: float
     codes_s: float
+    codes4_s: float
     experts: Experts = field(repr=False)
 
     @property
@@ -82,9 +84,9 @@ class Estimate:
             "device_beside_bytes": None if device is None else device.beside,
         }
 
-    def decode_of(self, slots: str) -> float:
+    def decode_of(self, slots: SlotsName) -> float:
         """Seconds an expert, to what slots of this kind hold."""
-        return self.codes_s if slots == "codes" else self.decode_s
+        return {"values": self.decode_s, "codes": self.codes_s, "codes4": self.codes4_s}[slots]
 
 
 def estimate(
@@ -109,20 +111,19 @@ def estimate(
     for rate in rates:
         bound = ErrorBound(rate, "rate")
         began = time.perf_counter()
-        encoded = []
+        encoded = list[Encoded]()
         for matrix in matrices:
-            encoded.append(encode_certified(matrix, bound, codec=codec, threads=threads).data)
+            encoded.append(encode_certified(matrix, bound, codec=codec, threads=threads))
             hashlib.sha256(matrix.view(np.uint8).data)  # the certificate has both hashes
-            hashlib.sha256(encoded[-1])
+            hashlib.sha256(encoded[-1].data)
         encode_s = time.perf_counter() - began
-        outputs = [decode(data) for data in encoded]  # as slots are: memory that was used before
-        as_codes = [np.zeros(matrix.size, np.uint8) for matrix in matrices]
-        decode_s, codes_s = _least_s(encoded, outputs, as_codes, threads)
+        kinds = kinds_of(shape, encoded)
+        seconds = _least_s(encoded, kinds, threads)
         share = shape.n_expert_weights / shape.expert_size
-        one = sum(map(len, encoded))
+        one = sum(len(each.data) for each in encoded)
         n_bytes = int(one * share)
         whole = n_bytes + int(of_others)
-        experts = alike(shape, one, [read_stream(data) for data in encoded])
+        experts = alike(shape, one, kinds, [read_stream(each.data) for each in encoded])
         fits = None if memory is None else fits_in(shape, experts, memory)
         bits = 8 * n_bytes / shape.n_expert_weights
         found.append(
@@ -133,10 +134,11 @@ def estimate(
                 whole,
                 threads,
                 encode_s * share,
-                decode_s,
+                seconds["values"],
                 fits,
                 8 * whole / shape.n_weights,
-                codes_s,
+                seconds.get("codes", 0.0),
+                seconds.get("codes4", 0.0),
                 experts,
             )
         )
@@ -157,21 +159,28 @@ def _expert(shape: Shape, seed: int) -> list[Array]:
 
 
 def _least_s(
-    encoded: list[bytes], outputs: list[Any], as_codes: list[Array], threads: int
-) -> tuple[float, float]:
-    """Seconds to decode to weights, and to codes: the least of some, since what else runs now is
-    not what will run."""
-    values, codes = list[float](), list[float]()
+    encoded: Sequence[Encoded], kinds: Mapping[SlotsName, SlotKind], threads: int
+) -> dict[SlotsName, float]:
+    """Seconds to decode an expert, by kind of slots: the least of some, since what else runs now is
+    not what will run. Into memory that was used before, as that of slots is."""
+    rooms: dict[SlotsName, list[Any]] = {
+        slots: [
+            decode(each.data) if slots == "values" else room_for(each, kind.bits)
+            for each in encoded
+        ]
+        for slots, kind in kinds.items()
+    }
+    found = dict.fromkeys(kinds, math.inf)
     for _ in range(_REPEATS):
-        began = time.perf_counter()
-        for data, out in zip(encoded, outputs, strict=True):
-            decode(data, out=out)
-        between = time.perf_counter()
-        for data, held in zip(encoded, as_codes, strict=True):
-            decode_codes(parse(data), held, threads=threads)
-        values.append(between - began)
-        codes.append(time.perf_counter() - between)
-    return min(values), min(codes)
+        for slots, kind in kinds.items():
+            began = time.perf_counter()
+            for each, room in zip(encoded, rooms[slots], strict=True):
+                if slots == "values":
+                    decode(each.data, out=room)
+                else:
+                    to_codes(each, room, bits=kind.bits, threads=threads)
+            found[slots] = min(found[slots], time.perf_counter() - began)
+    return found
 
 
 def _bytes_a_weight(others: Others, seed: int) -> float:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import numpy as np
+import torch
 
 from moebound.cache import Catalog
+from moebound.codec import Encoded
+from moebound.codec.at_once import codes_at_once
+from moebound.codec.codes import Bits, CodeMatrix, Read, code_bytes, decode_codes, has_codes
 from moebound.codec.device import Stream
 from moebound.codec.device.resident import resident_bytes
+from moebound.codec.envelope import parse
 from moebound.fit.shape import Shape
+from moebound.offload.codes import (
+    MOST_PATCHED,
+    PATCH_BYTES,
+    SlotsName,
+    few_outside,
+    most_aside,
+)
+from moebound.offload.slots import SlotKind
 from moebound.offload.split import Sized
-
-SlotsKind = Literal["values", "codes"]
-KINDS: tuple[SlotsKind, ...] = ("values", "codes")
+from moebound.types import Array
 
 
 @dataclass(frozen=True)
@@ -33,13 +45,14 @@ class OnDevice:
 class Experts:
     """n_asked: those that a model may need. all_bytes: as they wait, with what they share. largest:
     bytes of one, at most. everything, floor: bytes of all, ready to compute with, and of the least
-    cache, by kind of slots. device: None where no GPU decodes them."""
+    cache, by kind of slots, of those that experts can lie in. device: None where no GPU decodes
+    them."""
 
     n_asked: int
     all_bytes: int
     largest: int
-    everything: Mapping[SlotsKind, int]
-    floor: Mapping[SlotsKind, int]
+    everything: Mapping[SlotsName, int]
+    floor: Mapping[SlotsName, int]
     device: OnDevice | None = None
 
     @property
@@ -54,8 +67,13 @@ class _Alike:
     n_bytes: int
 
 
-def alike(shape: Shape, n_bytes: int, streams: Sequence[Stream] = ()) -> Experts:
-    """All experts as large as one. streams: that one's matrices."""
+def alike(
+    shape: Shape,
+    n_bytes: int,
+    kinds: Mapping[SlotsName, SlotKind],
+    streams: Sequence[Stream] = (),
+) -> Experts:
+    """All experts as large as one. kinds: slots that it can lie in. streams: its matrices."""
     n = shape.layers * shape.n_experts
     device = None
     if streams:
@@ -65,13 +83,13 @@ def alike(shape: Shape, n_bytes: int, streams: Sequence[Stream] = ()) -> Experts
             resident_bytes(streams, tables=False),
             segment_of(streams),
         )
-    sizes = {kind: expert_bytes(shape, kind) for kind in KINDS}
+    sizes = {slots: kind.n_bytes for slots, kind in kinds.items()}
     return Experts(
         n,
         n * n_bytes,
         n_bytes,
-        {kind: n * size for kind, size in sizes.items()},
-        {kind: _floor(shape.layers, shape.n_experts, shape.top_k, s) for kind, s in sizes.items()},
+        {slots: n * size for slots, size in sizes.items()},
+        {of: _floor(shape.layers, shape.n_experts, shape.top_k, s) for of, s in sizes.items()},
         device,
     )
 
@@ -79,12 +97,67 @@ def alike(shape: Shape, n_bytes: int, streams: Sequence[Stream] = ()) -> Experts
 @cache
 def as_it_is(shape: Shape) -> Experts:
     """Uncompressed."""
-    return alike(shape, expert_bytes(shape, "values"))
+    kind = kind_of(shape)
+    return alike(shape, kind.n_bytes, {"values": kind})
 
 
-def expert_bytes(shape: Shape, kind: SlotsKind) -> int:
-    """Of one, in a slot."""
-    return shape.expert_size * (shape.plain_bytes if kind == "values" else 1)
+def kind_of(shape: Shape) -> SlotKind:
+    """Slots of values for its experts, as products are timed with."""
+    *into, down = shape.expert
+    rows = sum(sides[0] for sides in into)
+    return SlotKind(
+        (("first", (rows, into[0][1])), ("down_proj", down)),
+        torch.float32 if shape.plain_bytes == 4 else torch.bfloat16,
+        gated=False, transposed=False, interleaved=False,
+    )  # fmt: skip
+
+
+def kinds_of(shape: Shape, encoded: Sequence[Encoded]) -> dict[SlotsName, SlotKind]:
+    """All slots that an expert can lie in, by the rules of `offload.codes`. encoded: its
+    matrices."""
+    values = kind_of(shape)
+    found: dict[SlotsName, SlotKind] = {"values": values}
+    if not shape.codes or not all(map(_as_codes, encoded)):
+        return found
+    beside = sum(most_aside(each.certificate) for each in encoded)
+    found["codes"] = replace(values, aside_bytes=beside)
+    outside = list[int]()
+    for each in encoded:
+        n = few_outside(_reader(each.data), each.certificate, partial(to_codes, each, bits=4))
+        if n is None:
+            return found
+        outside.append(n)
+    beside += PATCH_BYTES * sum(outside)
+    found["codes4"] = replace(values, aside_bytes=beside, bits=4)
+    return found
+
+
+def _as_codes(encoded: Encoded) -> bool:
+    """Whether a matrix can be codes of a byte."""
+    certificate = encoded.certificate
+    few = certificate.patched <= MOST_PATCHED * certificate.n_weights
+    return few and has_codes(_reader(encoded.data)) is None
+
+
+def to_codes(encoded: Encoded, out: Array, *, bits: Bits, threads: int = 1) -> CodeMatrix:
+    """Decode a matrix as slots of codes do. out: flat uint8, of `code_bytes`."""
+    rows, columns = encoded.certificate.shape
+    found = codes_at_once(
+        encoded.data, out, (rows, columns), encoded.certificate.dtype, bits=bits, threads=threads
+    )
+    if found is not None:
+        return found
+    return decode_codes(parse(encoded.data), out, bits=bits, threads=threads)
+
+
+def room_for(encoded: Encoded, bits: Bits) -> Array:
+    """Memory for `to_codes`, written once, as that of slots is."""
+    rows, columns = encoded.certificate.shape
+    return np.full(code_bytes((rows, columns), bits), 0, np.uint8)
+
+
+def _reader(data: bytes) -> Read:
+    return lambda at, n: data[at : at + n]
 
 
 def segment_of(streams: Sequence[Stream]) -> int:

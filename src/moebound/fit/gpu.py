@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from moebound.codec.device import Resident, read_stream
-from moebound.fit.experts import segment_of
-from moebound.fit.running import kind_of
+from moebound.fit.experts import kind_of, segment_of
 from moebound.fit.shape import Shape
 from moebound.offload.cuda import TOGETHER
 from moebound.offload.decoding import on_device, room_for, schedule_for

@@ -15,9 +15,11 @@ from moebound.fit.gpu import Gpu
 from moebound.fit.placing import Host, Placed, place_all
 from moebound.fit.running import Machine, Running, all_running
 from moebound.fit.shape import Shape
+from moebound.offload.codes import SlotsName
 
 _COLORS = ("#2f6db5", "#d1702c", "#3f8f5b", "#8a5aa8", "#8a9099")
 _STEPS = 120
+_STYLES: dict[SlotsName, str] = {"values": "-", "codes": "--", "codes4": ":"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class _Curve:
 
 
 def plot_running(shape: Shape, estimates: list[Estimate], machine: Machine, file: Path) -> Path:
-    """On a CPU, dashed for slots of codes. Writes it as what the file's ending says. Raises
-    BackendUnavailable without matplotlib, StoreError if the disk refuses."""
+    """On a CPU, dashed for slots of codes, dotted for those of four bits. Writes it as what the
+    file's ending says. Raises BackendUnavailable without matplotlib, StoreError if the disk
+    refuses."""
     least = min(way.floor_bytes for way in all_running(shape, estimates, machine, 0))
     sizes = _sizes(shape, least)
     columns = [all_running(shape, estimates, machine, memory) for memory in sizes]
@@ -41,7 +44,7 @@ def plot_running(shape: Shape, estimates: list[Estimate], machine: Machine, file
         _Curve(
             f"{ways[0].name}, slots of {ways[0].slots}",
             names.index(ways[0].name) - 1,
-            "--" if ways[0].slots == "codes" else "-",
+            _STYLES[ways[0].slots],
             [_seconds(way) for way in ways],
         )
         for ways in zip(*columns, strict=True)

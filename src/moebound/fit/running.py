@@ -17,8 +17,9 @@ import torch
 from moebound.bench.environment import describe
 from moebound.codec import thread_count
 from moebound.fit.estimate import ROOM, Estimate
-from moebound.fit.experts import KINDS, SlotsKind, as_it_is
+from moebound.fit.experts import as_it_is, kind_of
 from moebound.fit.shape import Shape
+from moebound.offload.codes import SlotsName
 from moebound.offload.costs import Costs
 from moebound.offload.slots import SlotKind
 from moebound.offload.split import cache_room
@@ -37,7 +38,7 @@ class Machine:
 
     cpu: str | None
     threads: int
-    compute_s: dict[SlotsKind, float]
+    compute_s: dict[SlotsName, float]
     memory: float
     disk: float
 
@@ -55,7 +56,7 @@ class Running:
     """
 
     rate: float | None
-    slots: SlotsKind
+    slots: SlotsName
     memory: int
     where: Where
     held: float
@@ -74,32 +75,22 @@ class Running:
         return asdict(self)
 
 
-def kind_of(shape: Shape) -> SlotKind:
-    """Slots of values for its experts, as products are timed with."""
-    *into, down = shape.expert
-    rows = sum(sides[0] for sides in into)
-    return SlotKind(
-        (("first", (rows, into[0][1])), ("down_proj", down)),
-        torch.float32 if shape.plain_bytes == 4 else torch.bfloat16,
-        gated=False, transposed=False, interleaved=False,
-    )  # fmt: skip
-
-
 def measure_machine(shape: Shape, *, disk: float = DISK) -> Machine:
-    """Time one expert's products, with weights and with codes, and reading memory."""
-    kind = kind_of(shape)
-    codes = replace(kind, aside_bytes=0)
-    between = Between([], torch.device("cpu"), kind.dtype)
-    turns = measure_turns([kind, codes], between, _REPEATS)
-    found: dict[SlotsKind, float] = {
-        "values": turns.compute_s[kind],
-        "codes": turns.compute_s[codes],
+    """Time one expert's products, with each kind of slots, and reading memory."""
+    values = kind_of(shape)
+    kinds: dict[SlotsName, SlotKind] = {
+        "values": values,
+        "codes": replace(values, aside_bytes=0),
+        "codes4": replace(values, aside_bytes=0, bits=4),
     }
+    between = Between([], torch.device("cpu"), values.dtype)
+    turns = measure_turns(kinds.values(), between, _REPEATS)
+    found = {slots: turns.compute_s[kind] for slots, kind in kinds.items()}
     return Machine(describe()["cpu"], thread_count(), found, 1 / turns.byte_s, disk)
 
 
 def running(
-    shape: Shape, sizes: Estimate | None, slots: SlotsKind, machine: Machine, memory: int
+    shape: Shape, sizes: Estimate | None, slots: SlotsName, machine: Machine, memory: int
 ) -> Running:
     """How it would run within `memory` bytes of a machine with a CPU.
 
@@ -137,7 +128,10 @@ def running(
 def all_running(
     shape: Shape, estimates: list[Estimate], machine: Machine, memory: int
 ) -> list[Running]:
-    """As it is, then at each rate with each kind of slots that the model's layout allows."""
-    kinds = KINDS if shape.codes else KINDS[:1]
+    """As it is, then at each rate with each kind of slots that its experts can lie in."""
     found = [running(shape, None, "values", machine, memory)]
-    return found + [running(shape, e, slots, machine, memory) for e in estimates for slots in kinds]
+    return found + [
+        running(shape, sizes, slots, machine, memory)
+        for sizes in estimates
+        for slots in sizes.experts.everything
+    ]

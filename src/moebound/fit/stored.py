@@ -13,17 +13,17 @@ from moebound.checkpoint.shards import read_json
 from moebound.codec import thread_count
 from moebound.codec.device.resident import resident_bytes
 from moebound.fit.estimate import Estimate, fits_in
-from moebound.fit.experts import Experts, OnDevice, SlotsKind, segment_of
+from moebound.fit.experts import Experts, OnDevice, segment_of
 from moebound.fit.shape import Shape
 from moebound.model.live import live_experts
 from moebound.model.pretrained import empty_model, read_config
 from moebound.offload.choose import catalog_of, open_delivery, open_tier
-from moebound.offload.codes import code_kinds
+from moebound.offload.codes import SLOTS
 from moebound.offload.costs import measure_speeds, sample, sample_of
 from moebound.offload.decoding import read_streams
 from moebound.offload.device_tier import candidates
 from moebound.offload.entries import DiskEntries, DiskEntry, open_entries
-from moebound.offload.loading import slot_kinds
+from moebound.offload.loading import slot_kinds, slot_ways
 from moebound.store.format import read_settings
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def estimate_store(
     path: Path | str, shape: Shape, *, memory: int | None = None
 ) -> tuple[Shape, Estimate]:
     """The store's sizes, counted, and what decoding some of its experts takes here. Also the shape
-    again, with the dtype that the store decodes to, and whether its experts can be codes.
+    again, with the dtype that the store decodes to, and whether some of its experts can be codes.
 
     Raises as `open_entries`, and what reading damaged experts raises.
     """
@@ -47,11 +47,9 @@ def estimate_store(
     dtype = _dtype(config)
     kinds = slot_kinds(live_experts(empty_model(config, str(path))), dtype)
     kinds = {entry.key: kinds[entry.key] for entry in entries}
-    codes = code_kinds(entries, kinds, CPU)
-    shape = replace(shape, plain_bytes=dtype.itemsize, codes=codes.any_codes)
-    ways: dict[SlotsKind, Any] = {"values": kinds}
-    if codes.any_codes:
-        ways["codes"] = codes.kinds
+    allowed, _ = slot_ways("auto", entries, kinds, CPU)
+    ways = {slots: allowed[slots] for slots in SLOTS if slots in allowed}
+    shape = replace(shape, plain_bytes=dtype.itemsize, codes="codes" in ways)
     working = shape.top_k + 1 + entries.most_shared
     experts = Experts(
         len(entries.asked_for),
@@ -81,6 +79,7 @@ def estimate_store(
         None if memory is None else fits_in(shape, experts, memory),
         8 * n_bytes / shape.n_weights,
         seconds.get("codes", 0.0),
+        seconds.get("codes4", 0.0),
         experts,
     )
     return shape, found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from io import FileIO
 from typing import Literal, get_args
@@ -17,14 +17,22 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from moebound.codec import Certificate
 from moebound.codec.arrays import torch_dtype
 from moebound.codec.bound import FACTORS_VERSION, BoundCodec
-from moebound.codec.codes import MOST_CODED, Read, code_bytes, has_codes, most_outside
+from moebound.codec.codes import (
+    MOST_CODED,
+    CodeMatrix,
+    Read,
+    code_bytes,
+    has_codes,
+    most_outside,
+)
 from moebound.errors import FormatError
 from moebound.offload.entries import DiskEntry, DiskMatrix
 from moebound.offload.slots import CodeSlot, SlotKind
 from moebound.store.reader import StoredMatrix
-from moebound.types import ExpertKey
+from moebound.types import Array, ExpertKey
 
 SlotsName = Literal["values", "codes", "codes4"]
 SLOTS: tuple[SlotsName, ...] = get_args(SlotsName)
@@ -33,7 +41,7 @@ MOST_PATCHED = 1 / 256
 """Of a matrix's weights. A patch costs a product as much as tens of weights, and 8 bytes."""
 MOST_OUTSIDE = 1 / 64
 """The same of codes of four bits, whose product reads half as much, and which save half a byte."""
-_PATCH_BYTES = 8
+PATCH_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ def code_kinds(
         reason = "on another device than the CPU" if device.type != "cpu" else _refused(entry, kind)
         if reason is None:
             able.append(entry.key)
-            aside[kind] = max(aside[kind], sum(map(_most_aside, entry.matrices)))
+            aside[kind] = max(aside[kind], _aside(entry))
         else:
             why[f"values: {reason}"] += 1
     of = {kind: replace(kind, aside_bytes=n_bytes) for kind, n_bytes in aside.items()}
@@ -83,31 +91,43 @@ def in_four_bits(entries: Iterable[DiskEntry], codes: CodeKinds) -> CodeKinds:
         kind = found[entry.key]
         if kind.aside_bytes is None:
             continue
-        outside = [_outside(part, limit=int(MOST_OUTSIDE * part.size)) for part in entry.matrices]
+        outside = [_outside(part) for part in entry.matrices]
         if None in outside:
             why["codes of a byte: too many weights have none of the sixteen of four bits"] += 1
             continue
         able[entry.key] = of_values = replace(kind, aside_bytes=None)
-        beside = sum(map(_most_aside, entry.matrices))
         n_outside = sum(n for n in outside if n is not None)
-        aside[of_values] = max(aside[of_values], beside + _PATCH_BYTES * n_outside)
+        aside[of_values] = max(aside[of_values], _aside(entry) + PATCH_BYTES * n_outside)
     found |= {key: replace(kind, aside_bytes=aside[kind], bits=4) for key, kind in able.items()}
     return CodeKinds(found, dict(why))
 
 
-def _outside(part: DiskMatrix, *, limit: int) -> int | None:
-    """How many weights have none of the sixteen codes, at most; None for more than `limit`."""
-    assert part.stored is not None
-    limit -= part.stored.record.certificate.patched
-    n: int | None
+def _outside(part: DiskMatrix) -> int | None:
+    """`few_outside` of a stored matrix; None, too, for one that cannot be read."""
+    stored = part.stored
+    assert stored is not None
+
+    def decode(room: Array) -> CodeMatrix:
+        return stored.decode_codes(stored.read(), room, bits=4, threads=1)
+
     try:
-        with open(part.stored.tensor.file, "rb", buffering=0) as file:
-            n = most_outside(_reader(file, part.stored), part.size)
-        if n is None or (n > limit >= 0 and part.size <= _SMALL):
-            data, room = part.stored.read(), np.empty(code_bytes(part.shape, 4), np.uint8)
-            n = len(part.stored.decode_codes(data, room, bits=4, threads=1).patched)
+        with open(stored.tensor.file, "rb", buffering=0) as file:
+            return few_outside(_reader(file, stored), stored.record.certificate, decode)
     except (OSError, FormatError):
         return None  # whoever loads it says what is wrong
+
+
+def few_outside(
+    read: Read, certificate: Certificate, decode: Callable[[Array], CodeMatrix]
+) -> int | None:
+    """How many of a matrix's weights have none of the sixteen codes, at most; None where they and
+    the patches are more than MOST_OUTSIDE. decode: the matrix to codes of four bits, in memory of
+    `code_bytes`; called where the tables in front do not say."""
+    size, (rows, columns) = certificate.n_weights, certificate.shape
+    limit = int(MOST_OUTSIDE * size) - certificate.patched
+    n = most_outside(read, size)
+    if n is None or (n > limit >= 0 and size <= _SMALL):
+        n = len(decode(np.empty(code_bytes((rows, columns), 4), np.uint8)).patched)
     return n if n <= limit else None
 
 
@@ -116,14 +136,21 @@ _SMALL = 1 << 18
 say of more than there are."""
 
 
-def _most_aside(part: DiskMatrix) -> int:
-    """Bytes that a matrix takes beside its codes, at most: a table, or steps, those of both sides
-    from version 3 on, and patches."""
-    assert part.stored is not None
-    certificate = part.stored.record.certificate
+def _aside(entry: DiskEntry) -> int:
+    """`most_aside` of all its matrices."""
+    return sum(
+        most_aside(part.stored.record.certificate)
+        for part in entry.matrices
+        if part.stored is not None
+    )
+
+
+def most_aside(certificate: Certificate) -> int:
+    """Bytes that a matrix takes beside its codes of a byte, at most: a table, or steps, those of
+    both sides from version 3 on, and patches."""
     of_both = (certificate.codec_version or 0) >= FACTORS_VERSION
-    steps = sum(part.shape) if of_both else max(part.shape)
-    return 4 * max(steps, 256) + _PATCH_BYTES * certificate.patched
+    steps = sum(certificate.shape) if of_both else max(certificate.shape)
+    return 4 * max(steps, 256) + PATCH_BYTES * certificate.patched
 
 
 def _refused(entry: DiskEntry, kind: SlotKind) -> str | None:
