@@ -106,8 +106,9 @@ def current() -> Strand | None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts whose tokens are the rows of one forward pass (`one_pass.py`). owners: their strands.
-    caches: what each of them remembers. trial: whether the pass is tried out, and forgotten."""
+    """Texts whose tokens are the rows of one forward pass (`text/one_pass.py`). owners: their
+    strands. caches: what each of them remembers. trial: whether the pass is tried out, and
+    forgotten."""
 
     owners: tuple[Strand, ...]
     caches: tuple[Any, ...]

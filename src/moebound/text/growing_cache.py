@@ -102,7 +102,9 @@ def shorten(cache: DynamicCache, length: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, GrowingLayer):
             layer.shorten(length)
-        elif layer.is_initialized and layer.get_seq_length() > length:
+        elif isinstance(layer, DynamicLayer) and layer.get_seq_length() > length:
+            assert layer.keys is not None
+            assert layer.values is not None
             layer.keys = layer.keys[..., :length, :]
             layer.values = layer.values[..., :length, :]
 

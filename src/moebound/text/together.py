@@ -29,10 +29,10 @@ from torch import nn
 
 from moebound.errors import MoeboundError
 from moebound.model.joined import JoinedLinears
-from moebound.model.one_pass import OnePass
 from moebound.model.strands import Strand, Strands, current
 from moebound.text.generation import GenerationSettings, Piece, generate
 from moebound.text.kv_memory import AHEAD, KvMemory, held_bytes
+from moebound.text.one_pass import OnePass
 
 MOST = 8
 """Texts at a time unless something else is said: as many rows as a product has."""

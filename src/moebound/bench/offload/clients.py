@@ -19,10 +19,10 @@ from moebound.bench.offload.memory import drop_pages, peak_resident_bytes
 from moebound.bench.offload.routing import ForcedRouting
 from moebound.cache import load_trace
 from moebound.model.joined import JoinedLinears
-from moebound.model.one_pass import OnePass
 from moebound.model.strands import Strand, Strands
 from moebound.offload.loading import load
 from moebound.text.growing_cache import GrowingCache
+from moebound.text.one_pass import OnePass
 
 
 class _Client:

@@ -12,14 +12,14 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from moebound.errors import CacheError
-from moebound.model import one_pass
 from moebound.model.attention import NAME, padded_attention
 from moebound.model.joined import JoinedLinears
-from moebound.model.one_pass import OnePass
 from moebound.model.strands import Strand, Strands, rows
 from moebound.offload.loading import load
 from moebound.offload.offloaded import Offloaded
+from moebound.text import one_pass
 from moebound.text.growing_cache import GrowingCache
+from moebound.text.one_pass import OnePass
 from tiny_models import make_tiny
 
 TEXTS = [[3, 9, 4, 5, 7, 8], [11, 2, 6, 3, 5, 9], [8, 8, 1, 4, 2, 5]]

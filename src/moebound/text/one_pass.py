@@ -1,12 +1,12 @@
 """One forward pass for texts that are one token long each, in place of one for each of them.
 
-Strands (`strands.py`) leave the model's code as it is and run it once a text: of eight texts, eight
-times, and for each token that is Python's time, several milliseconds a text, however much is shared
-of weights. Here the tokens of all texts are the rows of one pass, [1, n, H]. What mixes rows stays
-apart: a module that has keys, values or states (attention) is called once a row, in strands of its
-own, with that text's cache; linear layers and experts get rows as strands would bring them
-(`joined.py`, `offload/joint.py`); routers and small linear layers get one row after the other.
-Everything else in a decoder works on each row by itself: norms, activations, residual sums.
+Strands (`model/strands.py`) leave the model's code as it is and run it once a text: of eight texts,
+eight times, and for each token that is Python's time, several milliseconds a text, however much is
+shared of weights. Here the tokens of all texts are the rows of one pass, [1, n, H]. What mixes rows
+stays apart: a module that has keys, values or states (attention) is called once a row, in strands
+of its own, with that text's cache; linear layers and experts get rows as strands would bring them
+(`model/joined.py`, `offload/joint.py`); routers and small linear layers get one row after the
+other. Everything else in a decoder works on each row by itself: norms, activations, residual sums.
 
 **It changes no bit, or it is not used.** The first pass of each number of texts is computed both
 ways, the new one on copies of the caches, and the texts go on from the old one. Only if all logits
