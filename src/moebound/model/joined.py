@@ -106,12 +106,34 @@ def compute_rows(
     return found
 
 
-class JoinedLinears:
+class Forwards:
+    """Forward passes of modules that are replaced until `remove`."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[nn.Module, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._before)
+
+    def put(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._before.append((module, vars(module).get("forward")))
+        module.forward = forward
+
+    def remove(self) -> None:
+        for module, forward in reversed(self._before):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+        self._before.clear()
+
+
+class JoinedLinears(Forwards):
     """Makes a model's linear layers meet, until `remove`. Those of experts that stay compressed are
     none. Nothing changes outside of strands."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._before: list[tuple[nn.Module, Any]] = []
+        super().__init__()
         least = dict[tuple[Any, ...], int | None]()
         with torch.no_grad():
             for module in model.modules():
@@ -130,20 +152,7 @@ class JoinedLinears:
                         tries=2,
                     )  # fmt: skip
                 if (n := least[shape]) is not None:
-                    self._before.append((module, vars(module).get("forward")))
-                    joined = partial(_forward, module, module.forward, n)
-                    module.forward = joined  # type: ignore[method-assign]
-
-    def __len__(self) -> int:
-        return len(self._before)
-
-    def remove(self) -> None:
-        for module, forward in reversed(self._before):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-        self._before.clear()
+                    self.put(module, partial(_forward, module, module.forward, n))
 
 
 def _forward(module: nn.Linear, compute: Compute, least: int, x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ thread that started them.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,24 +116,27 @@ class Rows:
     trial: bool
 
 
-_rows: Rows | None = None
+class _Passing(threading.local):
+    rows: Rows | None = None
+
+
+_passing = _Passing()
 
 
 def rows() -> Rows | None:
     """Of the pass that calls this; None in a pass of one text, and within a strand, which has one
     row."""
-    return None if current() is not None else _rows
+    return None if current() is not None else _passing.rows
 
 
 @contextlib.contextmanager
 def passing(some: Rows) -> Iterator[None]:
-    """These are the rows meanwhile. In the one thread that strands have."""
-    global _rows
-    before, _rows = _rows, some
+    """These are the rows meanwhile, in this thread."""
+    _passing.rows = some
     try:
         yield
     finally:
-        _rows = before
+        _passing.rows = None
 
 
 class Strands:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,9 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from moebound.errors import MoeboundError
 from moebound.model.attention import NAME
+from moebound.model.joined import Forwards
 from moebound.model.strands import Rows, Strand, Strands, current, passing, rows
 from moebound.text.growing_cache import GrowingLayer, shorten
 
@@ -61,48 +63,34 @@ class _Verdict:
     same: bool = True
 
 
-@dataclass
-class OnePass:
+class OnePass(Forwards):
     """Installs itself in a model until `remove`. Outside of strands that join nothing changes.
 
     usable: whether this model's passes can be so; why_not says why they cannot. taken: passes that
     were, so far.
     """
 
-    model: nn.Module
-    usable: bool = field(init=False)
-    why_not: str = field(init=False)
-    taken: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.taken = 0
         self._verdicts = dict[int, _Verdict]()
-        self._before: list[tuple[nn.Module, Any]] = []
-        self.why_not = _why_not(self.model)
+        self.why_not = _why_not(model)
         self.usable = not self.why_not
         if not self.usable:
             return
-        mixers = [module for module in self.model.modules() if _mixes(module)]
+        mixers = [module for module in model.modules() if _mixes(module)]
         inside = {id(part) for mixer in mixers for part in mixer.modules()}
         for mixer in mixers:
-            self._install(mixer, partial(_mix, mixer, mixer.forward))
-        for module in self.model.modules():
+            self.put(mixer, partial(_mix, mixer.forward))
+        for module in model.modules():
             if id(module) not in inside and _by_rows(module):
-                self._install(module, partial(_row_by_row, module.forward))
-        self._whole = self.model.forward
-        self._install(self.model, self._forward)
+                self.put(module, partial(_row_by_row, module.forward))
+        self._whole = model.forward
+        self.put(model, self._forward)
 
     def remove(self) -> None:
-        for module, forward in reversed(self._before):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
-        self._before.clear()
+        super().remove()
         self.usable = False
-
-    def _install(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self._before.append((module, vars(module).get("forward")))
-        module.forward = forward
 
     def _forward(self, *args: Any, **given: Any) -> Any:
         strand = current()
@@ -143,6 +131,8 @@ class OnePass:
         n = len(calls)
         try:
             logits = self._pass(calls, [copy.deepcopy(call.cache) for call in calls], trial=True)
+        except MoeboundError:  # as of an expert that cannot be read: each will meet it by itself
+            return [None] * n
         except Exception as error:  # whatever a family does with rows that it does not expect
             self.usable, self.why_not = False, f"{type(error).__name__}: {error}"
             return [None] * n
@@ -221,12 +211,12 @@ def _by_rows(module: nn.Module) -> bool:
     return bool(own) and not isinstance(module, nn.Embedding)
 
 
-def _mix(mixer: nn.Module, before: Callable[..., Any], *args: Any, **given: Any) -> Any:
+def _mix(before: Callable[..., Any], *args: Any, **given: Any) -> Any:
     """Each row by itself, with its own cache."""
     some = rows()
     if some is None:
         return before(*args, **given)
-    n, found = len(some.owners), list[Any]()
+    n = len(some.owners)
     results: list[Any] = [None] * n
 
     def work(i: int) -> None:

@@ -1,6 +1,6 @@
 """Attention of one token whose values are narrower than its keys: transformers' way, and ours.
 
-    OMP_WAIT_POLICY=PASSIVE python bench/attention.py > bench/results/attention.json
+    OMP_WAIT_POLICY=PASSIVE python bench/narrow_values.py > bench/results/narrow_values.json
 
 Shapes of one layer of Moonlight: 16 heads, keys of 192 numbers, values of 128, bfloat16, behind a
 text of so many tokens. Checked first: both give the same up to rounding. Then, in turns: `sdpa` of
