@@ -235,11 +235,11 @@ def most_outside(read: Read, size: int) -> int | None:
     the tables in front of the payload; None where they do not say. Reads as `has_codes`."""
     try:
         _, at = envelope.find_payload(read(0, _HEAD_BYTES))
+        fields = FieldReader(memoryview(read(at, _TABLES_BYTES)), 0)
+        n_bytes = fields.varint()
+        head = fields.take(min(n_bytes, fields.left))
     except FormatError:
         return None
-    fields = FieldReader(memoryview(read(at, _TABLES_BYTES)), 0)
-    n_bytes = fields.varint()
-    head = fields.take(min(n_bytes, fields.left))
     most: int | None = _native.bound_most_outside(head, size, n_bytes)
     return most
 
