@@ -192,7 +192,7 @@ def test_what_four_bits_leave_out_is_bounded_by_the_tables(
     data = moebound.encode(weights, bound)
     matrix, in_halves = codes_of(data), codes_of(data, bits=4)
     assert in_halves.weights().tobytes() == matrix.weights().tobytes()
-    for cut in range(0, 60, 3):
+    for cut in range(0, 24, 3):
         assert (
             most_outside(lambda at, n, cut=cut: data[at : min(at + n, cut)], weights.size) is None
         )  # type: ignore[misc]
