@@ -193,9 +193,11 @@ def test_what_four_bits_leave_out_is_bounded_by_the_tables(
     matrix, in_halves = codes_of(data), codes_of(data, bits=4)
     assert in_halves.weights().tobytes() == matrix.weights().tobytes()
     for cut in range(0, 24, 3):
-        assert (
-            most_outside(lambda at, n, cut=cut: data[at : min(at + n, cut)], weights.size) is None
-        )  # type: ignore[misc]
+
+        def read(at: int, n: int, cut: int = cut) -> bytes:
+            return data[at : min(at + n, cut)]
+
+        assert most_outside(read, weights.size) is None
     most = most_outside(lambda at, n: data[at : at + n], weights.size)
     if most is not None:
         outside = len(in_halves.patched) - len(matrix.patched)
