@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from moebound.errors import CacheError
+from moebound.model import attention
 from moebound.model.attention import NAME, padded_attention
 from moebound.model.joined import JoinedLinears
 from moebound.model.strands import Strand, Strands, rows
@@ -218,7 +219,10 @@ def test_values_narrower_than_keys_are_padded(n_tokens: int, heads: int) -> None
 
 
 @pytest.mark.parametrize(("name", "padded"), [("deepseek_v3", True), ("mixtral", False)])
-def test_latent_attention_is_fused(name: str, padded: bool, tmp_path: Path) -> None:
+def test_latent_attention_is_fused(
+    name: str, padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LEAST_WIDTH", 1)
     with load(make_tiny(name, tmp_path / "src"), ram_budget="80%") as offloaded:
         config = offloaded.model.config
         if padded:

@@ -18,6 +18,10 @@ NAME = "moebound-sdpa"
 """The value of `attn_implementation` that means `padded_attention`."""
 
 
+LEAST_WIDTH = 64
+"""Narrower keys take no time worth saving, and stay with torch's way."""
+
+
 def register_attention() -> None:
     """Enter it into transformers' tables under NAME. Idempotent."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -52,7 +56,7 @@ def fuse_attention(model: Any) -> bool:
     """Have a model on a CPU compute attention so, where that is of use: whether it does."""
     config = model.config.get_text_config(decoder=True)
     keys = sum(getattr(config, name, 0) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
-    if keys <= (getattr(config, "v_head_dim", None) or keys):
+    if keys < LEAST_WIDTH or keys <= (getattr(config, "v_head_dim", None) or keys):
         return False
     if model.device.type != "cpu" or config._attn_implementation != "sdpa":
         return False
