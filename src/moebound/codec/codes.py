@@ -193,7 +193,7 @@ def packed(matrix: CodeMatrix, out: Array) -> CodeMatrix:
     codes = matrix.codes.astype(np.int64) - start
     outside = np.flatnonzero((codes < 0) | (codes >= _WINDOW))
     outside = np.setdiff1d(outside, matrix.patched.astype(np.int64))
-    weights = _floats(matrix.weights().reshape(-1)[outside], matrix.dtype)
+    weights = matrix.weights().reshape(-1)[outside]
     codes[outside] = zero - start
     codes = np.pad(codes.reshape(rows, cols), ((0, 0), (0, cols % 2)), constant_values=zero - start)
     out[:] = (codes[:, ::2] | codes[:, 1::2] << 4).reshape(-1)
@@ -207,22 +207,17 @@ def packed(matrix: CodeMatrix, out: Array) -> CodeMatrix:
         table=np.pad(table, (0, _WINDOW - len(table))) if len(table) else table,
         first=matrix.first + start,
         patched=places[order].astype(np.uint32),
-        patch_weights=np.concatenate([matrix.patch_weights, weights])[order],
+        patch_weights=np.concatenate(
+            [matrix.patch_weights, _values(weights.view(f"u{weights.itemsize}"), matrix.dtype)]
+        )[order],
     )
 
 
 _WINDOW = 16
 
 
-def _floats(patterns: Array, dtype: DType) -> Array:
-    """Weights as float32. patterns: bfloat16 as uint16 bits."""
-    if dtype == "BF16":
-        return (patterns.astype(np.uint32) << 16).view(np.float32)
-    return patterns.astype(np.float32)
-
-
 def _values(patterns: Array, dtype: DType) -> Array:
-    """Patterns in 32-bit words as float32."""
+    """Patterns, in words of their own size or of 32 bits, as float32."""
     if dtype == "BF16":
         return (patterns.astype(np.uint32) << 16).view(np.float32)
     if dtype == "F16":
