@@ -223,6 +223,9 @@ def _small(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> d
         for key, value in SMALL.items()
         if key in default and (default[key] is not None or key in _NEVER_OPEN)
     }
+    if default.get("kv_lora_rank") and default.get("num_key_value_heads"):
+        # latent attention: each head has keys and values of its own, or stock code fails
+        settings["num_key_value_heads"] = SMALL["num_attention_heads"]
     layers = overrides.get("num_hidden_layers", SMALL["num_hidden_layers"])
     for key in ("layer_types", "mlp_layer_types"):
         if isinstance(default.get(key), list) and default[key]:

@@ -69,6 +69,9 @@ def read(model: Any, texts: list[list[int]] = TEXTS) -> list[Client]:
     clients = [Client(model, text, strands) for text in texts]
     while alive := [client.strand for client in clients if not client.strand.dead]:
         strands.advance(alive)
+    for client in clients:
+        if client.strand.error is not None:
+            raise client.strand.error
     return clients
 
 
