@@ -16,13 +16,15 @@ SAID_OF_PRODUCTS = (
 """check_product of these arguments: on every machine, with every instruction set."""
 
 
-def build(folder: Path, *options: str, include: str = "") -> Path:
+def build(
+    folder: Path, *options: str, include: str = "", programs: tuple[str, ...] = PROGRAMS
+) -> Path:
     """Configures and builds the programs; returns their folder. include: where to look, too."""
     environment = os.environ | ({"CPLUS_INCLUDE_PATH": include} if include else {})
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, "-DMOEBOUND_CHECKS=ON", *options],
-        ["cmake", "--build", str(folder), "--target", *PROGRAMS, "--parallel", "2"],
+        ["cmake", "--build", str(folder), "--target", *programs, "--parallel", "2"],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -57,7 +57,8 @@ def test_damaged_streams_of_cuszp_under_sanitizers(sanitized: Path) -> None:
 def test_the_avx512_path_in_plain_c(tmp_path: Path) -> None:
     simde = pytest.importorskip("simde_py", reason="needs SIMDe: pip install simde-py")
     emulated = build(
-        tmp_path / "build", "-DMOEBOUND_EMULATE_AVX512=ON", include=simde.get_include()
-    )
+        tmp_path / "build", "-DMOEBOUND_EMULATE_AVX512=ON", include=simde.get_include(),
+        programs=("check_bound",),
+    )  # fmt: skip
     said = run(emulated / "check_bound", 300, 10, 20261123)
     assert "avx512" in said

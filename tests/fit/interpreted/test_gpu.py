@@ -12,7 +12,6 @@ from moebound.fit import Host, estimate_store, expert_of, known, measure_gpu, pl
 from moebound.fit import gpu as fit_gpu
 from moebound.offload import choose, costs, timing
 from moebound.offload.costs import Speeds
-from moebound.offload.cuda import TOGETHER
 from moebound.offload.loading import load
 
 
@@ -57,13 +56,14 @@ def test_it_counts_what_load_takes(
 def test_a_gpu_that_is_here_is_measured(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_COPIED", "_REPEATS"):
         monkeypatch.setattr(fit_gpu, name, 1)
+    monkeypatch.setattr(fit_gpu, "TOGETHER", together := 2)
     monkeypatch.setattr(timing, "cache_bytes", lambda _: 1 << 12)
     shape = shape_of(store)
     found = measure_gpu(shape, expert_of(store), torch.device("cpu"))
     assert found.measured
-    assert [n for n, _ in found.launch] == [1, TOGETHER]
+    assert [n for n, _ in found.launch] == [1, together]
     assert list(found.decode) == [32]
-    assert [n for n, _ in found.decode[32]] == [shape.expert_size, TOGETHER * shape.expert_size]
+    assert [n for n, _ in found.decode[32]] == [shape.expert_size, together * shape.expert_size]
     assert min(found.link, found.memory, found.parse_s, found.compute_s(1)) > 0
     assert found.miss_s(2, shape.expert_size, 32) > 0
     assert measure_gpu(shape, expert_of(store), torch.device("cpu"), link=7.0).link == 7.0
