@@ -87,13 +87,17 @@ $(STAMPS)/package: $(STAMPS)/tools pyproject.toml $(NATIVE)
 	@touch $@
 
 # llama.cpp without what nothing here calls, and past pip's cache, which would hand out what was built
-# for another processor.
-$(STAMPS)/llama-$(LLAMA_NATIVE): $(STAMPS)/tools bench/llama-cpp.cmake | $(STAMPS)/package
+# for another processor. Building it takes longest: it goes on while the package is installed.
+$(STAMPS)/llama-$(LLAMA_NATIVE)-wheel: $(STAMPS)/tools bench/llama-cpp.cmake
 	CMAKE_ARGS="-DGGML_NATIVE=$(LLAMA_NATIVE) -DLLAVA_BUILD=OFF \
 	  -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/bench/llama-cpp.cmake" \
-	  $(PIP) install -c constraints.txt --no-cache-dir --no-build-isolation --force-reinstall \
-	  --no-deps llama-cpp-python
-	@rm -f $(STAMPS)/llama-* && touch $@
+	  $(PIP) wheel -c constraints.txt --no-cache-dir --no-build-isolation --no-deps \
+	  --wheel-dir $(STAMPS)/$(LLAMA_NATIVE) llama-cpp-python
+	@touch $@
+
+$(STAMPS)/llama-$(LLAMA_NATIVE): $(STAMPS)/llama-$(LLAMA_NATIVE)-wheel | $(STAMPS)/package
+	$(PIP) install --force-reinstall --no-deps $(STAMPS)/$(LLAMA_NATIVE)/*.whl
+	@rm -f $(STAMPS)/llama-ON $(STAMPS)/llama-OFF && touch $@
 
 $(STAMPS)/peers: $(STAMPS)/package $(STAMPS)/llama-$(LLAMA_NATIVE)
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]"

@@ -53,7 +53,7 @@ def test_damaged_streams_of_cuszp_under_sanitizers(sanitized: Path) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is x86-64")
-@pytest.mark.slow
+@(pytest.mark.long if "avx512" in ISAS else pytest.mark.slow)  # such a processor ran it above
 def test_the_avx512_path_in_plain_c(tmp_path: Path) -> None:
     simde = pytest.importorskip("simde_py", reason="needs SIMDe: pip install simde-py")
     emulated = build(
