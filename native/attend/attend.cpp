@@ -33,20 +33,31 @@ size_t in_wholes(size_t n, size_t of) { return (n + of - 1) / of; }
 
 size_t tokens_of_piece(size_t tokens) { return kAttendTokens * in_wholes(tokens, kAttendTokens * kMostPieces); }
 
-// Where the number at `i` stands in groups.
-size_t place(size_t i) { return i - i % kAttendGroup + i % kAttendGroup / 2 + i % 2 * (kAttendGroup / 2); }
+constexpr size_t kHalf = kAttendGroup / 2;
 
+// n numbers, a multiple of kAttendGroup, with the even ones of each group first.
 void to_groups(const uint16_t* from, size_t n, float* to) {
-  for (size_t i = 0; i < n; ++i) to[place(i)] = BF16::value(from[i]);
+  for (size_t at = 0; at < n; at += kAttendGroup) {
+    for (size_t i = 0; i < kHalf; ++i) {
+      to[at + i] = BF16::value(from[at + 2 * i]);
+      to[at + kHalf + i] = BF16::value(from[at + 2 * i + 1]);
+    }
+  }
 }
 
-// n numbers to out[first ...]; number(i) is the i-th.
-template <class Number>
-void write(const Number& number, size_t n, DType dtype, void* out, size_t first) {
-  for (size_t i = 0; i < n; ++i) {
-    if (dtype == DType::kF32) static_cast<float*>(out)[first + i] = number(i);
-    else static_cast<uint16_t*>(out)[first + i] = rounded<BF16>(number(i));
+void out_of_groups(const float* from, size_t n, float* to) {
+  for (size_t at = 0; at < n; at += kAttendGroup) {
+    for (size_t i = 0; i < kHalf; ++i) {
+      to[at + 2 * i] = from[at + i];
+      to[at + 2 * i + 1] = from[at + kHalf + i];
+    }
   }
+}
+
+// n numbers to out[first ...].
+void write(const float* from, size_t n, DType dtype, void* out, size_t first) {
+  if (dtype == DType::kF32) std::copy_n(from, n, static_cast<float*>(out) + first);
+  else std::transform(from, from + n, static_cast<uint16_t*>(out) + first, rounded<BF16>);
 }
 
 // Keys and values of one text, and the queries that they serve.
@@ -61,69 +72,76 @@ struct Shared {
   float* out;  // [m][values.width]
 };
 
-// What one item of work found: [queries] each.
-struct Piece {
-  std::vector<float> greatest, sums, values;
+// A piece of a text for some of its queries: what one thread does at a time.
+struct Item {
+  const Shared* shared;
+  size_t begin, end;         // tokens
+  size_t first, queries;     // of the m
+  float greatest[kQueriesAtOnce], sums[kQueriesAtOnce];
+  float* values;  // [queries][shared->values.width]
+
+  void run(const AttendPath& by, float scale) {
+    const size_t n = end - begin, width = shared->values.width, stride = in_wholes(n, kAttendGroup) * kAttendGroup;
+    std::vector<float> scores(queries * stride);
+    for (const Shared::Part& part : shared->keys) {
+      const size_t key = part.rows.width;
+      const bool add = &part != shared->keys.data();
+      by.dots(part.rows.from(begin), n, part.x + first * key, key, queries, scores.data(), stride, add);
+    }
+    for (size_t q = 0; q < queries; ++q) by.weigh(scores.data() + q * stride, n, scale, greatest[q], sums[q]);
+    by.sums(shared->values.from(begin), n, scores.data(), stride, queries, values, width);
+  }
 };
 
-Piece piece_of(const AttendPath& by, const Shared& shared, size_t begin, size_t end, size_t first, size_t queries,
-               float scale) {
-  const size_t n = end - begin, width = shared.values.width, stride = in_wholes(n, kAttendGroup) * kAttendGroup;
-  Piece found{std::vector<float>(queries), std::vector<float>(queries), std::vector<float>(queries * width)};
-  std::vector<float> scores(queries * stride);
-  for (const Shared::Part& part : shared.keys) {
-    const size_t key = part.rows.width;
-    by.dots(part.rows.from(begin), n, part.x + first * key, key, queries, scores.data(), stride, &part != shared.keys.data());
-  }
-  for (size_t q = 0; q < queries; ++q) by.weigh(scores.data() + q * stride, n, scale, found.greatest[q], found.sums[q]);
-  by.sums(shared.values.from(begin), n, scores.data(), stride, queries, found.values.data(), width);
-  return found;
-}
-
-void add_pieces(const Shared& shared, const Piece* pieces, size_t n_pieces, size_t of_queries, size_t first, size_t m) {
-  const size_t width = shared.values.width;
-  for (size_t q = first; q < std::min(m, first + kQueriesAtOnce); ++q) {
+// The pieces of a text for the same queries, each `step` behind the last; n of them.
+void add_pieces(const Item* pieces, size_t n, size_t step) {
+  const Item& one = pieces[0];
+  const size_t width = one.shared->values.width;
+  for (size_t q = 0; q < one.queries; ++q) {
     float greatest = -std::numeric_limits<float>::infinity(), sum = 0;
-    for (size_t p = 0; p < n_pieces; ++p) greatest = std::max(greatest, pieces[p * of_queries].greatest[q - first]);
-    float* const out = shared.out + q * width;
-    std::fill_n(out, width, 0.0f);
-    for (size_t p = 0; p < n_pieces; ++p) {
-      const Piece& piece = pieces[p * of_queries];
-      const float share = exp_of(piece.greatest[q - first] - greatest);
-      sum = std::fma(share, piece.sums[q - first], sum);
-      const float* const values = piece.values.data() + (q - first) * width;
-      for (size_t i = 0; i < width; ++i) out[i] = std::fma(share, values[i], out[i]);
+    for (size_t p = 0; p < n; ++p) greatest = std::max(greatest, pieces[p * step].greatest[q]);
+    float* const out = one.shared->out + (one.first + q) * width;
+    for (size_t p = 0; p < n; ++p) {
+      const Item& piece = pieces[p * step];
+      const float share = exp_of(piece.greatest[q] - greatest);
+      sum += share * piece.sums[q];
+      if (n == 1) break;
+      const float* const values = piece.values + q * width;
+      for (size_t i = 0; i < width; ++i) out[i] += share * values[i];
     }
-    for (size_t i = 0; i < width; ++i) out[i] /= sum;
+    const float* const from = n > 1 ? out : one.values + q * width;  // one piece has a share of 1
+    for (size_t i = 0; i < width; ++i) out[i] = from[i] / sum;
   }
 }
 
-// Each of m queries.
+// Each of m queries. What they get has to be 0 before.
 void attend_all(const AttendPath& by, const std::vector<Shared>& all, size_t m, float scale, unsigned threads) {
-  const size_t of_queries = in_wholes(m, kQueriesAtOnce);
-  struct Item {
-    const Shared* shared;
-    size_t begin, end, first;
-  };
   std::vector<Item> items;
   std::vector<size_t> begun;  // the first item of each
+  size_t n_values = 0;
   for (const Shared& shared : all) {
     begun.push_back(items.size());
     const size_t step = tokens_of_piece(shared.tokens);
     for (size_t begin = 0; begin < shared.tokens; begin += step) {
-      for (size_t q = 0; q < m; q += kQueriesAtOnce) items.push_back({&shared, begin, std::min(begin + step, shared.tokens), q});
+      for (size_t q = 0; q < m; q += kQueriesAtOnce) {
+        items.push_back({&shared, begin, std::min(begin + step, shared.tokens), q, std::min(kQueriesAtOnce, m - q), {}, {}, nullptr});
+        n_values += items.back().queries * shared.values.width;
+      }
     }
   }
-  std::vector<Piece> pieces(items.size());
-  for_each_index(items.size(), threads, [&](size_t i) {
-    const Item& item = items[i];
-    pieces[i] = piece_of(by, *item.shared, item.begin, item.end, item.first, std::min(kQueriesAtOnce, m - item.first), scale);
-  });
   begun.push_back(items.size());
-  for_each_index(all.size() * of_queries, threads, [&](size_t i) {
-    const size_t s = i / of_queries, block = i % of_queries;
-    add_pieces(all[s], pieces.data() + begun[s] + block, (begun[s + 1] - begun[s]) / of_queries, of_queries,
-               block * kQueriesAtOnce, m);
+  std::vector<float> values(n_values);
+  float* next = values.data();
+  for (Item& item : items) {
+    item.values = next;
+    next += item.queries * item.shared->values.width;
+  }
+  for_each_index(items.size(), threads, [&](size_t i) { items[i].run(by, scale); });
+  const size_t blocks = in_wholes(m, kQueriesAtOnce);
+  const bool pieces = items.size() > all.size() * blocks;  // else there is little to add
+  for_each_index(all.size() * blocks, pieces ? threads : 1, [&](size_t i) {
+    const size_t first = begun[i / blocks];
+    add_pieces(items.data() + first + i % blocks, (begun[i / blocks + 1] - first) / blocks, blocks);
   });
 }
 
@@ -144,9 +162,9 @@ void attend(const Queries& queries, const std::vector<Text>& texts, size_t share
     }
   }
   attend_all(path(), all, m, scale, threads);
-  for (size_t row = 0; row < texts.size() * queries.heads; ++row) {
-    write([&](size_t i) { return found[row * value + place(i)]; }, value, dtype, out, row * value);
-  }
+  std::vector<float> in_order(found.size());
+  out_of_groups(found.data(), found.size(), in_order.data());
+  write(in_order.data(), in_order.size(), dtype, out, 0);
 }
 
 void attend_latent(const Queries& queries, const std::vector<LatentText>& texts, const uint16_t* weights, size_t nope,
@@ -177,9 +195,7 @@ void attend_latent(const Queries& queries, const std::vector<LatentText>& texts,
   for_each_index(heads, threads, [&](size_t h) {
     std::vector<float> some(n * values);
     by.dots(rows(h, nope), values, found.data() + h * rank, heads * rank, n, some.data(), values, false);
-    for (size_t i = 0; i < n; ++i) {
-      write([&](size_t v) { return some[i * values + v]; }, values, dtype, out, (i * heads + h) * values);
-    }
+    for (size_t i = 0; i < n; ++i) write(some.data() + i * values, values, dtype, out, (i * heads + h) * values);
   });
 }
 

@@ -8,8 +8,8 @@
 //   tokens are in pieces of `tokens_of_piece`: of each, m is the greatest score, p[t] = exp_of(score - m), the
 //     weights p are added in 16 lanes, t = i, i + 16, ..., and by the same tree, and p[t] · V[t] in the order of t,
 //     by fused multiply-add;
-//   pieces are added in their order, each times exp_of(its m - the greatest m), by fused multiply-add; then the sum
-//     of values is divided by the sum of weights, and rounded once.
+//   pieces are added in their order, each times exp_of(its m - the greatest m); then the sum of values is divided by
+//     the sum of weights, and rounded once.
 // So threads, other texts and the instruction set do not show in a result.
 #pragma once
 #include <cstddef>

@@ -247,7 +247,7 @@ def _fits(tensor: Any) -> bool:
     """Whether the kernel takes it: a tensor [B, heads, T, width]."""
     return bool(
         tensor.dtype == torch.bfloat16
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and tensor.shape[3] % _GROUP == 0
         and tensor.stride(3) == 1
         and tensor.shape[2] > 0
@@ -274,4 +274,4 @@ def _weight(module: Any, query: torch.Tensor) -> torch.Tensor | None:
 
 def _bits(tensor: torch.Tensor) -> Array:
     """The patterns of bfloat16 in its memory."""
-    return tensor.detach().view(torch.uint16).numpy()
+    return tensor.view(torch.uint16).numpy()
