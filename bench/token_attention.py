@@ -1,6 +1,6 @@
 """Attention of one token: transformers' way, and ours; and a pass of eight texts.
 
-    OMP_WAIT_POLICY=PASSIVE python bench/attention.py > bench/results/attention.json
+    OMP_WAIT_POLICY=PASSIVE python bench/token_attention.py > bench/results/token_attention.json
 
 bfloat16, one layer, behind a text of so many tokens; results are compared before they are timed.
 
