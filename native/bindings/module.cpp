@@ -24,6 +24,7 @@ moebound::Steps to_steps(const Levels& levels, const Levels& factors, uint16_t k
 }  // namespace
 
 NB_MODULE(_native, m) {
+  bind_attend(m);
   bind_cuszp(m);
   bind_device(m);
   bind_envelope(m);

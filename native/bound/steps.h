@@ -4,6 +4,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "base/dtype.h"
@@ -48,6 +49,14 @@ inline typename T::Bits pattern_of(float value) {
   if constexpr (T::kDType == DType::kBF16) return bf16_pattern(value);
   if constexpr (T::kDType == DType::kF16) return f16_pattern(value);
   if constexpr (T::kDType == DType::kF32) return std::bit_cast<uint32_t>(value);
+}
+
+// The same, of NaN too.
+template <class T>
+inline typename T::Bits rounded(float value) {
+  if (!std::isnan(value)) return pattern_of<T>(value);
+  if constexpr (T::kDType == DType::kF16) return 0x7E00;
+  else return pattern_of<T>(std::numeric_limits<float>::quiet_NaN());
 }
 
 }  // namespace moebound

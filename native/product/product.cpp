@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <limits>
 
 #include "base/bytes.h"
 #include "base/cpu.h"
@@ -40,16 +39,6 @@ void to_groups(const Number& number, size_t n, float* out) {
     const size_t at = j % kProductGroup;
     out[j - at + at / 2 + at % 2 * kProductLanes] = number(j);
   }
-}
-
-template <class T>
-typename T::Bits rounded(float value) {
-  if (std::isnan(value)) return pattern_of<T>(std::numeric_limits<float>::quiet_NaN());
-  return pattern_of<T>(value);
-}
-template <>
-F16::Bits rounded<F16>(float value) {
-  return std::isnan(value) ? uint16_t(0x7E00) : pattern_of<F16>(value);
 }
 
 void add_patches(const CodeMatrix& matrix, const float* x, size_t padded, size_t begin, size_t end, size_t n_tokens,

@@ -1,32 +1,12 @@
 // Sixteen lanes in two vectors of eight. Compiled for AVX2 and FMA; called only where the CPU has them.
-#include <immintrin.h>
-
+#include "base/lanes_avx2.h"
 #include "product/rows.h"
 
 namespace moebound {
 namespace {
 
-struct Sixteen {
-  __m256 low, high;  // lanes 0 .. 7, and 8 .. 15
-};
-
-struct Avx2 {
-  using F = Sixteen;
+struct Avx2 : LanesAvx2 {
   static constexpr size_t kRows = 2, kRowsOfOne = 2, kFew = 2, kMostByFew = 8, kTokens = 3;
-
-  static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-  static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-  static void store(float* p, F f) {
-    _mm256_storeu_ps(p, f.low);
-    _mm256_storeu_ps(p + 8, f.high);
-  }
-  static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)}; }
-  static float sum(F f) {
-    const __m256 eight = _mm256_add_ps(f.low, f.high);
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-  }
 };
 
 __attribute__((always_inline)) inline __m256i load32(const uint8_t* from) {
@@ -224,10 +204,7 @@ struct FromPlain {
 
   void begin_row(size_t, size_t) {}
   __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
-    const __m256i low = load32(codes), high = load32(codes + 32);
-    const __m256i upper = _mm256_set1_epi32(int(0xFFFF0000u));
-    even = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
-    odd = {_mm256_castsi256_ps(_mm256_and_si256(low, upper)), _mm256_castsi256_ps(_mm256_and_si256(high, upper))};
+    Avx2::widen(codes, even, odd);
   }
 };
 

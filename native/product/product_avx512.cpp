@@ -1,26 +1,13 @@
 // Sixteen lanes in one vector. Compiled for AVX-512 F, BW, VL, DQ; called only where the CPU has them.
-#include <immintrin.h>
-
+#include "base/lanes_avx512.h"
 #include "base/words_avx512.h"
 #include "product/rows.h"
 
 namespace moebound {
 namespace {
 
-struct Avx512 {
-  using F = __m512;
+struct Avx512 : LanesAvx512 {
   static constexpr size_t kRows = 4, kRowsOfOne = 8, kFew = 4, kMostByFew = 32, kTokens = 5;
-
-  static F zero() { return _mm512_setzero_ps(); }
-  static F load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, F f) { _mm512_storeu_ps(p, f); }
-  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static float sum(F f) {
-    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(f), _mm512_extractf32x8_ps(f, 1));
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-  }
 };
 
 __attribute__((always_inline)) inline __m512i load_words(const uint8_t* codes) {
@@ -150,9 +137,7 @@ struct FromPlain {
 
   void begin_row(size_t, size_t) {}
   __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, __m512& even, __m512& odd) const {
-    const __m512i words = _mm512_loadu_si512(codes);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xFFFF0000u))));
+    Avx512::widen(codes, even, odd);
   }
 };
 

@@ -1,33 +1,13 @@
 // Sixteen lanes in four vectors of four. For AArch64, where every CPU has NEON and fused multiply-add.
-#include <arm_neon.h>
-
 #include "base/bytes_neon.h"
+#include "base/lanes_neon.h"
 #include "product/rows.h"
 
 namespace moebound {
 namespace {
 
-struct Sixteen {
-  float32x4_t four[4];
-};
-
-struct Neon {
-  using F = Sixteen;
+struct Neon : LanesNeon {
   static constexpr size_t kRows = 2, kRowsOfOne = 2, kFew = 2, kMostByFew = 8, kTokens = 2;
-
-  static F zero() { return {{vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0)}}; }
-  static F load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
-  static void store(float* p, F f) {
-    for (size_t i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, f.four[i]);
-  }
-  static F fma(F a, F b, F c) {
-    for (size_t i = 0; i < 4; ++i) c.four[i] = vfmaq_f32(c.four[i], a.four[i], b.four[i]);
-    return c;
-  }
-  static float sum(F f) {
-    const float32x4_t four = vaddq_f32(vaddq_f32(f.four[0], f.four[2]), vaddq_f32(f.four[1], f.four[3]));
-    return vpadds_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
-  }
 };
 
 // 32 codes of a byte: the even ones, then the odd ones.
@@ -157,12 +137,7 @@ struct FromPlain {
 
   void begin_row(size_t, size_t) {}
   __attribute__((always_inline)) void operator()(size_t, const uint8_t* codes, const float*, Sixteen& even, Sixteen& odd) const {
-#pragma GCC unroll 4
-    for (size_t q = 0; q < 4; ++q) {
-      const uint32x4_t words = vreinterpretq_u32_u8(vld1q_u8(codes + 16 * q));
-      even.four[q] = vreinterpretq_f32_u32(vshlq_n_u32(words, 16));
-      odd.four[q] = vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xFFFF0000u)));
-    }
+    Neon::widen(codes, even, odd);
   }
 };
 

@@ -8,12 +8,15 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = "check_bound", "check_cuszp", "check_frozen", "check_product"
+PROGRAMS = "check_attend", "check_bound", "check_cuszp", "check_frozen", "check_product"
 PRODUCTS = 150, 20261129
 SAID_OF_PRODUCTS = (
     "150 products, 9b49c2361cb213d3, d8c2c66f9053e33a, fdfb39de33163a0f, e830ad5c971236cc\n"
 )
 """check_product of these arguments: on every machine, with every instruction set."""
+ATTENTION = 60, 20261130
+SAID_OF_ATTENTION = "60 of attention, 877be53c2df1b0ba, 2251f7b8f17e13ec, exp within 8.27e-08\n"
+"""check_attend of these, likewise."""
 
 
 def build(

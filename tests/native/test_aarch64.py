@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from frozen import N_ENCODED, write_frozen
-from programs import PRODUCTS, ROOT, SAID_OF_PRODUCTS, build, run
+from programs import ATTENTION, PRODUCTS, ROOT, SAID_OF_ATTENTION, SAID_OF_PRODUCTS, build, run
 
 NEEDED = "cmake", "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [name for name in NEEDED if shutil.which(name) is None]
@@ -47,6 +47,10 @@ def test_neon_is_the_scalar_path(programs: Path) -> None:
 
 def test_products_are_those_of_other_machines(programs: Path) -> None:
     assert emulated(programs / "check_product", *PRODUCTS) == SAID_OF_PRODUCTS
+
+
+def test_attention_is_that_of_other_machines(programs: Path) -> None:
+    assert emulated(programs / "check_attend", *ATTENTION) == SAID_OF_ATTENTION
 
 
 def test_cuszp_on_arm(programs: Path) -> None:

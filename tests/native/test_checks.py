@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from frozen import N_ENCODED, write_frozen
-from programs import PRODUCTS, SAID_OF_PRODUCTS, build, run
+from programs import ATTENTION, PRODUCTS, SAID_OF_ATTENTION, SAID_OF_PRODUCTS, build, run
 
 from codec.kernel import ISAS
 
@@ -44,6 +44,11 @@ def test_bytes_and_values_of_the_module_in_use(sanitized: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_products_of_codes_under_sanitizers(sanitized: Path) -> None:
     assert run(sanitized / "check_product", *PRODUCTS) == SAID_OF_PRODUCTS
+
+
+@pytest.mark.slow
+def test_attention_under_sanitizers(sanitized: Path) -> None:
+    assert run(sanitized / "check_attend", *ATTENTION) == SAID_OF_ATTENTION
 
 
 @pytest.mark.slow

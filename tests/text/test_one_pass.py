@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers.utils import logging as hf_logging
 
+import tiny_models
+from moebound import _native
 from moebound.errors import CacheError
-from moebound.model import attention
-from moebound.model.attention import NAME, padded_attention
 from moebound.model.joined import JoinedLinears
-from moebound.model.strands import Strand, Strands, rows
+from moebound.model.strands import Strand, Strands
 from moebound.offload.loading import load
 from moebound.offload.offloaded import Offloaded
 from moebound.text import one_pass
@@ -101,6 +101,7 @@ def test_the_bits_of_a_pass_for_each(name: str, dtype: str, tmp_path: Path) -> N
             assert one is not None
             assert one.usable, one.why_not
             found = read(model)
+            assert not one.apart, one.why_apart
         assert same(found, expected)
         # The first pass behind the prompts is tried out, and the others are taken, if it may be:
         # in float32, torch rounds some of these small layers otherwise for several rows.
@@ -139,7 +140,7 @@ def test_other_bits_are_not_taken(mixtral: Offloaded, monkeypatch: pytest.Monkey
 
     def off(*args: Any, **given: Any) -> Any:
         found = mix(*args, **given)
-        return found if rows() is None else (found[0] + 0.01, *found[1:])
+        return (found[0] + 0.01, *found[1:])
 
     monkeypatch.setattr(one_pass, "_mix", off)
     with joining(mixtral.model, one=True) as one:
@@ -157,6 +158,13 @@ def test_what_fails_when_tried_out_is_not_used(
     def refuse(*_: Any) -> Any:
         raise ValueError("no such rows")
 
+    monkeypatch.setattr(one_pass, "OfTexts", refuse)  # attention is called row by row then
+    with joining(mixtral.model, one=True) as one:
+        assert one is not None
+        assert same(read(mixtral.model), expected)
+        assert "no such rows" in one.why_apart
+        assert one.usable
+        assert one.taken == len(TEXTS[0]) - N_PROMPT - 2
     monkeypatch.setattr(one_pass, "_row", refuse)
     with joining(mixtral.model, one=True) as one:
         assert one is not None
@@ -201,33 +209,29 @@ def test_prompts_and_single_texts_are_left_alone(mixtral: Offloaded) -> None:
     assert "forward" not in before
 
 
-@pytest.mark.parametrize("heads", [4, 2])
-@pytest.mark.parametrize("n_tokens", [1, 5])
-def test_values_narrower_than_keys_are_padded(n_tokens: int, heads: int) -> None:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    module = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = 4 // heads, True  # type: ignore[assignment]
-    query, key = drawn(1, 4, n_tokens, 24), drawn(1, heads, 5, 24)
-    value = drawn(1, heads, 5, 16)
-    expected, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.2)
-    found, _ = padded_attention(module, query, key, value, None, scaling=0.2)
-    assert found.shape == expected.shape == (1, n_tokens, 4, 16)
-    assert (found - expected).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize(("name", "padded"), [("deepseek_v3", True), ("mixtral", False)])
-def test_latent_attention_is_fused(
-    name: str, padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_attention_of_all_texts_is_one_call(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "LEAST_WIDTH", 1)
-    with load(make_tiny(name, tmp_path / "src"), ram_budget="80%") as offloaded:
-        config = offloaded.model.config
-        if padded:
-            assert config.qk_nope_head_dim + config.qk_rope_head_dim > config.v_head_dim
-        assert (config._attn_implementation == NAME) is padded
+    for width in ("head_dim", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"):
+        monkeypatch.setitem(tiny_models.SMALL, width, 64)
+    attend, asked = ("attend_latent" if "deepseek" in name else "attend"), list[int]()
+    before = getattr(_native, attend)
+
+    def counting(queries: Any, *args: Any) -> None:
+        asked.append(len(queries))
+        before(queries, *args)
+
+    monkeypatch.setattr(_native, attend, counting)
+    with load(make_tiny(name, tmp_path / "src"), ram_budget="80%", dtype="bfloat16") as offloaded:
+        with joining(offloaded.model, one=False):
+            expected = read(offloaded.model)
+        n_layers = offloaded.model.config.num_hidden_layers
+        asked.clear()
+        with joining(offloaded.model, one=True) as one:
+            assert one is not None
+            assert same(read(offloaded.model), expected)
+        assert one.taken == 3
+        # The pass that was tried out, each text alone beside it, and those that were taken.
+        assert asked.count(3) == n_layers * 4
+        assert asked.count(1) == n_layers * 3

@@ -1,25 +1,86 @@
-"""Attention whose values are narrower than its keys, by torch's fused kernel on a CPU.
+"""Attention of one token a text on a CPU, by the native kernel; that of prompts, by torch.
 
-Multi-head latent attention (DeepSeek-V2 and what follows it, Moonlight among them) has keys of 192
-numbers and values of 128. torch's fused kernel for CPUs asks for equal widths; otherwise it falls
-back to single products and a softmax, which take several times as long, and more with every token
-that the text has (docs/offload.md, "Where a token spends its time"). Zeros make values as wide as
-keys, and outputs are cut again. The result differs from torch's own by float rounding.
+A token's attention reads the keys and values of its text once. The kernel (`native/attend/`) does
+that for each text of a pass, in memory where the cache has them, and sums in one order: a text's
+result depends on no threads, no instruction set and no other text. It differs from torch's by float
+rounding. Keys of fewer than LEAST_WIDTH numbers, other dtypes than bfloat16, masks, windows and
+whatever else a model asks for stay torch's.
+
+Latent attention (DeepSeek-V2 and what follows it, Moonlight among them) keeps latents, of which
+`expand_kv` makes keys and values of the whole text for every token. The kernel does not need them:
+with weights W and U of a head and a latent c, a . (W c) = (a W) . c, and a sum of values U c is U
+times the sum of latents. So what `expand_kv` gives is `Latents`, which nobody has expanded; where
+the kernel is not used, they are expanded then.
+
+torch's fused kernel for CPUs asks for keys and values of equal widths. Of latent attention's it
+falls back to single products, which take several times as long; zeros make values as wide as keys,
+and outputs are cut again (`padded_attention`).
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
-NAME = "moebound-sdpa"
-"""The value of `attn_implementation` that means `padded_attention`."""
+from moebound import _native
+from moebound.model.few_rows import NativeLinear, threads_for, watched
+from moebound.model.strands import passing
+from moebound.types import Array
 
+NAME = "moebound-sdpa"
+"""The value of `attn_implementation` that means `attention`."""
 
 LEAST_WIDTH = 64
-"""Narrower keys take no time worth saving, and stay with torch's way."""
+"""Narrower keys take no time worth saving, and stay with torch's way, to the bit as stock."""
+
+_GROUP = 32
+"""Widths are multiples of it in the kernel."""
+
+_WITHOUT_EFFECT = frozenset(
+    {"scaling", "is_causal", "position_ids", "use_cache", "logits_to_keep", "return_dict",
+     "output_attentions", "output_hidden_states", "output_router_logits"}
+)  # fmt: skip
+"""What attention of one token without a mask may be given. Anything else has to be None, or 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class OfTexts:
+    """Keys, values or latents of texts that are the rows of one pass: [1, heads, T, width] each,
+    T being its own."""
+
+    each: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """What keys and values are made of. kv: [B, 1, T, rank], turned: [B, 1, T, R], or of texts."""
+
+    module: Any
+    kv: torch.Tensor | OfTexts
+    turned: torch.Tensor | OfTexts
+
+    def expanded(self) -> tuple[Any, Any]:
+        """Keys and values, as the module's own class makes them."""
+        if isinstance(self.kv, torch.Tensor):
+            return self._of(self.kv, self.turned)
+        assert isinstance(self.turned, OfTexts)
+        with passing(None):  # T rows are no texts
+            made = [self._of(*of) for of in zip(self.kv.each, self.turned.each, strict=True)]
+        return OfTexts([keys for keys, _ in made]), OfTexts([values for _, values in made])
+
+    def _of(self, kv: torch.Tensor, turned: Any) -> tuple[Any, Any]:
+        if kv.is_contiguous():
+            # Room for more tokens shows in the strides of axes of length 1, and torch's product
+            # then takes 40 times as long: a view has strides of its own.
+            kv = kv.view(kv.shape)
+        return type(self.module).expand_kv(self.module, kv, turned)  # type: ignore[no-any-return]
 
 
 def register_attention() -> None:
@@ -28,8 +89,39 @@ def register_attention() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if NAME not in ALL_ATTENTION_FUNCTIONS:
-        ALL_ATTENTION_FUNCTIONS.register(NAME, padded_attention)
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor | OfTexts | Latents,
+    value: torch.Tensor | OfTexts | None,
+    attention_mask: torch.Tensor | None,
+    **given: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' `sdpa`. query: [B, heads, T, D]; key, value: [B, heads, T, D] and any width,
+    or of T texts where B is 1. Returns [B, T, heads, the value's width]."""
+    if attention_mask is None and _nothing_else(given):
+        found = _native_way(query, key, value, given.get("scaling"))
+        if found is not None:
+            return found, None
+    if isinstance(key, Latents):
+        key, value = key.expanded()
+    if isinstance(key, OfTexts):
+        assert isinstance(value, OfTexts)
+        found = torch.cat(
+            [
+                padded_attention(module, query[:, :, i : i + 1].contiguous(), *of, None, **given)
+                for i, of in enumerate(zip(key.each, value.each, strict=True))
+            ],
+            dim=1,
+        )
+        return found, None
+    assert isinstance(key, torch.Tensor)
+    assert isinstance(value, torch.Tensor)
+    return padded_attention(module, query, key, value, attention_mask, **given), None
 
 
 def padded_attention(
@@ -39,27 +131,147 @@ def padded_attention(
     value: torch.Tensor,
     *args: Any,
     **given: Any,
-) -> tuple[torch.Tensor, None]:
-    """As transformers' `sdpa`. query, key: [B, heads, T, D], value: [B, heads, T, at most D].
-    Returns [B, T, heads, the value's width]."""
+) -> torch.Tensor:
+    """By torch, with values made as wide as keys. [B, T, heads, the value's width]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     width = value.shape[-1]
-    less = key.shape[-1] - width
+    less = key.shape[-1] - width if key.shape[-1] >= LEAST_WIDTH else 0
     if less > 0:
         value = pad(value, (0, less))
-    output, _ = sdpa_attention_forward(module, query, key, value, *args, **given)
-    return output[..., :width].contiguous() if less > 0 else output, None
+    output: torch.Tensor = sdpa_attention_forward(module, query, key, value, *args, **given)[0]
+    return output[..., :width].contiguous() if less > 0 else output
 
 
 def fuse_attention(model: Any) -> bool:
-    """Have a model on a CPU compute attention so, where that is of use: whether it does."""
+    """Have a model on a CPU compute attention so: whether it does. What its linear layers are is
+    asked at each pass."""
     config = model.config.get_text_config(decoder=True)
-    keys = sum(getattr(config, name, 0) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim"))
-    if keys < LEAST_WIDTH or keys <= (getattr(config, "v_head_dim", None) or keys):
-        return False
     if model.device.type != "cpu" or config._attn_implementation != "sdpa":
+        return False
+    latent = [module for module in model.modules() if _is_latent(module)]
+    if not latent and (config is not model.config or not model._can_set_attn_implementation()):
         return False
     register_attention()
     model.set_attn_implementation(NAME)
-    return bool(config._attn_implementation == NAME)
+    if config._attn_implementation != NAME:
+        return False
+    for module in latent:
+        module.expand_kv = partial(_unexpanded, module)
+    return True
+
+
+def _unexpanded(module: Any, kv: Any, turned: Any) -> tuple[Any, Any]:
+    latents = Latents(module, kv, turned)
+    if module.config._attn_implementation == NAME and not watched():
+        return latents, None
+    return latents.expanded()
+
+
+def _is_latent(module: nn.Module) -> bool:
+    """Whether this is latent attention as DeepSeek-V3 has it, whose keys and values nobody looks at
+    but the attention function."""
+    of = type(module)
+    if not hasattr(of, "expand_kv") or type(getattr(module, "kv_b_proj", None)) is not nn.Linear:
+        return False
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+
+    try:
+        known = _code(of.expand_kv) == _code(DeepseekV3Attention.expand_kv)
+        behind = inspect.getsource(of.forward).partition(
+            "key_states, value_states = self.expand_kv("
+        )[2]
+    except OSError:  # its source is not there
+        return False
+    return known and all(behind.count(name) == 1 for name in ("key_states", "value_states"))
+
+
+def _code(function: Callable[..., Any]) -> str:
+    return inspect.getsource(function).rpartition('"""')[2]
+
+
+def _nothing_else(given: dict[str, Any]) -> bool:
+    return not given.get("dropout") and all(
+        name in _WITHOUT_EFFECT or name == "dropout" or value is None
+        for name, value in given.items()
+    )
+
+
+def _native_way(
+    query: torch.Tensor, key: Any, value: Any, scale: float | None
+) -> torch.Tensor | None:
+    """[B, T, heads, the value's width]; None if this is not for the kernel."""
+    width = query.shape[3]
+    if width < LEAST_WIDTH or _native.isa() == "scalar" or watched():
+        return None
+    module = None
+    if isinstance(key, Latents):
+        module, key, value = key.module, key.kv, key.turned
+    weight = None if module is None else _weight(module, query)
+    if module is not None and weight is None:
+        return None
+    texts = isinstance(key, OfTexts)
+    keys, values = (key.each, value.each) if texts else ([key], [value])
+    batch, heads, rows, _ = query.shape
+    if (batch, rows) != (1, len(keys)) if texts else rows != 1:
+        return None
+    every = [query, *keys, *values]
+    if not all(_fits(tensor) for tensor in every) or len(keys) != len(values):
+        return None
+    if torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (*every, *([] if weight is None else [weight]))
+    ):
+        return None
+    asked = _bits(query)
+    asked = asked[0].swapaxes(0, 1) if texts else asked[:, :, 0]
+    first, second = ([of for some in every for of in _bits(some)] for every in (keys, values))
+    scale = width**-0.5 if scale is None else scale
+    n_read = heads * sum(some.shape[0] * some.shape[2] for some in keys) * width
+    if weight is None:
+        wide = values[0].shape[3]
+        if heads % keys[0].shape[1]:
+            return None
+        out = query.new_empty((batch, rows, heads, wide))
+        _native.attend(asked, first, second, _bits(out).reshape(-1), scale, threads_for(2 * n_read))
+        return out
+    wide = weight.shape[0] // heads - (width - values[0].shape[3])
+    out = query.new_empty((batch, rows, heads, wide))
+    _native.attend_latent(
+        asked, [of[0] for of in first], [of[0] for of in second], _bits(weight),
+        _bits(out).reshape(-1), scale, threads_for(weight.numel() * len(first) + 4 * n_read),
+    )  # fmt: skip
+    return out
+
+
+def _fits(tensor: Any) -> bool:
+    """Whether the kernel takes it: a tensor [B, heads, T, width]."""
+    return bool(
+        tensor.dtype == torch.bfloat16
+        and tensor.is_cpu
+        and tensor.shape[3] % _GROUP == 0
+        and tensor.stride(3) == 1
+        and tensor.shape[2] > 0
+    )
+
+
+def _weight(module: Any, query: torch.Tensor) -> torch.Tensor | None:
+    """What latents are multiplied by, [heads · (nope + values), rank]; None if somebody else
+    computes that layer, or watches it."""
+    linear = module.kv_b_proj
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+        return None
+    forward = vars(linear).get("forward")
+    own = isinstance(forward, NativeLinear) or (
+        isinstance(forward, partial) and forward.func.__module__.startswith("moebound.")
+    )
+    weight: torch.Tensor = linear.weight
+    if not (forward is None or own) or linear.bias is not None:
+        return None
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not weight.is_contiguous():
+        return None
+    return weight
+
+
+def _bits(tensor: torch.Tensor) -> Array:
+    """The patterns of bfloat16 in its memory."""
+    return tensor.view(torch.uint16).numpy()

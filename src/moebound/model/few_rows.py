@@ -54,7 +54,7 @@ class NativeLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         module = self._module
-        if _watched() or not (
+        if watched() or not (
             0 < x.numel() <= ROWS * module.in_features
             and x.shape[-1] == module.in_features
             and x.dtype == torch.bfloat16
@@ -100,7 +100,7 @@ class NativeLinear:
         return self._weights[1]
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether torch records operations otherwise than for `backward`: it cannot see this one."""
     return (
         torch.compiler.is_compiling()

@@ -130,13 +130,13 @@ def rows() -> Rows | None:
 
 
 @contextlib.contextmanager
-def passing(some: Rows) -> Iterator[None]:
-    """These are the rows meanwhile, in this thread."""
-    _passing.rows = some
+def passing(some: Rows | None) -> Iterator[None]:
+    """These are the rows meanwhile, in this thread; None: rows that come are no texts."""
+    before, _passing.rows = _passing.rows, some
     try:
         yield
     finally:
-        _passing.rows = None
+        _passing.rows = before
 
 
 class Strands:

@@ -2,16 +2,19 @@
 
 Strands (`model/strands.py`) leave the model's code as it is and run it once a text: of eight texts,
 eight times, and for each token that is Python's time, several milliseconds a text, however much is
-shared of weights. Here the tokens of all texts are the rows of one pass, [1, n, H]. What mixes rows
-stays apart: a module that has keys, values or states (attention) is called once a row, in strands
-of its own, with that text's cache; linear layers and experts get rows as strands would bring them
-(`model/joined.py`, `offload/joint.py`); routers and small linear layers get one row after the
-other. Everything else in a decoder works on each row by itself: norms, activations, residual sums.
+shared of weights. Here the tokens of all texts are the rows of one pass, [1, n, H]. An attention
+module gets all of them, with a cache that puts each row's keys and values into that text's own
+(`_Caches`), and the attention function finds those of all texts (`model/attention.py`). Linear
+layers and experts get rows as strands would bring them (`model/joined.py`, `offload/joint.py`);
+routers and small linear layers get one row after the other. Everything else in a decoder works on
+each row by itself: norms, activations, residual sums.
 
 **It changes no bit, or it is not used.** The first pass of each number of texts is computed both
 ways, the new one on copies of the caches, and the texts go on from the old one. Only if all logits
 are the same, to the bit, is the new way taken for that number from then on: kernels choose their
-way by shape, not by content. Passes in which somebody reads a prompt are as before.
+way by shape, not by content. Where a family's attention fails with such a cache, attention modules
+are called once a row instead, in strands of their own, and that is tried. Passes in which somebody
+reads a prompt are as before.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moebound.errors import MoeboundError
-from moebound.model.attention import NAME
+from moebound.model.attention import NAME, OfTexts
 from moebound.model.joined import Forwards
 from moebound.model.strands import Rows, Strand, Strands, current, passing, rows
 from moebound.text.growing_cache import GrowingLayer, shorten
@@ -49,41 +52,60 @@ class _Call:
         return found
 
 
-@dataclass(eq=False)
-class _Trial:
-    """What one text is to get, by the pass that is tried out."""
-
-    n: int
-    logits: torch.Tensor
-
-
 @dataclass
 class _Verdict:
     waiting: int = 0
     same: bool = True
 
 
+@dataclass(eq=False)
+class _Trial:
+    """What one text is to get, by the pass that is tried out."""
+
+    verdict: _Verdict
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Caches:
+    """What an attention module of a pass takes for its cache. each: those of the texts."""
+
+    each: Sequence[DynamicCache]
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args: Any, **given: Any
+    ) -> tuple[OfTexts, OfTexts]:
+        """keys, values: [1, heads, n, width], a row for each text."""
+        found = [
+            cache.update(keys[:, :, i : i + 1], values[:, :, i : i + 1], layer, *args, **given)
+            for i, cache in enumerate(self.each)
+        ]
+        return OfTexts([keys for keys, _ in found]), OfTexts([values for _, values in found])
+
+
 class OnePass(Forwards):
     """Installs itself in a model until `remove`. Outside of strands that join nothing changes.
 
     usable: whether this model's passes can be so; why_not says why they cannot. taken: passes that
-    were, so far.
+    were, so far. apart: whether attention modules are called once a row; why_apart says how all
+    rows at once have failed.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.taken = 0
         self._verdicts = dict[int, _Verdict]()
-        self.why_not = _why_not(model)
+        self.why_not, self.why_apart = _why_not(model), ""
+        self.apart = not _takes_texts(model)
         self.usable = not self.why_not
         if not self.usable:
             return
         mixers = [module for module in model.modules() if _mixes(module)]
         inside = {id(part) for mixer in mixers for part in mixer.modules()}
         for mixer in mixers:
-            self.put(mixer, partial(_mix, mixer.forward))
+            self.put(mixer, partial(self._mix, mixer.forward))
         for module in model.modules():
-            if id(module) not in inside and _by_rows(module):
+            if (id(module) not in inside or type(module) is nn.Linear) and _by_rows(module):
                 self.put(module, partial(_row_by_row, module.forward))
         self._whole = model.forward
         self.put(model, self._forward)
@@ -134,15 +156,24 @@ class OnePass(Forwards):
         except MoeboundError:  # as of an expert that cannot be read: each will meet it by itself
             return [None] * n
         except Exception as error:  # whatever a family does with rows that it does not expect
-            self.usable, self.why_not = False, f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {error}"
+            if self.apart:
+                self.usable, self.why_not = False, why
+            self.apart, self.why_apart = True, why  # which the next pass tries
             return [None] * n
-        self._verdicts[n] = _Verdict(waiting=n)
-        return [_Trial(n, logits[:, i : i + 1]) for i in range(n)]
+        verdict = self._verdicts[n] = _Verdict(waiting=n)
+        return [_Trial(verdict, logits[:, i : i + 1]) for i in range(n)]
 
     def _judge(self, trial: _Trial, logits: torch.Tensor) -> None:
-        verdict = self._verdicts[trial.n]
+        verdict = trial.verdict
         verdict.waiting -= 1
         verdict.same &= torch.equal(trial.logits, logits)
+
+    def _mix(self, before: Callable[..., Any], *args: Any, **given: Any) -> Any:
+        some = rows()
+        if some is None:
+            return before(*args, **given)
+        return (_mix_apart if self.apart else _mix)(before, some, *args, **given)
 
     def _pass(
         self, calls: Sequence[_Call], caches: Sequence[DynamicCache], *, trial: bool
@@ -178,6 +209,12 @@ def _why_not(model: nn.Module) -> str:
     return ""
 
 
+def _takes_texts(model: nn.Module) -> bool:
+    """Whether attention functions of this model know keys and values of several texts."""
+    config: Any = getattr(model, "config", None)
+    return config is not None and config.get_text_config(decoder=True)._attn_implementation == NAME
+
+
 def _fits(args: tuple[Any, ...], given: dict[str, Any]) -> bool:
     """Whether a pass reads one token of a text behind others, and asks for nothing unusual."""
     if args or not {"input_ids", "past_key_values"} <= given.keys() <= _TAKEN:
@@ -211,11 +248,16 @@ def _by_rows(module: nn.Module) -> bool:
     return bool(own) and not isinstance(module, nn.Embedding)
 
 
-def _mix(before: Callable[..., Any], *args: Any, **given: Any) -> Any:
+def _mix(before: Callable[..., Any], some: Rows, *args: Any, **given: Any) -> Any:
+    """All rows at once, each with its own cache."""
+    given |= {"past_key_values": _Caches(some.caches)}
+    if "attention_mask" in given:
+        given["attention_mask"] = None
+    return before(*args, **given)
+
+
+def _mix_apart(before: Callable[..., Any], some: Rows, *args: Any, **given: Any) -> Any:
     """Each row by itself, with its own cache."""
-    some = rows()
-    if some is None:
-        return before(*args, **given)
     n = len(some.owners)
     results: list[Any] = [None] * n
 
