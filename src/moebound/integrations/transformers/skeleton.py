@@ -92,7 +92,7 @@ class SkeletonQuantizer(MoeboundQuantizer):
         self._model = model
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         asked = cast(SkeletonConfig, self.quantization_config)
-        unread = {*asked.routed, *_leave_codes(model, asked.codes)}
+        unread = {*asked.routed, *leave_codes(model, asked.codes)}
         self._take([t for t in compressed_tensors(files) if t.name not in unread], model)
         config = read_json(files[0].parent / CONFIG_FILE) if files else {}
         if read_settings(config) is None or not check_certified(files, unread=unread):
@@ -109,7 +109,7 @@ class SkeletonQuantizer(MoeboundQuantizer):
         return model
 
 
-def _leave_codes(model: Any, codes: Mapping[str, DType]) -> list[str]:
+def leave_codes(model: Any, codes: Mapping[str, DType]) -> list[str]:
     """Put `CodeLinear`s where these tensors are the weight; those for which there is one."""
     found = list[str]()
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
