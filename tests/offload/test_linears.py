@@ -223,7 +223,9 @@ def test_what_needs_the_weight(made: Make, tmp_path: Path) -> None:
         head = model.lm_head
         whole = {f"lm_head.{name}": weights for name, weights in head.state_dict().items()}
         acts: list[tuple[Callable[[], Any], str]] = [
-            (lambda: head.weight, "has codes in place of its weight"),
+            (lambda: torch.nn.functional.linear(torch.ones(1, 32), head.weight), "linear: .*codes"),
+            (lambda: torch.ones(32) * head.weight, "mul.* has codes in place of its weight"),
+            (lambda: head.weight.data, r"lm_head\.weight: \.data: "),
             (lambda: copy.deepcopy(head), "deepcopy: lm_head.weight"),
             (lambda: pickle.dumps(head), "pickle: lm_head.weight"),
             (lambda: head.to("meta"), "stays on the CPU"),
@@ -235,6 +237,9 @@ def test_what_needs_the_weight(made: Make, tmp_path: Path) -> None:
             with pytest.raises(CacheError, match=message):
                 act()
         assert not (tmp_path / "out").exists()
+        assert head.weight.size() == head.weight.shape == (96, 32)
+        assert head.weight.size(-1) * 96 == head.weight.numel() == 32 * 96
+        assert (head.weight.dtype, head.weight.dim()) == (torch.bfloat16, 2)
         with torch.no_grad():
             before = model(IDS).logits
             model.float()

@@ -33,6 +33,36 @@ _INSTEAD = (
 )
 
 
+class NoValues:
+    """In place of a weight: its dtype, its device and its shape. Raises CacheError for all else."""
+
+    def __init__(self, layer: CodeLinear) -> None:
+        self._source = layer.source
+        self.dtype, self.device = layer.dtype, torch.device("cpu")
+        self.shape = torch.Size([layer.out_features, layer.in_features])
+        self.ndim, self.is_meta, self.requires_grad = 2, False, False
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __getattr__(self, name: str) -> Never:
+        if name.startswith("__"):  # what Python looks for by itself
+            raise AttributeError(name)
+        raise CacheError(f"{self._source}: .{name}: {_INSTEAD}")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Never:
+        given = [*args, *(kwargs or {}).values()]
+        source = next((some._source for some in given if isinstance(some, cls)), "a weight")
+        raise CacheError(f"{source}: {getattr(function, '__name__', function)}: {_INSTEAD}")
+
+
 class CodeLinear(nn.Linear):
     """In place of `of`, whose weight is left behind; a bias is kept. source: the tensor that holds
     the weight. dtype: of the weight, as `of` would have it. matrix: set once the codes are there.
@@ -48,8 +78,9 @@ class CodeLinear(nn.Linear):
         self.train(of.training)
 
     @property
-    def weight(self) -> Never:  # type: ignore[override]
-        raise CacheError(f"{self.source}: {_INSTEAD}")
+    def weight(self) -> Any:
+        """What is known without values; models ask for the dtype of a layer by it."""
+        return NoValues(self)
 
     @property
     def n_weights(self) -> int:
