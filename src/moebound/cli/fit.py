@@ -12,6 +12,7 @@ from moebound.cli.fit_tables import (
     ROAD_WORDS,
     STORE_WORDS,
     WORDS,
+    linear_words,
     placing_lines,
     placing_words,
     rate_json,
@@ -182,6 +183,7 @@ def fit(
                 ways = all_running(shape, estimates, machine, memory)
                 entry["running"] = [way.to_json() for way in ways]
                 tables += [running_lines(shape, ways), running_words(machine)]
+                tables += [] if linears == "values" else [linear_words(shape, estimates[0])]
             if plot is not None:
                 tables.append(f"Drawn: {plot_running(shape, estimates, machine, plot)}")
     if steps:
