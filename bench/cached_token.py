@@ -3,7 +3,8 @@
     OMP_WAIT_POLICY=PASSIVE python bench/cached_token.py WORK > rows.json
 
 WORK: the folder of `moebound bench offload`, with its checkpoint, store, ids and trace. A text is
-read token by token with the store in slots of codes (of four bits and of a byte) and of values, and
+read token by token with the store in slots of codes (of four bits and of a byte) and of values,
+with linear layers as codes where WORK has a store for it (`--linears codes4`), and
 by stock transformers, each in a process of its own, in turns: with the linear layers outside of
 experts by the native product and by torch's, and with experts computed together and one by one.
 Checked first: the ways of computing experts give the same logits, to the bit. Then some tokens are
@@ -30,12 +31,18 @@ import torch
 from torch import nn
 
 from moebound.bench.environment import describe
+from moebound.bench.offload.prepare import OTHERS_MARK
 from moebound.bench.offload.subjects import SUBJECTS
 from moebound.cache import load_trace
 from moebound.model.few_rows import NativeLinear
 from moebound.offload import compute, on_demand
 
-SUBJECT_NAMES = ("codes4", "codes", "values", "stock")
+SLOTS_LINEARS = {
+    "codes4": ("codes4", "values"), "codes4, linear layers codes": ("codes4", "codes"),
+    "codes4, linear layers codes4": ("codes4", "codes4"), "codes": ("codes", "values"),
+    "codes, linear layers codes": ("codes", "codes"), "values": ("values", "values"),
+}  # fmt: skip
+SUBJECT_NAMES = (*SLOTS_LINEARS, "stock")
 
 
 @contextmanager
@@ -93,7 +100,7 @@ def clocks(model: nn.Module) -> Iterator[dict[str, float]]:
         return stop
 
     for name, module in model.named_modules():
-        kind = ("linear layers" if type(module) is nn.Linear
+        kind = ("linear layers" if isinstance(module, nn.Linear)
                 else "experts" if name.endswith(".experts")
                 else "attention" if name.endswith(".self_attn") else None)  # fmt: skip
         if kind is not None:
@@ -106,12 +113,17 @@ def clocks(model: nn.Module) -> Iterator[dict[str, float]]:
             handle.remove()
 
 
+def stores(work: Path, *, coded: bool) -> list[Path]:
+    return [store for store in work.glob("store-*") if (OTHERS_MARK in store.name) == coded]
+
+
 def measure(work: Path, name: str, tokens: int, rounds: int) -> dict[str, Any]:
     ids = np.load(work / "ids.npy").tolist()
     options: dict[str, Any] = {}
     if name != "stock":
-        options = {"ram_budget": "100%", "tier": "disk", "slots": name}
-    (store,) = work.glob("store-*")
+        slots, linears = SLOTS_LINEARS[name]
+        options = {"ram_budget": "100%", "tier": "disk", "slots": slots, "linears": linears}
+    (store,) = stores(work, coded="linear" in name)
     spec = {
         "source": str(work / "raw" if name == "stock" else store), "options": options,
         "drop_cache": False, "top_k": 6,
@@ -135,6 +147,8 @@ def measure(work: Path, name: str, tokens: int, rounds: int) -> dict[str, Any]:
     text()  # everything is in memory from here on
     subject.stats(reset=True)
     ways = {k: v for k, v in WAYS.items() if name != "stock" or k == "as it is"}
+    if "linear" in name:
+        del ways["torch's linear layers"]
     times = {way: ([], []) for way in ways}  # type: dict[str, tuple[list[float], list[float]]]
     sums = dict[str, list[float]]()
     for _ in range(rounds):
@@ -179,6 +193,8 @@ def main() -> None:
         return
     rows = []
     for name in SUBJECT_NAMES:
+        if "linear" in name and not stores(args.work, coded=True):
+            continue
         command = [sys.executable, __file__, str(args.work), "--only", name,
                    "--tokens", str(args.tokens), "--rounds", str(args.rounds)]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

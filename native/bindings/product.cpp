@@ -80,12 +80,14 @@ void bind_product(nb::module_& m) {
                     uint8_t, Flat<uint32_t>, Flat<float>>(),
            "codes"_a, "bits"_a, "rows"_a, "columns"_a, "dtype"_a, "table"_a, "steps"_a, "by_row"_a, "factors"_a, "first"_a,
            "zero"_a, "patched"_a, "patch_weights"_a)
-      .def("weights", [](const Codes& self, WritableArray out) {
+      .def("weights", [](const Codes& self, WritableArray out, size_t first_row, unsigned threads) {
         const auto& matrix = self.matrix();
-        if (dtype_of(out) != matrix.dtype || out.shape(0) != matrix.rows * matrix.columns) throw nb::value_error("out");
+        const size_t n_rows = out.shape(0) / matrix.columns;
+        if (first_row > matrix.rows || n_rows > matrix.rows - first_row) throw nb::value_error("first_row");
+        if (dtype_of(out) != matrix.dtype || out.shape(0) % matrix.columns) throw nb::value_error("out");
         const Away away;
-        moebound::weights_of_codes(matrix, out.data());
-      }, "out"_a);
+        moebound::weights_of_codes(matrix, first_row, first_row + n_rows, out.data(), threads);
+      }, "out"_a, "first_row"_a, "threads"_a);
 
   // jobs: (matrix, x_first, n_tokens, out_first, stride); x: [n_tokens · columns] from x_first on; out: the first
   // token's from out_first on, tokens `stride` apart. No two may write to one place.

@@ -127,6 +127,44 @@ struct Work {
   }
 };
 
+// The weights of rows [begin, end), at `to`.
+template <class T>
+void weights_of_rows(const CodeMatrix& matrix, size_t begin, size_t end, typename T::Bits* to) {
+  std::vector<uint8_t> unpacked(matrix.bits == 4 ? 2 * matrix.row_bytes() : 0);
+  for (size_t row = begin; row < end; ++row) {
+    const uint8_t* codes = matrix.codes + row * matrix.row_bytes();
+    if (matrix.bits == 4) {
+      for (size_t i = 0; i < matrix.row_bytes(); ++i) {
+        unpacked[2 * i] = codes[i] & 15;
+        unpacked[2 * i + 1] = codes[i] >> 4;
+      }
+      codes = unpacked.data();
+    }
+    auto* const into = to + (row - begin) * matrix.columns;
+    const auto each = [&](auto weight) {
+      for (size_t j = 0; j < matrix.columns; ++j) into[j] = pattern_of<T>(weight(j));
+    };
+    // A loop for each kind, so that the compiler makes vectors of it.
+    const float first = float(matrix.first), own = matrix.by_row && !matrix.table ? matrix.steps[row] : 0.0f;
+    const float factor = matrix.factors ? matrix.factors[row] : 1.0f;
+    if (matrix.table) {
+      each([&](size_t j) { return matrix.table[codes[j]]; });
+    } else if (matrix.by_row) {
+      each([&](size_t j) { return (float(codes[j]) + first) * own; });
+    } else if (matrix.factors) {
+      each([&](size_t j) { return (float(codes[j]) + first) * (matrix.steps[j] * factor); });
+    } else {
+      each([&](size_t j) { return (float(codes[j]) + first) * matrix.steps[j]; });
+    }
+  }
+  const uint32_t* const all = matrix.patched;
+  const size_t place = begin * matrix.columns;
+  const uint32_t* const last = std::lower_bound(all, all + matrix.n_patches, uint64_t(end) * matrix.columns);
+  for (const uint32_t* at = std::lower_bound(all, last, uint64_t(place)); at != last; ++at) {
+    to[*at - place] = rounded<T>(matrix.patch_weights[at - all]);
+  }
+}
+
 }  // namespace
 
 CodeMatrix plain_matrix(const uint16_t* weights, size_t rows, size_t columns) {
@@ -156,35 +194,14 @@ void multiply(const Product* products, size_t n, DType dtype, unsigned threads) 
   });
 }
 
-void weights_of_codes(const CodeMatrix& matrix, void* out) {
-  with_dtype(matrix.dtype, [&](auto t) {
-    using T = decltype(t);
-    auto* const to = static_cast<typename T::Bits*>(out);
-    std::vector<uint8_t> unpacked(matrix.bits == 4 ? matrix.columns : 0);
-    for (size_t row = 0; row < matrix.rows; ++row) {
-      const uint8_t* codes = matrix.codes + row * matrix.row_bytes();
-      if (matrix.bits == 4) {
-        for (size_t j = 0; j < matrix.columns; ++j) unpacked[j] = codes[j / 2] >> j % 2 * 4 & 15;
-        codes = unpacked.data();
-      }
-      auto* const into = to + row * matrix.columns;
-      const auto each = [&](auto weight) {
-        for (size_t j = 0; j < matrix.columns; ++j) into[j] = pattern_of<T>(weight(j));
-      };
-      // A loop for each kind, so that the compiler makes vectors of it.
-      const float first = float(matrix.first), own = matrix.by_row && !matrix.table ? matrix.steps[row] : 0.0f;
-      const float factor = matrix.factors ? matrix.factors[row] : 1.0f;
-      if (matrix.table) {
-        each([&](size_t j) { return matrix.table[codes[j]]; });
-      } else if (matrix.by_row) {
-        each([&](size_t j) { return (float(codes[j]) + first) * own; });
-      } else if (matrix.factors) {
-        each([&](size_t j) { return (float(codes[j]) + first) * (matrix.steps[j] * factor); });
-      } else {
-        each([&](size_t j) { return (float(codes[j]) + first) * matrix.steps[j]; });
-      }
-    }
-    for (size_t i = 0; i < matrix.n_patches; ++i) to[matrix.patched[i]] = rounded<T>(matrix.patch_weights[i]);
+void weights_of_codes(const CodeMatrix& matrix, size_t first_row, size_t last_row, void* out, unsigned threads) {
+  const size_t n_blocks = (last_row - first_row + kRowsAtOnce - 1) / kRowsAtOnce;
+  for_each_index(n_blocks, threads, [&](size_t i) {
+    const size_t begin = first_row + i * kRowsAtOnce, end = std::min(begin + kRowsAtOnce, last_row);
+    with_dtype(matrix.dtype, [&](auto t) {
+      using T = decltype(t);
+      weights_of_rows<T>(matrix, begin, end, static_cast<typename T::Bits*>(out) + (begin - first_row) * matrix.columns);
+    });
   });
 }
 

@@ -62,8 +62,8 @@ struct Product {
 // All of them at once: threads share the rows of all, so that many small ones keep them busy.
 void multiply(const Product* products, size_t n, DType dtype, unsigned threads);
 
-// The weights themselves: patterns of matrix.dtype, [rows][columns].
-void weights_of_codes(const CodeMatrix& matrix, void* out);
+// The weights themselves, of rows [begin, end): patterns of matrix.dtype, [end - begin][columns].
+void weights_of_codes(const CodeMatrix& matrix, size_t begin, size_t end, void* out, unsigned threads);
 
 // What the step of a weight is made of: that of its column, that of its row, or its column's times its row's factor.
 enum class StepsOf { kColumns, kRows, kBoth };

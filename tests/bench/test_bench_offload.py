@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,17 @@ from moebound.bench.offload import (
     render_offload,
     run,
 )
+from moebound.bench.offload.cases import cases
 from moebound.bench.offload.model import Shapes, make_checkpoint, make_store
+from moebound.bench.offload.prepare import prepare
 from moebound.bench.offload.report import modelled_s, over_model
 from moebound.bench.offload.routing import ForcedRouting, fit_trace
+from moebound.bench.offload.table import _raw_twin
 from moebound.cache import ZipfTrace, load_trace
 from moebound.cli.main import main
 from moebound.errors import CacheError, CheckpointError, FormatError, MoeboundError
 from moebound.offload.entries import open_entries
+from moebound.store import open_store
 from moebound.tasks import get_task
 from moebound.wordmath.builtin import resolve
 
@@ -136,6 +140,31 @@ def test_a_run_that_fails_is_a_row(tmp_path: Path) -> None:
     assert len(found.rows) == 4
     assert all("smallest budget" in row["error"] for row in found.rows)
     assert len(render_clients(found)) == 1
+
+
+def test_linear_layers_as_codes_are_runs_of_another_store(tmp_path: Path) -> None:
+    shapes = replace(SHAPES, layers=1, experts=4, hidden=64, intermediate=64, top_k=2)
+    settings = OffloadSettings(
+        shapes=shapes, budgets=(1.0,), tiers=("disk",), slots=("values", "codes4"),
+        linears=("values", "codes"), others=0.5, peers=("stock",), prompt=2, warm=1, tokens=1,
+    )  # fmt: skip
+    found = list(cases(settings))
+    assert [(case.name, case.slots, case.linears, case.others) for case in found] == [
+        ("raw, disk", "values", "values", "keep"),
+        ("compressed, disk", "values", "values", "keep"),
+        ("compressed, disk, linear layers codes", "values", "codes", 0.5),
+        ("compressed, disk, slots codes4", "codes4", "values", "keep"),
+        ("compressed, disk, slots codes4, linear layers codes", "codes4", "codes", 0.5),
+        ("stock", "values", "values", "keep"),
+    ]
+    made = prepare(settings, tmp_path)
+    places = [made.place(case.how, case.source, linears=case.linears) for case in found]
+    assert [open_store(place).settings.others for place in places[1:3]] == ["keep", 0.5]
+    assert places[1] == places[3]
+    assert places[2] == places[4]
+    assert places[0] == places[5] == made.raw
+    rows = [asdict(case) | {"tpot_p50_s": i + 1.0} for i, case in enumerate(found)]
+    assert all(_raw_twin(row, rows) is rows[0] for row in rows[:5])
 
 
 @pytest.mark.slow
@@ -259,6 +288,7 @@ def test_a_model_reads_real_prompts_with_its_own_routing(tmp_path: Path) -> None
     ("wrong", "message"),
     [
         ({"peers": ("ollama",)}, "peers: expected some of stock, accelerate, llama.cpp, found"),
+        ({"linears": ("auto",)}, "linears: expected some of values, codes, codes4, found"),
         ({"routing": ("random",)}, "routing: expected some of forced, own, found"),
         ({"routing": ()}, "routing: .* found none"),
         ({"routing": ("own",), "trace": Path("t.npz")}, r"trace t.npz: followed by forced routing"),

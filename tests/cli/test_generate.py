@@ -23,6 +23,7 @@ QUESTION = (
         ["--top-k", "-1"], ["--min-p", "1.5"], ["--repetition-penalty", "0"],
         ["--presence-penalty", "3"], ["--frequency-penalty", "-3"], ["--logit-bias", "five"],
         ["--logit-bias", "5"], ["--logit-bias", "5=101"], ["--json-schema", "nowhere"],
+        ["--linears", "auto"],
     ],
 )  # fmt: skip
 def test_options_that_are_wrong(
@@ -44,6 +45,12 @@ def test_a_schema_that_is_no_json(run: Run, tmp_path: Path) -> None:
     ran = run("generate", "builtin:wordmath", "--prompt", "a", "--json-schema", path)
     assert ran.code == 2
     assert str(path) in ran.stderr
+
+
+def test_linear_layers_without_codes(run: Run) -> None:
+    ran = run("generate", "builtin:wordmath", "--prompt", "a", "--linears", "codes")
+    assert ran.code == 2
+    assert "--others 0.3" in ran.stderr
 
 
 def test_they_change_the_text(run: Run) -> None:

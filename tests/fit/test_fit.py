@@ -22,7 +22,8 @@ from moebound.fit import (
     estimate_store,
     shape_of,
 )
-from moebound.fit.estimate import ROOM
+from moebound.fit.estimate import ROOM, _encoded_other
+from moebound.fit.experts import Linears, linears_like
 from moebound.fit.running import measure_machine
 from moebound.offload.codes import SLOTS, SlotsName
 from moebound.offload.timing import LAYER_S
@@ -270,3 +271,40 @@ def test_products_are_measured_with_weights_and_codes() -> None:
     found = measure_machine(shape_of("OLMoE-1B-7B"))
     assert tuple(found.compute_s) == SLOTS
     assert min(*found.compute_s.values(), found.memory) > 0
+
+
+def test_linear_layers_as_codes() -> None:
+    """Less memory and less to read, by what one random matrix takes; as it is, nothing changes."""
+    shape = shape_of("Moonlight-16B-A3B")
+    assert 0.8 * shape.n_read < shape.n_linear < shape.n_read
+    [sizes] = estimate(shape, [0.3], others=0.3, linears="codes4")
+    held = {"codes4": sizes.linears}
+    other = _encoded_other(0.3, 0)
+    assert other is not None
+    held["codes"] = linears_like(other, shape.n_linear, "codes")
+    assert all(found.weights == {kind: shape.n_linear} for kind, found in held.items())
+    plain, *_ = values = all_running(shape, [replace(sizes, linears=Linears())], MACHINE, 16 << 30)
+    for kind, share in (("codes", 1), ("codes4", 0.5)):
+        ways = all_running(shape, [replace(sizes, linears=held[kind])], MACHINE, 16 << 30)
+        assert ways[0] == plain
+        saved = values[1].floor_bytes - ways[1].floor_bytes
+        assert (1.9 - share) * shape.n_linear < saved < (2 - share) * shape.n_linear
+        assert (ways[1].seconds or 9) < (values[1].seconds or 0)
+    fine = _encoded_other(0.1, 0)
+    assert fine is not None
+    assert linears_like(fine, 10**9, "codes4").weights == {"codes": 10**9}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ram", "16GB"], "--others is a rate"),
+        (["--others", "0.3"], "is for --ram"),
+        (["--others", "0.3", "--device", "24GB", "--ram", "16GB"], "on a CPU"),
+    ],
+)
+def test_where_linear_layers_have_no_codes(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "olmoe-1b-7b", "--linears", "codes", *options]) == 2
+    assert message in capsys.readouterr().err

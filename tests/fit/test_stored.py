@@ -17,10 +17,13 @@ from moebound.errors import CacheError
 from moebound.fit import Machine, estimate_store, is_store, shape_of
 from moebound.fit.experts import kind_of, kinds_of
 from moebound.fit.running import running
+from moebound.model import few_rows
+from moebound.model.code_linear import CodeLinear
 from moebound.offload.codes import SLOTS, SlotsName, code_kinds, in_four_bits
 from moebound.offload.entries import DiskMatrix, open_entries
 from moebound.offload.loading import load
 from moebound.store import compress
+from moebound.store import others as store_others
 from moebound.types import ErrorBound
 from tiny_models import make_tiny
 
@@ -128,3 +131,20 @@ def test_the_command(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for option in (["--rate", "0.3"], ["--steps"]):
         assert main(["fit", str(store), *option]) == 2
         assert "is a store, whose own bytes are counted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("linears", ["codes", "codes4"])
+def test_linear_layers_are_what_load_makes_them(
+    linears: SlotsName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (few_rows, store_others):
+        monkeypatch.setattr(module, "LEAST_WEIGHTS", 512)
+    source = open_checkpoint(make_tiny("deepseek_v3", tmp_path / "src"))
+    compress(source, tmp_path / "dst", bound=ErrorBound(0.6, "rate"), others=0.9)
+    _, found = estimate_store(tmp_path / "dst", shape_of(tmp_path / "dst"), linears=linears)
+    with load(tmp_path / "dst", linears=linears) as offloaded:
+        layers = [m for m in offloaded.model.modules() if isinstance(m, CodeLinear)]
+    assert found.linears.n_weights == sum(layer.n_weights for layer in layers)
+    assert found.linears.weights.keys() == offloaded.choice.linears.keys() - {"values"}
+    aside = found.linears.n_bytes - sum(layer.n_bytes for layer in layers)
+    assert 0 <= aside <= 1500 * len(layers)  # tables and patches at most

@@ -174,7 +174,7 @@ Made decode_to_codes(const ArrayInfo& info, const std::vector<uint8_t>& payload,
                           found.factors.empty() ? nullptr : found.factors.data(), found.first, uint8_t(-found.first),
                           patched.data(), patches.data(), info.n > 1 ? 2u : 0u};
   made.weights.resize(info.n * item_size(info.output));
-  weights_of_codes(matrix, made.weights.data());
+  weights_of_codes(matrix, 0, matrix.rows, made.weights.data(), 1);
   std::vector<float> x(n_tokens * columns);
   for (size_t i = 0; i < x.size(); ++i) x[i] = float(int(i * 37 % 101) - 50) / 64;
   made.products.resize(n_tokens * rows * 4);
@@ -274,7 +274,7 @@ std::vector<uint8_t> weights_by_codes(const std::vector<uint8_t>& envelope, cons
                           values.factors.size() == rows ? values.factors.data() : nullptr, values.first,
                           uint8_t(-values.first), found.patched.data(), found.patch_weights.data(), found.patched.size()};
   std::vector<uint8_t> weights(info.n * item_size(info.output));
-  weights_of_codes(matrix, weights.data());
+  weights_of_codes(matrix, 0, matrix.rows, weights.data(), 2);
   if (n_patches) *n_patches = found.patched.size();
   return weights;
 }

@@ -16,6 +16,7 @@ from moebound.offload.fetcher import Fetcher
 from moebound.offload.loading import load
 from moebound.store import compress, open_store
 from moebound.store import reader as store_reader
+from moebound.store import stored as store_stored
 from moebound.types import ErrorBound, ExpertKey
 from tiny_models import make_tiny
 
@@ -63,7 +64,7 @@ def test_the_bits_of_the_reference(
         at_once = ways()
     with monkeypatch.context() as patched:
         patched.setattr(store_reader, "decode_certified", lambda *_: False)
-        patched.setattr(store_reader, "codes_certified", lambda *_: None)
+        patched.setattr(store_stored, "codes_at_once", lambda *_, **__: None)
         reference = ways()
     assert all(torch.equal(one, at_once[0]) for one in (*at_once, *reference))
 

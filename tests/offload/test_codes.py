@@ -113,7 +113,7 @@ def test_rows_in_steps_of_their_own(
 def test_many_tokens_are_computed_as_by_values(
     of: codes.SlotsName, made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slots, "_HAS_BFLOAT16", True)
+    monkeypatch.setattr(few_rows, "HAS_BFLOAT16", True)
     ids = torch.arange(3, 99).view(1, 96) % 60
     some: dict[str, Any] = {"ids": ids, "dtype": "bfloat16"}
     values = logits(made("mixtral"), slots="values", **some)
@@ -125,7 +125,7 @@ def test_many_tokens_are_computed_as_by_values(
 
     monkeypatch.setattr(slots, "linear", spy)
     assert torch.equal(logits(made("mixtral"), slots=of, **some), values)
-    assert min(rows) >= slots.MANY_ROWS
+    assert min(rows) >= few_rows.MANY_ROWS
     rows.clear()
     logits(made("mixtral"), slots=of, **some | {"ids": IDS})
     assert not rows
@@ -294,7 +294,7 @@ def test_more_weights_aside_than_a_slot_has_room_for_is_an_error(
     made: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a stream that no encoder made."""
-    monkeypatch.setattr(codes, "_outside", lambda *_, **__: 0)
+    monkeypatch.setattr(codes, "stored_outside", lambda *_, **__: 0)
     monkeypatch.setattr("moebound.offload.choose.measure_speeds", lambda *_: Speeds(1, 1, 1, 1))
     with load(made("mixtral", rate=0.12), slots="codes4") as offloaded:
         assert offloaded.choice.slots == "codes4"

@@ -278,6 +278,21 @@ def bench_gpu(
     show_default=True,
     help="What those of compressed experts hold: values, codes, codes4, auto.",
 )
+@click.option(
+    "--linears",
+    default="values",
+    show_default=True,
+    help="What linear layers that are no expert's are: values, codes, codes4. Codes are runs of "
+    "another store, see --others.",
+)
+@click.option(
+    "--others",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.3,
+    show_default=True,
+    metavar="RATE",
+    help="Of the store for --linears codes: of all that is no expert's, as for compress.",
+)
 @click.option("--routing", metavar="LIST",
               help="forced by the trace, own: the model's routers choose, or both.  "
                    "[default: forced; own with --model]")  # fmt: skip
@@ -312,6 +327,8 @@ def bench_offload(
     policies: str,
     prefetch: str,
     slots: str,
+    linears: str,
+    others: float,
     routing: str | None,
     trace: Path | None,
     prompt: int,
@@ -339,7 +356,8 @@ def bench_offload(
         model=model, task=task or "wordmath", shapes=Shapes(layers=layers or 4), rate=rate,
         codec=codec, budgets=tuple(float(part) / 100 for part in budgets.split(",")),
         tiers=_names(tiers), policies=_names(policies), predictors=_names(prefetch),
-        slots=_names(slots), routing=_names(routing), trace=trace, prompt=prompt, tokens=tokens,
+        slots=_names(slots), linears=_names(linears), others=others,
+        routing=_names(routing), trace=trace, prompt=prompt, tokens=tokens,
         peers=_names(peers), memory_limit=_size(memory_limit, "--memory-limit"), device=device,
         clients=clients,
     )  # fmt: skip

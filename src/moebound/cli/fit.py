@@ -12,6 +12,7 @@ from moebound.cli.fit_tables import (
     ROAD_WORDS,
     STORE_WORDS,
     WORDS,
+    linear_words,
     placing_lines,
     placing_words,
     rate_json,
@@ -26,6 +27,7 @@ from moebound.cli.steps import step_bar
 
 if TYPE_CHECKING:
     from moebound.fit import Estimate, Gpu, Shape
+    from moebound.offload.codes import SlotsName
     from moebound.store.format import Others
 
 
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
               "[default: 0.1, 0.3, 0.8]")  # fmt: skip
 @click.option("--others", type=OthersValue(), default="lossless", show_default=True,
               metavar="keep|lossless|RATE", help="All other weights, as for compress.")  # fmt: skip
+@click.option("--linears", type=click.Choice(["values", "codes", "codes4"]), default="values",
+              show_default=True,
+              help="What linear layers that are no expert's are held as, for --ram: codes need "
+              "--others RATE.")  # fmt: skip
 @click.option("--ram", metavar="SIZE",
               help="Memory there is, as 16GB: says what would lie where, and what a token would "
               "take. With --device the host's, where compressed experts can wait.")  # fmt: skip
@@ -69,6 +75,7 @@ def fit(
     known: bool,
     rates: tuple[float, ...],
     others: Others,
+    linears: SlotsName,
     ram: str | None,
     device: str | None,
     link: str | None,
@@ -111,6 +118,12 @@ def fit(
     if device is None and (link is not None or device_speed is not None):
         raise click.UsageError("--link and --device-speed are of a GPU: give --device, too")
     stores = [model for model in models if is_store(model)]
+    if linears != "values" and (device is not None or ram is None):
+        raise click.UsageError(f"--linears {linears} is for --ram, and on a CPU")
+    if linears != "values" and isinstance(others, str) and (known or len(stores) < len(models)):
+        raise click.UsageError(
+            f"--linears {linears}: linear layers have codes where --others is a rate, as 0.3"
+        )
     if stores and (rates or steps):
         raise click.UsageError(
             f"{stores[0]} is a store, whose own bytes are counted: --rate and --steps are for "
@@ -131,10 +144,13 @@ def fit(
         for number, shape in enumerate(shapes):
             say(shape.name, number, len(shapes))
             if shape.name in stores:
-                shape, sizes = estimate_store(shape.name, shape, memory=memory)
+                shape, sizes = estimate_store(shape.name, shape, memory=memory, linears=linears)
                 found.append((shape, [sizes]))
             else:
-                each = estimate(shape, rates or RATES, memory=memory, others=others, codec=codec)
+                each = estimate(
+                    shape, rates or RATES, memory=memory, others=others, codec=codec,
+                    linears=linears,
+                )  # fmt: skip
                 found.append((shape, each))
     document: dict[str, Any] = {
         "models": [
@@ -167,6 +183,7 @@ def fit(
                 ways = all_running(shape, estimates, machine, memory)
                 entry["running"] = [way.to_json() for way in ways]
                 tables += [running_lines(shape, ways), running_words(machine)]
+                tables += [] if linears == "values" else [linear_words(shape, estimates[0])]
             if plot is not None:
                 tables.append(f"Drawn: {plot_running(shape, estimates, machine, plot)}")
     if steps:

@@ -115,6 +115,17 @@ def running_words(machine: Machine) -> str:
     )
 
 
+def linear_words(shape: Shape, sizes: Estimate) -> str:
+    """What linear layers that are no expert's are in its rows."""
+    held = sizes.linears
+    kinds = ", ".join(f"{n / 1e9:.2f} billion weights {kind}" for kind, n in held.weights.items())
+    return (
+        f"Linear layers that are no expert's: {kinds or 'values, none can be codes'}; they take "
+        f"{wording.n_bytes(held.n_bytes)} in place of "
+        f"{wording.n_bytes(shape.plain_bytes * held.n_weights)}.\nThe model as it is has values."
+    )
+
+
 _WHERE = {
     "decoded": "all in memory",
     "memory": "in memory",

@@ -55,6 +55,10 @@ _OPTIONS = (
                  help="What memory holds of an expert: its weights; or codes of a byte, twice the "
                       "experts of bfloat16 in the same memory, or of four bits, four times; or "
                       "the fastest by measurement."),
+    click.option("--linears", type=click.Choice(["values", "codes", "codes4"]), default="values",
+                 show_default=True,
+                 help="The same of linear layers that are no expert's: codes need a store that was "
+                      "compressed with --others RATE. Less memory, and less to read a token."),
     click.option("--policy", default="hobbit", show_default=True,
                  help="Who leaves the cache; `moebound cache simulate` tells which is best."),
     click.option("--prefetch", type=click.Choice(["none", "gate", "previous", "matching"]),
@@ -122,6 +126,7 @@ def offload_options(command: F) -> Callable[..., int]:
         ram_budget: str | None,
         tier: str,
         slots: str,
+        linears: str,
         policy: str,
         prefetch: str,
         raw: Path | None,
@@ -135,8 +140,8 @@ def offload_options(command: F) -> Callable[..., int]:
         **options: Any,
     ) -> int:
         check_skip(skip, calibration)
-        offload = {"ram_budget": ram_budget, "tier": tier, "slots": slots, "policy": policy,
-                   "predictor": prefetch, "raw": raw, "coarse": coarse,
+        offload = {"ram_budget": ram_budget, "tier": tier, "slots": slots, "linears": linears,
+                   "policy": policy, "predictor": prefetch, "raw": raw, "coarse": coarse,
                    "coarse_above": coarse_above, "skip_above": skip_above, "skip": skip,
                    "calibration": calibration, "dtype": dtype, "device": device}  # fmt: skip
         return command(*args, offload=offload, **options)
@@ -189,9 +194,13 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
     # What Python does is assumed for layers of a real model's size; small ones take less of it.
     small = costs.decode_s + costs.compute_s < SMALL_S
     refused = "".join(f"; {n} of them {why}" for why, n in choice.not_codes.items())
+    held = ", ".join(f"{n} {as_what}" for as_what, n in choice.linears.items())
+    wide = "".join(f"; {n} matrices {why}" for why, n in choice.not_code_linears.items())
     return [
         f"experts: {choice.source}, {where}, {wording.n_bytes(choice.expert_bytes)}; "
         f"{wording.n_bytes(choice.cache_bytes)} for decoded ones, as {choice.slots}{refused}",
+        f"linear layers that are no expert's: {held or 'small ones only'}{wide}; all that is no "
+        f"expert's takes {wording.n_bytes(choice.other_bytes)}",
         f"measured: {', '.join(filter(None, (read, decode)))}",
         f"predicted, a token: {ways}; at a hit ratio of {choice.expected_hit_ratio:.2f}"
         + (

@@ -97,11 +97,13 @@ class CodeMatrix:
             raise ValueError(f"x: {len(x)} values, expected {self.shape[1]} a token")
         products([Product(self, 0, n_tokens, 0, stride)], x, out, threads=threads)
 
-    def weights(self) -> Array:
-        """[rows, cols] as `decode` gives them, patterns: bfloat16 as uint16 bits."""
-        out = np.empty(self.shape[0] * self.shape[1], _PATTERNS[self.dtype])
-        self._kernel.weights(out)  # type: ignore[attr-defined]
-        return out.reshape(self.shape)
+    def weights(self, first: int = 0, end: int | None = None, *, threads: int = 1) -> Array:
+        """Rows from `first` to `end`, [end - first, cols], as `decode` gives them, patterns:
+        bfloat16 as uint16 bits."""
+        n_rows = (self.shape[0] if end is None else end) - first
+        out = np.empty(n_rows * self.shape[1], _PATTERNS[self.dtype])
+        self._kernel.weights(out, first, threads)  # type: ignore[attr-defined]
+        return out.reshape(n_rows, self.shape[1])
 
     def copy(self, codes: Array) -> CodeMatrix:
         """The same with its codes elsewhere."""

@@ -19,7 +19,15 @@ import numpy as np
 from moebound.bench.matrices import synthetic
 from moebound.codec import Encoded, decode, encode_certified, thread_count
 from moebound.codec.device import read_stream
-from moebound.fit.experts import Experts, alike, kinds_of, room_for, to_codes
+from moebound.fit.experts import (
+    Experts,
+    Linears,
+    alike,
+    kinds_of,
+    linears_like,
+    room_for,
+    to_codes,
+)
 from moebound.fit.shape import Shape
 from moebound.offload.codes import SlotsName
 from moebound.offload.slots import SlotKind
@@ -55,7 +63,8 @@ class Estimate:
     of the whole model. *_bytes: of all routed experts, and of the whole model. compress_s: on
     `threads` threads here, disks not counted; 0 for a store. decode_s, codes_s, codes4_s: of one
     expert, to weights, to codes of a byte and to those of four bits, with as many threads; 0 where
-    no expert can be so. fits: None if no memory was given. experts: what they take where."""
+    no expert can be so. fits: None if no memory was given. experts: what they take where. linears:
+    which linear layers that are no expert's are codes."""
 
     rate: float | None
     bits: float
@@ -69,6 +78,7 @@ class Estimate:
     codes_s: float
     codes4_s: float
     experts: Experts = field(repr=False)
+    linears: Linears = field(default_factory=Linears, repr=False)
 
     @property
     def name(self) -> str:
@@ -81,6 +91,7 @@ class Estimate:
         device = self.experts.device
         return found | {
             "fits": None if self.fits is None else asdict(self.fits),
+            "linears": asdict(self.linears),
             "device_beside_bytes": None if device is None else device.beside,
         }
 
@@ -97,17 +108,21 @@ def estimate(
     seed: int = 0,
     others: Others = "lossless",
     codec: str = "bound",
+    linears: SlotsName = "values",
 ) -> list[Estimate]:
     """One for each rate, by encoding and decoding one random expert of this shape.
 
     rates: α, of the mean |weight| of the expert. memory: bytes there are, to say what fits.
     others: of all other weights, as `store.compress` takes it; their sizes are those of one random
     matrix, the few that are not coded counted with them. codec: of the experts,
-    "bound" or one with parameters.
+    "bound" or one with parameters. linears: what linear layers that are no expert's are to be held
+    as, which takes a rate for others.
     Raises BoundError for a rate that is not above 0.
     """
     threads, found, matrices = thread_count(), list[Estimate](), _expert(shape, seed)
-    of_others = _bytes_a_weight(others, seed) * shape.n_other_weights
+    other = _encoded_other(others, seed)
+    of_others = _bytes_a_weight(other) * shape.n_other_weights
+    held = Linears() if other is None else linears_like(other, shape.n_linear, linears)
     for rate in rates:
         bound = ErrorBound(rate, "rate")
         began = time.perf_counter()
@@ -140,6 +155,7 @@ def estimate(
                 seconds.get("codes", 0.0),
                 seconds.get("codes4", 0.0),
                 experts,
+                held,
             )
         )
     return found
@@ -183,14 +199,18 @@ def _least_s(
     return found
 
 
-def _bytes_a_weight(others: Others, seed: int) -> float:
-    """Of a tensor that is no routed expert's."""
+def _encoded_other(others: Others, seed: int) -> Encoded | None:
+    """A random tensor that is no routed expert's; None where they are kept."""
     if others == "keep":
-        return PLAIN_BYTES
+        return None
     matrix = synthetic(["gaussian-rows"], shape=(1024, 1024), seed=seed)[0].array
     bound = NO_LOSS if isinstance(others, str) else ErrorBound(others, "rate")
     codec = "lossless" if isinstance(others, str) else "bound"
-    return len(encode_certified(matrix, bound, codec=codec).data) / matrix.size
+    return encode_certified(matrix, bound, codec=codec)
+
+
+def _bytes_a_weight(other: Encoded | None) -> float:
+    return PLAIN_BYTES if other is None else len(other.data) / other.certificate.n_weights
 
 
 def fits_in(shape: Shape, experts: Experts, memory: int) -> Fits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import numpy as np
@@ -58,6 +58,37 @@ class Experts:
     @property
     def mean_bytes(self) -> float:
         return self.all_bytes / self.n_asked
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Linear layers that are no expert's, those that are codes: weights by what holds them, and
+    bytes of all of them."""
+
+    weights: Mapping[SlotsName, int] = field(default_factory=dict)
+    n_bytes: int = 0
+
+    @property
+    def n_weights(self) -> int:
+        return sum(self.weights.values())
+
+
+def linears_like(encoded: Encoded, n_weights: int, linears: SlotsName) -> Linears:
+    """So many weights held as this matrix can be, by the rules of `offload.linears`."""
+    if linears == "values" or not _as_codes(encoded):
+        return Linears()
+    certificate = encoded.certificate
+    outside, bits, kind = None, 8, "codes"  # type: int | None, Bits, SlotsName
+    if linears == "codes4":
+        outside = few_outside(
+            _reader(encoded.data), certificate, partial(to_codes, encoded, bits=4)
+        )
+    if outside is not None:
+        bits, kind = 4, "codes4"
+    rows, columns = certificate.shape
+    n_bytes = code_bytes((rows, columns), bits) + most_aside(certificate)
+    n_bytes += PATCH_BYTES * (outside or 0)
+    return Linears({kind: n_weights}, n_weights * n_bytes // certificate.n_weights)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from moebound.bench.environment import describe
 from moebound.codec import thread_count
 from moebound.fit.estimate import ROOM, Estimate
-from moebound.fit.experts import as_it_is, kind_of
+from moebound.fit.experts import Linears, as_it_is, kind_of
 from moebound.fit.shape import Shape
 from moebound.offload.codes import SlotsName
 from moebound.offload.costs import Costs
@@ -98,8 +98,14 @@ def running(
     """
     experts = as_it_is(shape) if sizes is None else sizes.experts
     everything, least = experts.everything[slots], experts.floor[slots]
-    beside = int(ROOM) + shape.plain_bytes * shape.n_other_weights
-    other_s = shape.plain_bytes * shape.n_read / machine.memory / shape.layers + LAYER_S
+    held = Linears() if sizes is None else sizes.linears
+    plain = shape.n_other_weights - held.n_weights
+    beside = int(ROOM) + shape.plain_bytes * plain + held.n_bytes
+    # A weight's product takes as long as an expert's of the same kind: both come from memory.
+    read_s = shape.plain_bytes * (shape.n_read - held.n_weights) / machine.memory
+    for kind, n in held.weights.items():
+        read_s += n * machine.compute_s[kind] / shape.expert_size
+    other_s = read_s / shape.layers + LAYER_S
     budget = memory - beside
 
     def costs(read_s: float) -> Costs:
@@ -115,12 +121,12 @@ def running(
         return made("no", 0.0, None)
     if room == everything:
         return made("decoded", 1.0, costs(0.0).overlapped_s(1.0))
-    held = room / everything
-    found = made("disk", held, costs(experts.mean_bytes / machine.disk).overlapped_s(held))
+    share = room / everything
+    found = made("disk", share, costs(experts.mean_bytes / machine.disk).overlapped_s(share))
     room = cache_room(budget, experts.all_bytes, everything, least)
     if sizes is not None and room is not None:
-        held = room / everything
-        waiting = made("memory", held, costs(0.0).overlapped_s(held))
+        share = room / everything
+        waiting = made("memory", share, costs(0.0).overlapped_s(share))
         found = min(waiting, found, key=lambda way: way.seconds or math.inf)
     return found
 

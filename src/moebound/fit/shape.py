@@ -9,8 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from moebound.checkpoint import top_k_of
 from moebound.errors import CheckpointError, UnsupportedArchitectureError
+from moebound.model.few_rows import LEAST_WEIGHTS
 from moebound.model.pretrained import Runs, Source, empty_model, read_config, what_runs
 from moebound.model.stacks import find_stack
 from moebound.offload.timing import read_weights
@@ -37,7 +40,8 @@ class Shape:
     experts. layers: with routed experts. n_experts, top_k: in each of these. expert: the shapes of
     an expert's matrices, [out, in]. n_read: weights that are no routed expert's and that each token
     reads, which is all but embeddings. codes: whether the model computes with experts as they are
-    stored, as slots of codes need it. plain_bytes: of a weight, uncompressed.
+    stored, as slots of codes need it. plain_bytes: of a weight, uncompressed. n_linear: of n_read,
+    those of linear layers that may be codes.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Shape:
     runs: Runs
     codes: bool = True
     plain_bytes: int = 2
+    n_linear: int = 0
 
     @property
     def expert_size(self) -> int:
@@ -71,6 +76,7 @@ class Shape:
             "experts_per_layer": self.n_experts,
             "experts_per_token": self.top_k,
             "other_weights_read": self.n_read,
+            "linear_weights": self.n_linear,
             "expert_shapes": [list(shape) for shape in self.expert],
             "runs": self.runs.how,
             "why_not": self.runs.why or None,
@@ -134,6 +140,20 @@ def _shape(name: str, config: Any) -> Shape:
         n_read=read_weights(model) - experts,
         runs=what_runs(document),
         codes=_has_codes(first.module),
+        n_linear=_linear_weights(model, [stack.name for stack in stacks]),
+    )
+
+
+def _linear_weights(model: Any, experts: list[str]) -> int:
+    """Of the layers that `moebound.load` can hold as codes."""
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and module.weight.numel() >= LEAST_WEIGHTS
+        and f"{name}.weight" not in tied
+        and not any(name.startswith(f"{of}.") for of in experts)
     )
 
 

@@ -3,6 +3,7 @@ ones."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,21 @@ import torch
 
 from moebound.checkpoint.shards import read_json
 from moebound.codec import thread_count
+from moebound.codec.codes import code_bytes
 from moebound.codec.device.resident import resident_bytes
 from moebound.fit.estimate import Estimate, fits_in
-from moebound.fit.experts import Experts, OnDevice, segment_of
+from moebound.fit.experts import Experts, Linears, OnDevice, segment_of
 from moebound.fit.shape import Shape
+from moebound.integrations.transformers.skeleton import leave_codes
 from moebound.model.live import live_experts
 from moebound.model.pretrained import empty_model, read_config
 from moebound.offload.choose import catalog_of, open_delivery, open_tier
-from moebound.offload.codes import SLOTS
+from moebound.offload.codes import PATCH_BYTES, SLOTS, SlotsName, most_aside, stored_outside
 from moebound.offload.costs import measure_speeds, sample, sample_of
 from moebound.offload.decoding import read_streams
 from moebound.offload.device_tier import candidates
 from moebound.offload.entries import DiskEntries, DiskEntry, open_entries
+from moebound.offload.linears import plan_linears
 from moebound.offload.loading import slot_kinds, slot_ways
 from moebound.store.format import read_settings
 
@@ -36,16 +40,18 @@ def is_store(src: Path | str) -> bool:
 
 
 def estimate_store(
-    path: Path | str, shape: Shape, *, memory: int | None = None
+    path: Path | str, shape: Shape, *, memory: int | None = None, linears: SlotsName = "values"
 ) -> tuple[Shape, Estimate]:
     """The store's sizes, counted, and what decoding some of its experts takes here. Also the shape
     again, with the dtype that the store decodes to, and whether some of its experts can be codes.
+    linears: as for `load`.
 
-    Raises as `open_entries`, and what reading damaged experts raises.
+    Raises as `open_entries` and `plan_linears`, and what reading damaged experts raises.
     """
     entries, config = open_entries(path), read_config(path)
     dtype = _dtype(config)
-    kinds = slot_kinds(live_experts(empty_model(config, str(path))), dtype)
+    model = empty_model(config, str(path))
+    kinds = slot_kinds(live_experts(model), dtype)
     kinds = {entry.key: kinds[entry.key] for entry in entries}
     allowed, _ = slot_ways("auto", entries, kinds, CPU)
     ways = {slots: allowed[slots] for slots in SLOTS if slots in allowed}
@@ -81,8 +87,23 @@ def estimate_store(
         seconds.get("codes", 0.0),
         seconds.get("codes4", 0.0),
         experts,
+        _linears(model, entries, linears),
     )
     return shape, found
+
+
+def _linears(model: Any, entries: DiskEntries, linears: SlotsName) -> Linears:
+    """Those that are codes, by their certificates. Changes the model."""
+    plan = plan_linears(entries, linears, CPU)
+    weights, n_bytes = Counter[SlotsName](), 0
+    for name in leave_codes(model, plan.dtypes):
+        certificate, bits = entries.coded[name].record.certificate, plan.bits[name]
+        weights["codes" if bits == 8 else "codes4"] += certificate.n_weights
+        rows, columns = certificate.shape
+        n_bytes += code_bytes((rows, columns), bits) + most_aside(certificate)
+        if bits == 4:
+            n_bytes += PATCH_BYTES * (stored_outside(entries.coded[name]) or 0)
+    return Linears(weights, n_bytes)
 
 
 def expert_of(path: Path | str) -> list[bytes]:

@@ -149,7 +149,7 @@ def fuse_attention(model: Any) -> bool:
     config = model.config.get_text_config(decoder=True)
     if model.device.type != "cpu" or config._attn_implementation != "sdpa":
         return False
-    latent = [module for module in model.modules() if _is_latent(module)]
+    latent = latent_attention(model)
     if not latent and (config is not model.config or not model._can_set_attn_implementation()):
         return False
     register_attention()
@@ -159,6 +159,12 @@ def fuse_attention(model: Any) -> bool:
     for module in latent:
         module.expand_kv = partial(_unexpanded, module)
     return True
+
+
+def latent_attention(model: nn.Module) -> list[Any]:
+    """Modules whose keys and values the kernel does without; it reads the weight of their
+    `kv_b_proj`."""
+    return [module for module in model.modules() if _is_latent(module)]
 
 
 def _unexpanded(module: Any, kv: Any, turned: Any) -> tuple[Any, Any]:

@@ -10,13 +10,14 @@ differs from torch's by float rounding.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from moebound import _native
+from moebound.errors import CacheError
 from moebound.types import Array
 
 ROWS = 8
@@ -28,6 +29,14 @@ LEAST_WEIGHTS = 1 << 16
 WORK_PER_THREAD = 1 << 20
 """Multiplications that are worth a thread: 0.1 ms where one takes a byte or two from memory."""
 
+MANY_ROWS = 24
+"""From so many rows of bfloat16 on, where the processor multiplies it, codes are written out as
+weights once and torch's product taken: at 64 rows of a [1408, 2048] matrix 1.7 ms, not 3.2
+(bench/codes.py)."""
+HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(  # type: ignore[no-untyped-call]
+    torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+
 _NO_BIAS = np.empty(0, np.uint16)
 
 
@@ -36,12 +45,39 @@ def threads_for(multiplications: int) -> int:
     return max(1, min(torch.get_num_threads(), multiplications // WORK_PER_THREAD))
 
 
+def many(x: torch.Tensor) -> bool:
+    """Whether rows [n, in] are so many that torch multiplies codes' weights faster."""
+    return len(x) >= MANY_ROWS and x.dtype == torch.bfloat16 and HAS_BFLOAT16
+
+
 def flat(tensor: torch.Tensor) -> Any:
     """As the kernel takes it: a flat array of the same memory, bfloat16 as uint16 bits."""
     found = tensor.reshape(-1)
     if found.dtype == torch.bfloat16:
         found = found.view(torch.uint16)
     return found.numpy()
+
+
+class OwnProduct(Protocol):
+    """A linear layer whose product is moebound's own."""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def decoded(self) -> torch.Tensor:
+        """The weight, [out, in]."""
+        ...
+
+
+def own_product(
+    layer: OwnProduct, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`layer.product(x)`, that backward can go through. weight: None for one that has none to give
+    a gradient to."""
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)
+    ):
+        return _Linear.apply(x, weight, bias, layer)  # type: ignore[no-any-return, no-untyped-call]
+    return layer.product(x)
 
 
 class NativeLinear:
@@ -62,11 +98,7 @@ class NativeLinear:
             and self.applies
         ):
             return self._before(x)
-        if torch.is_grad_enabled() and (
-            x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
-        ):
-            return _Linear.apply(x, module.weight, module.bias, self)  # type: ignore[no-any-return, no-untyped-call]
-        return self.product(x)
+        return own_product(self, x, module.weight, module.bias)
 
     @property
     def applies(self) -> bool:
@@ -90,6 +122,9 @@ class NativeLinear:
         )  # fmt: skip
         return out
 
+    def decoded(self) -> torch.Tensor:
+        return self._module.weight
+
     def _flat_weights(self) -> Array:
         """Made once, and again when the layer has other memory. What is kept holds that memory, so
         that no other can have its address."""
@@ -109,19 +144,28 @@ def watched() -> bool:
     )
 
 
+def refuse_watchers(what: str) -> None:
+    """Raises CacheError where torch would record a product that it cannot see."""
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+        raise CacheError(
+            f"{what}: torch.jit.trace and torch.func cannot see a product of codes; call the model "
+            "itself, and backward() for gradients"
+        )
+
+
 class _Linear(torch.autograd.Function):
-    """The same, that backward can go through."""
+    """The product of a layer, recorded. Without a weight, that is decoded when backward comes."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        layer: NativeLinear,
+        layer: OwnProduct,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.biased = bias is not None
+        ctx.biased, ctx.layer = bias is not None, layer
         return layer.product(x)
 
     @staticmethod
@@ -131,7 +175,9 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         return (
-            grad @ weight if needs_x else None,
+            grad @ (ctx.layer.decoded().to(grad) if weight is None else weight)
+            if needs_x
+            else None,
             rows.mT @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
             rows.sum(0) if ctx.biased and needs_bias else None,
             None,

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from moebound.model import few_rows
+from moebound.model.code_linear import CodeLinear
 from moebound.model.few_rows import NativeLinear
 from moebound.model.strands import current, rows
 
@@ -137,6 +138,10 @@ class JoinedLinears(Forwards):
         least = dict[tuple[Any, ...], int | None]()
         with torch.no_grad():
             for module in model.modules():
+                if isinstance(module, CodeLinear):  # its order of sums is one and the same, too
+                    if worth_joining(module.n_weights):
+                        self.put(module, partial(_forward, module, module.forward, 1))
+                    continue
                 if type(module) is not nn.Linear or module.weight.is_meta:
                     continue
                 if not worth_joining(module.weight.numel()):

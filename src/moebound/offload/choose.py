@@ -32,7 +32,7 @@ from moebound.offload.timing import (
     Between,
     linear_layers,
     measure_turns,
-    read_weights,
+    read_bytes,
 )
 from moebound.types import ExpertKey
 
@@ -223,7 +223,7 @@ def _with_turns(
 ) -> list[LoadPath]:
     """The same, with what computing takes, and what is no expert's."""
     # All weights that are not experts' are read once a token.
-    rest = read_weights(model) * model.dtype.itemsize
+    rest = read_bytes(model, model.dtype.itemsize)
     between = Between(linear_layers(model), device, model.dtype, all_bytes=rest + budget)
     largest = [max(path.kinds.values(), key=lambda kind: kind.n_weights) for path in paths]
     turns = measure_turns(largest, between)

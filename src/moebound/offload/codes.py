@@ -29,9 +29,10 @@ from moebound.codec.codes import (
     most_outside,
 )
 from moebound.errors import FormatError
-from moebound.offload.entries import DiskEntry, DiskMatrix
+from moebound.offload.entries import DiskEntry
 from moebound.offload.slots import CodeSlot, SlotKind
 from moebound.store.reader import StoredMatrix
+from moebound.store.stored import StoredTensor
 from moebound.types import Array, ExpertKey
 
 SlotsName = Literal["values", "codes", "codes4"]
@@ -42,6 +43,7 @@ MOST_PATCHED = 1 / 256
 MOST_OUTSIDE = 1 / 64
 """The same of codes of four bits, whose product reads half as much, and which save half a byte."""
 PATCH_BYTES = 8
+TOO_MANY_OUTSIDE = "codes of a byte: too many weights have none of the sixteen of four bits"
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,9 @@ def in_four_bits(entries: Iterable[DiskEntry], codes: CodeKinds) -> CodeKinds:
         kind = found[entry.key]
         if kind.aside_bytes is None:
             continue
-        outside = [_outside(part) for part in entry.matrices]
+        outside = [stored_outside(part.stored) for part in entry.matrices if part.stored]
         if None in outside:
-            why["codes of a byte: too many weights have none of the sixteen of four bits"] += 1
+            why[TOO_MANY_OUTSIDE] += 1
             continue
         able[entry.key] = of_values = replace(kind, aside_bytes=None)
         n_outside = sum(n for n in outside if n is not None)
@@ -102,10 +104,8 @@ def in_four_bits(entries: Iterable[DiskEntry], codes: CodeKinds) -> CodeKinds:
     return CodeKinds(found, dict(why))
 
 
-def _outside(part: DiskMatrix) -> int | None:
+def stored_outside(stored: StoredMatrix | StoredTensor) -> int | None:
     """`few_outside` of a stored matrix; None, too, for one that cannot be read."""
-    stored = part.stored
-    assert stored is not None
 
     def decode(room: Array) -> CodeMatrix:
         return stored.decode_codes(stored.read(), room, bits=4, threads=1)
@@ -161,36 +161,40 @@ def _refused(entry: DiskEntry, kind: SlotKind) -> str | None:
             return "not compressed"
         if stored.target is not None or stored.needs or entry.needs:
             return "made of another expert's or shared parts"
-        certificate = stored.record.certificate
-        if certificate.codec != BoundCodec.id:
-            return f"compressed by {certificate.codec or certificate.method}"
+        reason = uncoded(stored.record.certificate)
+        if reason is not None:
+            return reason
         dtype = torch_dtype(part.dtype)
         if dtype != kind.dtype and kind.dtype != torch.float32:
             return f"of {part.dtype}, which is cast"
         as_codes = CodeSlot(kind, kind.room(torch.device("meta")))
         if kind.transposed or as_codes.place(part) is None:
             return "laid out otherwise than the model computes"
-        if part.size >= MOST_CODED:
-            return f"a matrix of {MOST_CODED} weights or more"
-        if certificate.patched > MOST_PATCHED * part.size:
-            return "too many patches"
-    for part in entry.matrices:
-        reason = _unreadable(entry, part)
-        if reason is not None:
-            return reason
+    reasons = (unreadable(part.stored) for part in entry.matrices if part.stored)
+    return next(filter(None, reasons), None)
+
+
+def uncoded(certificate: Certificate) -> str | None:
+    """Why a matrix cannot be held as codes, by its certificate; None if that does not say."""
+    if certificate.codec != BoundCodec.id:
+        return f"compressed by {certificate.codec or certificate.method}"
+    if certificate.n_weights >= MOST_CODED:
+        return f"a matrix of {MOST_CODED} weights or more"
+    if certificate.patched > MOST_PATCHED * certificate.n_weights:
+        return "too many patches"
     return None
 
 
-def _unreadable(entry: DiskEntry, part: DiskMatrix) -> str | None:
-    assert part.stored is not None
+def unreadable(stored: StoredMatrix | StoredTensor) -> str | None:
+    """The same by its head, which is read."""
     try:
-        with open(part.stored.tensor.file, "rb", buffering=0) as file:
-            return has_codes(_reader(file, part.stored))
+        with open(stored.tensor.file, "rb", buffering=0) as file:
+            return has_codes(_reader(file, stored))
     except OSError:
         return "its head cannot be read"
 
 
-def _reader(file: FileIO, stored: StoredMatrix) -> Read:
+def _reader(file: FileIO, stored: StoredMatrix | StoredTensor) -> Read:
     """Bytes of a matrix that is stored there."""
     tensor = stored.tensor
 

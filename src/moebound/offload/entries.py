@@ -25,6 +25,7 @@ from moebound.store import Store, open_store
 from moebound.store.checks import check_bytes, check_tensor
 from moebound.store.format import read_settings
 from moebound.store.reader import StoredExpert, StoredMatrix, StoredPart
+from moebound.store.stored import StoredTensor
 from moebound.types import Array, DType, ExpertKey
 
 FIRST_SHARED = 1 << 30
@@ -122,7 +123,8 @@ class DiskEntries:
     """The routed experts of a source, in the order of the model. tensors: their names in it.
     compressed: whether this is a store. shared: parts that several experts need, by key.
     edits: what becomes of the routing, by layer. others: the other tensors of a quantized
-    checkpoint, which transformers would not read as they are; None for any other source."""
+    checkpoint, which transformers would not read as they are; None for any other source. coded: a
+    store's coded tensors that no routed expert has, by name."""
 
     path: Path
     compressed: bool
@@ -132,6 +134,7 @@ class DiskEntries:
     shared: Mapping[ExpertKey, DiskEntry] = field(default_factory=dict)
     edits: Mapping[int, RouterEdit] = field(default_factory=dict)
     others: Mapping[str, TensorInfo] | None = None
+    coded: Mapping[str, StoredTensor | StoredMatrix] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[DiskEntry]:
         return iter(self.by_key.values())
@@ -209,8 +212,11 @@ def _of_store(store: Store) -> DiskEntries:
         for key, part in ((entry.key, entry.shared) for entry in shared.values())
         if part is not None
     }
+    coded: dict[str, StoredTensor | StoredMatrix] = dict(store.coded)
     for stored in store.experts():
-        if not stored.key.shared:
+        if stored.key.shared:
+            coded |= {m.record.name: m for m in stored.matrices if m.record.index is None}
+        else:
             needs = tuple(keys[need] for need in stored.needs)
             entries[stored.key] = replace(_compressed(stored, family), needs=needs)
             names |= {m.tensor.name for m in stored.matrices}
@@ -226,7 +232,7 @@ def _of_store(store: Store) -> DiskEntries:
             names |= {matrix.name for matrix in expert.matrices}
     return DiskEntries(
         store.path, True, store.config, dict(sorted(entries.items())), frozenset(names), shared,
-        store.router_edits(),
+        store.router_edits(), coded=coded,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from moebound.offload.entries import DiskEntries, open_entries
 from moebound.offload.fallback import CoarseCopies, Grades
 from moebound.offload.fetcher import Fetcher
 from moebound.offload.joint import JointExperts
+from moebound.offload.linears import fill_linears, plan_linears
 from moebound.offload.loader import Held, Loader
 from moebound.offload.meter import Meter
 from moebound.offload.offloaded import Choice, Offloaded
@@ -50,6 +51,7 @@ def load(
     ram_budget: int | str | None = None,
     tier: TierName | Literal["auto"] = "auto",
     slots: SlotsName | Literal["auto"] = "values",
+    linears: SlotsName = "values",
     device: str = "cpu",
     dtype: str = "auto",
     policy: str = "hobbit",
@@ -83,6 +85,10 @@ def load(
         "codes4", four bits a weight: four times; "auto" for the fastest by measurement. Experts
         that cannot be so are codes of a byte, or values; `choice.not_codes` says how many, and
         why. On a CPU.
+    linears: the same of linear layers that are no expert's (attention, dense and shared layers, the
+        head): "codes" and "codes4" keep the codes of a store that was compressed with a rate for
+        `others`, and never the weights. Layers that cannot be so are values (`linears.py`);
+        `choice.linears` says how many are what, and `choice.not_code_linears` why.
     coarse, coarse_above, skip_above: graded fallback on a miss, off by default (`fallback.py`):
         `coarse` is a store of the same model under a wider bound.
 
@@ -94,14 +100,15 @@ def load(
     tier, policy, predictor, timing and `threads`, with the same number of torch's threads
     (`torch.set_num_threads`, OMP_NUM_THREADS), which is not moebound's to choose; within float
     rounding those of stock transformers. With slots of codes the experts' products are moebound's
-    own, but for many tokens in bfloat16 (`slots.MANY_ROWS`): the same weights, summed in another
+    own, but for many tokens in bfloat16 (`few_rows.MANY_ROWS`): the same weights, summed in another
     order, the same for any number of torch's threads; so logits differ by rounding from those of
-    slots of values. Gradients, of all that is not experts,
+    slots of values; the same of linear layers. Gradients, of all that is not experts,
     are right too: a copy of each expert is kept for them until `backward`. With a graded fallback
     none of this holds, beyond the bound of the coarse store.
 
     Raises MoeboundError for a policy whose thresholds are missing or of another model;
-    CacheError for a budget below the least (the message has it), CheckpointError and
+    CacheError for a budget below the least (the message has it), and for codes of linear layers
+    where there are none, CheckpointError and
     UnsupportedArchitectureError for a model that cannot be run so, and what opening a damaged
     store raises.
     """
@@ -115,6 +122,8 @@ def load(
     guess = _predictor(predictor)
     if slots not in (*SLOTS, "auto"):
         raise CacheError(f"slots {slots!r}: expected {', '.join(SLOTS)} or auto")
+    if linears not in SLOTS:
+        raise CacheError(f"linears {linears!r}: expected {', '.join(SLOTS)}")
     chosen_policy = _policy(skip, calibration)
     named = Path(resolve(os.fspath(source)))
     # Of a GGUF file, `local_folder` has config and tokenizer alone.
@@ -131,9 +140,16 @@ def load(
     sources = {"compressed" if entries.compressed else "raw": entries}
     if raw is not None:
         sources["raw"] = _same_model(entries, open_entries(local_folder(resolve(os.fspath(raw)))))
+    plan = plan_linears(entries, linears, place)
     model = load_skeleton(
-        path, routed=entries.tensors, weights=entries.others, dtype=computed_in, device=device
+        path,
+        routed=entries.tensors,
+        weights=entries.others,
+        codes=plan.dtypes,
+        dtype=computed_in,
+        device=device,
     )
+    held = fill_linears(model, entries, plan, threads=cores)
     multiply_few_rows(model)
     fuse_attention(model)
     register_on_demand()
@@ -205,6 +221,7 @@ def load(
         predictor=predictor,
         buffer_bytes=buffers,
         not_codes=refused,
+        linears=held,
         waiting=waiting,
     )
     guard_whole(model, live, loader, choice)

@@ -20,6 +20,7 @@ from moebound.offload.codes import SlotsName
 from moebound.offload.costs import Costs, Speeds
 from moebound.offload.device_tier import DeviceTier
 from moebound.offload.fetcher import Fetcher
+from moebound.offload.linears import HeldLinears
 from moebound.offload.loader import Held
 from moebound.offload.meter import Meter, clock
 from moebound.offload.tiers import Tier, TierName
@@ -32,7 +33,10 @@ class Choice:
     Bytes: cache for decoded experts, held for those in RAM or in a GPU's memory as they are on
     disk, buffers for reading, expert all experts as they are on disk. on_device: how many wait in a
     GPU's memory; rest: where the others do, if there are any. slots: what they hold; not_codes: how
-    many experts are values where others are codes, or none is, by why. predicted_s: seconds a token
+    many experts are values where others are codes, or none is, by why. linears: how many linear
+    layers that are no expert's are what; not_code_linears: how many coded matrices are values, or
+    codes of a byte where four bits were asked for, by why; other_bytes: memory of all that is no
+    expert's, which the budget does not count. predicted_s: seconds a token
     by way (source, tier and slots), overlapped, at the hit ratio that is expected.
     """
 
@@ -47,6 +51,9 @@ class Choice:
     expected_hit_ratio: float
     slots: SlotsName
     not_codes: dict[str, int]
+    linears: dict[SlotsName, int]
+    not_code_linears: dict[str, int]
+    other_bytes: int
     predicted_s: dict[str, float]
     speeds: Speeds
     costs: Costs
@@ -62,6 +69,7 @@ class Choice:
         predictor: str,
         buffer_bytes: int,
         not_codes: Mapping[str, int],
+        linears: HeldLinears,
         waiting: Tier,
     ) -> Choice:
         """The first of them, and what was predicted of all."""
@@ -82,6 +90,9 @@ class Choice:
             expected_hit_ratio=chosen.hit_ratio,
             slots=chosen.slots,
             not_codes=dict(not_codes),
+            linears=dict(linears.kinds),
+            not_code_linears=dict(linears.refused),
+            other_bytes=linears.n_bytes,
             predicted_s={path.title: path.seconds for path in load_paths},
             speeds=chosen.speeds,
             costs=chosen.costs,

@@ -23,17 +23,10 @@ from moebound.codec.arrays import to_numpy, to_torch, torch_dtype, will_be_writt
 from moebound.codec.codes import Bits, CodeMatrix, Product, code_bytes, products
 from moebound.errors import CorruptionError
 from moebound.methods import FindPart
-from moebound.model.few_rows import flat, threads_for
+from moebound.model.few_rows import flat, many, threads_for
 from moebound.offload.entries import DiskEntry, DiskMatrix
 from moebound.offload.meter import Load
 from moebound.types import Array
-
-MANY_ROWS = 24
-"""From so many rows of bfloat16 on, where the processor multiplies it, weights are written out once
-and torch's product taken: at 64 rows of a [1408, 2048] matrix 1.7 ms, not 3.2 (bench/codes.py)."""
-_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and bool(  # type: ignore[no-untyped-call]
-    torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
 
 
 @dataclass(frozen=True)
@@ -295,7 +288,7 @@ class CodeSlot(Slot):
     def _product(self, name: str, x: torch.Tensor) -> torch.Tensor:
         rows, columns = self.kind.shape_of(name)
         x = x.detach().contiguous()
-        if len(x) >= MANY_ROWS and x.dtype == torch.bfloat16 and _HAS_BFLOAT16:
+        if many(x):
             return linear(x, self._values(name))
         out = torch.empty((len(x), rows), dtype=x.dtype)
         products(

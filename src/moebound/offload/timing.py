@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moebound.model.code_linear import CodeLinear
 from moebound.model.few_rows import multiply_few_rows
 from moebound.offload.meter import clock
 from moebound.offload.slots import SlotKind
@@ -86,7 +87,7 @@ class Between:
             multiply_few_rows(nn.ModuleList([one_more]))
             self._add(one_more)
         self._rows = [
-            torch.zeros((1, some.in_features), dtype=some.weight.dtype, device=device)
+            torch.zeros((1, some.in_features), dtype=_dtype(some), device=device)
             for some in self._layers
         ]
 
@@ -107,21 +108,36 @@ class Between:
 
 
 def _bytes(layer: nn.Linear) -> int:
+    if isinstance(layer, CodeLinear):
+        return layer.n_bytes
     return layer.weight.numel() * layer.weight.element_size()
 
 
+def _dtype(layer: nn.Linear) -> torch.dtype:
+    return layer.dtype if isinstance(layer, CodeLinear) else layer.weight.dtype
+
+
 def _usable(layer: nn.Linear, device: torch.device) -> bool:
+    if isinstance(layer, CodeLinear):
+        return device.type == "cpu"
     return layer.weight.device.type == device.type and layer.weight.is_floating_point()
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Those that multiply by weights as they are."""
-    return [module for module in model.modules() if type(module) is nn.Linear]
+    """Those that multiply by weights as they are, or by codes."""
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return [module for module in linear if type(module) in (nn.Linear, CodeLinear)]
+
+
+def read_bytes(model: nn.Module, itemsize: int) -> int:
+    """What a token reads that is no expert's, of weights of so many bytes and of codes."""
+    codes = sum(module.n_bytes for module in model.modules() if isinstance(module, CodeLinear))
+    return read_weights(model) * itemsize + codes
 
 
 def read_weights(model: nn.Module) -> int:
-    """Weights that a token reads, experts or not: all but an embedding's, of which it reads a row,
-    where no other layer has the same."""
+    """Parameters that a token reads, experts or not: all but an embedding's, of which it reads a
+    row, where no other layer has the same."""
     owners = dict[int, tuple[nn.Parameter, bool]]()
     for module in model.modules():
         looked_up = isinstance(module, nn.Embedding)

@@ -1,10 +1,11 @@
 """What would need all experts of a model that has none of them: done right, or refused in words.
 
-Experts are no parameters of an offloaded model. They are counted from their shapes, cast when one
-is computed, and a state dict decodes all of them, if there is memory for that. Saving, copying,
-pickling and loading weights of experts would pass over them in silence: they raise CacheError,
-before anything has been written or changed. So does every module that has experts somewhere in it:
-the model, its base model and its layers.
+Experts are no parameters of an offloaded model, nor are weights of linear layers that are codes
+(`CodeLinear`, which refuses by itself what one layer is asked for). They are counted from their
+shapes, cast when one is computed, and a state dict decodes all of them, if there is memory for
+that. Saving, copying, pickling and loading weights of experts would pass over them in silence: they
+raise CacheError, before anything has been written or changed. So does every module that has experts
+somewhere in it: the model, its base model and its layers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from moebound.errors import CacheError
+from moebound.model.code_linear import CodeLinear
 from moebound.model.live import LiveExperts
 from moebound.offload.budget import available_memory
 from moebound.offload.loader import Loader
@@ -98,14 +100,15 @@ def _refuse_implementation(*_: Any, **__: Any) -> Never:
 def _check_memory(inside: dict[str, nn.Module]) -> Callable[..., None]:
     """A hook that refuses a state dict for which there is no memory."""
 
-    def check(*_: Any) -> None:
+    def check(module: nn.Module, *_: Any) -> None:
         layers: list[Any] = [owner.moebound for owner in inside.values()]
         itemsize, device = layers[0].dtype.itemsize, layers[0].device
-        need = itemsize * sum(map(_n_weights, inside.values()))
+        need = itemsize * (sum(map(_n_weights, inside.values())) + _n_in_codes(module))
         free = available_memory(device)
         if need > free:
             raise CacheError(
-                f"state_dict: its experts take {need} bytes decoded, and {free} are free: {INSTEAD}"
+                f"state_dict: what is compressed would take {need} bytes decoded, and {free} are "
+                f"free: {INSTEAD}"
             )
 
     return check
@@ -163,8 +166,10 @@ def _counted(module: Any, inside: dict[str, nn.Module]) -> Callable[..., int]:
 
     def num_parameters(only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         # No gradient goes into experts.
-        experts = 0 if only_trainable else sum(map(_n_weights, inside.values()))
-        return int(count(only_trainable, exclude_embeddings)) + experts
+        if only_trainable:
+            return int(count(only_trainable, exclude_embeddings))
+        compressed = sum(map(_n_weights, inside.values())) + _n_in_codes(module)
+        return int(count(only_trainable, exclude_embeddings)) + compressed
 
     return num_parameters
 
@@ -177,11 +182,17 @@ def _n_weights(experts: nn.Module) -> int:
     )
 
 
+def _n_in_codes(module: nn.Module) -> int:
+    """Weights of linear layers that are codes."""
+    return sum(some.n_weights for some in module.modules() if isinstance(some, CodeLinear))
+
+
 def _measured(module: Any, loader: Loader, choice: Choice) -> Callable[..., int]:
     measure = module.get_memory_footprint
 
     def get_memory_footprint(return_buffers: bool = True) -> int:
-        """With the experts that are in memory, decoded and compressed."""
-        return int(measure(return_buffers)) + loader.pool_bytes + choice.held_bytes
+        """With the experts that are in memory, decoded and compressed, and codes."""
+        codes = sum(some.n_bytes for some in module.modules() if isinstance(some, CodeLinear))
+        return int(measure(return_buffers)) + codes + loader.pool_bytes + choice.held_bytes
 
     return get_memory_footprint

@@ -17,7 +17,7 @@ from typing import Any
 from moebound.checkpoint import Role, TensorInfo, read_header, read_into, read_tensors
 from moebound.checkpoint.shards import read_json
 from moebound.codec.arrays import ArrayLike
-from moebound.codec.codes import Bits, CodeMatrix, decode_codes
+from moebound.codec.codes import Bits, CodeMatrix
 from moebound.errors import CorruptionError, FormatError, MoeboundError, StoreError
 from moebound.methods import FindPart, RouterEdit, Stored, router_name, shared_name
 from moebound.methods.blob import PEEK_BYTES, blob_checksum, parse_router, peek_shared
@@ -44,7 +44,7 @@ from moebound.store.format import (
 )
 from moebound.store.stored import (
     StoredTensor,
-    codes_certified,
+    certified_codes,
     decode_certified,
     naming,
     parse_certified,
@@ -124,11 +124,7 @@ class StoredMatrix:
     ) -> CodeMatrix:
         """As `decode_into`, into codes of so many bits, flat: of codec `bound`, with no shared
         parts. Raises CodecError, too, where there are none."""
-        with naming(self.tensor):
-            found = codes_certified(data, self.record.certificate, out, bits, threads)
-            if found is not None:
-                return found
-            return decode_codes(self.parse(data).envelope, out, bits=bits, threads=threads)
+        return certified_codes(self, data, out, bits, threads)
 
     def read(self) -> memoryview:
         """Its bytes, by one positional read. Raises as `read_tensor_bytes` and `check`."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from moebound.checkpoint import TensorInfo, read_into
 from moebound.codec import Certificate, thread_count
 from moebound.codec.arrays import ArrayLike, writable_view
 from moebound.codec.at_once import codes_at_once, decode_at_once
 from moebound.codec.bound import BoundCodec
-from moebound.codec.codes import Bits, CodeMatrix
+from moebound.codec.codes import Bits, CodeMatrix, decode_codes
 from moebound.errors import CorruptionError, FormatError
 from moebound.methods import Stored
 from moebound.store.checks import check_bytes
-from moebound.store.format import CodedRecord
+from moebound.store.format import CodedRecord, MatrixRecord
 from moebound.types import NUMPY_DTYPES, Array
 
 
@@ -56,12 +57,29 @@ def decode_certified(
     return decode_at_once(data, view, certificate.shape, threads=n_threads)
 
 
-def codes_certified(
-    data: memoryview, certificate: Certificate, out: Array, bits: Bits, threads: int
-) -> CodeMatrix | None:
-    """As `decode_certified`, a matrix into codes of so many bits."""
+class Certified(Protocol):
+    """A tensor of a store, an expert's or not."""
+
+    @property
+    def tensor(self) -> TensorInfo: ...
+    @property
+    def record(self) -> MatrixRecord | CodedRecord: ...
+    def read(self) -> memoryview: ...
+    def parse(self, data: memoryview) -> Stored: ...
+
+
+def certified_codes(
+    stored: Certified, data: memoryview, out: Array, bits: Bits, threads: int
+) -> CodeMatrix:
+    """As `decode_certified`, a matrix into codes of so many bits. Raises CodecError where there
+    are none, FormatError or CorruptionError, naming file and tensor."""
+    certificate = stored.record.certificate
     shape = certificate.shape[0], certificate.shape[1]
-    return codes_at_once(data, out, shape, certificate.dtype, bits=bits, threads=threads)
+    with naming(stored.tensor):
+        found = codes_at_once(data, out, shape, certificate.dtype, bits=bits, threads=threads)
+        if found is not None:
+            return found
+        return decode_codes(stored.parse(data).envelope, out, bits=bits, threads=threads)
 
 
 @contextmanager
@@ -103,3 +121,10 @@ class StoredTensor:
         with naming(self.tensor):
             stored = self.parse(data)
             return stored.decode(threads=threads, max_bytes=stored.spec.n_bytes)
+
+    def decode_codes(
+        self, data: memoryview, out: Array, *, bits: Bits = 8, threads: int
+    ) -> CodeMatrix:
+        """As `decode`, a matrix into codes of so many bits, flat. Raises CodecError, too, where it
+        has none."""
+        return certified_codes(self, data, out, bits, threads)

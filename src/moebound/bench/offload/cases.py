@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ _PACKAGES = ("transformers", "accelerate", "llama_cpp_python", "gguf")
 @dataclass(frozen=True)
 class Case:
     """One run. source: "raw" or "compressed"; how: as `measure` has it; routing: "forced" by the
-    trace, or the model's "own". quantized, mapped: the file that llama.cpp runs
+    trace, or the model's "own". others: the rate of all that is no expert's, or "keep" for weights
+    as they are. quantized, mapped: the file that llama.cpp runs
     (`LlamaFile`)."""
 
     name: str
@@ -38,6 +40,8 @@ class Case:
     policy: str | None = None
     predictor: str | None = None
     slots: str = "values"
+    linears: str = "values"
+    others: float | str = "keep"
     quantized: str | None = None
     mapped: bool = False
 
@@ -53,6 +57,7 @@ class Case:
             "policy": self.policy,
             "predictor": self.predictor,
             "slots": self.slots,
+            "linears": self.linears,
             "device": settings.device,
         }
 
@@ -70,11 +75,14 @@ def cases(settings: OffloadSettings) -> Iterator[Case]:
                             twice = tier == "device" or (tier == "ram" and settings.device == "cpu")
                             if source == "raw" and twice:
                                 continue
-                            some = settings.slots if source == "compressed" else ("values",)
-                            for slots in some:
-                                kind = "" if slots == "values" else f", slots {slots}"
-                                end = suffix + kind
-                                place = source, routing, tier, budget, policy, predictor, slots
+                            for slots, linears in _holding(settings, source):
+                                end = suffix + ("" if slots == "values" else f", slots {slots}")
+                                others: float | str = "keep"
+                                if linears != "values":
+                                    end += f", linear layers {linears}"
+                                    others = settings.others
+                                place = (source, routing, tier, budget, policy, predictor, slots,
+                                         linears, others)  # fmt: skip
                                 yield Case(f"{source}, {tier}{end}", "offloaded", *place)
                                 if settings.clients > 1:
                                     name = f"{source}, {tier}, {settings.clients} clients{end}"
@@ -85,6 +93,13 @@ def cases(settings: OffloadSettings) -> Iterator[Case]:
     for file in settings.llama_files:
         name = f"{file.name}, own routing"
         yield Case(name, LLAMA, "raw", "own", quantized=file.kind, mapped=file.mapped)
+
+
+def _holding(settings: OffloadSettings, source: str) -> Iterator[tuple[str, str]]:
+    """What slots and linear layers hold, of each run of a source."""
+    if source == "raw":
+        return iter([("values", "values")])
+    return product(settings.slots, settings.linears)
 
 
 def run(settings: OffloadSettings, work: Path, *, say: Say | None = None) -> OffloadReport:
@@ -124,7 +139,7 @@ def run(settings: OffloadSettings, work: Path, *, say: Say | None = None) -> Off
 
 def _row(case: Case, settings: OffloadSettings, prepared: Prepared, work: Path) -> dict[str, Any]:
     try:
-        source = prepared.place(case.how, case.source, case.quantized)
+        source = prepared.place(case.how, case.source, case.quantized, case.linears)
         sizes = gguf_sizes(source) if case.how == LLAMA else None
     except MoeboundError as error:
         return {"error": str(error)}

@@ -19,6 +19,7 @@ import numpy as np
 from moebound.checkpoint import ShardWriter, TensorSpec, open_checkpoint, write_index
 from moebound.errors import CheckpointError
 from moebound.store import compress
+from moebound.store.format import Others
 from moebound.types import Array, ErrorBound
 
 
@@ -103,11 +104,13 @@ def _check_shapes(folder: Path, shapes: Shapes) -> None:
         raise CheckpointError(f"{folder}: is in the way: expected {shapes}, found {found}")
 
 
-def make_store(checkpoint: Path, folder: Path, rate: float, codec: str = "bound") -> Path:
+def make_store(
+    checkpoint: Path, folder: Path, rate: float, codec: str = "bound", others: Others = "keep"
+) -> Path:
     """The checkpoint's store at this rate, if it is not there. Returns the folder."""
     if not (folder / "config.json").exists():
         compress(open_checkpoint(checkpoint), folder, bound=ErrorBound(rate, "rate"), codec=codec,
-                 others="keep")  # fmt: skip
+                 others=others)  # fmt: skip
     return folder
 
 

@@ -19,31 +19,41 @@ from moebound.checkpoint import local_folder, open_checkpoint, top_k_of
 from moebound.errors import UnsupportedArchitectureError
 from moebound.extras import check
 
+OTHERS_MARK = "-others-"
+"""In the name of a store that has more than experts coded."""
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """raw: the checkpoint. store: it, compressed. ids: a .npy of the tokens that are read. trace:
+    """raw: the checkpoint. store: it, its experts compressed; coded: all else too, None where no
+    run asks for that. ids: a .npy of the tokens that are read. trace:
     None where no run is forced; routed_by: what it came from. top_k: experts a token. gguf: where
     that file is, or will be."""
 
     raw: Path
     store: Path
+    coded: Path | None
     ids: Path
     trace: Path | None
     routed_by: str | None
     top_k: int
     gguf: Path
 
-    def place(self, how: str, source: str, quantized: str | None = None) -> Path:
+    def place(
+        self, how: str, source: str, quantized: str | None = None, linears: str = "values"
+    ) -> Path:
         """What a run loads. Makes the GGUF file, as large as the checkpoint, when it is needed.
-        quantized: the type of llama.cpp that it is to have, if not the checkpoint's.
+        quantized: the type of llama.cpp that it is to have, if not the checkpoint's. linears: what
+        its linear layers are to be.
 
         Raises BackendUnavailable for llama.cpp where it is not installed,
         UnsupportedArchitectureError for models that cannot be written for it, and MethodError for
         a type that it does not make of them.
         """
         if how != "llama.cpp":
-            return self.store if source == "compressed" else self.raw
+            if source == "raw":
+                return self.raw
+            return self.store if linears == "values" or self.coded is None else self.coded
         check("llama.cpp", "llama_cpp", "gguf")
         if quantized is None:
             return write_gguf(self.raw, self.gguf)
@@ -85,7 +95,11 @@ def prepare(settings: OffloadSettings, work: Path) -> Prepared:
         np.save(ids, task_ids(raw, settings.task, n_ids))
     store = work / f"{prefix}-{settings.codec.replace(':', '-')}-{settings.rate:g}"
     make_store(raw, store, settings.rate, settings.codec)
-    return Prepared(raw, store, ids, trace, routed_by, top_k, work / f"{stem}.gguf")
+    coded = None
+    if set(settings.linears) - {"values"}:
+        coded = store.with_name(f"{store.name}{OTHERS_MARK}{settings.others:g}")
+        make_store(raw, coded, settings.rate, settings.codec, others=settings.others)
+    return Prepared(raw, store, coded, ids, trace, routed_by, top_k, work / f"{stem}.gguf")
 
 
 def _trace(settings: OffloadSettings, layers: int, experts: int, top_k: int) -> tuple[Trace, str]:

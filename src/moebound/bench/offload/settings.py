@@ -48,7 +48,9 @@ class OffloadSettings:
     router, or both. trace: a recorded one, or None for Zipf's law. task: whose problems a given
     model reads; a synthetic one reads drawn tokens. peers: of `PEERS`; llama.cpp always has its own
     routing, and may be followed by what `LlamaFile` has ("llama.cpp:q4_k_m:mapped"). slots: what
-    those of compressed experts hold. memory_limit: bytes that the process of each run may have,
+    those of compressed experts hold. linears: the same of linear layers that are no expert's; where
+    that is codes, the run has a store of its own, whose other tensors are coded at the rate others,
+    and so weights that are changed more. memory_limit: bytes that the process of each run may have,
     page cache included. device: where to compute. clients: so many at a time, beside one, in a run
     of each of ours; 1 for no such run.
 
@@ -65,6 +67,8 @@ class OffloadSettings:
     policies: tuple[str, ...] = ("hobbit",)
     predictors: tuple[str, ...] = ("none",)
     slots: tuple[str, ...] = ("values",)
+    linears: tuple[str, ...] = ("values",)
+    others: float = 0.3
     routing: tuple[str, ...] = ("forced",)
     trace: Path | None = None
     prompt: int = 64
@@ -83,6 +87,7 @@ class OffloadSettings:
             ("peers", tuple(LLAMA if _llama_file(p) else p for p in self.peers), PEERS),
             ("routing", self.routing, ROUTINGS),
             ("slots", self.slots, ("values", "codes", "codes4", "auto")),
+            ("linears", self.linears, ("values", "codes", "codes4")),
         ):
             wrong = [name for name in given if name not in known]
             if wrong:

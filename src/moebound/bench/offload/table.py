@@ -25,7 +25,8 @@ def render_offload(report: OffloadReport) -> Table:
         "model says of these loads, from speeds measured one expert at a time, and what they took "
         "over that; peak: of the process, and of its control group, which counts files it read. "
         "Own routing: the model's routers choose, random ones not as trained ones do; else the "
-        "trace does.",
+        "trace does. Linear layers: codes of what is no expert's, coded at rate "
+        f"{report.settings.get('others', 0):g}; where nothing is said, that is as it was.",
     )
     counts_files = any(row.get("memory_peak_bytes") for row in report.rows)
     columns = _COLUMNS if counts_files else _COLUMNS[:-1]
@@ -111,6 +112,7 @@ def _raw_twin(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]
         .replace("compressed, device", "raw, ram")
         .replace("compressed", "raw")
         .split(", slots ")[0]
+        .split(", linear layers ")[0]
     )
     same = ("budget", "policy", "predictor")
     return next(

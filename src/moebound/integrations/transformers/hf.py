@@ -227,24 +227,55 @@ class _Ways:
     undo: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Renamed:
+    """What a tensor is called in the model. undone: what renaming had made of it, where its own
+    name is a parameter's. collected: whether a converter takes it."""
+
+    final: str
+    undone: str | None
+    collected: bool
+
+
+def _renamed(names: Collection[str], tried: list[Any], model: Any) -> dict[str, _Renamed]:
+    """By name. tried: copies of a family's conversions."""
+    renamings = [_strip_slice_number()]
+    renamings += [entry for entry in tried if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in tried if isinstance(entry, WeightConverter)]
+    prefix, parameters = model.base_model_prefix, model.state_dict()
+    found = dict[str, _Renamed]()
+    for name in sorted(names):
+        final, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        found[name] = _Renamed(final, None, pattern is not None)
+        if final not in parameters:
+            plain, _ = rename_source_key(name, [], [], prefix, parameters)
+            if plain in parameters:
+                found[name] = _Renamed(plain, final, False)
+    return found
+
+
+def final_names(names: Collection[str], conversions: list[Any], model: Any) -> dict[str, str]:
+    """The parameter that each of these tensors is all of, of those that are."""
+    renamed = _renamed(names, [deepcopy(entry) for entry in conversions], model)
+    parameters = model.state_dict()
+    return {
+        name: one.final
+        for name, one in renamed.items()
+        if not one.collected and one.final in parameters
+    }
+
+
 def _find_ways(tensors: list[TensorInfo], conversions: list[Any], model: Any) -> _Ways:
     # Matching leaves marks on a transform, and the originals' must tell what loading has matched.
     tried = [deepcopy(entry) for entry in conversions]
     strip = _strip_slice_number()
-    renamings = [strip, *(entry for entry in tried if isinstance(entry, WeightRenaming))]
-    converters = [entry for entry in tried if isinstance(entry, WeightConverter)]
-    prefix, parameters = model.base_model_prefix, model.state_dict()
     ways = _Ways()
-    for name in sorted({strip.rename_source_key(tensor.name)[0] for tensor in tensors}):
-        final, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if final not in parameters:
-            plain, _ = rename_source_key(name, [], [], prefix, parameters)
-            if plain in parameters:
-                ways.undo[_tail(final)] = _tail(plain)
-                ways.alone.add(_tail(plain))
-                continue
-        if pattern is None:
-            ways.alone.add(_tail(final))
+    names = {strip.rename_source_key(tensor.name)[0] for tensor in tensors}
+    for one in _renamed(names, tried, model).values():
+        if one.undone is not None:
+            ways.undo[_tail(one.undone)] = _tail(one.final)
+        if not one.collected:
+            ways.alone.add(_tail(one.final))
     ways.collecting = {
         position
         for position, entry in enumerate(tried)
