@@ -78,7 +78,7 @@ class CodeLinear(nn.Linear):
         self.train(of.training)
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Any:  # type: ignore[override]
         """What is known without values; models ask for the dtype of a layer by it."""
         return NoValues(self)
 
