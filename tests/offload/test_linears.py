@@ -14,7 +14,7 @@ from transformers.utils import logging as hf_logging
 
 from codec.kernel import ISAS, using
 from moebound.checkpoint import open_checkpoint
-from moebound.errors import CacheError, CorruptionError
+from moebound.errors import CacheError, CheckpointError, CorruptionError
 from moebound.model import code_linear, few_rows, joined
 from moebound.model.code_linear import CodeLinear
 from moebound.offload import codes
@@ -260,6 +260,18 @@ def test_damage_is_found_at_load(made: Make, tmp_path: Path) -> None:
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(CorruptionError, match=r"lm_head\.weight"):
         load(tmp_path / "s", linears="codes")
+
+
+def test_another_shape_is_an_error(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = CodeLinear.__init__
+
+    def taller(self: CodeLinear, of: Any, source: str) -> None:
+        init(self, of, source)
+        self.out_features += source.startswith("lm_head")
+
+    monkeypatch.setattr(CodeLinear, "__init__", taller)
+    with pytest.raises(CheckpointError, match=r"lm_head.*\(96, 32\), the model expects \(97, 32\)"):
+        load(made("mixtral"), linears="codes")
 
 
 def test_they_are_timed_as_they_are(made: Make) -> None:

@@ -156,3 +156,8 @@ class CodeLinear(nn.Linear):
 
     def __reduce_ex__(self, _: Any) -> Never:
         raise CacheError(f"pickle: {self.source}: {_INSTEAD}")
+
+
+def tied_weights(model: Any) -> set[str]:
+    """Names of a transformers model's parameters that are one with another."""
+    return {name for pair in model.all_tied_weights_keys.items() for name in pair}

@@ -32,7 +32,7 @@ from moebound.integrations.transformers.hf import (
     final_names,
 )
 from moebound.integrations.transformers.tables import enter
-from moebound.model.code_linear import CodeLinear
+from moebound.model.code_linear import CodeLinear, tied_weights
 from moebound.model.pretrained import load_model, read_config, what_runs
 from moebound.model.stacks import Stack, find_stack
 from moebound.store import compressed_tensors
@@ -112,7 +112,7 @@ class SkeletonQuantizer(MoeboundQuantizer):
 def leave_codes(model: Any, codes: Mapping[str, DType]) -> list[str]:
     """Put `CodeLinear`s where these tensors are the weight; those for which there is one."""
     found = list[str]()
-    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    tied = tied_weights(model)
     for name, final in final_names(codes, get_model_conversion_mapping(model), model).items():
         place, _, leaf = final.rpartition(".")
         if leaf != "weight" or final in tied:
