@@ -87,7 +87,7 @@ class Between:
             multiply_few_rows(nn.ModuleList([one_more]))
             self._add(one_more)
         self._rows = [
-            torch.zeros((1, some.in_features), dtype=_dtype(some), device=device)
+            torch.zeros((1, some.in_features), dtype=some.weight.dtype, device=device)
             for some in self._layers
         ]
 
@@ -113,14 +113,8 @@ def _bytes(layer: nn.Linear) -> int:
     return layer.weight.numel() * layer.weight.element_size()
 
 
-def _dtype(layer: nn.Linear) -> torch.dtype:
-    return layer.dtype if isinstance(layer, CodeLinear) else layer.weight.dtype
-
-
 def _usable(layer: nn.Linear, device: torch.device) -> bool:
-    if isinstance(layer, CodeLinear):
-        return device.type == "cpu"
-    return layer.weight.device.type == device.type and layer.weight.is_floating_point()
+    return layer.weight.device.type == device.type and layer.weight.dtype.is_floating_point
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
