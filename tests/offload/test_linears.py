@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers.utils import logging as hf_logging
 
 from codec.kernel import ISAS, using
@@ -20,7 +21,7 @@ from moebound.model.code_linear import CodeLinear
 from moebound.offload import codes
 from moebound.offload.linears import other_bytes
 from moebound.offload.loading import load
-from moebound.offload.timing import Between, linear_layers, read_bytes
+from moebound.offload.timing import Between, linear_layers, read_codes, read_weights
 from moebound.store import compress, decoded_weights, open_store
 from moebound.store import others as store_others
 from moebound.types import ErrorBound
@@ -279,7 +280,14 @@ def test_they_are_timed_as_they_are(made: Make) -> None:
         model = offloaded.model
         held = layers(model).values()
         assert set(held) <= set(linear_layers(model))
-        between = Between(held, torch.device("cpu"), torch.bfloat16, all_bytes=1)
-        assert len(between.read()) == len(between._layers)
-        bare = read_bytes(model, 2) - sum(layer.n_bytes for layer in held)
-        assert bare == 2 * sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
+        n_bytes = sum(layer.n_bytes for layer in held)
+        assert read_codes(model) == n_bytes
+        left = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+        assert read_weights(model) == left
+    between = Between([], torch.device("cpu"), torch.bfloat16, all_bytes=1)
+    between._layers = [*held, nn.Linear(32, 40, bias=False)]
+    times = [3.0 * layer.n_bytes for layer in held] + [5.0 * 4 * 32 * 40]
+    assert between.a_byte(times, codes=True) == pytest.approx(3)
+    assert between.a_byte(times, codes=False) == pytest.approx(5)
+    between._layers = between._layers[:-1]
+    assert between.a_byte(times[:-1], codes=False) == pytest.approx(3)  # there are no others
