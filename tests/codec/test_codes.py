@@ -81,6 +81,9 @@ def patched(matrix: CodeMatrix) -> CodeMatrix:
 def values_of(matrix: CodeMatrix) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """All weights, and those that are not patched."""
     patterns = matrix.weights()
+    parts = [matrix.weights(at, min(at + 3, len(patterns)), threads=2)
+             for at in range(0, len(patterns), 3)]  # fmt: skip
+    assert np.concatenate(parts).tobytes() == patterns.tobytes()
     dtype = NUMPY_DTYPES[matrix.dtype]
     values = patterns.view(dtype).astype(np.float32)
     plain = values.copy()

@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers.utils import logging as hf_logging
 
 from codec.kernel import ISAS, using
 from moebound.checkpoint import open_checkpoint
-from moebound.errors import CacheError, CorruptionError
+from moebound.errors import CacheError, CheckpointError, CorruptionError
 from moebound.model import code_linear, few_rows, joined
 from moebound.model.attention import latent_attention
 from moebound.model.code_linear import CodeLinear
 from moebound.offload import codes
 from moebound.offload.linears import other_bytes
 from moebound.offload.loading import load
-from moebound.offload.timing import Between, linear_layers, read_bytes
+from moebound.offload.timing import Between, linear_layers, read_codes, read_weights
 from moebound.store import compress, decoded_weights, open_store
 from moebound.store import others as store_others
 from moebound.types import ErrorBound
@@ -265,12 +266,31 @@ def test_damage_is_found_at_load(made: Make, tmp_path: Path) -> None:
         load(tmp_path / "s", linears="codes")
 
 
+def test_another_shape_is_an_error(made: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = CodeLinear.__init__
+
+    def taller(self: CodeLinear, of: Any, source: str) -> None:
+        init(self, of, source)
+        self.out_features += source.startswith("lm_head")
+
+    monkeypatch.setattr(CodeLinear, "__init__", taller)
+    with pytest.raises(CheckpointError, match=r"lm_head.*\(96, 32\), the model expects \(97, 32\)"):
+        load(made("mixtral"), linears="codes")
+
+
 def test_they_are_timed_as_they_are(made: Make) -> None:
     with load(made("mixtral"), linears="codes") as offloaded:
         model = offloaded.model
         held = layers(model).values()
         assert set(held) <= set(linear_layers(model))
-        between = Between(held, torch.device("cpu"), torch.bfloat16, all_bytes=1)
-        assert len(between.read()) == len(between._layers)
-        bare = read_bytes(model, 2) - sum(layer.n_bytes for layer in held)
-        assert bare == 2 * sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
+        n_bytes = sum(layer.n_bytes for layer in held)
+        assert read_codes(model) == n_bytes
+        left = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+        assert read_weights(model) == left
+    between = Between([], torch.device("cpu"), torch.bfloat16, all_bytes=1)
+    between._layers = [*held, nn.Linear(32, 40, bias=False)]
+    times = [3.0 * layer.n_bytes for layer in held] + [5.0 * 4 * 32 * 40]
+    assert between.a_byte(times, codes=True) == pytest.approx(3)
+    assert between.a_byte(times, codes=False) == pytest.approx(5)
+    between._layers = between._layers[:-1]
+    assert between.a_byte(times[:-1], codes=False) == pytest.approx(3)  # there are no others

@@ -13,6 +13,7 @@ from torch import nn
 
 from moebound.checkpoint import top_k_of
 from moebound.errors import CheckpointError, UnsupportedArchitectureError
+from moebound.model.code_linear import tied_weights
 from moebound.model.few_rows import LEAST_WEIGHTS
 from moebound.model.pretrained import Runs, Source, empty_model, read_config, what_runs
 from moebound.model.stacks import find_stack
@@ -146,7 +147,7 @@ def _shape(name: str, config: Any) -> Shape:
 
 def _linear_weights(model: Any, experts: list[str]) -> int:
     """Of the layers that `moebound.load` can hold as codes."""
-    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    tied = tied_weights(model)
     return sum(
         module.weight.numel()
         for name, module in model.named_modules()

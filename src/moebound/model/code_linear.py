@@ -78,7 +78,7 @@ class CodeLinear(nn.Linear):
         self.train(of.training)
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Any:  # type: ignore[override]
         """What is known without values; models ask for the dtype of a layer by it."""
         return NoValues(self)
 
@@ -156,3 +156,8 @@ class CodeLinear(nn.Linear):
 
     def __reduce_ex__(self, _: Any) -> Never:
         raise CacheError(f"pickle: {self.source}: {_INSTEAD}")
+
+
+def tied_weights(model: Any) -> set[str]:
+    """Names of a transformers model's parameters that are one with another."""
+    return {name for pair in model.all_tied_weights_keys.items() for name in pair}

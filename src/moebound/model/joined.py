@@ -138,16 +138,16 @@ class JoinedLinears(Forwards):
         least = dict[tuple[Any, ...], int | None]()
         with torch.no_grad():
             for module in model.modules():
-                if isinstance(module, CodeLinear):  # its order of sums is one and the same, too
-                    if worth_joining(module.n_weights):
-                        self.put(module, partial(_forward, module, module.forward, 1))
+                if not isinstance(module, nn.Linear) or module.weight.is_meta:
                     continue
-                if type(module) is not nn.Linear or module.weight.is_meta:
+                if type(module) not in (nn.Linear, CodeLinear):
                     continue
                 if not worth_joining(module.weight.numel()):
                     continue
                 weight, biased = module.weight, module.bias is not None
-                own = isinstance(module.forward, NativeLinear) and module.forward.applies
+                own = isinstance(module, CodeLinear) or (
+                    isinstance(module.forward, NativeLinear) and module.forward.applies
+                )
                 shape = (*weight.shape, weight.dtype, weight.device, biased, own)
                 if own:  # its order of sums is one and the same
                     least[shape] = 1

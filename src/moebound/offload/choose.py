@@ -32,7 +32,8 @@ from moebound.offload.timing import (
     Between,
     linear_layers,
     measure_turns,
-    read_bytes,
+    read_codes,
+    read_weights,
 )
 from moebound.types import ExpertKey
 
@@ -223,17 +224,18 @@ def _with_turns(
 ) -> list[LoadPath]:
     """The same, with what computing takes, and what is no expert's."""
     # All weights that are not experts' are read once a token.
-    rest = read_bytes(model, model.dtype.itemsize)
-    between = Between(linear_layers(model), device, model.dtype, all_bytes=rest + budget)
+    rest, codes = read_weights(model) * model.dtype.itemsize, read_codes(model)
+    between = Between(linear_layers(model), device, model.dtype, all_bytes=rest + codes + budget)
     largest = [max(path.kinds.values(), key=lambda kind: kind.n_weights) for path in paths]
     turns = measure_turns(largest, between)
+    rest_s = rest * turns.byte_s + codes * turns.code_byte_s
     return [
         replace(
             path,
             costs=replace(
                 path.costs,
                 compute_s=turns.compute_s[kind],
-                other_s=rest * turns.byte_s / path.costs.n_layers + LAYER_S,
+                other_s=rest_s / path.costs.n_layers + LAYER_S,
             ),
         )
         for path, kind in zip(paths, largest, strict=True)

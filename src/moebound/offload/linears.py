@@ -22,7 +22,7 @@ from torch import nn
 
 from moebound.codec.bound import BoundCodec
 from moebound.codec.codes import Bits, code_bytes
-from moebound.errors import CacheError
+from moebound.errors import CacheError, CheckpointError
 from moebound.model import few_rows
 from moebound.model.code_linear import CodeLinear
 from moebound.model.few_rows import flat
@@ -105,15 +105,19 @@ def _refused(stored: StoredMatrix | StoredTensor) -> str | None:
 def fill_linears(
     model: nn.Module, entries: DiskEntries, plan: LinearPlan, *, threads: int
 ) -> HeldLinears:
-    """Read and decode the codes of all layers that wait for some. Raises as `StoredTensor.read` and
-    `decode_codes`."""
+    """Read and decode the codes of all layers that wait for some. Raises CheckpointError for those
+    of another shape, and as `StoredTensor.read` and `decode_codes`."""
     waiting = {m.source: m for m in model.modules() if isinstance(m, CodeLinear)}
     for name, layer in waiting.items():
         stored = entries.coded[name]
+        shape = layer.out_features, layer.in_features
+        if stored.record.certificate.shape != shape:
+            raise CheckpointError(
+                f"{stored.tensor.file}: tensor {name!r}: of shape "
+                f"{stored.record.certificate.shape}, the model expects {shape}"
+            )
         # torch's memory begins where a cache line does; NumPy's does not.
-        room = torch.empty(
-            code_bytes((layer.out_features, layer.in_features), plan.bits[name]), dtype=torch.uint8
-        )
+        room = torch.empty(code_bytes(shape, plan.bits[name]), dtype=torch.uint8)
         layer.matrix = stored.decode_codes(
             stored.read(), flat(room), bits=plan.bits[name], threads=threads
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from moebound.codec.arrays import to_numpy, to_torch, torch_dtype, will_be_writt
 from moebound.codec.codes import Bits, CodeMatrix, Product, code_bytes, products
 from moebound.errors import CorruptionError
 from moebound.methods import FindPart
-from moebound.model.few_rows import flat, many, threads_for
+from moebound.model.few_rows import flat, many, own_product, threads_for
 from moebound.offload.entries import DiskEntry, DiskMatrix
 from moebound.offload.meter import Load
 from moebound.types import Array
@@ -278,9 +278,7 @@ class CodeSlot(Slot):
 
     def project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """x times a parameter's transpose: [T, in] to [T, out], in x's dtype."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _Product.apply(x, self, name)  # type: ignore[no-any-return, no-untyped-call]
-        return self._product(name, x)
+        return own_product(_Parameter(self, name), x, None, None)
 
     def decoded(self) -> dict[str, torch.Tensor]:
         return {name: self._values(name) for name, _ in self.kind.shapes}
@@ -313,18 +311,18 @@ class CodeSlot(Slot):
         return [(first, part) for (of, first), part in self.parts.items() if of == name]
 
 
-class _Product(torch.autograd.Function):
-    """A product that backward can go through: to the activations, not to the weights."""
+class _Parameter(NamedTuple):
+    """A parameter of a slot of codes, as a linear layer: backward goes through it to the
+    activations, not to the weights."""
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, slot: CodeSlot, name: str) -> torch.Tensor:
-        ctx.slot, ctx.name = slot, name
-        return slot._product(name, x)
+    slot: CodeSlot
+    name: str
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad,) = grads
-        return grad @ ctx.slot._values(ctx.name).to(grad.dtype), None, None
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.slot._product(self.name, x)
+
+    def decoded(self) -> torch.Tensor:
+        return self.slot._values(self.name)
 
 
 def _transposed(part: DiskMatrix, slot: Slot) -> bool:

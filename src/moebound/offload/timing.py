@@ -87,7 +87,7 @@ class Between:
             multiply_few_rows(nn.ModuleList([one_more]))
             self._add(one_more)
         self._rows = [
-            torch.zeros((1, some.in_features), dtype=_dtype(some), device=device)
+            torch.zeros((1, some.in_features), dtype=some.weight.dtype, device=device)
             for some in self._layers
         ]
 
@@ -106,6 +106,14 @@ class Between:
                 times.append(clock() - begin)
         return times
 
+    def a_byte(self, times: list[float], *, codes: bool) -> float:
+        """Seconds a byte, by those of each layer: of layers that are codes, or that are not; of
+        all, where there are none such."""
+        timed = list(zip(self._layers, times, strict=True))
+        alike = [(layer, s) for layer, s in timed if isinstance(layer, CodeLinear) == codes]
+        some = alike or timed
+        return sum(s for _, s in some) / sum(_bytes(layer) for layer, _ in some)
+
 
 def _bytes(layer: nn.Linear) -> int:
     if isinstance(layer, CodeLinear):
@@ -113,14 +121,8 @@ def _bytes(layer: nn.Linear) -> int:
     return layer.weight.numel() * layer.weight.element_size()
 
 
-def _dtype(layer: nn.Linear) -> torch.dtype:
-    return layer.dtype if isinstance(layer, CodeLinear) else layer.weight.dtype
-
-
 def _usable(layer: nn.Linear, device: torch.device) -> bool:
-    if isinstance(layer, CodeLinear):
-        return device.type == "cpu"
-    return layer.weight.device.type == device.type and layer.weight.is_floating_point()
+    return layer.weight.device.type == device.type and layer.weight.dtype.is_floating_point
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
@@ -129,10 +131,9 @@ def linear_layers(model: nn.Module) -> list[nn.Linear]:
     return [module for module in linear if type(module) in (nn.Linear, CodeLinear)]
 
 
-def read_bytes(model: nn.Module, itemsize: int) -> int:
-    """What a token reads that is no expert's, of weights of so many bytes and of codes."""
-    codes = sum(module.n_bytes for module in model.modules() if isinstance(module, CodeLinear))
-    return read_weights(model) * itemsize + codes
+def read_codes(model: nn.Module) -> int:
+    """Bytes of the linear layers that are codes, which a token reads beside `read_weights`."""
+    return sum(module.n_bytes for module in model.modules() if isinstance(module, CodeLinear))
 
 
 def read_weights(model: nn.Module) -> int:
@@ -149,11 +150,12 @@ def read_weights(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Turns:
-    """Seconds: byte_s, to read a byte of weights that are no expert's; compute_s, for the products
-    of one expert and one token, by kind of slots."""
+    """Seconds: byte_s, to read a byte of weights that are no expert's; code_byte_s, the same of
+    their codes; compute_s, for the products of one expert and one token, by kind of slots."""
 
     byte_s: float
     compute_s: Mapping[SlotKind, float]
+    code_byte_s: float = 0.0
 
 
 def measure_turns(kinds: Iterable[SlotKind], between: Between, repeats: int = REPEATS) -> Turns:
@@ -170,8 +172,9 @@ def measure_turns(kinds: Iterable[SlotKind], between: Between, repeats: int = RE
         reading = list(map(min, reading, times))
         computing = [list(map(min, *both)) for both in zip(computing, took, strict=True)]
     return Turns(
-        sum(reading) / between.n_bytes,
+        between.a_byte(reading, codes=False),
         {expert.kind: sum(times) for expert, times in zip(experts, computing, strict=True)},
+        between.a_byte(reading, codes=True),
     )
 
 

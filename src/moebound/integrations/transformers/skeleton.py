@@ -33,7 +33,7 @@ from moebound.integrations.transformers.hf import (
 )
 from moebound.integrations.transformers.tables import enter
 from moebound.model.attention import latent_attention
-from moebound.model.code_linear import CodeLinear
+from moebound.model.code_linear import CodeLinear, tied_weights
 from moebound.model.pretrained import load_model, read_config, what_runs
 from moebound.model.stacks import Stack, find_stack
 from moebound.store import compressed_tensors
@@ -113,7 +113,7 @@ class SkeletonQuantizer(MoeboundQuantizer):
 def leave_codes(model: Any, codes: Mapping[str, DType]) -> list[str]:
     """Put `CodeLinear`s where these tensors are the weight; those for which there is one."""
     found = list[str]()
-    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    tied = tied_weights(model)
     read = [module.kv_b_proj for module in latent_attention(model)]
     for name, final in final_names(codes, get_model_conversion_mapping(model), model).items():
         place, _, leaf = final.rpartition(".")
