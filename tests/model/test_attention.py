@@ -27,6 +27,7 @@ from moebound.model.attention import (
     _is_latent,
     _unexpanded,
     attention,
+    fuse_attention,
     padded_attention,
     register_attention,
 )
@@ -262,6 +263,16 @@ def test_rows_of_texts_as_alone(width: int) -> None:
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         alone, _ = attention(Module(2), query[:, :, i : i + 1], key, value, None)
         assert torch.equal(found[:, i : i + 1], alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("deepseek_v3", True), ("mixtral", True), ("deepseek_v32", False)]
+)
+def test_sparse_attention_stays_stocks(name: str, ours: bool) -> None:
+    """Its code makes its mask for attention of known names alone."""
+    model = tiny_model(name)
+    assert fuse_attention(model) is ours
+    assert (model.config._attn_implementation == NAME) is ours
 
 
 @pytest.mark.parametrize(

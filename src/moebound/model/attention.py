@@ -20,6 +20,8 @@ and outputs are cut again (`padded_attention`).
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -149,6 +151,8 @@ def fuse_attention(model: Any) -> bool:
     config = model.config.get_text_config(decoder=True)
     if model.device.type != "cpu" or config._attn_implementation != "sdpa":
         return False
+    if _asks_for_names(model):
+        return False
     latent = [module for module in model.modules() if _is_latent(module)]
     if not latent and (config is not model.config or not model._can_set_attn_implementation()):
         return False
@@ -159,6 +163,22 @@ def fuse_attention(model: Any) -> bool:
     for module in latent:
         module.expand_kv = partial(_unexpanded, module)
     return True
+
+
+def _asks_for_names(model: nn.Module) -> bool:
+    """Whether the model's code does something else where attention is called other than stock's: as
+    sparse attention (DeepSeek-V3.2), which then leaves its mask to the function."""
+    files = {type(module).__module__ for module in model.modules()}
+    for file in files:
+        if file.startswith(("torch.", "moebound.")):
+            continue
+        try:
+            source = inspect.getsource(sys.modules[file])
+        except (KeyError, OSError, TypeError):  # its source is not there
+            return True
+        if re.search(r"_attn_implementation\s*(==|!=|in\b|not\b)", source):
+            return True
+    return False
 
 
 def _unexpanded(module: Any, kv: Any, turned: Any) -> tuple[Any, Any]:
