@@ -232,6 +232,9 @@ def test_the_rest_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
         expected, _ = sdpa_attention_forward(module, *given)
         assert torch.equal(attention(module, *given)[0], expected)
     query.requires_grad_(False)
+    learned = query, key.expand(3, 2, 9, 64), value.expand(3, 2, 9, 64)  # one for a batch
+    expected, _ = sdpa_attention_forward(module, *learned, None)
+    assert torch.equal(attention(module, *learned, None)[0], expected)
     for more in ({"sliding_window": 4}, {"s_aux": mask}, {"dropout": 0.1}, {"cache": mask}):
         torch.manual_seed(0)
         expected, _ = sdpa_attention_forward(module, query, key, value, None, **more)

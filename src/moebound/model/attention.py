@@ -222,43 +222,41 @@ def _native_way(
 ) -> torch.Tensor | None:
     """[B, T, heads, the value's width]; None if this is not for the kernel."""
     width = query.shape[3]
-    if width < LEAST_WIDTH or _native.isa() == "scalar" or watched():
+    if watched() or width < LEAST_WIDTH or _native.isa() == "scalar":
         return None
-    module = None
+    weight = None
     if isinstance(key, Latents):
-        module, key, value = key.module, key.kv, key.turned
-    weight = None if module is None else _weight(module, query)
-    if module is not None and weight is None:
-        return None
+        weight, key, value = _weight(key.module), key.kv, key.turned
+        if weight is None:
+            return None
+    batch, heads, rows, _ = query.shape
     texts = isinstance(key, OfTexts)
     keys, values = (key.each, value.each) if texts else ([key], [value])
-    batch, heads, rows, _ = query.shape
-    if (batch, rows) != (1, len(keys)) if texts else rows != 1:
-        return None
     every = [query, *keys, *values]
-    if not all(_fits(tensor) for tensor in every) or len(keys) != len(values):
+    if not all(_fits(tensor) for tensor in every):
+        return None
+    if ((batch, rows) != (1, len(keys))) if texts else ((rows, len(key)) != (1, batch)):
         return None
     if torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (*every, *([] if weight is None else [weight]))
     ):
         return None
     asked = _bits(query)
-    asked = asked[0].swapaxes(0, 1) if texts else asked[:, :, 0]
-    first, second = ([of for some in every for of in _bits(some)] for every in (keys, values))
+    asked = asked[0].swapaxes(0, 1) if texts else asked[:, :, 0]  # [texts, heads, D]
+    first, second = ([of for some in each for of in _bits(some)] for each in (keys, values))
     scale = width**-0.5 if scale is None else scale
-    n_read = heads * sum(some.shape[0] * some.shape[2] for some in keys) * width
+    work = heads * width * sum(some.shape[0] * some.shape[2] for some in keys)
     if weight is None:
-        wide = values[0].shape[3]
         if heads % keys[0].shape[1]:
             return None
-        out = query.new_empty((batch, rows, heads, wide))
-        _native.attend(asked, first, second, _bits(out).reshape(-1), scale, threads_for(2 * n_read))
+        out = query.new_empty((batch, rows, heads, values[0].shape[3]))
+        _native.attend(asked, first, second, _bits(out).reshape(-1), scale, threads_for(2 * work))
         return out
     wide = weight.shape[0] // heads - (width - values[0].shape[3])
     out = query.new_empty((batch, rows, heads, wide))
     _native.attend_latent(
         asked, [of[0] for of in first], [of[0] for of in second], _bits(weight),
-        _bits(out).reshape(-1), scale, threads_for(weight.numel() * len(first) + 4 * n_read),
+        _bits(out).reshape(-1), scale, threads_for(weight.numel() * len(first) + 4 * work),
     )  # fmt: skip
     return out
 
@@ -274,7 +272,7 @@ def _fits(tensor: Any) -> bool:
     )
 
 
-def _weight(module: Any, query: torch.Tensor) -> torch.Tensor | None:
+def _weight(module: Any) -> torch.Tensor | None:
     """What latents are multiplied by, [heads · (nope + values), rank]; None if somebody else
     computes that layer, or watches it."""
     linear = module.kv_b_proj
@@ -285,11 +283,10 @@ def _weight(module: Any, query: torch.Tensor) -> torch.Tensor | None:
         isinstance(forward, partial) and forward.func.__module__.startswith("moebound.")
     )
     weight: torch.Tensor = linear.weight
-    if not (forward is None or own) or linear.bias is not None:
+    plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16 and weight.is_cpu
+    if not (forward is None or own) or linear.bias is not None or not plain:
         return None
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not weight.is_contiguous():
-        return None
-    return weight
+    return weight if weight.is_contiguous() else None
 
 
 def _bits(tensor: torch.Tensor) -> Array:
