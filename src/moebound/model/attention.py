@@ -70,19 +70,13 @@ class Latents:
 
     def expanded(self) -> tuple[Any, Any]:
         """Keys and values, as the module's own class makes them."""
+        expand = partial(type(self.module).expand_kv, self.module)
         if isinstance(self.kv, torch.Tensor):
-            return self._of(self.kv, self.turned)
+            return expand(self.kv, self.turned)  # type: ignore[no-any-return]
         assert isinstance(self.turned, OfTexts)
         with passing(None):  # T rows are no texts
-            made = [self._of(*of) for of in zip(self.kv.each, self.turned.each, strict=True)]
+            made = [expand(*of) for of in zip(self.kv.each, self.turned.each, strict=True)]
         return OfTexts([keys for keys, _ in made]), OfTexts([values for _, values in made])
-
-    def _of(self, kv: torch.Tensor, turned: Any) -> tuple[Any, Any]:
-        if kv.is_contiguous():
-            # Room for more tokens shows in the strides of axes of length 1, and torch's product
-            # then takes 40 times as long: a view has strides of its own.
-            kv = kv.view(kv.shape)
-        return type(self.module).expand_kv(self.module, kv, turned)  # type: ignore[no-any-return]
 
 
 def register_attention() -> None:
