@@ -105,7 +105,8 @@ def texts(length: int) -> dict[str, Any]:
         intermediate_size=1408, num_hidden_layers=4, first_k_dense_replace=4, vocab_size=4096,
         **MOONLIGHT,
     )  # fmt: skip
-    model: Any = DeepseekV3ForCausalLM(config).bfloat16().eval().requires_grad_(False)
+    model: Any = DeepseekV3ForCausalLM(config).bfloat16()
+    model.eval().requires_grad_(False)
     multiply_few_rows(model)
     fuse_attention(model)
 

@@ -43,16 +43,11 @@ void block_of_dots(const PlainRows& rows, const float* x, size_t x_stride, float
   }
 #pragma GCC unroll 4
   for (size_t q = 0; q < Q; ++q) {
-    float found[R];
-    if constexpr (R % 4 == 0 && requires { Isa::store_sums; }) {
-#pragma GCC unroll 2
-      for (size_t r = 0; r < R; r += 4) {
-        Isa::store_sums(found + r, sums[r][q], sums[r + 1][q], sums[r + 2][q], sums[r + 3][q]);
-      }
-    } else {
-      for (size_t r = 0; r < R; ++r) found[r] = Isa::sum(sums[r][q]);
+#pragma GCC unroll 8
+    for (size_t r = 0; r < R; ++r) {
+      const float sum = Isa::sum(sums[r][q]);
+      out[q * out_stride + r] = add ? out[q * out_stride + r] + sum : sum;
     }
-    for (size_t r = 0; r < R; ++r) out[q * out_stride + r] = add ? out[q * out_stride + r] + found[r] : found[r];
   }
 }
 

@@ -22,16 +22,6 @@ struct LanesAvx512 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
-  // sum of four at once, to p.
-  static void store_sums(float* p, F a, F b, F c, F d) {
-    const F ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
-    const F cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
-    F all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
-    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E));
-    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xB1));
-    const __m512i firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm_storeu_ps(p, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, all)));
-  }
   // 32 patterns of bfloat16: the even ones, then the odd ones.
   __attribute__((always_inline)) static void widen(const void* p, F& even, F& odd) {
     const __m512i words = _mm512_loadu_si512(p);

@@ -27,6 +27,7 @@ from moebound.model.attention import (
     _is_latent,
     _unexpanded,
     attention,
+    fuse_attention,
     padded_attention,
     register_attention,
 )
@@ -231,6 +232,9 @@ def test_the_rest_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
         expected, _ = sdpa_attention_forward(module, *given)
         assert torch.equal(attention(module, *given)[0], expected)
     query.requires_grad_(False)
+    learned = query, key.expand(3, 2, 9, 64), value.expand(3, 2, 9, 64)  # one for a batch
+    expected, _ = sdpa_attention_forward(module, *learned, None)
+    assert torch.equal(attention(module, *learned, None)[0], expected)
     for more in ({"sliding_window": 4}, {"s_aux": mask}, {"dropout": 0.1}, {"cache": mask}):
         torch.manual_seed(0)
         expected, _ = sdpa_attention_forward(module, query, key, value, None, **more)
@@ -262,6 +266,16 @@ def test_rows_of_texts_as_alone(width: int) -> None:
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         alone, _ = attention(Module(2), query[:, :, i : i + 1], key, value, None)
         assert torch.equal(found[:, i : i + 1], alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("deepseek_v3", True), ("mixtral", True), ("deepseek_v32", False)]
+)
+def test_sparse_attention_stays_stocks(name: str, ours: bool) -> None:
+    """Its code makes its mask for attention of known names alone."""
+    model = tiny_model(name)
+    assert fuse_attention(model) is ours
+    assert (model.config._attn_implementation == NAME) is ours
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from moebound.evaluate.loading import Loaded
 from moebound.tasks.registry import get_task
 from moebound.text import generation
 from moebound.text.generation import Finish, GenerationSettings, generate
+from moebound.text.growing_cache import GrowingLayer
 from tiny_models import MakeTiny
 
 PROMPTS = [problem.prompt for problem in get_task("wordmath-hard").problems(4)]
@@ -238,3 +239,12 @@ def test_a_full_model_can_still_score_a_prompt(loaded: Loaded) -> None:
     (piece,) = generate(loaded.model, loaded.tokenizer, [7] * 256, settings)
     assert piece.finish is not None
     assert (piece.finish.reason, piece.finish.n_new, len(piece.tokens)) == ("length", 0, 256)
+
+
+def test_what_a_cache_of_one_head_hands_out_tells_of_no_room() -> None:
+    """torch chooses its way by strides, even of axes of length 1."""
+    layer = GrowingLayer()
+    for n in (3, 1):
+        keys, values = layer.update(torch.ones(1, 1, n, 4), torch.ones(1, 1, n, 2))
+    assert keys.stride() == torch.empty(1, 1, 4, 4).stride()
+    assert values.stride() == torch.empty(1, 1, 4, 2).stride()

@@ -20,6 +20,8 @@ and outputs are cut again (`padded_attention`).
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,19 +70,13 @@ class Latents:
 
     def expanded(self) -> tuple[Any, Any]:
         """Keys and values, as the module's own class makes them."""
+        expand = partial(type(self.module).expand_kv, self.module)
         if isinstance(self.kv, torch.Tensor):
-            return self._of(self.kv, self.turned)
+            return expand(self.kv, self.turned)  # type: ignore[no-any-return]
         assert isinstance(self.turned, OfTexts)
         with passing(None):  # T rows are no texts
-            made = [self._of(*of) for of in zip(self.kv.each, self.turned.each, strict=True)]
+            made = [expand(*of) for of in zip(self.kv.each, self.turned.each, strict=True)]
         return OfTexts([keys for keys, _ in made]), OfTexts([values for _, values in made])
-
-    def _of(self, kv: torch.Tensor, turned: Any) -> tuple[Any, Any]:
-        if kv.is_contiguous():
-            # Room for more tokens shows in the strides of axes of length 1, and torch's product
-            # then takes 40 times as long: a view has strides of its own.
-            kv = kv.view(kv.shape)
-        return type(self.module).expand_kv(self.module, kv, turned)  # type: ignore[no-any-return]
 
 
 def register_attention() -> None:
@@ -149,6 +145,8 @@ def fuse_attention(model: Any) -> bool:
     config = model.config.get_text_config(decoder=True)
     if model.device.type != "cpu" or config._attn_implementation != "sdpa":
         return False
+    if _asks_for_names(model):
+        return False
     latent = latent_attention(model)
     if not latent and (config is not model.config or not model._can_set_attn_implementation()):
         return False
@@ -164,7 +162,24 @@ def fuse_attention(model: Any) -> bool:
 def latent_attention(model: nn.Module) -> list[Any]:
     """Modules whose keys and values the kernel does without; it reads the weight of their
     `kv_b_proj`."""
-    return [module for module in model.modules() if _is_latent(module)]
+    found = [module for module in model.modules() if _is_latent(module)]
+    return [] if found and _asks_for_names(model) else found
+
+
+def _asks_for_names(model: nn.Module) -> bool:
+    """Whether the model's code does something else where attention is called other than stock's: as
+    sparse attention (DeepSeek-V3.2), which then leaves its mask to the function."""
+    files = {type(module).__module__ for module in model.modules()}
+    for file in files:
+        if file.startswith(("torch.", "moebound.")):
+            continue
+        try:
+            source = inspect.getsource(sys.modules[file])
+        except (KeyError, OSError, TypeError):  # its source is not there
+            return True
+        if re.search(r"_attn_implementation\s*(==|!=|in\b|not\b)", source):
+            return True
+    return False
 
 
 def _unexpanded(module: Any, kv: Any, turned: Any) -> tuple[Any, Any]:
@@ -208,43 +223,41 @@ def _native_way(
 ) -> torch.Tensor | None:
     """[B, T, heads, the value's width]; None if this is not for the kernel."""
     width = query.shape[3]
-    if width < LEAST_WIDTH or _native.isa() == "scalar" or watched():
+    if watched() or width < LEAST_WIDTH or _native.isa() == "scalar":
         return None
-    module = None
+    weight = None
     if isinstance(key, Latents):
-        module, key, value = key.module, key.kv, key.turned
-    weight = None if module is None else _weight(module, query)
-    if module is not None and weight is None:
-        return None
+        weight, key, value = _weight(key.module), key.kv, key.turned
+        if weight is None:
+            return None
+    batch, heads, rows, _ = query.shape
     texts = isinstance(key, OfTexts)
     keys, values = (key.each, value.each) if texts else ([key], [value])
-    batch, heads, rows, _ = query.shape
-    if (batch, rows) != (1, len(keys)) if texts else rows != 1:
-        return None
     every = [query, *keys, *values]
-    if not all(_fits(tensor) for tensor in every) or len(keys) != len(values):
+    if not all(_fits(tensor) for tensor in every):
+        return None
+    if ((batch, rows) != (1, len(keys))) if texts else ((rows, len(key)) != (1, batch)):
         return None
     if torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (*every, *([] if weight is None else [weight]))
     ):
         return None
     asked = _bits(query)
-    asked = asked[0].swapaxes(0, 1) if texts else asked[:, :, 0]
-    first, second = ([of for some in every for of in _bits(some)] for every in (keys, values))
+    asked = asked[0].swapaxes(0, 1) if texts else asked[:, :, 0]  # [texts, heads, D]
+    first, second = ([of for some in each for of in _bits(some)] for each in (keys, values))
     scale = width**-0.5 if scale is None else scale
-    n_read = heads * sum(some.shape[0] * some.shape[2] for some in keys) * width
+    work = heads * width * sum(some.shape[0] * some.shape[2] for some in keys)
     if weight is None:
-        wide = values[0].shape[3]
         if heads % keys[0].shape[1]:
             return None
-        out = query.new_empty((batch, rows, heads, wide))
-        _native.attend(asked, first, second, _bits(out).reshape(-1), scale, threads_for(2 * n_read))
+        out = query.new_empty((batch, rows, heads, values[0].shape[3]))
+        _native.attend(asked, first, second, _bits(out).reshape(-1), scale, threads_for(2 * work))
         return out
     wide = weight.shape[0] // heads - (width - values[0].shape[3])
     out = query.new_empty((batch, rows, heads, wide))
     _native.attend_latent(
         asked, [of[0] for of in first], [of[0] for of in second], _bits(weight),
-        _bits(out).reshape(-1), scale, threads_for(weight.numel() * len(first) + 4 * n_read),
+        _bits(out).reshape(-1), scale, threads_for(weight.numel() * len(first) + 4 * work),
     )  # fmt: skip
     return out
 
@@ -260,7 +273,7 @@ def _fits(tensor: Any) -> bool:
     )
 
 
-def _weight(module: Any, query: torch.Tensor) -> torch.Tensor | None:
+def _weight(module: Any) -> torch.Tensor | None:
     """What latents are multiplied by, [heads · (nope + values), rank]; None if somebody else
     computes that layer, or watches it."""
     linear = module.kv_b_proj
@@ -271,11 +284,10 @@ def _weight(module: Any, query: torch.Tensor) -> torch.Tensor | None:
         isinstance(forward, partial) and forward.func.__module__.startswith("moebound.")
     )
     weight: torch.Tensor = linear.weight
-    if not (forward is None or own) or linear.bias is not None:
+    plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16 and weight.is_cpu
+    if not (forward is None or own) or linear.bias is not None or not plain:
         return None
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or not weight.is_contiguous():
-        return None
-    return weight
+    return weight if weight.is_contiguous() else None
 
 
 def _bits(tensor: torch.Tensor) -> Array:

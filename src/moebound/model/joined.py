@@ -163,6 +163,8 @@ class JoinedLinears(Forwards):
 def _forward(module: nn.Linear, compute: Compute, least: int, x: torch.Tensor) -> torch.Tensor:
     strand = current()
     if (some := rows()) is not None and x.shape[-2] == len(some.owners):
+        if isinstance(compute, NativeLinear) and compute.applies and len(some.owners) <= ROWS:
+            return compute(x)
         split = compute_rows(compute, torch.split(x.reshape(-1, x.shape[-1]), 1), least)
         return torch.cat(split).view(*x.shape[:-1], -1)
     if strand is None or not strand.joins or x.numel() != module.in_features:
