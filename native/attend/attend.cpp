@@ -75,8 +75,8 @@ struct Shared {
 // A piece of a text for some of its queries: what one thread does at a time.
 struct Item {
   const Shared* shared;
-  size_t begin, end;         // tokens
-  size_t first, queries;     // of the m
+  size_t begin, end;      // tokens
+  size_t first, queries;  // of the m
   float greatest[kQueriesAtOnce], sums[kQueriesAtOnce];
   float* values;  // [queries][shared->values.width]
 
@@ -124,8 +124,9 @@ void attend_all(const AttendPath& by, const std::vector<Shared>& all, size_t m, 
     const size_t step = tokens_of_piece(shared.tokens);
     for (size_t begin = 0; begin < shared.tokens; begin += step) {
       for (size_t q = 0; q < m; q += kQueriesAtOnce) {
-        items.push_back({&shared, begin, std::min(begin + step, shared.tokens), q, std::min(kQueriesAtOnce, m - q), {}, {}, nullptr});
-        n_values += items.back().queries * shared.values.width;
+        const size_t end = std::min(begin + step, shared.tokens), queries = std::min(kQueriesAtOnce, m - q);
+        items.push_back({&shared, begin, end, q, queries, {}, {}, nullptr});
+        n_values += queries * shared.values.width;
       }
     }
   }

@@ -75,8 +75,8 @@ nb::ndarray<nb::numpy, T, nb::ndim<1>> to_array(std::vector<T> values) {
   return nb::ndarray<nb::numpy, T, nb::ndim<1>>(kept->data(), {kept->size()}, owner);
 }
 
-// The bindings of one file each: attention of single tokens in attend.cpp, cuszp.cpp, what a GPU needs in device.cpp, whole envelopes in
-// envelope.cpp, matrices of codes in product.cpp.
+// The bindings of one file each: attention of single tokens in attend.cpp, cuszp.cpp, what a GPU needs in
+// device.cpp, whole envelopes in envelope.cpp, matrices of codes in product.cpp.
 void bind_attend(nb::module_& m);
 void bind_cuszp(nb::module_& m);
 void bind_device(nb::module_& m);
