@@ -99,12 +99,13 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """As transformers' `sdpa`. query: [B, heads, T, D]; key, value: [B, heads, T, D] and any width,
     or of T texts where B is 1. Returns [B, T, heads, the value's width]."""
-    if attention_mask is None and _nothing_else(given):
-        found = _native_way(query, key, value, given.get("scaling"))
-        if found is not None:
-            return found, None
-    if isinstance(key, Latents):
+    ours = attention_mask is None and _nothing_else(given)
+    found = _native_way(query, key, value, given.get("scaling")) if ours else None
+    if found is None and isinstance(key, Latents):
         key, value = key.expanded()
+        found = _native_way(query, key, value, given.get("scaling")) if ours else None
+    if found is not None:
+        return found, None
     if isinstance(key, OfTexts):
         assert isinstance(value, OfTexts)
         found = torch.cat(
@@ -193,7 +194,9 @@ def _is_latent(module: nn.Module) -> bool:
     """Whether this is latent attention as DeepSeek-V3 has it, whose keys and values nobody looks at
     but the attention function."""
     of = type(module)
-    if not hasattr(of, "expand_kv") or type(getattr(module, "kv_b_proj", None)) is not nn.Linear:
+    if not hasattr(of, "expand_kv") or not isinstance(
+        getattr(module, "kv_b_proj", None), nn.Linear
+    ):
         return False
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
