@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = "check_attend", "check_bound", "check_cuszp", "check_frozen", "check_product"
@@ -32,6 +35,16 @@ def build(
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "native"
+
+
+def build_once(about: pytest.TempPathFactory, name: str, *options: str) -> Path:
+    """As `build`, for all test processes of a run: the first builds, and the others wait."""
+    folder = about.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build(folder / name, *options)  # where all is built, that is a second
 
 
 def run(*command: str | Path | int) -> str:

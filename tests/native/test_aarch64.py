@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from frozen import N_ENCODED, write_frozen
-from programs import ATTENTION, PRODUCTS, ROOT, SAID_OF_ATTENTION, SAID_OF_PRODUCTS, build, run
+from programs import ATTENTION, PRODUCTS, ROOT, SAID_OF_ATTENTION, SAID_OF_PRODUCTS, build_once, run
 
 NEEDED = "cmake", "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [name for name in NEEDED if shutil.which(name) is None]
@@ -25,7 +25,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toolchain = ROOT / "native" / "aarch64-linux-gnu.cmake"
-    return build(tmp_path_factory.mktemp("aarch64"), f"-DCMAKE_TOOLCHAIN_FILE={toolchain}")
+    return build_once(tmp_path_factory, "aarch64", f"-DCMAKE_TOOLCHAIN_FILE={toolchain}")
 
 
 def emulated(program: Path, *arguments: str | Path | int) -> str:

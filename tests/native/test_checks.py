@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 from frozen import N_ENCODED, write_frozen
-from programs import ATTENTION, PRODUCTS, SAID_OF_ATTENTION, SAID_OF_PRODUCTS, build, run
+from programs import (
+    ATTENTION,
+    PRODUCTS,
+    SAID_OF_ATTENTION,
+    SAID_OF_PRODUCTS,
+    build,
+    build_once,
+    run,
+)
 
 from codec.kernel import ISAS
 
@@ -24,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("sanitized"), "-DMOEBOUND_SANITIZE=ON")
+    return build_once(tmp_path_factory, "sanitized", "-DMOEBOUND_SANITIZE=ON")
 
 
 @pytest.mark.slow

@@ -37,10 +37,10 @@ class RayWorkers(Workers):
         options: dict[str, Any] = {"num_cpus": threads, "num_gpus": gpus}
         self._ours = not ray.is_initialized()
         if self._ours:
-            where = {} if address == LOCAL else {"address": address}
             try:
+                # Ray knows "local", too. Without any address it would join what else runs here.
                 ray.init(
-                    **where, include_dashboard=False, log_to_driver=False, logging_level="error"
+                    address, include_dashboard=False, log_to_driver=False, logging_level="error"
                 )
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise MoeboundError(f"Ray at {address!r} cannot be reached: {error}") from error

@@ -100,7 +100,7 @@ def test_the_same_logits_however_many_are_held(
         said = choice_lines(offloaded)
         assert f"{held} compressed in the GPU's memory" in said[0]
         assert ("the others on disk" in said[0]) == (rest == "disk")
-        assert ("reading" in said[1]) == (rest is not None)
+        assert ("reading" in said[2]) == (rest is not None)
         assert "% device" in dict(stats_facts(stats))["experts asked for"]
 
 

@@ -95,9 +95,13 @@ def test_without_the_library_of_a_codec_nothing_is_begun(
 
 @pytest.mark.slow
 def test_a_cluster_gives_the_same_rows(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("ray", reason="pip install '.[ray]'")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # nobody is there: "local" asks for its own
     other = str(tmp_path / "ray")
     assert main(command) == 0
     assert main([*command[:-1], other, "--workers", "1", "--ray", "local"]) == 0
