@@ -50,7 +50,7 @@ def test_a_schema_that_is_no_json(run: Run, tmp_path: Path) -> None:
 def test_linear_layers_without_codes(run: Run) -> None:
     ran = run("generate", "builtin:wordmath", "--prompt", "a", "--linears", "codes")
     assert ran.code == 2
-    assert "--others 0.3" in ran.stderr
+    assert "--others 0.1" in ran.stderr
 
 
 def test_they_change_the_text(run: Run) -> None:

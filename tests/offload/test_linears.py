@@ -215,7 +215,7 @@ def test_what_cannot_be_codes(made: Make, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_sources_without_codes(others: Any, message: str, made: Make) -> None:
     source = made("mixtral").parent / "src" if others is None else made("mixtral", others)
-    with pytest.raises(CacheError, match=f"linears='codes'.*{message}.*--others 0.3"):
+    with pytest.raises(CacheError, match=f"linears='codes'.*{message}.*--others 0.1"):
         load(source, linears="codes")
     with pytest.raises(CacheError, match="linears 'auto': expected values, codes, codes4"):
         load(source, linears="auto")  # type: ignore[arg-type]

@@ -195,7 +195,8 @@ def choice_lines(offloaded: Offloaded) -> list[str]:
     small = costs.decode_s + costs.compute_s < SMALL_S
     refused = "".join(f"; {n} of them {why}" for why, n in choice.not_codes.items())
     held = ", ".join(f"{n} {as_what}" for as_what, n in choice.linears.items())
-    wide = "".join(f"; {n} matrices {why}" for why, n in choice.not_code_linears.items())
+    values = choice.not_code_linears.items()
+    wide = "".join(f"; {n} of the coded matrices as {why}" for why, n in values)
     return [
         f"experts: {choice.source}, {where}, {wording.n_bytes(choice.expert_bytes)}; "
         f"{wording.n_bytes(choice.cache_bytes)} for decoded ones, as {choice.slots}{refused}",

@@ -76,7 +76,7 @@ def plan_linears(entries: DiskEntries, linears: SlotsName, device: torch.device)
             what = "no store"
         raise CacheError(
             f"linears={linears!r}: {entries.path}: {what}, so no linear layer has codes: compress "
-            "with --others 0.3 (no weight is then off by more than 0.3 times its matrix's mean), "
+            "with --others 0.1 (no weight is then off by more than 0.1 times its matrix's mean), "
             "or load with linears='values'"
         )
     for name, stored in coded.items():
