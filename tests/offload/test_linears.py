@@ -18,11 +18,11 @@ from moebound.checkpoint import open_checkpoint
 from moebound.errors import CacheError, CheckpointError, CorruptionError
 from moebound.model import code_linear, few_rows, joined
 from moebound.model.attention import latent_attention
-from moebound.model.code_linear import CodeLinear
+from moebound.model.code_linear import CodeLinear, bytes_in_codes
 from moebound.offload import codes
 from moebound.offload.linears import other_bytes
 from moebound.offload.loading import load
-from moebound.offload.timing import Between, linear_layers, read_codes, read_weights
+from moebound.offload.timing import Between, linear_layers, read_weights
 from moebound.store import compress, decoded_weights, open_store
 from moebound.store import others as store_others
 from moebound.types import ErrorBound
@@ -284,7 +284,7 @@ def test_they_are_timed_as_they_are(made: Make) -> None:
         held = layers(model).values()
         assert set(held) <= set(linear_layers(model))
         n_bytes = sum(layer.n_bytes for layer in held)
-        assert read_codes(model) == n_bytes
+        assert bytes_in_codes(model) == n_bytes
         left = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
         assert read_weights(model) == left
     between = Between([], torch.device("cpu"), torch.bfloat16, all_bytes=1)

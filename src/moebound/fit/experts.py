@@ -23,6 +23,7 @@ from moebound.offload.codes import (
     SlotsName,
     few_outside,
     most_aside,
+    most_held,
 )
 from moebound.offload.slots import SlotKind
 from moebound.offload.split import Sized
@@ -85,9 +86,7 @@ def linears_like(encoded: Encoded, n_weights: int, linears: SlotsName) -> Linear
         )
     if outside is not None:
         bits, kind = 4, "codes4"
-    rows, columns = certificate.shape
-    n_bytes = code_bytes((rows, columns), bits) + most_aside(certificate)
-    n_bytes += PATCH_BYTES * (outside or 0)
+    n_bytes = most_held(certificate, bits, outside or 0)
     return Linears({kind: n_weights}, n_weights * n_bytes // certificate.n_weights)
 
 

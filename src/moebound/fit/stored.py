@@ -12,7 +12,6 @@ import torch
 
 from moebound.checkpoint.shards import read_json
 from moebound.codec import thread_count
-from moebound.codec.codes import code_bytes
 from moebound.codec.device.resident import resident_bytes
 from moebound.fit.estimate import Estimate, fits_in
 from moebound.fit.experts import Experts, Linears, OnDevice, segment_of
@@ -21,7 +20,7 @@ from moebound.integrations.transformers.skeleton import leave_codes
 from moebound.model.live import live_experts
 from moebound.model.pretrained import empty_model, read_config
 from moebound.offload.choose import catalog_of, open_delivery, open_tier
-from moebound.offload.codes import PATCH_BYTES, SLOTS, SlotsName, most_aside, stored_outside
+from moebound.offload.codes import SLOTS, SlotsName, most_held, stored_outside
 from moebound.offload.costs import measure_speeds, sample, sample_of
 from moebound.offload.decoding import read_streams
 from moebound.offload.device_tier import candidates
@@ -99,10 +98,8 @@ def _linears(model: Any, entries: DiskEntries, linears: SlotsName) -> Linears:
     for name in leave_codes(model, plan.dtypes):
         certificate, bits = entries.coded[name].record.certificate, plan.bits[name]
         weights["codes" if bits == 8 else "codes4"] += certificate.n_weights
-        rows, columns = certificate.shape
-        n_bytes += code_bytes((rows, columns), bits) + most_aside(certificate)
-        if bits == 4:
-            n_bytes += PATCH_BYTES * (stored_outside(entries.coded[name]) or 0)
+        outside = stored_outside(entries.coded[name]) if bits == 4 else None
+        n_bytes += most_held(certificate, bits, outside or 0)
     return Linears(weights, n_bytes)
 
 

@@ -24,7 +24,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -170,17 +170,18 @@ def latent_attention(model: nn.Module) -> list[Any]:
 def _asks_for_names(model: nn.Module) -> bool:
     """Whether the model's code does something else where attention is called other than stock's: as
     sparse attention (DeepSeek-V3.2), which then leaves its mask to the function."""
-    files = {type(module).__module__ for module in model.modules()}
-    for file in files:
-        if file.startswith(("torch.", "moebound.")):
-            continue
-        try:
-            source = inspect.getsource(sys.modules[file])
-        except (KeyError, OSError, TypeError):  # its source is not there
-            return True
-        if re.search(r"_attn_implementation\s*(==|!=|in\b|not\b)", source):
-            return True
-    return False
+    return any(map(_file_asks_for_names, {type(module).__module__ for module in model.modules()}))
+
+
+@cache
+def _file_asks_for_names(file: str) -> bool:
+    if file.startswith(("torch.", "moebound.")):
+        return False
+    try:
+        source = inspect.getsource(sys.modules[file])
+    except (KeyError, OSError, TypeError):  # its source is not there
+        return True
+    return re.search(r"_attn_implementation\s*(==|!=|in\b|not\b)", source) is not None
 
 
 def _unexpanded(module: Any, kv: Any, turned: Any) -> tuple[Any, Any]:
@@ -193,11 +194,14 @@ def _unexpanded(module: Any, kv: Any, turned: Any) -> tuple[Any, Any]:
 def _is_latent(module: nn.Module) -> bool:
     """Whether this is latent attention as DeepSeek-V3 has it, whose keys and values nobody looks at
     but the attention function."""
-    of = type(module)
-    if not hasattr(of, "expand_kv") or not isinstance(
-        getattr(module, "kv_b_proj", None), nn.Linear
-    ):
-        return False
+    of: Any = type(module)
+    linear = isinstance(getattr(module, "kv_b_proj", None), nn.Linear)
+    return linear and hasattr(of, "expand_kv") and _expands_alike(of)
+
+
+@cache
+def _expands_alike(of: Any) -> bool:
+    """By its source, which is read once."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
     try:

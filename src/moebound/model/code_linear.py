@@ -158,6 +158,11 @@ class CodeLinear(nn.Linear):
         raise CacheError(f"pickle: {self.source}: {_INSTEAD}")
 
 
+def bytes_in_codes(model: nn.Module) -> int:
+    """Memory of all codes of linear layers, which a token reads too."""
+    return sum(some.n_bytes for some in model.modules() if isinstance(some, CodeLinear))
+
+
 def tied_weights(model: Any) -> set[str]:
     """Names of a transformers model's parameters that are one with another."""
     return {name for pair in model.all_tied_weights_keys.items() for name in pair}

@@ -12,6 +12,7 @@ import torch
 from moebound.cache import Catalog
 from moebound.checkpoint import top_k_of
 from moebound.errors import CacheError
+from moebound.model.code_linear import bytes_in_codes
 from moebound.offload.budget import available_memory, parse_budget
 from moebound.offload.codes import SlotsName
 from moebound.offload.costs import (
@@ -32,7 +33,6 @@ from moebound.offload.timing import (
     Between,
     linear_layers,
     measure_turns,
-    read_codes,
     read_weights,
 )
 from moebound.types import ExpertKey
@@ -224,7 +224,7 @@ def _with_turns(
 ) -> list[LoadPath]:
     """The same, with what computing takes, and what is no expert's."""
     # All weights that are not experts' are read once a token.
-    rest, codes = read_weights(model) * model.dtype.itemsize, read_codes(model)
+    rest, codes = read_weights(model) * model.dtype.itemsize, bytes_in_codes(model)
     between = Between(linear_layers(model), device, model.dtype, all_bytes=rest + codes + budget)
     largest = [max(path.kinds.values(), key=lambda kind: kind.n_weights) for path in paths]
     turns = measure_turns(largest, between)

@@ -22,6 +22,7 @@ from moebound.codec.arrays import torch_dtype
 from moebound.codec.bound import FACTORS_VERSION, BoundCodec
 from moebound.codec.codes import (
     MOST_CODED,
+    Bits,
     CodeMatrix,
     Read,
     code_bytes,
@@ -143,6 +144,12 @@ def _aside(entry: DiskEntry) -> int:
         for part in entry.matrices
         if part.stored is not None
     )
+
+
+def most_held(certificate: Certificate, bits: Bits, outside: int) -> int:
+    """Bytes that a matrix takes as codes, at most. outside: weights that have none of the codes."""
+    rows, columns = certificate.shape
+    return code_bytes((rows, columns), bits) + most_aside(certificate) + PATCH_BYTES * outside
 
 
 def most_aside(certificate: Certificate) -> int:

@@ -24,7 +24,7 @@ from moebound.codec.bound import BoundCodec
 from moebound.codec.codes import Bits, code_bytes
 from moebound.errors import CacheError, CheckpointError
 from moebound.model import few_rows
-from moebound.model.code_linear import CodeLinear
+from moebound.model.code_linear import CodeLinear, bytes_in_codes
 from moebound.model.few_rows import flat
 from moebound.offload.codes import (
     TOO_MANY_OUTSIDE,
@@ -153,5 +153,5 @@ def other_bytes(model: nn.Module) -> int:
     """Memory of a model's weights that are no expert's: parameters and buffers, once each, and
     codes."""
     tensors = [*model.parameters(), *model.buffers()]
-    codes = sum(module.n_bytes for module in model.modules() if isinstance(module, CodeLinear))
-    return codes + sum(some.numel() * some.itemsize for some in tensors if not some.is_meta)
+    plain = sum(some.numel() * some.itemsize for some in tensors if not some.is_meta)
+    return bytes_in_codes(model) + plain

@@ -131,11 +131,6 @@ def linear_layers(model: nn.Module) -> list[nn.Linear]:
     return [module for module in linear if type(module) in (nn.Linear, CodeLinear)]
 
 
-def read_codes(model: nn.Module) -> int:
-    """Bytes of the linear layers that are codes, which a token reads beside `read_weights`."""
-    return sum(module.n_bytes for module in model.modules() if isinstance(module, CodeLinear))
-
-
 def read_weights(model: nn.Module) -> int:
     """Parameters that a token reads, experts or not: all but an embedding's, of which it reads a
     row, where no other layer has the same."""

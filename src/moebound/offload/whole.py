@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from moebound.errors import CacheError
-from moebound.model.code_linear import CodeLinear
+from moebound.model.code_linear import CodeLinear, bytes_in_codes
 from moebound.model.live import LiveExperts
 from moebound.offload.budget import available_memory
 from moebound.offload.loader import Loader
@@ -192,7 +192,7 @@ def _measured(module: Any, loader: Loader, choice: Choice) -> Callable[..., int]
 
     def get_memory_footprint(return_buffers: bool = True) -> int:
         """With the experts that are in memory, decoded and compressed, and codes."""
-        codes = sum(some.n_bytes for some in module.modules() if isinstance(some, CodeLinear))
-        return int(measure(return_buffers)) + codes + loader.pool_bytes + choice.held_bytes
+        held = bytes_in_codes(module) + loader.pool_bytes + choice.held_bytes
+        return int(measure(return_buffers)) + held
 
     return get_memory_footprint

@@ -113,6 +113,8 @@ class SkeletonQuantizer(MoeboundQuantizer):
 def leave_codes(model: Any, codes: Mapping[str, DType]) -> list[str]:
     """Put `CodeLinear`s where these tensors are the weight; those for which there is one."""
     found = list[str]()
+    if not codes:
+        return found
     tied = tied_weights(model)
     read = [module.kv_b_proj for module in latent_attention(model)]
     for name, final in final_names(codes, get_model_conversion_mapping(model), model).items():
