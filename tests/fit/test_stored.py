@@ -15,6 +15,7 @@ from moebound.cli.main import main
 from moebound.codec import Encoded
 from moebound.errors import CacheError
 from moebound.fit import Machine, estimate_store, is_store, shape_of
+from moebound.fit import shape as fit_shape
 from moebound.fit.experts import kind_of, kinds_of
 from moebound.fit.running import running
 from moebound.model import few_rows
@@ -145,6 +146,8 @@ def test_linear_layers_are_what_load_makes_them(
     with load(tmp_path / "dst", linears=linears) as offloaded:
         layers = [m for m in offloaded.model.modules() if isinstance(m, CodeLinear)]
     assert found.linears.n_weights == sum(layer.n_weights for layer in layers)
+    monkeypatch.setattr(fit_shape, "LEAST_WEIGHTS", 512)
+    assert shape_of(tmp_path / "src").n_linear == found.linears.n_weights
     assert found.linears.weights.keys() == offloaded.choice.linears.keys() - {"values"}
     aside = found.linears.n_bytes - sum(layer.n_bytes for layer in layers)
     assert 0 <= aside <= 1500 * len(layers)  # tables and patches at most

@@ -13,6 +13,7 @@ from torch import nn
 
 from moebound.checkpoint import top_k_of
 from moebound.errors import CheckpointError, UnsupportedArchitectureError
+from moebound.model.attention import latent_attention
 from moebound.model.code_linear import tied_weights
 from moebound.model.few_rows import LEAST_WEIGHTS
 from moebound.model.pretrained import Runs, Source, empty_model, read_config, what_runs
@@ -147,11 +148,12 @@ def _shape(name: str, config: Any) -> Shape:
 
 def _linear_weights(model: Any, experts: list[str]) -> int:
     """Of the layers that `moebound.load` can hold as codes."""
-    tied = tied_weights(model)
+    tied, read = tied_weights(model), [module.kv_b_proj for module in latent_attention(model)]
     return sum(
         module.weight.numel()
         for name, module in model.named_modules()
         if type(module) is nn.Linear
+        and module not in read
         and module.weight.numel() >= LEAST_WEIGHTS
         and f"{name}.weight" not in tied
         and not any(name.startswith(f"{of}.") for of in experts)
