@@ -109,20 +109,21 @@ void bind_product(nb::module_& m) {
     moebound::multiply(products.data(), products.size(), dtype, threads);
   }, "jobs"_a, "x"_a, "out"_a, "threads"_a);
 
-  // Plain weights of bfloat16, [rows · columns]: x: [n_tokens · columns], out: [n_tokens · rows], bias: [rows] or
-  // nothing; all patterns.
-  m.def("linear", [](Flat<uint16_t> weights, Flat<uint16_t> bias, Flat<uint16_t> x,
-                     nb::ndarray<uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, size_t columns,
+  // Plain weights of bfloat16, [rows · columns], patterns, as is bias: [rows] or nothing. x: [n_tokens · columns], out:
+  // [n_tokens · rows], both of one dtype.
+  m.def("linear", [](Flat<uint16_t> weights, Flat<uint16_t> bias, AnyArray x, WritableArray out, size_t columns,
                      unsigned threads) {
     if (columns == 0 || weights.size() == 0 || weights.size() % columns) throw nb::value_error("weights");
     const auto matrix = moebound::plain_matrix(weights.data(), weights.size() / columns, columns);
     if (bias.size() && bias.size() != matrix.rows) throw nb::value_error("bias");
-    if (x.size() % columns) throw nb::value_error("x");
-    const size_t n_tokens = x.size() / columns;
-    if (out.size() / matrix.rows != n_tokens || out.size() % matrix.rows) throw nb::value_error("out");
+    if (x.shape(0) % columns) throw nb::value_error("x");
+    const size_t n_tokens = x.shape(0) / columns;
+    if (out.shape(0) / matrix.rows != n_tokens || out.shape(0) % matrix.rows) throw nb::value_error("out");
+    const auto dtype = dtype_of(x);
+    if (dtype_of(out) != dtype) throw nb::value_error("out");
     if (!n_tokens) return;
     const moebound::Product product{&matrix, x.data(), n_tokens, out.data(), matrix.rows, bias.size() ? bias.data() : nullptr};
     const Away away;
-    moebound::multiply(&product, 1, moebound::DType::kBF16, threads);
+    moebound::multiply(&product, 1, dtype, threads);
   }, "weights"_a, "bias"_a, "x"_a, "out"_a, "columns"_a, "threads"_a);
 }

@@ -377,12 +377,16 @@ def test_plain_weights_are_summed_in_the_same_order(shape: tuple[int, int], isa:
     sums = reference(weights.astype(np.float32), x.astype(np.float32), none, nothing)
     for given, expected in ((bias, sums + bias.astype(np.float32)), (np.empty(0, bf16), sums)):
         for n, threads in ((9, 2), (1, 1), (3, 3)):
-            out = np.zeros((n, shape[0]), np.uint16)
-            with using(isa):
-                _native.linear(
-                    flat(weights), flat(given), flat(x[:n]), out.reshape(-1), shape[1], threads
-                )
-            assert out.tobytes() == expected[:n].astype(bf16).tobytes()
+            for dtype in (bf16, np.dtype(np.float32)):
+                rows = x[:n].astype(dtype).reshape(-1)
+                out = np.zeros(n * shape[0], dtype)
+                bits = np.uint16 if dtype == bf16 else dtype
+                with using(isa):
+                    _native.linear(
+                        flat(weights), flat(given), rows.view(bits), out.view(bits), shape[1],
+                        threads,
+                    )  # fmt: skip
+                assert out.tobytes() == expected[:n].astype(dtype).tobytes()
 
 
 def test_plain_weights_that_do_not_fit_are_refused() -> None:
@@ -394,3 +398,5 @@ def test_plain_weights_that_do_not_fit_are_refused() -> None:
     for name, bad in (("weights", 11), ("weights", 0), ("bias", 2), ("x", 7), ("out", 7)):
         with pytest.raises(ValueError, match=name):
             _native.linear(**given | {name: np.zeros(bad, np.uint16)})
+    with pytest.raises(ValueError, match="out"):
+        _native.linear(**given | {"out": np.zeros(6, np.float32)})

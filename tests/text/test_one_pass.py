@@ -15,6 +15,7 @@ import tiny_models
 from moebound import _native
 from moebound.errors import CacheError
 from moebound.model.joined import JoinedLinears
+from moebound.model.native_routers import NativeRouter
 from moebound.model.strands import Strand, Strands
 from moebound.offload.loading import load
 from moebound.offload.offloaded import Offloaded
@@ -107,6 +108,23 @@ def test_the_bits_of_a_pass_for_each(name: str, dtype: str, tmp_path: Path) -> N
         # in float32, torch rounds some of these small layers otherwise for several rows.
         taken = len(TEXTS[0]) - N_PROMPT - 1
         assert one.taken in ((taken,) if dtype == "bfloat16" else (0, taken))
+
+
+@pytest.mark.skipif(_native.isa() == "scalar", reason="no vector instructions")
+def test_routers_get_all_rows_at_once(mixtral: Offloaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    called, route = list[int](), NativeRouter.__call__
+
+    def counted(router: NativeRouter, x: torch.Tensor) -> Any:
+        called.append(x.numel() // x.shape[-1])
+        return route(router, x)
+
+    monkeypatch.setattr(NativeRouter, "__call__", counted)
+    with joining(mixtral.model, one=True) as one:
+        assert one is not None
+        read(mixtral.model)
+    n_routers = len(mixtral.model.model.layers)
+    assert called[-one.taken * n_routers :] == [len(TEXTS)] * (one.taken * n_routers)
+    assert one.taken > 0
 
 
 def test_stats_count_what_is_tried_out_once(mixtral: Offloaded) -> None:

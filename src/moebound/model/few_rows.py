@@ -80,13 +80,56 @@ def own_product(
     return layer.product(x)
 
 
-class NativeLinear:
+class NativeProduct:
+    """Products of a module's own weight, [out, in] in bfloat16, and its bias where it has one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module: Any = module
+        self._weights: tuple[int, Array] | None = None
+
+    @property
+    def applies(self) -> bool:
+        """Whether few rows are computed here: not once the model was cast or moved."""
+        weight, bias = self._module.weight, getattr(self._module, "bias", None)
+        return (
+            weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and (bias is None or bias.dtype == torch.bfloat16)
+        )
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in], bfloat16 or float32. Returns [..., out] in x's dtype."""
+        rows, columns = self._module.weight.shape
+        out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+        bias = getattr(self._module, "bias", None)
+        _native.linear(
+            self._flat_weights(), _NO_BIAS if bias is None else flat(bias.detach()),
+            flat(x.detach()), flat(out), columns, threads_for(x.numel() * rows),
+        )  # fmt: skip
+        return out
+
+    def decoded(self) -> torch.Tensor:
+        found: torch.Tensor = self._module.weight
+        return found
+
+    def _flat_weights(self) -> Array:
+        """Made once, and again when the layer has other memory. What is kept holds that memory, so
+        that no other can have its address."""
+        weight = self._module.weight
+        place = weight.data_ptr()
+        if self._weights is None or self._weights[0] != place:
+            self._weights = place, flat(weight.detach())
+        return self._weights[1]
+
+
+class NativeLinear(NativeProduct):
     """The `forward` of a linear layer: up to ROWS rows of bfloat16 by the native product, all else
     by what it was before."""
 
     def __init__(self, module: nn.Linear) -> None:
-        self._module, self._before = module, module.forward
-        self._weights: tuple[int, Array] | None = None
+        super().__init__(module)
+        self._before = module.forward
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         module = self._module
@@ -99,40 +142,6 @@ class NativeLinear:
         ):
             return self._before(x)
         return own_product(self, x, module.weight, module.bias)
-
-    @property
-    def applies(self) -> bool:
-        """Whether few rows are computed here: not once the model was cast or moved."""
-        weight, bias = self._module.weight, self._module.bias
-        return (
-            weight.dtype == torch.bfloat16
-            and weight.device.type == "cpu"
-            and weight.is_contiguous()
-            and (bias is None or bias.dtype == torch.bfloat16)
-        )
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        module = self._module
-        rows = module.out_features
-        out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
-        bias = _NO_BIAS if module.bias is None else flat(module.bias.detach())
-        _native.linear(
-            self._flat_weights(), bias, flat(x.detach()), flat(out), module.in_features,
-            threads_for(x.numel() * rows),
-        )  # fmt: skip
-        return out
-
-    def decoded(self) -> torch.Tensor:
-        return self._module.weight
-
-    def _flat_weights(self) -> Array:
-        """Made once, and again when the layer has other memory. What is kept holds that memory, so
-        that no other can have its address."""
-        weight = self._module.weight
-        place = weight.data_ptr()
-        if self._weights is None or self._weights[0] != place:
-            self._weights = place, flat(weight.detach())
-        return self._weights[1]
 
 
 def watched() -> bool:
@@ -175,7 +184,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         return (
-            grad @ (ctx.layer.decoded().to(grad) if weight is None else weight)
+            grad @ (ctx.layer.decoded() if weight is None else weight).to(grad)
             if needs_x
             else None,
             rows.mT @ x.reshape(-1, x.shape[-1]) if needs_weight else None,

@@ -22,6 +22,7 @@ from moebound.model.attention import fuse_attention
 from moebound.model.dtypes import check_device, parse_dtype
 from moebound.model.few_rows import multiply_few_rows
 from moebound.model.live import LiveExperts, live_experts
+from moebound.model.native_routers import route_few_rows
 from moebound.model.pretrained import load_tokenizer
 from moebound.model.routers import find_routers
 from moebound.model.skip_policies import Policy, get_policy
@@ -151,6 +152,7 @@ def load(
     )
     held = fill_linears(model, entries, plan, threads=cores)
     multiply_few_rows(model)
+    route_few_rows(model)
     fuse_attention(model)
     register_on_demand()
     model.set_experts_implementation(NAME)

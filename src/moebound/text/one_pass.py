@@ -6,7 +6,8 @@ shared of weights. Here the tokens of all texts are the rows of one pass, [1, n,
 module gets all of them, with a cache that puts each row's keys and values into that text's own
 (`_Caches`), and the attention function finds those of all texts (`model/attention.py`). Linear
 layers and experts get rows as strands would bring them (`model/joined.py`, `offload/joint.py`);
-routers and small linear layers get one row after the other. Everything else in a decoder works on
+routers get ROWS at a time, or, as small linear layers do, one after the other
+(`model/native_routers.py`). Everything else in a decoder works on
 each row by itself: norms, activations, residual sums.
 
 **It changes no bit, or it is not used.** The first pass of each number of texts is computed both
@@ -33,7 +34,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moebound.errors import MoeboundError
 from moebound.model.attention import NAME, OfTexts
-from moebound.model.joined import Forwards
+from moebound.model.joined import ROWS, Forwards
+from moebound.model.native_routers import NativeRouter
 from moebound.model.strands import Rows, Strand, Strands, current, passing, rows
 from moebound.text.growing_cache import GrowingLayer, shorten
 
@@ -106,7 +108,8 @@ class OnePass(Forwards):
             self.put(mixer, partial(self._mix, mixer.forward))
         for module in model.modules():
             if (id(module) not in inside or type(module) is nn.Linear) and _by_rows(module):
-                self.put(module, partial(_row_by_row, module.forward))
+                step = ROWS if isinstance(module.forward, NativeRouter) else 1
+                self.put(module, partial(_some_rows, module.forward, step))
         self._whole = model.forward
         self.put(model, self._forward)
 
@@ -290,12 +293,15 @@ def _row(value: Any, i: int, n: int) -> Any:
     return value
 
 
-def _row_by_row(before: Callable[..., Any], x: torch.Tensor, *args: Any, **given: Any) -> Any:
-    """x: [..., n, H]."""
+def _some_rows(
+    before: Callable[..., Any], step: int, x: torch.Tensor, *args: Any, **given: Any
+) -> Any:
+    """So many rows at a time. x: [..., n, H]."""
     some = rows()
-    if some is None or x.shape[-2] != len(some.owners) or x.numel() == x.shape[-1]:
+    n = x.shape[-2]
+    if some is None or n != len(some.owners) or x.numel() <= step * x.shape[-1]:
         return before(x, *args, **given)
-    found = [before(x[..., i : i + 1, :], *args, **given) for i in range(x.shape[-2])]
+    found = [before(x[..., i : i + step, :], *args, **given) for i in range(0, n, step)]
     if not isinstance(found[0], tuple):
         return torch.cat(found, dim=-2)
     return tuple(torch.cat(parts, dim=-2) for parts in zip(*found, strict=True))
