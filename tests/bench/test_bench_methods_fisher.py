@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from moebound.bench.methods.place import Place
 from moebound.bench.methods.plots import KINDS, kind_of
 from moebound.bench.methods.sizing import sizing_of
 from moebound.calibrate import Settings, collect, of_task
-from moebound.checkpoint import open_checkpoint
+from moebound.checkpoint import Expert, open_checkpoint
 from moebound.cli.main import main
 from moebound.errors import MethodError, MoeboundError, SizeError
 from moebound.evaluate.loading import load
 from moebound.files.formats.statistics import Statistics
 from moebound.plan import Plan
+from moebound.store import sizes
 from moebound.tasks import get_task
+from moebound.types import ExpertKey
 from moebound.wordmath.builtin import MODELS
 from untrained import untrained
 
@@ -81,11 +84,23 @@ def test_a_kept_run_goes_on_with_the_plan_as_one_more(
 
 @pytest.mark.slow
 def test_a_candidate_is_the_plan_of_the_command(
-    source: str, both: tuple[Statistics, Statistics], tmp_path: Path
+    source: str,
+    both: tuple[Statistics, Statistics],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, fisher = both
+    rounded, times = sizes._rounded, Counter[tuple[ExpertKey, float]]()
+
+    def counted(checkpoint: Any, expert: Expert, *given: Any) -> sizes.Rounded:
+        times[expert.key, given[-1]] += 1
+        return rounded(checkpoint, expert, *given)
+
+    monkeypatch.setattr(sizes, "_rounded", counted)
     search = sizing_of("plan:fisher", Place(open_checkpoint(source), None, fisher)).search(3.0)
     first, second = search(3.0), search(3.2)
+    assert set(times.values()) == {1}  # each expert once at a rate, for all sizes
+    monkeypatch.undo()
     assert first.calibration == fisher.folder
     out = tmp_path / "plan.json"
     told = ["--calibration", str(fisher.folder), "--bpw", "3", "--no-measure", "-o", str(out)]

@@ -18,7 +18,7 @@ from moebound.plan import Budget, Evidence, Plan, make_plan
 from moebound.plan.fisher import Widest
 from moebound.store.encoded import Encoded, Memo
 from moebound.store.recipe import Recipe
-from moebound.store.sizes import each_expert, measure_calibrated
+from moebound.store.sizes import Known, each_expert, measure_calibrated
 from moebound.store.summary import ProgressCallback
 from moebound.types import ErrorBound, ExpertKey
 
@@ -81,12 +81,14 @@ def fisher_plan(
     *,
     method: str = "calibrated",
     widest: Widest | None = None,
+    known: Known | None = None,
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> Plan:
     """The plan of scheme `fisher` within a budget of bytes: the one of `moebound plan --no-measure`
     by these statistics. All experts are encoded at a dozen rates, and as plans have them. widest:
-    of `fisher_bounds`, for who plans several times; None to find it out.
+    of `fisher_bounds`, and known: as of `measure_calibrated`, for who plans several times; None to
+    find it out.
 
     Raises PlanError for a budget that cannot be met, and as `fisher_bounds` does.
     """
@@ -97,7 +99,7 @@ def fisher_plan(
     most = budget.n_bytes(n_weights=weights, source_bytes=checkpoint.expert_bytes)
     sizes = measure_calibrated(
         checkpoint, calibration, method=setting,
-        bits_per_weight=None if most is None else 8 * most / weights,
+        bits_per_weight=None if most is None else 8 * most / weights, known=known,
         jobs=jobs, progress=progress,
     )  # fmt: skip
     return make_plan(

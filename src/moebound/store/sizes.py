@@ -21,7 +21,7 @@ from moebound.plan import RATES, ExpertSizes, effective_rank
 from moebound.plan.items import Floats, Ints
 from moebound.store.recipe import Recipe
 from moebound.store.summary import Meter, ProgressCallback
-from moebound.types import Array, ErrorBound, TensorStats
+from moebound.types import Array, ErrorBound, ExpertKey, TensorStats
 
 Found = TypeVar("Found")
 
@@ -77,6 +77,7 @@ def measure_calibrated(
     method: str = "calibrated",
     bits_per_weight: float | None = None,
     plain_rates: Sequence[float] = (),
+    known: Known | None = None,
     jobs: int | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[ExpertSizes]:
@@ -87,17 +88,28 @@ def measure_calibrated(
     the two rates between, a third of an octave apart, sizes lie on a line over the logarithm of the
     rate, and errors on a power of the rate. bits_per_weight: only rates that lie around it; None
     for all there are. plain_rates: of a sensitivity map, at which codec `bound` is measured too
-    (`ExpertSizes.plain`). Raises MoeboundError for statistics of another model.
+    (`ExpertSizes.plain`). known: what earlier calls have measured of the same model, statistics and
+    method, which is taken, and added to. Raises MoeboundError for statistics of another model.
     """
     calibration.check_model(experts_name(checkpoint), checkpoint.name)
+    known = {} if known is None else known
+
+    def rounded(expert: Expert, octave: int) -> Rounded:
+        if (expert.key, octave) not in known:
+            known[expert.key, octave] = _rounded(
+                checkpoint, expert, calibration, method, 2.0**octave
+            )
+        return known[expert.key, octave]
+
     octaves = list(range(NARROWEST, WIDEST + 1))
     if bits_per_weight is not None:
-        octaves = _around(checkpoint, calibration, method, bits_per_weight)
+        around = _AROUND_FISHER if calibration.of.fisher else _AROUND
+        octaves = _around(checkpoint, rounded, bits_per_weight, around)
     at = np.array(octaves, np.float64)
     between = at[0] + np.arange(3 * (len(octaves) - 1) + 1) / 3
 
     def measure(expert: Expert) -> ExpertSizes:
-        found = [_rounded(checkpoint, expert, calibration, method, 2.0**o) for o in octaves]
+        found = [rounded(expert, octave) for octave in octaves]
         n_tokens, tiny = max(1, calibration.of.n_tokens), np.finfo(np.float64).tiny
         sizes, errors = dict[str, Ints](), dict[str, Floats]()
         for matrix in expert.matrices:
@@ -127,7 +139,7 @@ def measure_calibrated(
 
 
 @dataclass(frozen=True)
-class _Rounded:
+class Rounded:
     """One expert at one rate. n_bytes, errors: by role."""
 
     n_bytes: Mapping[Role, int]
@@ -135,9 +147,13 @@ class _Rounded:
     mean_abs: float
 
 
+Known = dict[tuple[ExpertKey, int], Rounded]
+"""By expert, and the logarithm of the rate to the base of 2."""
+
+
 def _rounded(
     checkpoint: Checkpoint, expert: Expert, calibration: Statistics, method: str, rate: float
-) -> _Rounded:
+) -> Rounded:
     bound = ErrorBound(rate, "rate", "expert")
     made = get_method(method)
     recipe = Recipe.of(bound, method, calibration)
@@ -163,7 +179,7 @@ def _rounded(
     inputs, hidden = (calibration.moments(expert.key, side) for side in ("inputs", "hidden"))
     lost = residual_errors(some, decoded, inputs, hidden, view.transposed)
     sizes = {role: len(matrix.data) for role, matrix in artifact.experts[expert.key].items()}
-    return _Rounded(
+    return Rounded(
         {role: round(n * grown[role]) for role, n in sizes.items()},
         # Errors of gate and up are shares of what down makes of the hidden units.
         {role: error * grown["down"] for role, error in lost.items()},
@@ -172,7 +188,10 @@ def _rounded(
 
 
 def _around(
-    checkpoint: Checkpoint, calibration: Statistics, method: str, bits_per_weight: float
+    checkpoint: Checkpoint,
+    rounded: Callable[[Expert, int], Rounded],
+    bits_per_weight: float,
+    around: int,
 ) -> list[int]:
     """Octaves about the one at which a sample of experts has the size."""
     experts = checkpoint.experts()
@@ -180,16 +199,13 @@ def _around(
     n_weights: int = sum(experts[at].size for at in chosen)
 
     def bits(octave: int) -> float:
-        rounded = [
-            _rounded(checkpoint, experts[at], calibration, method, 2.0**octave) for at in chosen
-        ]
-        return 8 * sum(sum(one.n_bytes.values()) for one in rounded) / n_weights
+        sizes = [sum(rounded(experts[at], octave).n_bytes.values()) for at in chosen]
+        return 8 * sum(sizes) / n_weights
 
     low, high = NARROWEST, WIDEST
     while low < high:  # the narrowest that is small enough
         middle = (low + high) // 2
         low, high = (low, middle) if bits(middle) <= bits_per_weight else (middle + 1, high)
-    around = _AROUND_FISHER if calibration.of.fisher else _AROUND
     return list(range(max(NARROWEST, low - 1 - around), min(WIDEST, low + around) + 1))
 
 

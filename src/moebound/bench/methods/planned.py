@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ from moebound.files.formats.statistics import Statistics
 from moebound.plan import Budget, Plan
 from moebound.plan.fisher import Widest
 from moebound.store import fisher_bounds, fisher_plan
+from moebound.store.sizes import Known
 
 PLAN = "plan:"
 """What a file of `moebound plan`, or a folder of them, stands behind."""
@@ -55,6 +56,7 @@ class ByFisher(Sizing):
 
     place: Place
     statistics: Statistics
+    _known: Known = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, place: Place) -> ByFisher:
@@ -98,7 +100,8 @@ class ByFisher(Sizing):
     def _plan(self, bits: float) -> Plan:
         try:
             return fisher_plan(
-                self.place.checkpoint, self.statistics, Budget(bpw=bits), widest=self._widest
-            )
+                self.place.checkpoint, self.statistics, Budget(bpw=bits), widest=self._widest,
+                known=self._known,
+            )  # fmt: skip
         except PlanError as error:
             raise SizeError(str(error), None) from error
