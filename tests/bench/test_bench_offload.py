@@ -264,7 +264,7 @@ def test_traces_that_do_not_fit() -> None:
 @pytest.mark.slow
 def test_a_model_reads_real_prompts_with_its_own_routing(tmp_path: Path) -> None:
     settings = OffloadSettings(
-        model="builtin:wordmath",
+        model="builtin:wordmath-mixtral",
         routing=("own",),
         budgets=(0.5,),
         tiers=("disk",),
@@ -278,7 +278,7 @@ def test_a_model_reads_real_prompts_with_its_own_routing(tmp_path: Path) -> None
     assert raw["logits_sum"] == pytest.approx(stock["logits_sum"], rel=0.05, abs=1.0)
     assert report.policies == []
     assert "shapes" not in report.settings
-    tokenizer = AutoTokenizer.from_pretrained(resolve("builtin:wordmath"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve("builtin:wordmath-mixtral"))
     (problem,) = get_task("wordmath").problems(1)
     said = str(tokenizer.decode(np.load(tmp_path / "ids.npy"), skip_special_tokens=True))
     assert "".join(problem.prompt.split())[:40] in "".join(said.split())
