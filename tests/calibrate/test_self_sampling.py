@@ -163,6 +163,10 @@ def test_an_interrupted_run_goes_on(
     with pytest.raises(KeyboardInterrupt):
         self_sample(mixtral, SMALL, tmp_path / "s")
     assert len(read_text(tmp_path / "s" / KEPT)[0].rows) == 2
+    assert of_file(mixtral, tmp_path / "s" / KEPT, 2).rows == wanted.rows[:2]
+    for limit in (None, 3):
+        with pytest.raises(MoeboundError, match=r"2 of 5 sequences, so its .* take --limit 2"):
+            of_file(mixtral, tmp_path / "s" / KEPT, limit)
     assert self_sample(mixtral, SMALL, tmp_path / "s") == wanted
     assert len(calls) == 4  # two of three were left
     assert self_sample(mixtral, SMALL, tmp_path / "s") == wanted

@@ -104,14 +104,22 @@ def of_file(
     fills no window is not read. Of a text that was kept (`save_text`), its sequences as they are.
 
     window: tokens of each. Raises TaskError for a file that cannot be read as text or fills none,
-    FormatError and CheckpointError for a text that was kept and is damaged, or another model's.
+    FormatError and CheckpointError for a text that was kept and is damaged, or another model's,
+    MoeboundError for one that is not whole yet.
     """
     if is_kept(path):
         if window is not None:
             raise MoeboundError(
                 f"--window {window}: {path} has sequences of its own, which are not cut anew"
             )
-        text, _ = read_text(path)
+        text, content = read_text(path)
+        n, sampling = len(text.rows), content.get("sampling")
+        in_all = sampling.get("n_sequences") if isinstance(sampling, Mapping) else None
+        if isinstance(in_all, int) and n < in_all and (limit is None or limit > n):
+            raise MoeboundError(
+                f"{path}: {n} of {in_all} sequences, so its sampling was interrupted: call "
+                f"`moebound calibrate --self-sample` again, which goes on, or take --limit {n}"
+            )
         check_tokens((token for row in text.rows for token in row), loaded.model, str(path))
         return Text(text.name, text.rows[:limit])
     positions = n_positions(loaded.model)
