@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from moebound.codec.codes import GatedExpert, Product, gated_experts, products
 from moebound.model.few_rows import ROWS, flat, many, threads_for
@@ -87,8 +87,11 @@ def _gated_by_silu(module: Any) -> bool:
     if type(module)._apply_gate is not gate or "_apply_gate" in vars(module):
         return False
     activation = module.act_fn
-    hooks = activation._forward_hooks or activation._forward_pre_hooks
-    return type(activation) in activations and not hooks
+    if activation is silu:
+        return True
+    if type(activation) not in activations:
+        return False
+    return not (activation._forward_hooks or activation._forward_pre_hooks)
 
 
 @cache
