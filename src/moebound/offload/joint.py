@@ -105,7 +105,8 @@ class JointExperts(LayerExperts):
                 of = [table for table in of if table not in joined]
             for table in of:
                 if len(table) > 1:
-                    self._compute(module, table, {expert: slot}, threads)
+                    rows = table.rows(expert)
+                    table.put(expert, expert_output(module, expert, slot, rows, self.dtype))
             of = [table for table in of if len(table) == 1]
             if of and self._least(module, expert, slot, of[0]) == 1:
                 for start in range(0, len(of), ROWS):
