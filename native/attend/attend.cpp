@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "attend/exp.h"
 #include "base/cpu.h"
+#include "base/exp.h"
 #include "base/parallel.h"
 #include "bound/steps.h"
 

@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "attend/attend.h"
-#include "attend/exp.h"
+#include "base/exp.h"
 
 namespace moebound {
 namespace {

@@ -55,6 +55,9 @@ class Codes {
 // One of several products: matrix, first value of x, tokens, first value of out, values between tokens.
 using Job = std::tuple<const Codes*, size_t, size_t, size_t, size_t>;
 
+// One of several gated experts: gate, up or None, down, first value of x, tokens, first value of out.
+using GatedJob = std::tuple<const Codes*, const Codes*, const Codes*, size_t, size_t, size_t>;
+
 bool fits(size_t size, size_t first, size_t n_tokens, size_t row, size_t stride) {
   return first <= size && size - first >= row && stride >= row && (size - first - row) / stride >= n_tokens - 1;
 }
@@ -98,6 +101,7 @@ void bind_product(nb::module_& m) {
     std::vector<moebound::Product> products;
     products.reserve(jobs.size());
     for (const auto& [codes, x_first, n_tokens, out_first, stride] : jobs) {
+      if (!codes) throw nb::type_error("expected a matrix");
       const auto& matrix = codes->matrix();
       if (n_tokens == 0) continue;
       if (!fits(x.shape(0), x_first, n_tokens, matrix.columns, matrix.columns)) throw nb::value_error("x");
@@ -107,6 +111,30 @@ void bind_product(nb::module_& m) {
     }
     const Away away;
     moebound::multiply(products.data(), products.size(), dtype, threads);
+  }, "jobs"_a, "x"_a, "out"_a, "threads"_a);
+
+  // jobs: (gate, up, down, x_first, n_tokens, out_first), as GatedExpert; x: [n_tokens · gate's columns] from x_first on;
+  // out: [n_tokens · down's rows] from out_first on. No two may write to one place.
+  m.def("gated_experts", [](const std::vector<GatedJob>& jobs, AnyArray x, WritableArray out, unsigned threads) {
+    const auto dtype = dtype_of(x);
+    if (dtype_of(out) != dtype) throw nb::value_error("out");
+    const size_t size = moebound::item_size(dtype);
+    std::vector<moebound::GatedExpert> experts;
+    experts.reserve(jobs.size());
+    for (const auto& [of_gate, of_up, of_down, x_first, n_tokens, out_first] : jobs) {
+      if (!of_gate || !of_down) throw nb::type_error("gate and down: expected matrices");
+      const auto &gate = of_gate->matrix(), &down = of_down->matrix();
+      const auto* const up = of_up ? &of_up->matrix() : nullptr;
+      if (up && (up->rows != gate.rows || up->columns != gate.columns)) throw nb::value_error("up");
+      if (up ? gate.rows != down.columns : gate.rows % 2 || gate.rows / 2 != down.columns) throw nb::value_error("down");
+      if (n_tokens == 0) continue;
+      if (!fits(x.shape(0), x_first, n_tokens, gate.columns, gate.columns)) throw nb::value_error("x");
+      if (!fits(out.shape(0), out_first, n_tokens, down.rows, down.rows)) throw nb::value_error("out");
+      experts.push_back({&gate, up, &down, static_cast<const uint8_t*>(x.data()) + x_first * size, n_tokens,
+                         static_cast<uint8_t*>(out.data()) + out_first * size});
+    }
+    const Away away;
+    moebound::compute_gated(experts.data(), experts.size(), dtype, threads);
   }, "jobs"_a, "x"_a, "out"_a, "threads"_a);
 
   // Plain weights of bfloat16, [rows · columns], patterns, as is bias: [rows] or nothing. x: [n_tokens · columns], out:

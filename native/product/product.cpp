@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <memory>
 
 #include "base/bytes.h"
 #include "base/cpu.h"
@@ -14,20 +15,22 @@ namespace {
 
 // Rows that one thread takes at a time.
 constexpr size_t kRowsAtOnce = 64;
+// So many values of a gate take as long as waking a thread does.
+constexpr size_t kValuesWorthThreads = 1 << 15;
 
-ProductRows rows_function() {
+const ProductPath& path() {
 #ifdef MOEBOUND_X86
   switch (isa()) {
     case Isa::kAvx512Search:
-    case Isa::kAvx512: return product_rows_avx512;
-    case Isa::kAvx2: return __builtin_cpu_supports("fma") ? product_rows_avx2 : product_rows_scalar;
+    case Isa::kAvx512: return product_avx512;
+    case Isa::kAvx2: return __builtin_cpu_supports("fma") ? product_avx2 : product_scalar;
     default: break;
   }
 #endif
 #ifdef MOEBOUND_NEON
-  if (isa() == Isa::kNeon) return product_rows_neon;
+  if (isa() == Isa::kNeon) return product_neon;
 #endif
-  return product_rows_scalar;
+  return product_scalar;
 }
 
 // n numbers, filled up with 0 to whole groups, of each group first the even places.
@@ -97,10 +100,10 @@ struct Work {
     }
   }
 
-  void block(const Product& product, DType dtype, ProductRows rows, size_t i) const {
+  void block(const Product& product, DType dtype, const ProductPath& path, size_t i) const {
     const CodeMatrix& matrix = *setup.matrix;
     const size_t begin = i * kRowsAtOnce, end = std::min(begin + kRowsAtOnce, matrix.rows);
-    rows(setup, begin, end);
+    path.rows(setup, begin, end);
     add_patches(matrix, setup.x, padded, begin, end, product.n_tokens, setup.y);
     if (product.bias) add_bias(product, begin, end);
     with_dtype(dtype, [&](auto t) {
@@ -185,13 +188,52 @@ void multiply(const Product* products, size_t n, DType dtype, unsigned threads) 
     work[p].first_block = n_blocks;
     n_blocks += (products[p].matrix->rows + kRowsAtOnce - 1) / kRowsAtOnce;
   }
-  const ProductRows rows = rows_function();
+  const ProductPath& with = path();
   for_each_index(n_blocks, threads, [&](size_t i) {
     const auto behind = std::upper_bound(work.begin(), work.end(), i,
                                          [](size_t at, const Work& some) { return at < some.first_block; });
     const size_t p = size_t(behind - work.begin()) - 1;
-    work[p].block(products[p], dtype, rows, i - work[p].first_block);
+    work[p].block(products[p], dtype, with, i - work[p].first_block);
   });
+}
+
+void compute_gated(const GatedExpert* experts, size_t n, DType dtype, unsigned threads) {
+  struct Row {
+    const uint8_t* inner;  // gate and up, `width` values each
+    uint8_t* active;
+    size_t width;
+  };
+  const size_t size = item_size(dtype);
+  size_t n_active = 0, n_rows = 0;
+  for (size_t e = 0; e < n; ++e) {
+    n_active += experts[e].n_tokens * experts[e].down->columns;
+    n_rows += experts[e].n_tokens;
+  }
+  const auto inner = std::make_unique_for_overwrite<uint8_t[]>(2 * n_active * size);
+  const auto active = std::make_unique_for_overwrite<uint8_t[]>(n_active * size);
+  std::vector<Product> into, out_of;
+  std::vector<Row> rows;
+  rows.reserve(n_rows);
+  size_t at = 0;
+  for (size_t e = 0; e < n; ++e) {
+    const GatedExpert& one = experts[e];
+    const size_t width = one.down->columns;
+    uint8_t *const gate = inner.get() + 2 * at * size, *const hidden = active.get() + at * size;
+    into.push_back({one.gate, one.x, one.n_tokens, gate, 2 * width});
+    if (one.up) into.push_back({one.up, one.x, one.n_tokens, gate + width * size, 2 * width});
+    out_of.push_back({one.down, hidden, one.n_tokens, one.y, one.down->rows});
+    for (size_t t = 0; t < one.n_tokens; ++t) {
+      rows.push_back({gate + 2 * t * width * size, hidden + t * width * size, width});
+    }
+    at += one.n_tokens * width;
+  }
+  multiply(into.data(), into.size(), dtype, threads);
+  const ProductPath& with = path();
+  for_each_index(rows.size(), n_active < kValuesWorthThreads ? 1 : threads, [&](size_t i) {
+    const Row& row = rows[i];
+    with.gate(dtype, row.inner, row.inner + row.width * size, row.width, row.active);
+  });
+  multiply(out_of.data(), out_of.size(), dtype, threads);
 }
 
 void weights_of_codes(const CodeMatrix& matrix, size_t first_row, size_t last_row, void* out, unsigned threads) {

@@ -62,6 +62,19 @@ struct Product {
 // All of them at once: threads share the rows of all, so that many small ones keep them busy.
 void multiply(const Product* products, size_t n, DType dtype, unsigned threads);
 
+// An expert with a gate: y[t] = down (silu(gate x[t]) · up x[t]). Each product, silu and what it is multiplied to are
+// rounded to the dtype, as torch does it operation by operation. gate: with the rows of up behind its own where up is
+// nullptr. x: [n_tokens][gate's columns], y: [n_tokens][down's rows].
+struct GatedExpert {
+  const CodeMatrix *gate, *up, *down;
+  const void* x;
+  size_t n_tokens;
+  void* y;
+};
+
+// All of them at once. A row of y depends on its row of x and on its expert alone.
+void compute_gated(const GatedExpert* experts, size_t n, DType dtype, unsigned threads);
+
 // The weights themselves, of rows [begin, end): patterns of matrix.dtype, [end - begin][columns].
 void weights_of_codes(const CodeMatrix& matrix, size_t begin, size_t end, void* out, unsigned threads);
 
@@ -79,12 +92,13 @@ struct ProductSetup {
   float* y;                    // [n_tokens][rows]
 };
 
-// Rows [begin, end) of all tokens, without patches.
-using ProductRows = void (*)(const ProductSetup&, size_t begin, size_t end);
-
-void product_rows_scalar(const ProductSetup&, size_t, size_t);
-void product_rows_avx2(const ProductSetup&, size_t, size_t);
-void product_rows_avx512(const ProductSetup&, size_t, size_t);
-void product_rows_neon(const ProductSetup&, size_t, size_t);
+// What an instruction set brings.
+struct ProductPath {
+  // Rows [begin, end) of all tokens, without patches.
+  void (*rows)(const ProductSetup&, size_t begin, size_t end);
+  // silu(gate) times up of n values, patterns: gate.h. `out` may be neither.
+  void (*gate)(DType, const void* gate, const void* up, size_t n, void* out);
+};
+extern const ProductPath product_scalar, product_avx2, product_avx512, product_neon;
 
 }  // namespace moebound

@@ -1,5 +1,6 @@
 // Sixteen lanes in two vectors of eight. Compiled for AVX2 and FMA; called only where the CPU has them.
 #include "base/lanes_avx2.h"
+#include "product/gate.h"
 #include "product/rows.h"
 
 namespace moebound {
@@ -208,9 +209,7 @@ struct FromPlain {
   }
 };
 
-}  // namespace
-
-void product_rows_avx2(const ProductSetup& setup, size_t begin, size_t end) {
+void rows_of_products(const ProductSetup& setup, size_t begin, size_t end) {
   const CodeMatrix& matrix = *setup.matrix;
   if (matrix.plain()) {
     all_rows<Avx2>(setup, FromPlain(), begin, end);
@@ -233,5 +232,9 @@ void product_rows_avx2(const ProductSetup& setup, size_t begin, size_t end) {
     all_rows<Avx2>(setup, FromShuffles<8>(setup), begin, end);
   }
 }
+
+}  // namespace
+
+const ProductPath product_avx2{rows_of_products, gate_of};
 
 }  // namespace moebound

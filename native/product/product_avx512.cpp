@@ -1,6 +1,7 @@
 // Sixteen lanes in one vector. Compiled for AVX-512 F, BW, VL, DQ; called only where the CPU has them.
 #include "base/lanes_avx512.h"
 #include "base/words_avx512.h"
+#include "product/gate.h"
 #include "product/rows.h"
 
 namespace moebound {
@@ -141,9 +142,7 @@ struct FromPlain {
   }
 };
 
-}  // namespace
-
-void product_rows_avx512(const ProductSetup& setup, size_t begin, size_t end) {
+void rows_of_products(const ProductSetup& setup, size_t begin, size_t end) {
   const CodeMatrix& matrix = *setup.matrix;
   if (matrix.plain()) {
     all_rows<Avx512>(setup, FromPlain(), begin, end);
@@ -162,5 +161,9 @@ void product_rows_avx512(const ProductSetup& setup, size_t begin, size_t end) {
     all_rows<Avx512>(setup, FromWords<256>(setup), begin, end);
   }
 }
+
+}  // namespace
+
+const ProductPath product_avx512{rows_of_products, gate_of};
 
 }  // namespace moebound

@@ -1,6 +1,7 @@
 // Sixteen lanes in four vectors of four. For AArch64, where every CPU has NEON and fused multiply-add.
 #include "base/bytes_neon.h"
 #include "base/lanes_neon.h"
+#include "product/gate.h"
 #include "product/rows.h"
 
 namespace moebound {
@@ -141,9 +142,7 @@ struct FromPlain {
   }
 };
 
-}  // namespace
-
-void product_rows_neon(const ProductSetup& setup, size_t begin, size_t end) {
+void rows_of_products(const ProductSetup& setup, size_t begin, size_t end) {
   const CodeMatrix& matrix = *setup.matrix;
   const bool bf16 = matrix.dtype == DType::kBF16;
   if (matrix.plain()) {
@@ -162,5 +161,9 @@ void product_rows_neon(const ProductSetup& setup, size_t begin, size_t end) {
     all_rows<Neon>(setup, FromShuffles<2, OfBytes>(setup), begin, end);
   }
 }
+
+}  // namespace
+
+const ProductPath product_neon{rows_of_products, gate_of};
 
 }  // namespace moebound

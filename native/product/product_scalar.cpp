@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "bound/steps.h"
+#include "product/gate.h"
 #include "product/product.h"
 
 namespace moebound {
@@ -45,10 +46,12 @@ void rows_of(const ProductSetup& setup, size_t begin, size_t end) {
   }
 }
 
-}  // namespace
-
-void product_rows_scalar(const ProductSetup& setup, size_t begin, size_t end) {
+void rows_of_products(const ProductSetup& setup, size_t begin, size_t end) {
   with_dtype(setup.matrix->dtype, [&](auto t) { rows_of<decltype(t)>(setup, begin, end); });
 }
+
+}  // namespace
+
+const ProductPath product_scalar{rows_of_products, gate_of};
 
 }  // namespace moebound

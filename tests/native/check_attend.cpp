@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "attend/attend.h"
-#include "attend/exp.h"
 #include "base/cpu.h"
+#include "base/exp.h"
 #include "base/xxh64.h"
 #include "bound/steps.h"
 

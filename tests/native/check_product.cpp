@@ -3,8 +3,8 @@
 //   check_product CASES SEED
 //
 // CASES random matrices: tables and steps, of every dtype, rows of any length, patches, one token or
-// several. Then as many of plain bfloat16, as many whose steps of columns have factors, and as many of codes of four
-// bits. Prints the hashes of all results, which are the same on every machine: what is drawn has no function of the C
+// several. Then as many of plain bfloat16, as many whose steps of columns have factors, as many of codes of four
+// bits, and as many pairs of experts with a gate, together and row by row. Prints the hashes of all results, which are the same on every machine: what is drawn has no function of the C
 // library in it. Exit code 1 and a line on stderr at the first difference.
 #include <algorithm>
 #include <bit>
@@ -41,9 +41,14 @@ struct Drawn {
   std::vector<uint32_t> patched;
 
   void draw(bool with_factors = false, uint32_t bits = 8) {
+    const size_t rows = 1 + below(70);
+    draw(with_factors, bits, rows, 1 + below(below(3) ? 200 : 700));
+  }
+
+  void draw(bool with_factors, uint32_t bits, size_t rows, size_t columns) {
     matrix.bits = bits;
-    matrix.rows = 1 + below(70);
-    matrix.columns = 1 + below(below(3) ? 200 : 700);
+    matrix.rows = rows;
+    matrix.columns = columns;
     matrix.dtype = DType(below(3));
     matrix.n_codes = 1 + below(bits == 4 ? 16 : below(2) ? 40 : 256);
     matrix.zero = uint8_t(below(matrix.n_codes));
@@ -123,7 +128,56 @@ int main(int argc, char** argv) {
     }
     return xxh64(expected.data(), expected.size(), hash);
   };
-  uint64_t of_codes = 0, of_plain = 0, of_factors = 0, of_packed = 0;
+  // Two experts with the same rows of x, the second from its second row on.
+  const auto check_gated = [&](size_t c, uint64_t hash) {
+    const DType dtype = DType(below(3));
+    const size_t size = item_size(dtype), columns = 1 + below(200), out_rows = 1 + below(70), n_tokens = 1 + below(6);
+    Drawn drawn[2][3];
+    GatedExpert experts[2];
+    std::vector<uint8_t> x(n_tokens * columns * size), y;
+    with_dtype(dtype, [&](auto t) {
+      using T = decltype(t);
+      for (size_t i = 0; i < n_tokens * columns; ++i) {
+        const typename T::Bits bits = pattern_of<T>(number() * 4096);
+        std::copy_n(reinterpret_cast<const uint8_t*>(&bits), sizeof bits, x.data() + i * sizeof bits);
+      }
+    });
+    for (size_t e = 0; e < 2; ++e) {
+      const size_t width = 1 + below(70), bits = below(2) ? 4 : 8;
+      const bool apart = below(2);
+      drawn[e][0].draw(below(2), bits, apart ? width : 2 * width, columns);
+      drawn[e][1].draw(below(2), bits, width, columns);
+      drawn[e][2].draw(below(2), bits, out_rows, width);
+      experts[e] = {&drawn[e][0].matrix, apart ? &drawn[e][1].matrix : nullptr, &drawn[e][2].matrix,
+                    x.data() + e * columns * size, n_tokens - e, nullptr};
+    }
+    const auto run = [&](Isa isa, unsigned threads, bool by_row) {
+      use_isa(isa_name(isa));
+      y.assign((2 * n_tokens - 1) * out_rows * size, 0);
+      std::vector<GatedExpert> all;
+      uint8_t* to = y.data();
+      for (const GatedExpert& one : experts) {
+        const size_t at_once = by_row ? 1 : one.n_tokens;
+        for (size_t t = 0; t < one.n_tokens; t += at_once) {
+          all.push_back({one.gate, one.up, one.down, static_cast<const uint8_t*>(one.x) + t * columns * size, at_once, to});
+          to += at_once * out_rows * size;
+        }
+      }
+      compute_gated(all.data(), all.size(), dtype, threads);
+      return y;
+    };
+    const std::vector<uint8_t> expected = run(Isa::kScalar, 1, false);
+    for (const Isa isa : all_isas()) {
+      if (!can_run(isa)) continue;
+      for (const bool by_row : {false, true}) {
+        if (run(isa, unsigned(1 + c % 2), by_row) != expected) {
+          fail(std::string(isa_name(isa)) + " differs in gated case " + std::to_string(c));
+        }
+      }
+    }
+    return xxh64(expected.data(), expected.size(), hash);
+  };
+  uint64_t of_codes = 0, of_plain = 0, of_factors = 0, of_packed = 0, of_gated = 0;
   for (size_t c = 0; c < n_cases; ++c) {
     Drawn drawn;
     drawn.draw();
@@ -145,8 +199,9 @@ int main(int argc, char** argv) {
     drawn.draw(below(3) == 0, 4);
     of_packed = check(drawn.matrix, c, of_packed);
   }
+  for (size_t c = 0; c < n_cases; ++c) of_gated = check_gated(c, of_gated);
   std::printf("%zu products", n_cases);
-  for (const uint64_t hash : {of_codes, of_plain, of_factors, of_packed}) {
+  for (const uint64_t hash : {of_codes, of_plain, of_factors, of_packed, of_gated}) {
     std::printf(", %016llx", static_cast<unsigned long long>(hash));
   }
   std::printf("\n");

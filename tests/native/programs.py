@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = "check_attend", "check_bound", "check_cuszp", "check_frozen", "check_product"
 PRODUCTS = 150, 20261129
 SAID_OF_PRODUCTS = (
-    "150 products, 9b49c2361cb213d3, d8c2c66f9053e33a, fdfb39de33163a0f, e830ad5c971236cc\n"
+    "150 products, 9b49c2361cb213d3, d8c2c66f9053e33a, fdfb39de33163a0f, e830ad5c971236cc, "
+    "e730e64841b51bbe\n"
 )
 """check_product of these arguments: on every machine, with every instruction set."""
 ATTENTION = 60, 20261130

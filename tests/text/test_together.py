@@ -13,13 +13,17 @@ import torch
 from transformers.utils import logging as hf_logging
 
 import tiny_models
+from moebound.checkpoint import open_checkpoint
 from moebound.errors import CacheError, MoeboundError
-from moebound.model import joined
+from moebound.model import few_rows, joined
+from moebound.offload import joint
+from moebound.offload.compute import FewRows, gated_outputs
 from moebound.offload.loading import load
 from moebound.offload.offloaded import Offloaded
+from moebound.store import compress
 from moebound.text.generation import GenerationSettings, Piece, generate
 from moebound.text.together import MOST, Text, Together, generate_together, shares_state
-from moebound.types import ExpertKey
+from moebound.types import ErrorBound, ExpertKey
 from tiny_models import TINY, make_tiny
 
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9, 10], list(range(11, 23)), [5], [9, 10, 11]]
@@ -128,6 +132,31 @@ def test_whatever_the_dtype_and_the_budget(
     with load(source, ram_budget=budget, dtype=dtype, predictor="gate") as offloaded:
         offloaded.model.generation_config.eos_token_id = None
         check_alone_and_together(offloaded, Scores(monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "by_rows"), [("qwen3_moe", True), ("gemma4_text", False)])
+def test_experts_of_codes_have_the_rows_of_all_texts(
+    name: str, by_rows: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a prompt with so many that torch computes them; and where torch computes the gate,
+    prompts are by themselves."""
+    monkeypatch.setattr(few_rows, "HAS_BFLOAT16", True)
+    monkeypatch.setattr(few_rows, "MANY_ROWS", 4)
+    rows = list[int]()
+
+    def spy(experts: Sequence[FewRows], *args: Any) -> torch.Tensor:
+        rows.extend(len(one.rows) for one in experts)
+        return gated_outputs(experts, *args)
+
+    monkeypatch.setattr(joint, "gated_outputs", spy)
+    source = open_checkpoint(make_tiny(name, tmp_path / "src"))
+    compress(source, tmp_path / "dst", bound=ErrorBound(0.9, "rate"))
+    with load(tmp_path / "dst", ram_budget="100%", slots="codes", dtype=dtype) as offloaded:
+        assert offloaded.choice.slots == "codes"
+        offloaded.model.generation_config.eos_token_id = None
+        check_alone_and_together(offloaded, Scores(monkeypatch))
+    assert (max(rows, default=0) > (4 if dtype == "bfloat16" else 12)) == by_rows
 
 
 def test_it_differs_from_one_text_at_a_time_by_rounding_alone(

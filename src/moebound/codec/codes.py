@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -125,11 +125,41 @@ def products(jobs: Iterable[Product], x: Array, out: Array, *, threads: int = 1)
     """As many `CodeMatrix.product`, to the bit, whose rows the threads share: one call keeps them
     busy where each product by itself would be too small. No two may write to one place."""
     _native.products(
-        [(job.matrix._kernel, *job[1:]) for job in jobs],  # type: ignore[attr-defined]
+        [(_kernel(job.matrix), *job[1:]) for job in jobs],
         x,
         out,
         threads,
     )
+
+
+class GatedExpert(NamedTuple):
+    """An expert with a gate: x from place x_first on, [tokens · gate's cols]; its result from place
+    out_first on, [tokens · down's rows]. up: None where its rows stand behind gate's in one
+    matrix."""
+
+    gate: CodeMatrix
+    up: CodeMatrix | None
+    down: CodeMatrix
+    x_first: int
+    n_tokens: int
+    out_first: int
+
+
+def gated_experts(
+    experts: Iterable[GatedExpert], x: Array, out: Array, *, threads: int = 1
+) -> None:
+    """down · (silu(gate · x) · (up · x)) of each, every step rounded to x's dtype.
+
+    Products are those of `CodeMatrix.product`; x, out: flat, as there. A token's result depends on
+    nothing but the token and the expert. No two may write to one place.
+    """
+    jobs = [(_kernel(one.gate), one.up and _kernel(one.up), _kernel(one.down), *one[3:])
+            for one in experts]  # fmt: skip
+    _native.gated_experts(jobs, x, out, threads)
+
+
+def _kernel(matrix: CodeMatrix) -> Any:
+    return matrix._kernel  # type: ignore[attr-defined]
 
 
 _PATTERNS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}

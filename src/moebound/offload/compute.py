@@ -1,21 +1,28 @@
 """What an expert does with its tokens: projections, activation, biases, from what its slot holds.
 
-Experts of few rows whose slots are of codes are computed together: all that are there by two calls
-of the kernel, whose rows the threads share, since one expert alone is hardly worth several threads.
-That changes no bit: a row's products depend on nothing but the row, and each expert's activation is
-a call of its own.
+Experts of few rows whose slots are of codes are computed together, since threads share the rows of
+all of them, and one expert alone is hardly worth several threads. That changes no bit. Where the
+gate is silu(gate) · up, without biases, as nearly all families have it, one call of the kernel
+computes all of it, each row by itself, in one order. Else there are two calls, and between them the
+module's own activation, a call of torch's for each expert, which may have other bits in another
+shape.
+
+Where a gradient is wanted, the activation is torch's, so that autograd sees it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import linear
+from torch import nn
+from torch.nn.functional import linear, silu
 
-from moebound.codec.codes import Product, products
-from moebound.model.few_rows import ROWS, flat
+from moebound.codec.codes import GatedExpert, Product, gated_experts, products
+from moebound.model.few_rows import ROWS, flat, many, threads_for
 from moebound.offload.slots import CodeSlot, Slot
 
 
@@ -29,32 +36,96 @@ class FewRows(NamedTuple):
 
 def few_rows_outputs(
     module: Any, experts: Sequence[FewRows], dtype: torch.dtype, threads: int
-) -> list[torch.Tensor]:
-    """As `expert_output` of each, to the bit. threads: as many the kernel may use."""
-    found = list[torch.Tensor | None]([None] * len(experts))
-    together = [i for i, one in enumerate(experts) if _by_kernel(one, dtype)]
-    if together:
-        outputs = _of_codes(module, [experts[i] for i in together], dtype, threads)
-        for i, output in zip(together, outputs, strict=True):
-            found[i] = output
-    return [
-        expert_output(module, one.expert, one.slot, one.rows, dtype) if output is None else output
-        for one, output in zip(experts, found, strict=True)
-    ]
+) -> torch.Tensor:
+    """As `expert_output` of each, to the bit, one behind the other: [Σ n, H]. experts: at least
+    one. threads: as many the kernel may use."""
+    gated = _gated_by_silu(module)
+    able = few if gated else _few_for_products
+    by_kernel = [_in_codes(one.slot, dtype) and able(one.rows, dtype) for one in experts]
+    parts = iter(list[torch.Tensor]())
+    if some := list(compress(experts, by_kernel)):
+        call = gated_outputs if gated else partial(_of_codes, module)
+        found = call(some, dtype, threads)
+        if len(some) == len(experts):
+            return found
+        parts = iter(torch.split_with_sizes(found, [len(one.rows) for one in some]))
+    return torch.cat([
+        next(parts) if together else expert_output(module, one.expert, one.slot, one.rows, dtype)
+        for one, together in zip(experts, by_kernel, strict=True)
+    ])  # fmt: skip
 
 
-def _by_kernel(one: FewRows, dtype: torch.dtype) -> bool:
-    return (
-        isinstance(one.slot, CodeSlot)
-        and one.slot.kind.dtype == dtype
-        and one.rows.shape[0] <= ROWS
-        and not (torch.is_grad_enabled() and one.rows.requires_grad)
-    )
+def row_by_row(module: Any, slot: Slot, dtype: torch.dtype) -> bool:
+    """Whether `gated_outputs` computes `few` rows of this expert: one of codes, with a gate that is
+    silu(gate) · up, and without biases."""
+    return _in_codes(slot, dtype) and _gated_by_silu(module)
+
+
+def few(rows: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether rows [n, H] that stand by themselves are so few that the kernel computes them, and no
+    gradient is wanted."""
+    return not (many(rows.to(dtype)) or _wants_gradient(rows))
+
+
+def _few_for_products(rows: torch.Tensor, dtype: torch.dtype) -> bool:
+    """The same where the activation is torch's."""
+    return len(rows) <= ROWS and not _wants_gradient(rows)
+
+
+def _wants_gradient(rows: torch.Tensor) -> bool:
+    return rows.requires_grad and torch.is_grad_enabled()
+
+
+def _in_codes(slot: Slot, dtype: torch.dtype) -> bool:
+    return isinstance(slot, CodeSlot) and slot.kind.dtype == dtype
+
+
+def _gated_by_silu(module: Any) -> bool:
+    if not module.has_gate or module.has_bias or not module.is_concatenated:
+        return False
+    gate, activations = _known_gates()
+    if type(module)._apply_gate is not gate or "_apply_gate" in vars(module):
+        return False
+    activation = module.act_fn
+    if activation is silu:
+        return True
+    if type(activation) not in activations:
+        return False
+    return not (activation._forward_hooks or activation._forward_pre_hooks)
+
+
+@cache
+def _known_gates() -> tuple[Any, tuple[type, ...]]:
+    """transformers' own gate, and the modules that are silu."""
+    from transformers.activations import SiLUActivation
+    from transformers.integrations.moe import _default_apply_gate
+
+    return _default_apply_gate, (nn.SiLU, SiLUActivation)
+
+
+def gated_outputs(experts: Sequence[FewRows], dtype: torch.dtype, threads: int) -> torch.Tensor:
+    """As `few_rows_outputs`, of experts that are computed `row_by_row`, by one call of the kernel.
+    Of any number of rows each has, to the bit, what it has alone."""
+    one_input = all(one.rows is experts[0].rows for one in experts)  # a token's
+    x = experts[0].rows if one_input else torch.cat([one.rows for one in experts])
+    x = x.detach().to(dtype)
+    width, row = x.shape[1], 0
+    jobs = list[GatedExpert]()
+    for _, slot, rows in experts:
+        assert isinstance(slot, CodeSlot)
+        n, place = len(rows), row * width
+        jobs.append(GatedExpert(*slot.gate_up_down(), 0 if one_input else place, n, place))
+        row += n
+    out = torch.empty((row, width), dtype=dtype)
+    if threads > 1:
+        threads = min(threads, threads_for(row * experts[0].slot.kind.n_weights))
+    gated_experts(jobs, flat(x), flat(out), threads=threads)
+    return out
 
 
 def _of_codes(
     module: Any, experts: Sequence[FewRows], dtype: torch.dtype, threads: int
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     first = "gate_up_proj" if module.has_gate else "up_proj"
     activate = module._apply_gate if module.has_gate else module.act_fn
     slots = [one.slot for one in experts]
@@ -63,7 +134,7 @@ def _of_codes(
     if module.has_bias:
         inner = _biased(module, first, experts, inner)
     outputs = _project_all(slots, "down_proj", [activate(some) for some in inner], threads)
-    return _biased(module, "down_proj", experts, outputs) if module.has_bias else outputs
+    return torch.cat(_biased(module, "down_proj", experts, outputs) if module.has_bias else outputs)
 
 
 def _biased(
@@ -99,6 +170,9 @@ def expert_output(
 ) -> torch.Tensor:
     """One expert's output for its tokens. rows: [n, H]. dtype: to compute in.
     Returns [n, H]."""
+    if row_by_row(module, slot, dtype) and few(rows, dtype):
+        one = FewRows(expert, slot, rows)
+        return gated_outputs([one], dtype, torch.get_num_threads())
     first = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _project(module, rows, slot, first, expert, dtype)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)

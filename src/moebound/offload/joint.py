@@ -1,14 +1,16 @@
 """A layer's experts for several sequences at once: each is fetched and decoded once for all.
 
-Strands (`model/strands.py`) that have come to the layer are served by one visit of their union.
-Of those with one token, the rows that an expert gets are computed together, ROWS at a time
-(`model/joined.py` says why that changes no bit); of those with more (prompts), each one's apart, as
-it is alone. Outputs are summed for each sequence by itself, in its router's order.
+Strands (`model/strands.py`) that have come to the layer are served by one visit of their union. An
+expert that the kernel computes row by row (`compute.row_by_row`) has the rows of all of them in one
+call, but for a prompt with so many that torch computes them faster. Of other experts, the rows of
+those with one token are computed together, ROWS at a time (`model/joined.py` says why that changes
+no bit), and of those with more (prompts) each one's apart. So each has what it has alone. Outputs
+are summed for each sequence by itself, in its router's order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +19,18 @@ import torch
 
 from moebound.model.joined import ROWS, compute_rows, least_rows, worth_joining
 from moebound.model.strands import current, rows
-from moebound.offload.compute import FewRows, expert_output, few_rows_outputs
-from moebound.offload.fetcher import Compute
+from moebound.offload.compute import (
+    FewRows,
+    expert_output,
+    few,
+    few_rows_outputs,
+    gated_outputs,
+    row_by_row,
+)
 from moebound.offload.meter import clock
-from moebound.offload.on_demand import LayerExperts, places_of, sum_of_one
+from moebound.offload.on_demand import LayerExperts
 from moebound.offload.slots import Slot, SlotKind
-
-Finish = Callable[[], torch.Tensor]
+from moebound.offload.tables import Table, table_of
 
 _LEAST = dict[tuple[SlotKind, torch.dtype], int | None]()
 """Of such experts, as `least_rows`: tried out once."""
@@ -37,10 +44,6 @@ class Call:
     x: torch.Tensor
     chosen: torch.Tensor
     weights: torch.Tensor
-
-    @property
-    def one(self) -> bool:
-        return len(self.x) == 1
 
 
 class JointExperts(LayerExperts):
@@ -64,86 +67,105 @@ class JointExperts(LayerExperts):
     def _run_all(self, calls: Sequence[Call]) -> list[torch.Tensor]:
         begin = clock()
         module = calls[0].module
-        ones = [call for call in calls if call.one]
-        computes, finishes = list[Compute](), dict[Call, Finish]()
-        if ones:
-            compute, finishes = self._of_ones(ones)
-            computes.append(compute)
-        for call in calls:
-            if not call.one:
-                compute, finishes[call] = self._of_many(module, call.x, call.chosen, call.weights)
-                computes.append(compute)
+        tables = [table_of(module, call.x, call.chosen, call.weights) for call in calls]
 
-        def compute_all(some: Mapping[int, Slot | None], threads: int) -> None:
-            for compute in computes:
-                compute(some, threads)
+        def compute(some: Mapping[int, Slot | None], threads: int) -> None:
+            self._compute_all(module, tables, some, threads)
 
-        self._fetcher.decoding = len(ones) == len(calls)
+        self._fetcher.decoding = all(len(table) == 1 for table in tables)
         self._visit(
             module,
             torch.cat([call.chosen for call in calls]),
             torch.cat([call.weights for call in calls]),
             torch.cat([call.x for call in calls]),
-            compute_all,
+            compute,
         )
-        found = [finishes[call]() for call in calls]
+        found = [table.total() for table in tables]
         self._fetcher.meter.add(experts_s=clock() - begin)
         return found
 
-    def _of_ones(self, calls: Sequence[Call]) -> tuple[Compute, dict[Call, Finish]]:
-        places = [places_of(call.chosen) for call in calls]
-        tables = [
-            torch.zeros((call.chosen.shape[1], call.x.shape[1]), dtype=call.x.dtype,
-                        device=call.x.device)
-            for call in calls
-        ]  # fmt: skip
+    def _compute_all(
+        self,
+        module: Any,
+        tables: Sequence[Table],
+        some: Mapping[int, Slot | None],
+        threads: int,
+    ) -> None:
+        """Fill the rows of experts that are there, for all texts."""
+        alike, ones = _Together(), _Together()
+        for expert, slot in self._computed(some):
+            of = [table for table in tables if table.wants(expert)]
+            if slot is None:
+                for table in of:
+                    table.put(expert, None)
+                continue
+            if row_by_row(module, slot, self.dtype):
+                joined = [table for table in of if few(table.rows(expert), self.dtype)]
+                alike.add(expert, slot, joined)
+                of = [table for table in of if table not in joined]
+            for table in of:
+                if len(table) > 1:
+                    rows = table.rows(expert)
+                    table.put(expert, expert_output(module, expert, slot, rows, self.dtype))
+            of = [table for table in of if len(table) == 1]
+            if of and self._least(module, expert, slot, of[0]) == 1:
+                for start in range(0, len(of), ROWS):
+                    ones.add(expert, slot, of[start : start + ROWS])
+            elif of:
+                self._one_by_one(module, expert, slot, of)
+        if not self._fetcher.decoding:
+            threads = torch.get_num_threads()
+        if alike.experts:
+            alike.put(gated_outputs(alike.experts, self.dtype, threads))
+        if ones.experts:
+            ones.put(few_rows_outputs(module, ones.experts, self.dtype, threads))
 
-        def compute(some: Mapping[int, Slot | None], threads: int) -> None:
-            wanted, owners = list[FewRows](), list[list[int]]()
-            for expert, slot in self._computed(some):
-                of = [i for i, place in enumerate(places) if expert in place]
-                if slot is None:
-                    for i in of:
-                        tables[i][places[i][expert]] = 0
-                elif of and self._least(calls[0], expert, slot) == 1:
-                    for start in range(0, len(of), ROWS):
-                        owners.append(of[start : start + ROWS])
-                        rows = torch.cat([calls[i].x for i in owners[-1]])
-                        wanted.append(FewRows(expert, slot, rows))
-                elif of:
-                    found = self._rows(calls[0], expert, slot, [calls[i].x for i in of])
-                    for i, row in zip(of, found, strict=True):
-                        tables[i][places[i][expert]] = row[0]
-            outputs = few_rows_outputs(calls[0].module, wanted, self.dtype, threads)
-            for one, of, output in zip(wanted, owners, outputs, strict=True):
-                for i, row in zip(of, output, strict=True):
-                    tables[i][places[i][one.expert]] = row
-
-        def finish(call: Call, table: torch.Tensor) -> Finish:
-            return lambda: sum_of_one(call.module, table, call.weights).to(call.x.dtype)
-
-        return compute, {c: finish(c, table) for c, table in zip(calls, tables, strict=True)}
-
-    def _rows(
-        self, call: Call, expert: int, slot: Slot, rows: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """An expert's output for each of [1, H]."""
+    def _one_by_one(self, module: Any, expert: int, slot: Slot, of: Sequence[Table]) -> None:
+        """As torch's products allow it: each row has to be what it is alone."""
 
         def compute(x: torch.Tensor) -> torch.Tensor:
-            return expert_output(call.module, expert, slot, x, self.dtype)
+            return expert_output(module, expert, slot, x, self.dtype)
 
-        return compute_rows(compute, rows, self._least(call, expert, slot))
+        rows = [table.rows(expert) for table in of]
+        found = compute_rows(compute, rows, self._least(module, expert, slot, of[0]))
+        for table, row in zip(of, found, strict=True):
+            table.put(expert, row)
 
-    def _least(self, call: Call, expert: int, slot: Slot) -> int | None:
+    def _least(self, module: Any, expert: int, slot: Slot, table: Table) -> int | None:
         """From how many rows on such experts are computed together, as `least_rows`."""
         if not worth_joining(sum(torch.Size(shape).numel() for _, shape in slot.kind.shapes)):
             return None
         way = slot.kind, self.dtype
         if way not in _LEAST:
+            rows = table.rows(expert)
             _LEAST[way] = least_rows(
-                lambda x: expert_output(call.module, expert, slot, x, self.dtype),
-                call.x.shape[1],
-                dtype=call.x.dtype,
-                device=call.x.device,
+                lambda x: expert_output(module, expert, slot, x, self.dtype),
+                rows.shape[1],
+                dtype=rows.dtype,
+                device=rows.device,
             )
         return _LEAST[way]
+
+
+class _Together:
+    """Experts, each with rows of several texts."""
+
+    def __init__(self) -> None:
+        self.experts = list[FewRows]()
+        self._tables = list[Sequence[Table]]()
+
+    def add(self, expert: int, slot: Slot, of: Sequence[Table]) -> None:
+        if of:
+            parts = [table.rows(expert) for table in of]
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            self.experts.append(FewRows(expert, slot, whole))
+            self._tables.append(of)
+
+    def put(self, outputs: torch.Tensor) -> None:
+        """outputs: of all, one behind the other."""
+        begin = 0
+        for (expert, *_), of in zip(self.experts, self._tables, strict=True):
+            for table in of:
+                end = begin + len(table.rows(expert))
+                table.put(expert, outputs[begin:end])
+                begin = end

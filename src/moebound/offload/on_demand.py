@@ -15,19 +15,18 @@ their numbers: checkpointing asks for the same operations in the same order a se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from moebound.errors import CacheError
 from moebound.methods import RouterEdit
-from moebound.model.batched import sort_by_expert
 from moebound.offload.compute import FewRows, expert_output, few_rows_outputs
 from moebound.offload.fetcher import Compute, Fetcher
 from moebound.offload.meter import clock
 from moebound.offload.slots import Slot
+from moebound.offload.tables import OneToken, Table, table_of
 
 NAME = "moebound"
 """The value of `experts_implementation` that means this."""
@@ -96,8 +95,13 @@ class LayerExperts:
         """As `on_demand_experts`."""
         _check_computes_now()
         begin = clock()
-        one = len(x) == 1
-        result = (self._one_token if one else self._many)(module, x, chosen, weights)
+        table = table_of(module, x, chosen, weights)
+
+        def compute(some: Mapping[int, Slot | None], threads: int) -> None:
+            self._compute(module, table, some, threads)
+
+        self._visit(module, chosen, weights, x, compute)
+        result = table.total()
         self._fetcher.meter.add(experts_s=clock() - begin)
         return result
 
@@ -135,60 +139,25 @@ class LayerExperts:
                 weights[:, later] = torch.where(same, 0, weights[:, later])
         return chosen, weights
 
-    def _many(
-        self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        compute, finish = self._of_many(module, x, chosen, weights)
-        self._visit(module, chosen, weights, x, compute)
-        return finish()
-
-    def _of_many(
-        self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[Compute, Callable[[], torch.Tensor]]:
-        """What each expert that comes is computed with, and the sum of it all."""
-        n_tokens, n_chosen = chosen.shape
-        routed = sort_by_expert(chosen.reshape(-1), module.num_experts)
-        ends = list(accumulate(routed.loads))
-        rows = x.index_select(0, routed.order // n_chosen)
-        outputs = torch.empty((len(rows), x.shape[1]), dtype=x.dtype, device=x.device)
-
-        def compute(some: Mapping[int, Slot | None], threads: int) -> None:
-            for expert, slot in self._computed(some):
-                part = slice(ends[expert] - routed.loads[expert], ends[expert])
-                if slot is None:
-                    outputs[part] = 0
-                elif routed.loads[expert]:
-                    outputs[part] = expert_output(module, expert, slot, rows[part], self.dtype)
-
-        def finish() -> torch.Tensor:
-            normed = _normed(module, outputs)
-            place = torch.empty_like(routed.order)
-            place[routed.order] = torch.arange(len(place), device=place.device)
-            found = normed.index_select(0, place).view(n_tokens, n_chosen, -1)
-            return (found * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-
-        return compute, finish
-
-    def _one_token(
-        self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The same without sorting: each expert has one row."""
-        places = places_of(chosen)
-        outputs = torch.zeros((chosen.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
-
-        def compute(some: Mapping[int, Slot | None], threads: int) -> None:
-            wanted = list[FewRows]()
-            for expert, slot in self._computed(some):
-                if expert in places and slot is None:
-                    outputs[places[expert]] = 0
-                elif expert in places and slot is not None:
-                    wanted.append(FewRows(expert, slot, x))
-            found = few_rows_outputs(module, wanted, self.dtype, threads)
-            for one, output in zip(wanted, found, strict=True):
-                outputs[places[one.expert]] = output[0]
-
-        self._visit(module, chosen, weights, x, compute)
-        return sum_of_one(module, outputs, weights).to(x.dtype)
+    def _compute(
+        self, module: Any, table: Table, some: Mapping[int, Slot | None], threads: int
+    ) -> None:
+        """Fill the rows of experts that are there: of one token together, of a prompt each."""
+        wanted = list[FewRows]()
+        for expert, slot in self._computed(some):
+            if not table.wants(expert):
+                continue
+            rows = table.rows(expert)
+            if slot is None:
+                table.put(expert, None)
+            elif isinstance(table, OneToken):
+                wanted.append(FewRows(expert, slot, rows))
+            else:
+                table.put(expert, expert_output(module, expert, slot, rows, self.dtype))
+        if wanted and isinstance(table, OneToken):
+            wanted.sort(key=lambda one: table.place(one.expert))
+            outputs = few_rows_outputs(module, wanted, self.dtype, threads)
+            table.put_each([one.expert for one in wanted], outputs)
 
     def _computed(self, loaded: Mapping[int, Slot | None]) -> Iterator[tuple[int, Slot | None]]:
         """The experts that are computed with these: aliases are computed with their targets."""
@@ -218,16 +187,6 @@ class LayerExperts:
             compute({expert: kept.pop(expert)}, torch.get_num_threads())
 
 
-def places_of(chosen: torch.Tensor) -> dict[int, int]:
-    """Expert -> where the one token of [1, K] has it, the first time."""
-    return {expert: place for place, expert in reversed([*enumerate(chosen[0].tolist())])}
-
-
-def sum_of_one(module: Any, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """outputs: [K, H], of one token's experts. weights: [1, K]. Returns [1, H]."""
-    return (_normed(module, outputs) * weights[0].unsqueeze(-1)).sum(0, keepdim=True)
-
-
 def _check_computes_now() -> None:
     """Raises CacheError where experts would become constants, or cannot be read."""
     if torch._C._get_tracing_state() is not None:
@@ -247,10 +206,3 @@ def _records_gradient(module: Any, x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and (
         x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
     )
-
-
-def _normed(module: Any, outputs: torch.Tensor) -> torch.Tensor:
-    if getattr(module, "has_post_expert_norm", False):
-        normed: torch.Tensor = module.post_expert_norm(outputs)
-        return normed
-    return outputs

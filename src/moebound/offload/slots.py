@@ -310,6 +310,12 @@ class CodeSlot(Slot):
         """The matrices that a parameter is made of, by first row."""
         return [(first, part) for (of, first), part in self.parts.items() if of == name]
 
+    def gate_up_down(self) -> tuple[CodeMatrix, CodeMatrix | None, CodeMatrix]:
+        """Of an expert with a gate; up is None where its rows stand behind gate's in one matrix."""
+        first, (rows, _) = self.kind.shapes[0]
+        up = self.parts.get((first, rows // 2))
+        return self.parts[first, 0], up, self.parts["down_proj", 0]
+
 
 class _Parameter(NamedTuple):
     """A parameter of a slot of codes, as a linear layer: backward goes through it to the

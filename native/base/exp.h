@@ -1,4 +1,4 @@
-// The exponential function of attention, the same bits everywhere: no function of the C library is in it.
+// The exponential function of attention and of gates, the same bits everywhere: no function of the C library is in it.
 #pragma once
 #include <bit>
 #include <cmath>
