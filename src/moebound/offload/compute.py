@@ -7,7 +7,8 @@ computes all of it, each row by itself, in one order. Else there are two calls, 
 module's own activation, a call of torch's for each expert, which may have other bits in another
 shape.
 
-Where a gradient is wanted, the activation is torch's, so that autograd sees it.
+Where a gradient is wanted, outputs are the kernel's all the same, and `backward` computes them once
+more by operations that autograd sees.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
 
 from moebound.codec.codes import GatedExpert, Product, gated_experts, products
@@ -41,7 +43,10 @@ def few_rows_outputs(
     one. threads: as many the kernel may use."""
     gated = _gated_by_silu(module)
     able = few if gated else _few_for_products
-    by_kernel = [_in_codes(one.slot, dtype) and able(one.rows, dtype) for one in experts]
+    by_kernel = [
+        _in_codes(one.slot, dtype) and able(one.rows, dtype) and not wants_gradient(one.rows)
+        for one in experts
+    ]
     parts = iter(list[torch.Tensor]())
     if some := list(compress(experts, by_kernel)):
         call = gated_outputs if gated else partial(_of_codes, module)
@@ -62,17 +67,16 @@ def row_by_row(module: Any, slot: Slot, dtype: torch.dtype) -> bool:
 
 
 def few(rows: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether rows [n, H] that stand by themselves are so few that the kernel computes them, and no
-    gradient is wanted."""
-    return not (many(rows.to(dtype)) or _wants_gradient(rows))
+    """Whether rows [n, H] that stand by themselves are so few that the kernel computes them."""
+    return not many(rows.to(dtype))
 
 
 def _few_for_products(rows: torch.Tensor, dtype: torch.dtype) -> bool:
     """The same where the activation is torch's."""
-    return len(rows) <= ROWS and not _wants_gradient(rows)
+    return len(rows) <= ROWS
 
 
-def _wants_gradient(rows: torch.Tensor) -> bool:
+def wants_gradient(rows: torch.Tensor) -> bool:
     return rows.requires_grad and torch.is_grad_enabled()
 
 
@@ -172,7 +176,36 @@ def expert_output(
     Returns [n, H]."""
     if row_by_row(module, slot, dtype) and few(rows, dtype):
         one = FewRows(expert, slot, rows)
+        if wants_gradient(rows):
+            return _Recorded.apply(rows, module, one, dtype)  # type: ignore[no-any-return, no-untyped-call]
         return gated_outputs([one], dtype, torch.get_num_threads())
+    return _by_operations(module, expert, slot, rows, dtype)
+
+
+class _Recorded(torch.autograd.Function):
+    """`gated_outputs` of one expert, recorded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, module: Any, one: FewRows, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.given = module, one, dtype
+        return gated_outputs([one], dtype, torch.get_num_threads())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        module, (expert, slot, _), dtype = ctx.given
+        rows = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = _by_operations(module, expert, slot, rows, dtype)
+        return (*torch.autograd.grad(outputs, rows, grads), None, None, None)
+
+
+def _by_operations(
+    module: Any, expert: int, slot: Slot, rows: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     first = "gate_up_proj" if module.has_gate else "up_proj"
     inner = _project(module, rows, slot, first, expert, dtype)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)

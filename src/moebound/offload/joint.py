@@ -26,6 +26,7 @@ from moebound.offload.compute import (
     few_rows_outputs,
     gated_outputs,
     row_by_row,
+    wants_gradient,
 )
 from moebound.offload.meter import clock
 from moebound.offload.on_demand import LayerExperts
@@ -100,7 +101,7 @@ class JointExperts(LayerExperts):
                     table.put(expert, None)
                 continue
             if row_by_row(module, slot, self.dtype):
-                joined = [table for table in of if few(table.rows(expert), self.dtype)]
+                joined = [table for table in of if self._joins(table.rows(expert))]
                 alike.add(expert, slot, joined)
                 of = [table for table in of if table not in joined]
             for table in of:
@@ -119,6 +120,10 @@ class JointExperts(LayerExperts):
             alike.put(gated_outputs(alike.experts, self.dtype, threads))
         if ones.experts:
             ones.put(few_rows_outputs(module, ones.experts, self.dtype, threads))
+
+    def _joins(self, rows: torch.Tensor) -> bool:
+        """Whether a text's rows of an expert that is computed row by row go with others'."""
+        return few(rows, self.dtype) and not wants_gradient(rows)
 
     def _one_by_one(self, module: Any, expert: int, slot: Slot, of: Sequence[Table]) -> None:
         """As torch's products allow it: each row has to be what it is alone."""
