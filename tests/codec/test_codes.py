@@ -363,6 +363,8 @@ def test_products_out_of_bounds_are_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"x|out"):
             products([Product(matrix, *bad)], x, out)
+    with pytest.raises(TypeError):
+        _native.products([(None, 0, 1, 0, 70)], x, out, 1)
 
 
 @pytest.mark.parametrize("isa", ISAS)

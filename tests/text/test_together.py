@@ -17,7 +17,7 @@ from moebound.checkpoint import open_checkpoint
 from moebound.errors import CacheError, MoeboundError
 from moebound.model import few_rows, joined
 from moebound.offload import joint
-from moebound.offload.compute import FewRows, gated_outputs
+from moebound.offload.compute import FewRows, expert_output, gated_outputs
 from moebound.offload.loading import load
 from moebound.offload.offloaded import Offloaded
 from moebound.store import compress
@@ -149,7 +149,14 @@ def test_experts_of_codes_have_the_rows_of_all_texts(
         rows.extend(len(one.rows) for one in experts)
         return gated_outputs(experts, *args)
 
+    alone = list[int]()
+
+    def spy_alone(module: Any, expert: int, slot: Any, x: torch.Tensor, dtype: Any) -> torch.Tensor:
+        alone.append(len(x))
+        return expert_output(module, expert, slot, x, dtype)
+
     monkeypatch.setattr(joint, "gated_outputs", spy)
+    monkeypatch.setattr(joint, "expert_output", spy_alone)
     source = open_checkpoint(make_tiny(name, tmp_path / "src"))
     compress(source, tmp_path / "dst", bound=ErrorBound(0.9, "rate"))
     with load(tmp_path / "dst", ram_budget="100%", slots="codes", dtype=dtype) as offloaded:
@@ -157,6 +164,9 @@ def test_experts_of_codes_have_the_rows_of_all_texts(
         offloaded.model.generation_config.eos_token_id = None
         check_alone_and_together(offloaded, Scores(monkeypatch))
     assert (max(rows, default=0) > (4 if dtype == "bfloat16" else 12)) == by_rows
+    if by_rows:
+        assert bool(alone) == (dtype == "bfloat16")
+        assert min(alone, default=4) >= 4
 
 
 def test_it_differs_from_one_text_at_a_time_by_rounding_alone(
