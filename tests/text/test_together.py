@@ -145,9 +145,9 @@ def test_experts_of_codes_have_the_rows_of_all_texts(
     monkeypatch.setattr(few_rows, "MANY_ROWS", 4)
     rows = list[int]()
 
-    def spy(experts: Sequence[FewRows], *args: Any) -> torch.Tensor:
+    def spy(experts: Sequence[FewRows], *args: Any, **given: Any) -> torch.Tensor:
         rows.extend(len(one.rows) for one in experts)
-        return gated_outputs(experts, *args)
+        return gated_outputs(experts, *args, **given)
 
     alone = list[int]()
 

@@ -107,11 +107,15 @@ def _known_gates() -> tuple[Any, tuple[type, ...]]:
     return _default_apply_gate, (nn.SiLU, SiLUActivation)
 
 
-def gated_outputs(experts: Sequence[FewRows], dtype: torch.dtype, threads: int) -> torch.Tensor:
+def gated_outputs(
+    experts: Sequence[FewRows], dtype: torch.dtype, threads: int, *, x: torch.Tensor | None = None
+) -> torch.Tensor:
     """As `few_rows_outputs`, of experts that are computed `row_by_row`, by one call of the kernel.
-    Of any number of rows each has, to the bit, what it has alone."""
-    one_input = all(one.rows is experts[0].rows for one in experts)  # a token's
-    x = experts[0].rows if one_input else torch.cat([one.rows for one in experts])
+    Of any number of rows each has, to the bit, what it has alone. x: the rows of all, one behind
+    the other, for who has them."""
+    one_input = x is None and all(one.rows is experts[0].rows for one in experts)  # a token's
+    if x is None:
+        x = experts[0].rows if one_input else torch.cat([one.rows for one in experts])
     x = x.detach().to(dtype)
     width, row = x.shape[1], 0
     jobs = list[GatedExpert]()

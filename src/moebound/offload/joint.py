@@ -31,7 +31,7 @@ from moebound.offload.compute import (
 from moebound.offload.meter import clock
 from moebound.offload.on_demand import LayerExperts
 from moebound.offload.slots import Slot, SlotKind
-from moebound.offload.tables import Table, table_of
+from moebound.offload.tables import ManyTokens, OneToken, Shared, Table
 
 _LEAST = dict[tuple[SlotKind, torch.dtype], int | None]()
 """Of such experts, as `least_rows`: tried out once."""
@@ -68,10 +68,16 @@ class JointExperts(LayerExperts):
     def _run_all(self, calls: Sequence[Call]) -> list[torch.Tensor]:
         begin = clock()
         module = calls[0].module
-        tables = [table_of(module, call.x, call.chosen, call.weights) for call in calls]
+        shared = Shared(calls[0].x, calls[0].chosen, sum(len(call.x) == 1 for call in calls))
+        tables: list[Table] = [
+            OneToken(module, call.x, call.chosen, call.weights, shared)
+            if len(call.x) == 1
+            else ManyTokens(module, call.x, call.chosen, call.weights)
+            for call in calls
+        ]
 
         def compute(some: Mapping[int, Slot | None], threads: int) -> None:
-            self._compute_all(module, tables, some, threads)
+            self._compute_all(module, tables, shared, some, threads)
 
         self._fetcher.decoding = all(len(table) == 1 for table in tables)
         self._visit(
@@ -89,11 +95,12 @@ class JointExperts(LayerExperts):
         self,
         module: Any,
         tables: Sequence[Table],
+        shared: Shared,
         some: Mapping[int, Slot | None],
         threads: int,
     ) -> None:
         """Fill the rows of experts that are there, for all texts."""
-        alike, ones = _Together(), _Together()
+        alike, ones = _Together(shared), _Together(shared)
         for expert, slot in self._computed(some):
             of = [table for table in tables if table.wants(expert)]
             if slot is None:
@@ -101,7 +108,7 @@ class JointExperts(LayerExperts):
                     table.put(expert, None)
                 continue
             if row_by_row(module, slot, self.dtype):
-                joined = [table for table in of if self._joins(table.rows(expert))]
+                joined = [table for table in of if self._joins(table, expert)]
                 alike.add(expert, slot, joined)
                 of = [table for table in of if table not in joined]
             for table in of:
@@ -116,14 +123,17 @@ class JointExperts(LayerExperts):
                 self._one_by_one(module, expert, slot, of)
         if not self._fetcher.decoding:
             threads = torch.get_num_threads()
-        if alike.experts:
-            alike.put(gated_outputs(alike.experts, self.dtype, threads))
-        if ones.experts:
-            ones.put(few_rows_outputs(module, ones.experts, self.dtype, threads))
+        if alike:
+            x, experts = alike.experts()
+            alike.put(gated_outputs(experts, self.dtype, threads, x=x))
+        if ones:
+            _, experts = ones.experts()
+            ones.put(few_rows_outputs(module, experts, self.dtype, threads))
 
-    def _joins(self, rows: torch.Tensor) -> bool:
+    def _joins(self, table: Table, expert: int) -> bool:
         """Whether a text's rows of an expert that is computed row by row go with others'."""
-        return few(rows, self.dtype) and not wants_gradient(rows)
+        rows = table.rows(expert)
+        return (len(table) == 1 or few(rows, self.dtype)) and not wants_gradient(rows)
 
     def _one_by_one(self, module: Any, expert: int, slot: Slot, of: Sequence[Table]) -> None:
         """As torch's products allow it: each row has to be what it is alone."""
@@ -155,22 +165,35 @@ class JointExperts(LayerExperts):
 class _Together:
     """Experts, each with rows of several texts."""
 
-    def __init__(self) -> None:
-        self.experts = list[FewRows]()
-        self._tables = list[Sequence[Table]]()
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._experts = list[tuple[int, Slot, int]]()
+        self._parts = list[tuple[Table, int, torch.Tensor]]()
+
+    def __len__(self) -> int:
+        return len(self._experts)
 
     def add(self, expert: int, slot: Slot, of: Sequence[Table]) -> None:
         if of:
-            parts = [table.rows(expert) for table in of]
-            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-            self.experts.append(FewRows(expert, slot, whole))
-            self._tables.append(of)
+            parts = [(table, expert, table.rows(expert)) for table in of]
+            self._parts += parts
+            self._experts.append((expert, slot, sum(len(rows) for _, _, rows in parts)))
+
+    def experts(self) -> tuple[torch.Tensor, list[FewRows]]:
+        """Their rows, one behind the other, and which of these each has."""
+        x = torch.cat([rows for _, _, rows in self._parts])
+        split = torch.split_with_sizes(x, [n for _, _, n in self._experts])
+        return x, [
+            FewRows(expert, slot, rows)
+            for (expert, slot, _), rows in zip(self._experts, split, strict=True)
+        ]
 
     def put(self, outputs: torch.Tensor) -> None:
         """outputs: of all, one behind the other."""
-        begin = 0
-        for (expert, *_), of in zip(self.experts, self._tables, strict=True):
-            for table in of:
-                end = begin + len(table.rows(expert))
-                table.put(expert, outputs[begin:end])
-                begin = end
+        ones = [(table, e) for table, e, _ in self._parts if isinstance(table, OneToken)]
+        if len(ones) == len(self._parts):
+            self._shared.put(ones, outputs)
+            return
+        split = torch.split_with_sizes(outputs, [len(rows) for _, _, rows in self._parts])
+        for (table, expert, _), some in zip(self._parts, split, strict=True):
+            table.put(expert, some)

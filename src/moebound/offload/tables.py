@@ -42,18 +42,44 @@ def table_of(module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.
     return (OneToken if len(x) == 1 else ManyTokens)(module, x, chosen, weights)
 
 
+class Shared:
+    """Where one-token tables of several calls of one module have their outputs, one behind the
+    other. calls: so many, of [1, H] like x and [1, K] like chosen."""
+
+    def __init__(self, x: torch.Tensor, chosen: torch.Tensor, calls: int) -> None:
+        self._outputs = x.new_zeros((calls * chosen.shape[1], x.shape[1]))
+        self._taken = 0
+
+    def take(self, n: int) -> tuple[torch.Tensor, int]:
+        """The next n rows, and the place of the first."""
+        first, self._taken = self._taken, self._taken + n
+        return self._outputs[first : self._taken], first
+
+    def put(self, rows: Sequence[tuple[OneToken, int]], outputs: torch.Tensor) -> None:
+        """What comes of an expert for a table, a row for each of these."""
+        places = [table.first + table.place(expert) for table, expert in rows]
+        self._outputs[places] = outputs.to(self._outputs.dtype)
+
+
 class OneToken:
-    """Each expert has one row, and nothing is to be sorted."""
+    """Each expert has one row, and nothing is to be sorted. first: place of the first output in
+    what is shared."""
 
     def __init__(
-        self, module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+        self,
+        module: Any,
+        x: torch.Tensor,
+        chosen: torch.Tensor,
+        weights: torch.Tensor,
+        shared: Shared | None = None,
     ) -> None:
         self._module, self._x, self._weights = module, x, weights
         # Where the token has an expert, the first time.
         self._places = dict[int, int]()
         for place, expert in enumerate(chosen[0].tolist()):
             self._places.setdefault(expert, place)
-        self._outputs = torch.zeros((chosen.shape[1], x.shape[1]), dtype=x.dtype, device=x.device)
+        shared = Shared(x, chosen, 1) if shared is None else shared
+        self._outputs, self.first = shared.take(chosen.shape[1])
 
     def __len__(self) -> int:
         return 1
