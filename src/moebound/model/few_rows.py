@@ -84,8 +84,21 @@ class NativeProduct:
     """Products of a module's own weight, [out, in] in bfloat16, and its bias where it has one."""
 
     def __init__(self, module: nn.Module) -> None:
+        weight: Any = module.weight
         self._module: Any = module
+        self.width: int = weight.shape[1]
         self._weights: tuple[int, Array] | None = None
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether rows [..., in] are computed here: up to ROWS of bfloat16."""
+        return (
+            not watched()
+            and 0 < x.numel() <= ROWS * self.width
+            and x.shape[-1] == self.width
+            and x.dtype == torch.bfloat16
+            and x.device.type == "cpu"
+            and self.applies
+        )
 
     @property
     def applies(self) -> bool:
@@ -132,16 +145,9 @@ class NativeLinear(NativeProduct):
         self._before = module.forward
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        module = self._module
-        if watched() or not (
-            0 < x.numel() <= ROWS * module.in_features
-            and x.shape[-1] == module.in_features
-            and x.dtype == torch.bfloat16
-            and x.device.type == "cpu"
-            and self.applies
-        ):
+        if not self.takes(x):
             return self._before(x)
-        return own_product(self, x, module.weight, module.bias)
+        return own_product(self, x, self._module.weight, self._module.bias)
 
 
 def watched() -> bool:

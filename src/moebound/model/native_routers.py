@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from moebound import _native
 from moebound.checkpoint.families import ROUTERS
-from moebound.model.few_rows import ROWS, NativeProduct, own_product, watched
+from moebound.model.few_rows import ROWS, NativeProduct, own_product
 
 _TRIES = 4
 """Drawings of ROWS rows each. Where torch's vectors end somewhere else for another number of rows,
@@ -72,18 +72,11 @@ class NativeRouter(NativeProduct):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self._before = module.forward
-        self._width: int = module.weight.shape[1]  # type: ignore[index, assignment]
         self._own = _with_linear(type(module).forward, self._linear)
         self._seen = _Other(module, weight=_Weight(module))
 
     def __call__(self, x: torch.Tensor, *args: Any, **given: Any) -> Any:
-        if watched() or not (
-            0 < x.numel() <= ROWS * self._width
-            and x.shape[-1] == self._width
-            and x.dtype == torch.bfloat16
-            and x.device.type == "cpu"
-            and self.applies
-        ):
+        if not self.takes(x):
             return self._before(x, *args, **given)
         return self._own(self._seen, x, *args, **given)
 
@@ -98,7 +91,7 @@ class NativeRouter(NativeProduct):
         that comes before them. given: what its block calls it with beside rows."""
         generator = torch.Generator().manual_seed(0)
         for _ in range(_TRIES):
-            x = torch.randn((ROWS, self._width), generator=generator).to(torch.bfloat16)
+            x = torch.randn((ROWS, self.width), generator=generator).to(torch.bfloat16)
             outputs, whole = self._steps(x, given)
             if not _near(outputs, _tensors(self._before(x, **given))):
                 return False
