@@ -114,17 +114,21 @@ def clocks(model: nn.Module) -> Iterator[dict[str, float]]:
             handle.remove()
 
 
-def stores(work: Path, *, coded: bool) -> list[Path]:
-    return [store for store in work.glob("store-*") if (OTHERS_MARK in store.name) == coded]
+def stores(work: Path, others: str | None) -> list[Path]:
+    """others: the rate of the tensors that are no expert's; None where they are kept."""
+    marks = ((store, store.name.partition(OTHERS_MARK)[2]) for store in work.glob("store-*"))
+    return [store for store, mark in marks if mark == (others or "")]
 
 
-def measure(work: Path, name: str, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(work: Path, name: str, others: str, tokens: int, rounds: int) -> dict[str, Any]:
     ids = np.load(work / "ids.npy").tolist()
     options: dict[str, Any] = {}
     if name != "stock":
         slots, linears = SLOTS_LINEARS[name]
         options = {"ram_budget": "100%", "tier": "disk", "slots": slots, "linears": linears}
-    (store,) = stores(work, coded="linear" in name)
+    store, *more = stores(work, others if "linear" in name else None)
+    if more:
+        raise ValueError(f"{work}: {store.name} and {more[0].name}: expected one store of a kind")
     spec = {
         "source": str(work / "raw" if name == "stock" else store), "options": options,
         "drop_cache": False, "top_k": 6,
@@ -187,17 +191,19 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--others", default="0.3", help="rate of linear layers as codes")
     parser.add_argument("--only", choices=SUBJECT_NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        print(json.dumps(measure(args.work, args.only, args.tokens, args.rounds)))
+        print(json.dumps(measure(args.work, args.only, args.others, args.tokens, args.rounds)))
         return
     rows = []
     for name in SUBJECT_NAMES:
-        if "linear" in name and not stores(args.work, coded=True):
+        if "linear" in name and not stores(args.work, args.others):
             continue
         command = [sys.executable, __file__, str(args.work), "--only", name,
-                   "--tokens", str(args.tokens), "--rounds", str(args.rounds)]  # fmt: skip
+                   "--others", args.others, "--tokens", str(args.tokens),
+                   "--rounds", str(args.rounds)]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         for way, one in rows[-1]["ways"].items():
