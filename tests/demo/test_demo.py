@@ -239,7 +239,7 @@ def test_a_demo_that_was_stopped_goes_on(folder: Path, options: list[str]) -> No
     assert not any(what.startswith(("store ", "layer ", "speed: ")) for what in said)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_model_goes_the_same_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the second's kind, untrained: its name is in every command, and nothing is left of
     the first's."""

@@ -53,6 +53,7 @@ def test_it_counts_what_load_takes(
         assert (found.buffer_bytes > 0) == (rest == "ram")
 
 
+@pytest.mark.long
 def test_a_gpu_that_is_here_is_measured(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_COPIED", "_REPEATS"):
         monkeypatch.setattr(fit_gpu, name, 1)

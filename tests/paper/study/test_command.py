@@ -93,7 +93,7 @@ def test_without_the_library_of_a_codec_nothing_is_begun(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/jobs has a cluster in every run
 def test_a_cluster_gives_the_same_rows(
     command: list[str],
     tmp_path: Path,

@@ -51,7 +51,7 @@ metric_list: [{{metric: exact_match}}]
     )
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_both_modes_say_the_same(
     shared: Live, loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
