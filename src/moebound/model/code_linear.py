@@ -101,7 +101,7 @@ class CodeLinear(nn.Linear):
         if x.shape[-1] != columns:
             raise ValueError(f"{self.source}: rows of {x.shape[-1]} values, expected {columns}")
         inputs = x.detach().reshape(-1, columns).contiguous()
-        if few_rows.many(inputs):
+        if few_rows.many(len(inputs), x.dtype):
             parts = [linear(inputs, weights) for weights in self._blocks(x.dtype)]
             out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         else:

@@ -45,9 +45,9 @@ def threads_for(multiplications: int) -> int:
     return max(1, min(torch.get_num_threads(), multiplications // WORK_PER_THREAD))
 
 
-def many(x: torch.Tensor) -> bool:
-    """Whether rows [n, in] are so many that torch multiplies codes' weights faster."""
-    return len(x) >= MANY_ROWS and x.dtype == torch.bfloat16 and HAS_BFLOAT16
+def many(rows: int, dtype: torch.dtype) -> bool:
+    """Whether rows are so many that torch multiplies codes' weights faster."""
+    return rows >= MANY_ROWS and dtype == torch.bfloat16 and HAS_BFLOAT16
 
 
 def flat(tensor: torch.Tensor) -> Any:

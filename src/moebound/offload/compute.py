@@ -41,10 +41,10 @@ def few_rows_outputs(
 ) -> torch.Tensor:
     """As `expert_output` of each, to the bit, one behind the other: [Σ n, H]. experts: at least
     one. threads: as many the kernel may use."""
-    gated = _gated_by_silu(module)
+    gated = gated_by_silu(module)
     able = few if gated else _few_for_products
     by_kernel = [
-        _in_codes(one.slot, dtype) and able(one.rows, dtype) and not wants_gradient(one.rows)
+        in_codes(one.slot, dtype) and able(one.rows, dtype) and not wants_gradient(one.rows)
         for one in experts
     ]
     parts = iter(list[torch.Tensor]())
@@ -63,12 +63,12 @@ def few_rows_outputs(
 def row_by_row(module: Any, slot: Slot, dtype: torch.dtype) -> bool:
     """Whether `gated_outputs` computes `few` rows of this expert: one of codes, with a gate that is
     silu(gate) · up, and without biases."""
-    return _in_codes(slot, dtype) and _gated_by_silu(module)
+    return in_codes(slot, dtype) and gated_by_silu(module)
 
 
 def few(rows: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether rows [n, H] that stand by themselves are so few that the kernel computes them."""
-    return not many(rows.to(dtype))
+    return not many(len(rows), dtype)
 
 
 def _few_for_products(rows: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -80,11 +80,13 @@ def wants_gradient(rows: torch.Tensor) -> bool:
     return rows.requires_grad and torch.is_grad_enabled()
 
 
-def _in_codes(slot: Slot, dtype: torch.dtype) -> bool:
+def in_codes(slot: Slot, dtype: torch.dtype) -> bool:
+    """Whether the kernel multiplies by what a slot holds."""
     return isinstance(slot, CodeSlot) and slot.kind.dtype == dtype
 
 
-def _gated_by_silu(module: Any) -> bool:
+def gated_by_silu(module: Any) -> bool:
+    """Whether an experts module's gate is silu(gate) · up, and there are no biases."""
     if not module.has_gate or module.has_bias or not module.is_concatenated:
         return False
     gate, activations = _known_gates()

@@ -24,14 +24,15 @@ from moebound.offload.compute import (
     expert_output,
     few,
     few_rows_outputs,
+    gated_by_silu,
     gated_outputs,
-    row_by_row,
+    in_codes,
     wants_gradient,
 )
 from moebound.offload.meter import clock
 from moebound.offload.on_demand import LayerExperts
 from moebound.offload.slots import Slot, SlotKind
-from moebound.offload.tables import ManyTokens, OneToken, Shared, Table
+from moebound.offload.tables import OneToken, Shared, Table, table_of
 
 _LEAST = dict[tuple[SlotKind, torch.dtype], int | None]()
 """Of such experts, as `least_rows`: tried out once."""
@@ -69,12 +70,7 @@ class JointExperts(LayerExperts):
         begin = clock()
         module = calls[0].module
         shared = Shared(calls[0].x, calls[0].chosen, sum(len(call.x) == 1 for call in calls))
-        tables: list[Table] = [
-            OneToken(module, call.x, call.chosen, call.weights, shared)
-            if len(call.x) == 1
-            else ManyTokens(module, call.x, call.chosen, call.weights)
-            for call in calls
-        ]
+        tables = [table_of(module, call.x, call.chosen, call.weights, shared) for call in calls]
 
         def compute(some: Mapping[int, Slot | None], threads: int) -> None:
             self._compute_all(module, tables, shared, some, threads)
@@ -101,13 +97,14 @@ class JointExperts(LayerExperts):
     ) -> None:
         """Fill the rows of experts that are there, for all texts."""
         alike, ones = _Together(shared), _Together(shared)
+        gated = gated_by_silu(module)
         for expert, slot in self._computed(some):
             of = [table for table in tables if table.wants(expert)]
             if slot is None:
                 for table in of:
                     table.put(expert, None)
                 continue
-            if row_by_row(module, slot, self.dtype):
+            if gated and in_codes(slot, self.dtype):
                 joined = [table for table in of if self._joins(table, expert)]
                 alike.add(expert, slot, joined)
                 of = [table for table in of if table not in joined]

@@ -286,7 +286,7 @@ class CodeSlot(Slot):
     def _product(self, name: str, x: torch.Tensor) -> torch.Tensor:
         rows, columns = self.kind.shape_of(name)
         x = x.detach().contiguous()
-        if many(x):
+        if many(len(x), x.dtype):
             return linear(x, self._values(name))
         out = torch.empty((len(x), rows), dtype=x.dtype)
         products(

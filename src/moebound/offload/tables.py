@@ -37,9 +37,17 @@ class Table(Protocol):
         ...
 
 
-def table_of(module: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> Table:
-    """Of a call with x [T, H], chosen and weights [T, K]."""
-    return (OneToken if len(x) == 1 else ManyTokens)(module, x, chosen, weights)
+def table_of(
+    module: Any,
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    shared: Shared | None = None,
+) -> Table:
+    """Of a call with x [T, H], chosen and weights [T, K]. shared: for one token's outputs."""
+    if len(x) == 1:
+        return OneToken(module, x, chosen, weights, shared)
+    return ManyTokens(module, x, chosen, weights)
 
 
 class Shared:
